@@ -1,0 +1,1 @@
+"""From an organisation's legal documents to a continued-pre-trained, fine-tuned model."""
