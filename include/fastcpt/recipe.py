@@ -120,7 +120,9 @@ class Selection(Section):
         None, ge=1_000, le=10**13, description="Token budget of the corpus."
     )
     min_characters: int = Field(0, ge=0, description="Shorter documents are not taken.")
-    min_year: int | None = Field(None, ge=1900, le=2100, description="Older documents are not taken.")
+    min_year: int | None = Field(
+        None, ge=1900, le=2100, description="Older documents are not taken."
+    )
     doc_types: list[str] | None = Field(None, description="Kinds of act to take; all where empty.")
     subjects: list[str] | None = Field(
         None, description="Take only documents whose subject matter or title names one of these."
@@ -201,7 +203,9 @@ class Training(Section):
     save_steps: int = Field(500, ge=1)
     save_total_limit: int = Field(2, ge=1)
     seed: int = 0
-    use_fp8: bool = Field(False, description="transformer-engine FP8 layers; needs Hopper or newer.")
+    use_fp8: bool = Field(
+        False, description="transformer-engine FP8 layers; needs Hopper or newer."
+    )
     time_budget_hours: float | None = Field(
         None,
         gt=0.0,
@@ -284,7 +288,9 @@ class Cluster(Section):
         description="Folder of this project there; relative to the login's home.",
     )
     gpus: int = Field(4, ge=1, le=4096, description="GPUs the training uses, over all hosts.")
-    gpu: str | None = Field("B200", description="Their name, for a plan before the cluster is seen.")
+    gpu: str | None = Field(
+        "B200", description="Their name, for a plan before the cluster is seen."
+    )
     hosts: list[str] = Field(default=[], description="More hosts of the training, by SSH name.")
     launcher: Literal["process", "slurm"] = "process"
     slurm: Slurm = Slurm()
@@ -298,7 +304,9 @@ class Cluster(Section):
 class Budget(Section):
     hours: float | None = Field(None, gt=0.0, description="The plan refuses to take longer.")
     money: float | None = Field(None, gt=0.0, description="The plan refuses to cost more (USD).")
-    price_per_gpu_hour: float | None = Field(None, ge=0.0, description="USD; else planning's table.")
+    price_per_gpu_hour: float | None = Field(
+        None, ge=0.0, description="USD; else planning's table."
+    )
 
 
 class Publish(Section):
@@ -390,6 +398,8 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     content.setdefault("name", path.stem)
     for key, value in (overrides or {}).items():
         _put(content, key, value)
+    if "training.max_steps" in (overrides or {}):
+        _shorten_warmup(content["training"])
     whole = _with_inherited_training(content)
     try:
         return Recipe.model_validate(whole)
@@ -406,7 +416,11 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 def _with_inherited_training(content: dict[str, Any]) -> dict[str, Any]:
     """``stage2`` and ``sft.training`` with what they do not change taken from ``training``."""
     training = content.get("training")
-    base = {key: value for key, value in training.items() if key in Training.model_fields} if isinstance(training, dict) else {}
+    base = (
+        {key: value for key, value in training.items() if key in Training.model_fields}
+        if isinstance(training, dict)
+        else {}
+    )
     base.pop("time_budget_hours", None)
     stage2 = content.get("stage2") or {}
     sft = content.get("sft") or {}
@@ -457,6 +471,13 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
     content[last] = value
 
 
+def _shorten_warmup(training: dict[str, Any]) -> None:
+    # who overrides the steps in the form has no field for the warm-up: a tenth of them at most
+    steps, warmup = training["max_steps"], training.get("warmup_steps", 500)
+    if isinstance(steps, int) and isinstance(warmup, int):
+        training["warmup_steps"] = min(warmup, steps // 10)
+
+
 def _lines(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
     """The line (from 1) of every key of a composed YAML document."""
     found: dict[tuple[str, ...], int] = {}
@@ -492,7 +513,9 @@ def _problem(
 
 def _is_key(part: object) -> bool:
     # pydantic puts the tried member of a union into the path of an error: not a key of the file
-    return not (isinstance(part, str) and part in {"bool", "int", "float", "str", "literal['auto']"})
+    return not (
+        isinstance(part, str) and part in {"bool", "int", "float", "str", "literal['auto']"}
+    )
 
 
 def _known_keys(sections: tuple[str, ...]) -> list[str]:
@@ -504,3 +527,54 @@ def _known_keys(sections: tuple[str, ...]) -> list[str]:
             member for member in members if isinstance(member, type) and issubclass(member, Section)
         )
     return list(model.model_fields)
+
+
+# What the trigger form can override: the form's name of a value and its key in the recipe.
+FORM = {
+    "documents": "documents.path",
+    "instructions": "sft.instructions",
+    "tokenizer": "tokenizer.path",
+    "target_tokens": "selection.target_tokens",
+    "quality_threshold": "selection.quality_threshold",
+    "max_seq_length": "corpus.max_seq_length",
+    "num_shards": "corpus.num_shards",
+    "max_steps": "training.max_steps",
+    "gpus": "cluster.gpus",
+    "perplexity_threshold": "gate.perplexity_threshold",
+    "use_fp8": "training.use_fp8",
+    "connection": "cluster.connection",
+}
+
+
+def form_schema(name: str) -> dict[str, Any]:
+    """JSON schema of one of ``FORM``'s values: the recipe's own type, limits and description.
+
+    ``null`` stands for "as the recipe says".
+    """
+    *sections, field = FORM[name].split(".")
+    model: Any = Recipe
+    for section in sections:
+        model = model.model_fields[section].annotation
+    schema = model.model_json_schema()["properties"][field]
+    typed = next((s for s in schema.get("anyOf", []) if s.get("type") != "null"), schema)
+    limits = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern"}
+    return {
+        "type": [typed["type"], "null"],
+        "description": schema.get("description", ""),
+        **{key: typed[key] for key in limits & typed.keys()},
+    }
+
+
+def form_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides of ``load_recipe`` for the trigger form's values; empty ones are left out.
+
+    A tokenizer given in the form takes the place of training one.
+    """
+    overrides = {
+        FORM[name]: value
+        for name, value in values.items()
+        if name in FORM and value not in (None, "")
+    }
+    if "tokenizer.path" in overrides:
+        overrides["tokenizer.train_vocab_size"] = None
+    return overrides
