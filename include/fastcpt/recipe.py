@@ -104,7 +104,7 @@ class Score(Section):
             "employment": 0.5,
             "public health": 0.5,
         },
-        description="Subject matters that matter, matched on whole words, each with a weight in 0..1.",
+        description="Subject matters that count, by whole words, each with a weight in 0..1.",
     )
     languages: list[str] = Field(default=["en"], description="Languages of full value.")
 
@@ -385,7 +385,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     path = find_recipe(str(name))
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+        node: Any = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path.name}: not UTF-8 text at byte {error.start}") from error
@@ -416,12 +416,10 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 def _with_inherited_training(content: dict[str, Any]) -> dict[str, Any]:
     """``stage2`` and ``sft.training`` with what they do not change taken from ``training``."""
     training = content.get("training")
-    base = (
-        {key: value for key, value in training.items() if key in Training.model_fields}
-        if isinstance(training, dict)
-        else {}
-    )
-    base.pop("time_budget_hours", None)
+    base = dict(training) if isinstance(training, dict) else {}
+    # the budget is the first stage's alone, and an unknown key is reported where it stands
+    inherited = Training.model_fields.keys() - {"time_budget_hours"}
+    base = {key: value for key, value in base.items() if key in inherited}
     stage2 = content.get("stage2") or {}
     sft = content.get("sft") or {}
     if not isinstance(stage2, dict) or not isinstance(sft, dict):

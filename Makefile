@@ -1,0 +1,33 @@
+# make run   the whole pipeline on a generated sample, here, with nothing set up beforehand
+#            make run DATA=folder [RECIPE=name] [TOKENIZER=folder] [INSTRUCTIONS=file] [SET="key=value ..."]
+# make test  everything CI runs
+# make up / make down   Airflow with its UI, left running / ended
+SHELL := /bin/bash
+.ONESHELL:
+.PHONY: run up down test lint faults install install-dev
+
+local = . include/scripts/tools.sh && PYTHONPATH=include exec .env/airflow/bin/python include/scripts/local_stack.py
+
+run: install
+	$(local) run --data '$(DATA)' --recipe '$(RECIPE)' --tokenizer '$(TOKENIZER)' --instructions '$(INSTRUCTIONS)' $(foreach pair,$(SET),--set '$(pair)')
+
+up: install
+	$(local) up
+
+down: install
+	$(local) down
+
+install:
+	@include/scripts/install.sh
+
+install-dev:
+	@include/scripts/install.sh dev
+
+lint: install-dev
+	.env/airflow/bin/ruff check . && .env/airflow/bin/ruff format --check . && .env/airflow/bin/mypy
+
+test: lint
+	. include/scripts/tools.sh && include/scripts/test.sh
+
+faults: install-dev
+	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest tests/faults -m faults

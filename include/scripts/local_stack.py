@@ -1,0 +1,488 @@
+"""Everything on this machine: Airflow on SQLite, an SSH server that plays the GPU host, one run.
+
+    local_stack.py run [--data FOLDER] [--recipe NAME] [--tokenizer PATH] [--instructions FILE] [--set key=value]
+    local_stack.py up | down
+
+``run`` starts the four Airflow processes and an OpenSSH server of its own on the loopback,
+triggers the DAG, shows its progress, prints the run's summary and ends all that it started. Its
+exit code is 0 only when the run succeeded. ``up`` leaves all of it running, with the UI; ``down``
+ends it. State lives under ``.fastcpt/`` (``FASTCPT_HOME``), so that a second run finds what the first made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import local_sshd
+
+from fastcpt.corpus.sample import generate_sample
+from fastcpt.files import write_json
+from fastcpt.reporting.record import summary_text
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt").resolve()
+AIRFLOW_HOME = HOME / "airflow"
+STATE = HOME / "stack.json"
+DAG = "fast_cpt"
+COMMANDS = ["api-server", "scheduler", "dag-processor", "triggerer"]
+SAMPLE_DOCUMENTS = 400
+USER = "admin"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run")
+    run.add_argument(
+        "--data", default="", help="folder of documents; a generated sample without it"
+    )
+    run.add_argument("--recipe", default="")
+    run.add_argument("--tokenizer", default="")
+    run.add_argument("--instructions", default="")
+    run.add_argument("--set", action="append", default=[], metavar="key=value", dest="overrides")
+    commands.add_parser("up")
+    commands.add_parser("down")
+    arguments = parser.parse_args()
+    # a closed terminal or a killed make ends the stack too
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _interrupt)
+    try:
+        if arguments.command == "up":
+            return up()
+        if arguments.command == "down":
+            return down()
+        return run_once(conf_of(arguments))
+    except KeyboardInterrupt:
+        print("\nInterrupted; everything that was started has been ended.", file=sys.stderr)
+        return 130
+    except (RuntimeError, ValueError) as error:
+        print(f"make {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+# What to run
+
+
+def conf_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The trigger form's values for what was typed on the command line."""
+    conf: dict[str, Any] = {}
+    if arguments.data:
+        documents = Path(arguments.data).resolve()
+        conf["recipe"] = arguments.recipe or "local"
+        conf["documents"] = str(documents)
+        tokenizer = arguments.tokenizer or (
+            nearby_tokenizer(documents) if not arguments.recipe else ""
+        )
+        instructions = arguments.instructions or nearby_instructions(documents)
+    else:
+        sample = HOME / "sample"
+        if not (sample / "instructions.jsonl").exists():
+            generate_sample(sample, documents=SAMPLE_DOCUMENTS)
+        conf["recipe"] = arguments.recipe or "sample"
+        conf["documents"] = str(sample / "parsed")
+        tokenizer = arguments.tokenizer
+        instructions = arguments.instructions or str(sample / "instructions.jsonl")
+    if tokenizer:
+        conf["tokenizer"] = str(Path(tokenizer).resolve())
+    if instructions:
+        conf["instructions"] = str(Path(instructions).resolve())
+    for pair in arguments.overrides:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes key=value, not '{pair}'")
+        try:
+            conf[key] = json.loads(value)
+        except json.JSONDecodeError:
+            conf[key] = value
+    return conf
+
+
+def nearby_tokenizer(documents: Path) -> str:
+    """The one tokenizer that lies with the documents: ``tokenizer.json`` there or in the
+    ``tokenizers`` folder of one of the three folders above; empty where there is none or a choice."""
+    for folder in [documents, *documents.parents[:3]]:
+        found = [*folder.glob("tokenizer.json"), *folder.glob("tokenizers/*/tokenizer.json")]
+        if len(found) == 1:
+            return str(found[0].parent)
+    return ""
+
+
+def nearby_instructions(documents: Path) -> str:
+    """``instructions.jsonl`` or ``summaries.jsonl`` (also .gz, .zst) with the documents or beside."""
+    for folder in (documents.parent, documents):
+        for name in ("instructions", "summaries"):
+            for found in sorted(folder.glob(f"{name}.jsonl*")):
+                return str(found)
+    return ""
+
+
+# The processes
+
+
+def environment(cluster: dict[str, Any], port: int) -> dict[str, str]:
+    """The Airflow processes' environment: one configuration for all four."""
+    connection = {
+        "conn_type": "ssh",
+        "host": "127.0.0.1",
+        "login": getpass.getuser(),
+        "port": cluster["port"],
+        "extra": {"key_file": cluster["key_file"], "known_hosts": cluster["known_hosts"]},
+    }
+    return {
+        **os.environ,
+        "PATH": f"{REPOSITORY}/.env/airflow/bin:{os.environ['PATH']}",
+        "PYTHONPATH": f"{REPOSITORY}/include",
+        "AIRFLOW_HOME": str(AIRFLOW_HOME),
+        "AIRFLOW_CONN_LOCAL_CLUSTER": json.dumps(connection),
+        "AIRFLOW__API__HOST": "127.0.0.1",
+        "AIRFLOW__API__PORT": str(port),
+        "AIRFLOW__API__BASE_URL": f"http://127.0.0.1:{port}",
+        "AIRFLOW__API__WORKERS": "1",
+        "AIRFLOW__API_AUTH__JWT_SECRET": _secret("jwt_secret"),
+        "AIRFLOW__CORE__FERNET_KEY": _secret("fernet_key"),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(REPOSITORY / "dags"),
+        "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "plugins"),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
+        "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "false",
+        "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
+        "AIRFLOW__CORE__PARALLELISM": "4",
+        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{port}/execution/",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(HOME / "passwords.json"),
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{AIRFLOW_HOME}/airflow.db",
+        "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "30",
+        "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
+        "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
+        "AIRFLOW__SCHEDULER__CATCHUP_BY_DEFAULT": "false",
+        "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "false",
+        "FASTCPT_HOME": str(HOME),
+        "FASTCPT_LOCAL_PYTHON": str(REPOSITORY / ".env/cluster/bin/python"),
+    }
+
+
+def _secret(name: str) -> str:
+    """A random secret of this machine, made once, readable by nobody else."""
+    import base64
+
+    file = HOME / name
+    if not file.exists():
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as secret:
+            secret.write(base64.urlsafe_b64encode(secrets.token_bytes(32)).decode())
+    return file.read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start() -> dict[str, Any]:
+    """Start the SSH server and Airflow; returns the state that ``end`` takes, also kept in a file."""
+    HOME.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if STATE.exists():
+        state = json.loads(STATE.read_text())
+        if any(_is_ours(pid, state) for pid in state["pids"]):
+            raise RuntimeError("Airflow is already running here. End it with `make down` first.")
+        end(state)
+    port = free_port()
+    state: dict[str, Any] = {"pids": [], "port": port, "marker": secrets.token_hex(8)}
+    try:
+        cluster = local_sshd.start(HOME / "sshd")
+        state["pids"].append(cluster["pid"])
+        passwords = HOME / "passwords.json"
+        if not passwords.exists():
+            with open(os.open(passwords, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+                json.dump({USER: secrets.token_urlsafe(12)}, file)
+        settings = environment(cluster, port) | {"FASTCPT_STACK": state["marker"]}
+        airflow = str(REPOSITORY / ".env/airflow/bin/airflow")
+        _call([airflow, "db", "migrate"], settings)
+        _call(
+            [airflow, "pools", "set", "gpus", "1", "One run at a time.", "--include-deferred"],
+            settings,
+        )
+        (HOME / "logs").mkdir(exist_ok=True)
+        for command in COMMANDS:
+            with (HOME / "logs" / f"{command}.log").open("ab") as log:
+                process = subprocess.Popen(
+                    [airflow, command],
+                    env=settings,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    cwd=HOME,
+                )
+            state["pids"].append(process.pid)
+            write_json(STATE, state)
+        state["url"] = f"http://127.0.0.1:{port}"
+        state["settings"] = {
+            key: settings[key] for key in settings if key.startswith(("AIRFLOW", "FASTCPT"))
+        }
+        with Api(state) as api:
+            api.wait_until_ready()
+    except BaseException:
+        end(state)
+        raise
+    write_json(STATE, {key: value for key, value in state.items() if key != "settings"})
+    return state
+
+
+def _call(command: list[str], settings: dict[str, str]) -> None:
+    done = subprocess.run(
+        command, env=settings, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=HOME
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"'{' '.join(command[1:3])}' failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+
+
+def _is_ours(pid: int, state: dict[str, Any]) -> bool:
+    """Whether a process of the state file lives and is the one that was started, not a reused pid."""
+    try:
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        try:
+            os.kill(pid, 0)
+        except OSError:
+            return False
+        return not Path("/proc").is_dir()
+    return f"FASTCPT_STACK={state['marker']}".encode() in environ
+
+
+def end(state: dict[str, Any]) -> None:
+    """End every process group of the stack: politely, then for sure."""
+    groups = [pid for pid in state["pids"] if _group_lives(pid)]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for group in groups:
+            with _gone_is_fine():
+                os.killpg(group, number)
+        for _ in range(100):
+            if not any(_group_lives(group) for group in groups):
+                break
+            time.sleep(0.1)
+    STATE.unlink(missing_ok=True)
+
+
+def _group_lives(group: int) -> bool:
+    _reap()
+    try:
+        os.killpg(group, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _reap() -> None:
+    with _gone_is_fine():
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+@contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except (ProcessLookupError, ChildProcessError):
+        pass
+
+
+def up() -> int:
+    """Start everything and leave it running."""
+    state = start()
+    password = json.loads((HOME / "passwords.json").read_text())[USER]
+    print(f"Airflow: {state['url']}  user {USER}  password {password}")
+    print(f"The DAG: {state['url']}/dags/{DAG}   End all of it with `make down`.")
+    return 0
+
+
+def down() -> int:
+    """End what ``up`` started; nothing to end is fine."""
+    if STATE.exists():
+        end(json.loads(STATE.read_text()))
+        print("Ended.")
+    else:
+        print("Nothing is running.")
+    return 0
+
+
+# One run
+
+
+class Api:
+    """Airflow's REST API, logged in."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.client = httpx.Client(base_url=state["url"], timeout=60)
+
+    def __enter__(self) -> Api:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+    def wait_until_ready(self, seconds: float = 180) -> None:
+        """Until the API answers, every process is healthy and the DAG is there."""
+        until = time.monotonic() + seconds
+        problem = "no answer"
+        while time.monotonic() < until:
+            try:
+                health = self.client.get("/api/v2/monitor/health").json()
+                parts = ("scheduler", "dag_processor", "triggerer")
+                unhealthy = [part for part in parts if health[part]["status"] != "healthy"]
+                if not unhealthy:
+                    self._log_in()
+                    if self.client.get(f"/api/v2/dags/{DAG}").status_code == 200:
+                        return
+                    errors = self.client.get("/api/v2/importErrors").json()["import_errors"]
+                    if errors:
+                        raise RuntimeError(
+                            f"the DAG cannot be imported:\n{errors[0]['stack_trace']}"
+                        )
+                    problem = "the DAG is not parsed yet"
+                else:
+                    problem = f"not healthy: {', '.join(unhealthy)}"
+            except httpx.HTTPError as error:
+                problem = str(error)
+            time.sleep(0.5)
+        raise RuntimeError(
+            f"Airflow did not come up in {seconds:.0f} s ({problem}); logs: {HOME}/logs"
+        )
+
+    def _log_in(self) -> None:
+        if "Authorization" not in self.client.headers:
+            password = json.loads((HOME / "passwords.json").read_text())[USER]
+            answer = self.client.post("/auth/token", json={"username": USER, "password": password})
+            answer.raise_for_status()
+            self.client.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
+
+    def trigger(self, conf: dict[str, Any]) -> str:
+        """Start a run; returns its id. ``ValueError`` says which value the form refuses."""
+        answer = self.client.post(
+            f"/api/v2/dags/{DAG}/dagRuns", json={"logical_date": None, "conf": conf}
+        )
+        if answer.status_code in (400, 422):
+            raise ValueError(f"refused: {answer.json()['detail']}")
+        answer.raise_for_status()
+        return str(answer.json()["dag_run_id"])
+
+    def get(self, path: str, **query: Any) -> Any:
+        answer = self.client.get(f"/api/v2/dags/{DAG}/{path}", params=query)
+        answer.raise_for_status()
+        return answer.json()
+
+    def log(self, run: str, task: dict[str, Any]) -> list[dict[str, Any]]:
+        """The events of a task's newest try; empty while there are none."""
+        answer = self.client.get(
+            f"/api/v2/dags/{DAG}/dagRuns/{run}/taskInstances/{task['task_id']}/logs/{task['try_number']}",
+            params={"map_index": task["map_index"], "full_content": True},
+            headers={"Accept": "application/json"},
+        )
+        if answer.status_code != 200:
+            return []
+        content = answer.json()["content"]
+        return [event for event in content if isinstance(event, dict)]
+
+
+def run_once(conf: dict[str, Any]) -> int:
+    """Start everything, run the DAG once with ``conf``, print its summary, end everything."""
+    began = time.monotonic()
+    print(f"Starting Airflow and the cluster's SSH server (logs: {HOME}/logs) ...", flush=True)
+    state = start()
+    try:
+        with Api(state) as api:
+            run = api.trigger(conf)
+            print(f"{_clock(began)}  run {run}: {json.dumps(conf)}", flush=True)
+            outcome = watch(api, run, began)
+        record = HOME / "runs" / run.replace(":", "-").replace("+", "-")
+        if record.is_dir():
+            print(summary_text(record))
+    finally:
+        end(state)
+    print(
+        f"The run {'succeeded' if outcome == 'success' else 'failed'} after {_clock(began).strip()}."
+    )
+    return 0 if outcome == "success" else 1
+
+
+def _clock(began: float) -> str:
+    minutes, seconds = divmod(int(time.monotonic() - began), 60)
+    return f"{minutes:3d}:{seconds:02d}"
+
+
+def watch(api: Api, run: str, began: float) -> str:
+    """Print each task's changes of state and its progress lines until the run ends."""
+    shown: dict[tuple[str, int], str | None] = {}
+    lines: dict[tuple[str, int], int] = {}
+    while True:
+        outcome = api.get(f"dagRuns/{run}")["state"]
+        tasks = api.get(f"dagRuns/{run}/taskInstances", limit=1000)["task_instances"]
+        for task in sorted(tasks, key=lambda task: task["start_date"] or "9"):
+            key = (task["task_id"], task["map_index"])
+            name = task["task_id"] + (f"[{task['map_index']}]" if task["map_index"] >= 0 else "")
+            state = task["state"]
+            if state in ("running", "deferred", "success", "failed", "up_for_retry"):
+                _print_progress(api, run, task, name, lines, began)
+            before = shown.get(key)
+            shown[key] = state
+            if state == before or state in (None, "scheduled", "queued", "removed"):
+                continue
+            if {before, state} == {"running", "deferred"} or state == "deferred":
+                continue
+            took = f"  {task['duration']:.0f} s" if state == "success" and task["duration"] else ""
+            print(f"{_clock(began)}  {name:<20} {state}{took}", flush=True)
+            if state in ("failed", "up_for_retry"):
+                _print_error(api, run, task)
+        if outcome in ("success", "failed"):
+            return str(outcome)
+        time.sleep(1)
+
+
+def _print_progress(
+    api: Api,
+    run: str,
+    task: dict[str, Any],
+    name: str,
+    lines: dict[tuple[str, int], int],
+    began: float,
+) -> None:
+    if task["task_id"] not in PROGRESS_OF:
+        return
+    key = (task["task_id"], task["map_index"])
+    events = [str(event.get("event", "")) for event in api.log(run, task)]
+    progress = [event for event in events if event.startswith(("step ", "evaluat", "generat"))]
+    for event in progress[lines.get(key, 0) :]:
+        print(f"{_clock(began)}  {name:<20} {event[:120]}", flush=True)
+    lines[key] = len(progress)
+
+
+PROGRESS_OF = {"train_cpt", "train_cpt_stage2", "train_sft"}
+
+
+def _print_error(api: Api, run: str, task: dict[str, Any]) -> None:
+    for event in api.log(run, task):
+        for detail in event.get("error_detail") or []:
+            print(f"        {detail['exc_type']}: {detail['exc_value']}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

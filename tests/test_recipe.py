@@ -1,0 +1,169 @@
+"""A recipe is read whole, or refused with every problem named by file, line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastcpt.recipe import (
+    CONFIGS,
+    FORM,
+    RecipeError,
+    form_overrides,
+    form_schema,
+    load_recipe,
+    recipe_names,
+)
+
+# The published guide's figures: steps, tokens of a sequence, micro-batch, accumulation, rate, GPUs.
+PUBLISHED = {
+    "cpt_config": (40_000, 4096, 2, 16, 3e-5, 4),
+    "cpt_config_reduced_steps": (10_000, 4096, 2, 16, 3e-5, 4),
+    "cpt_config_filtered": (12_000, 4096, 2, 16, 3e-5, 4),
+    "cpt_config_16gpu": (10_000, 4096, 2, 16, 3e-5, 16),
+    "cpt_lora_config": (20_000, 4096, 4, 8, 1e-4, 4),
+    "cpt_config_short": (40_000, 2048, 4, 8, 3e-5, 4),
+    "cpt_config_fast": (12_000, 3072, 2, 16, 3e-5, 4),
+    "cpt_stage1_fast": (10_000, 3072, 2, 16, 3e-5, 4),
+    "cpt_stage2_deep": (30_000, 3072, 2, 16, 1e-5, 4),
+}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_recipes_hold_the_published_figures(name: str) -> None:
+    recipe = load_recipe(name)
+    training = recipe.training
+    assert (
+        training.max_steps,
+        recipe.corpus.max_seq_length,
+        training.per_device_train_batch_size,
+        training.gradient_accumulation_steps,
+        training.learning_rate,
+        recipe.cluster.gpus,
+    ) == PUBLISHED[name]
+    assert recipe.claim is not None
+
+
+def test_sixteen_gpus_make_a_global_batch_of_512() -> None:
+    assert load_recipe("cpt_config_16gpu").global_batch_size == 512
+
+
+def test_the_second_stage_is_the_same_by_itself_and_after_the_first() -> None:
+    assert load_recipe("cpt_stage1_fast").stage2 == load_recipe("cpt_stage2_deep").training
+
+
+def test_lora_is_the_published_one() -> None:
+    lora = load_recipe("cpt_lora_config").lora
+    assert lora is not None
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (64, 128, 0.1)
+    assert lora.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_written_out_reads_back_unchanged(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "traning:\n  max_steps: 3\n",
+            "mine.yaml:1: unknown key 'traning'; did you mean 'training'?",
+        ),
+        (
+            "training:\n  learning_rat: 3e-5\n",
+            "mine.yaml:2: unknown key 'training.learning_rat'; did you mean 'learning_rate'?",
+        ),
+        (
+            "lora:\n  alpha: 3\n",
+            "mine.yaml:2: unknown key 'lora.alpha'; did you mean 'lora_alpha'?",
+        ),
+        (
+            "\n\ntraining:\n  max_steps: -2\n",
+            "mine.yaml:4: training.max_steps: Input should be greater than or equal to 1, not -2",
+        ),
+        (
+            "training: {max_steps: many}\n",
+            "mine.yaml:1: training.max_steps: Input should be a valid integer, not 'many'",
+        ),
+        (
+            "model: {name_or_path: x, config: {hidden_size: 1}}\n",
+            "mine.yaml:1: model: give exactly one of name_or_path and config",
+        ),
+        ("- a\n", "mine.yaml: a recipe is a mapping of sections, this file is not"),
+        ("a: [\n", "mine.yaml:2: not valid YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_its_line(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(write(tmp_path, text))
+    assert str(refused.value).splitlines()[0].startswith(message)
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, "training: {max_steps: 0}\ngate: {perplexity_threshold: 0.5}\nx: 1\n")
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(path)
+    assert len(str(refused.value).splitlines()) == 3
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'cpt_config_fast'"):
+        load_recipe("cpt_config_fats")
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_recipe(path)
+
+
+def test_the_form_overrides_the_recipe() -> None:
+    recipe = load_recipe(
+        "cpt_config_fast",
+        form_overrides(
+            {"documents": "/law", "max_steps": 50, "quality_threshold": 70, "gpus": None}
+        ),
+    )
+    assert recipe.documents.path == "/law"
+    assert recipe.selection.quality_threshold == 70
+    assert recipe.cluster.gpus == 4
+    assert (recipe.training.max_steps, recipe.training.warmup_steps) == (50, 5)
+
+
+def test_a_wrong_override_is_named_as_one() -> None:
+    with pytest.raises(RecipeError, match=r"^override: gate.perplexity_threshold: .*, not 0.5$"):
+        load_recipe("cpt_config_fast", {"gate.perplexity_threshold": 0.5})
+
+
+def test_a_tokenizer_in_the_form_takes_the_place_of_training_one() -> None:
+    recipe = load_recipe("sample", form_overrides({"tokenizer": "/t"}))
+    assert (recipe.tokenizer.path, recipe.tokenizer.train_vocab_size) == ("/t", None)
+
+
+@pytest.mark.parametrize("name", FORM)
+def test_every_field_of_the_form_says_what_it_is_and_can_be_left_to_the_recipe(name: str) -> None:
+    schema = form_schema(name)
+    assert schema["description"].endswith(".")
+    assert schema["type"][1] == "null"
+
+
+def test_the_forms_limits_are_the_recipes() -> None:
+    assert form_schema("gpus")["minimum"] == 1
+    assert form_schema("perplexity_threshold")["exclusiveMinimum"] == 1.0
+
+
+def test_the_recipes_are_plain_yaml() -> None:
+    for path in CONFIGS.glob("*.yaml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict)

@@ -1,0 +1,68 @@
+"""Who may import whom: dags -> plugins -> fastcpt, and inside the library no room another."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LIBRARY = REPOSITORY / "include" / "fastcpt"
+ROOMS = ["corpus", "planning", "cluster", "training", "reporting"]
+SHARED = {"fastcpt.recipe", "fastcpt.files", "fastcpt"}
+GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}
+
+
+def imports_of(path: Path, module_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found: set[str] = set()
+    for node in tree.body if module_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            if node.module == "fastcpt":
+                found |= {f"fastcpt.{name.name}" for name in node.names}
+    return found
+
+
+def files_of(*folders: Path) -> list[Path]:
+    return [path for folder in folders for path in sorted(folder.rglob("*.py"))]
+
+
+def test_there_is_something_to_check() -> None:
+    assert all(len(files_of(LIBRARY / room)) > 1 for room in ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_no_other_room(room: str) -> None:
+    for path in files_of(LIBRARY / room):
+        of_library = {name for name in imports_of(path) if name.split(".")[0] == "fastcpt"}
+        foreign = {
+            name
+            for name in of_library - SHARED
+            if not name.startswith(f"fastcpt.{room}") and name != "fastcpt"
+        }
+        assert not foreign, f"{path}: {foreign}"
+
+
+def test_the_library_does_not_know_airflow_plugins_or_dags() -> None:
+    for path in files_of(LIBRARY):
+        roots = {name.split(".")[0] for name in imports_of(path)}
+        assert not roots & {"airflow", "remote_job", "run_pages"}, path
+
+
+def test_only_training_knows_torch() -> None:
+    elsewhere = [path for path in files_of(LIBRARY) if "training" not in path.parts]
+    for path in [*elsewhere, *files_of(REPOSITORY / "dags", REPOSITORY / "plugins")]:
+        roots = {name.split(".")[0] for name in imports_of(path)}
+        assert not roots & GPU_LIBRARIES, path
+
+
+def test_the_dag_file_imports_nothing_heavy_when_it_is_parsed() -> None:
+    heavy = {"pyarrow", "numpy", "tokenizers", "matplotlib", "zstandard", "fsspec"}
+    for path in files_of(REPOSITORY / "dags"):
+        roots = {name.split(".")[0] for name in imports_of(path, module_level_only=True)}
+        assert not roots & heavy, path
