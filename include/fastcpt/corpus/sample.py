@@ -1,0 +1,592 @@
+"""A synthetic legal corpus: real in form, invented in content, the same for the same seed.
+
+It lets the whole pipeline run where no documents are at hand, and gives every step something to
+do. The acts read like those of an official journal (recitals, definitions, articles, annexes of
+figures) and cite one another. Some carry no date, some are short, some are consolidated versions,
+near-duplicates or exact duplicates of others, and a few records cannot be read at all.
+
+An act is a list of lines drawn from a small grammar. Three things are traded against each other:
+
+* A tiny model must learn the grammar within a minute, so sentences are few and slots have few
+  fillers. Perplexity of a trained model is single-digit, that of an untrained one the
+  vocabulary's size.
+* Different acts must not look like duplicates, so nearly every sentence names what the act is
+  about, and no two acts are about the same thing.
+* A summary must follow from the act and, as far as it can, from its title. So duties belong to
+  activities, framework acts to areas, and entry into force to the kind of act.
+
+Nothing here is copied from a real act; names of persons, firms and places are left out.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Any
+
+from fastcpt.files import whole_file
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Area:
+    """A field of law: its subject matters, who is bound, who supervises, what is regulated."""
+
+    subjects: tuple[str, ...]
+    code: str  # of the directory of legislation
+    actors: str
+    authority: str
+    adjectives: tuple[str, ...]
+    objects: tuple[str, ...]
+
+
+AREAS = (
+    Area(
+        ("Data protection", "Information and verification"), "16.20", "controllers",
+        "the supervisory authority",
+        ("biometric", "medical", "genetic", "financial", "location", "genealogical"),
+        ("records", "profiles", "identifiers", "registers", "files", "archives"),
+    ),
+    Area(
+        ("Consumer protection",), "15.20", "traders", "the consumer authority",
+        ("prepaid", "bundled", "discounted", "guaranteed", "refurbished", "personalised"),
+        ("subscriptions", "vouchers", "household goods", "toys", "repair services", "offers"),
+    ),
+    Area(
+        ("Environment",), "15.10", "operators", "the environment agency",
+        ("recycled", "hazardous", "biodegradable", "organic", "untreated", "composite"),
+        ("packaging", "solvents", "waste water", "sludge", "batteries", "emissions"),
+    ),
+    Area(
+        ("Digital single market", "Information society"), "13.20", "providers",
+        "the digital services board",
+        ("encrypted", "automated", "interoperable", "hosted", "certified", "open"),
+        ("platforms", "interfaces", "signatures", "ranking systems", "devices", "networks"),
+    ),
+    Area(
+        ("Financial services", "Free movement of capital"), "10.40", "undertakings",
+        "the financial supervisor",
+        ("secured", "deferred", "collective", "revolving", "tradable", "retail"),
+        ("credit agreements", "deposits", "insurance contracts", "funds", "payments", "bonds"),
+    ),
+    Area(
+        ("Public health",), "15.30", "manufacturers", "the medicines agency",
+        ("sterile", "paediatric", "diagnostic", "implantable", "compounded", "reusable"),
+        ("medicines", "instruments", "blood products", "vaccines", "implants", "test kits"),
+    ),
+    Area(
+        ("Employment", "Social provisions"), "05.20", "employers", "the labour inspectorate",
+        ("temporary", "part-time", "remote", "posted", "nocturnal", "apprenticed"),
+        ("workers", "crews", "contracts of employment", "shifts", "work places", "trainees"),
+    ),
+    Area(
+        ("Transport",), "07.20", "carriers", "the transport authority",
+        ("articulated", "electric", "refrigerated", "unaccompanied", "scheduled", "oversized"),
+        ("vehicles", "vessels", "freight services", "containers", "trailers", "passenger services"),
+    ),
+    Area(
+        ("Agriculture", "Foodstuffs"), "03.60", "producers", "the paying agency",
+        ("fortified", "dried", "raw", "fermented", "frozen", "smoked"),
+        ("milk products", "cereals", "fruit juices", "olive oils", "eggs", "honeys"),
+    ),
+    Area(
+        ("Competition", "Commercial policy"), "08.10", "exporters", "the competition authority",
+        ("subsidised", "rolled", "forged", "woven", "laminated", "galvanised"),
+        ("steel tubes", "fabrics", "glass fibres", "fasteners", "cables", "tiles"),
+    ),
+)  # fmt: skip
+
+ORIGINS = ("imported", "domestic", "cross-border", "second-hand", "seasonal", "industrial")
+
+# What an act is on, and the duty that follows from it.
+DUTIES = {
+    "labelling": "label {term} in a clear and legible manner",
+    "registration": "enter {term} in the public register before first use",
+    "monitoring": "monitor {term} at regular intervals and keep the results",
+    "transfer": "notify each transfer of {term} in advance",
+    "certification": "obtain a certificate of conformity for {term}",
+    "withdrawal": "withdraw {term} that do not conform without delay",
+    "storage": "store {term} separately and securely",
+    "reporting": "report on {term} once a year",
+}
+
+# Each draw of such a slot is new, unlike the facts of an act.
+VARIED: Mapping[str, Sequence[str]] = {
+    "days": ("10 days", "14 days", "30 days", "60 days"),
+    "months": ("three months", "six months", "12 months", "18 months"),
+    "years": ("two years", "three years", "five years", "10 years"),
+    "share": ("5 %", "10 %", "15 %", "20 %", "25 %", "50 %"),
+    "adverb": ("without delay", "in writing", "by electronic means", "in a common format"),
+    "quality": ("reliable", "comparable", "complete", "accurate", "traceable"),
+    "aim": (
+        "legal certainty", "fair competition", "a high level of protection",
+        "the free movement of goods and services", "public confidence", "effective supervision",
+    ),
+    "reason": (
+        "divergent national rules", "technical progress", "the growth of trade",
+        "serious incidents", "the lack of common standards", "recent scientific advice",
+    ),
+    "means": (
+        "a documented procedure", "an internal audit", "a written declaration",
+        "an independent assessment", "a sample taken at random", "a technical file",
+    ),
+}  # fmt: skip
+
+RECITALS = (
+    "The {activity} of {term} is essential for {aim}.",
+    "Owing to {reason}, the conditions under which {term} are placed on the market differ.",
+    "In order to ensure {aim}, common rules on {term} should be laid down.",
+    "The {actors} responsible for {term} should be subject to supervision by {authority}.",
+    "{Cite} already provides for certain requirements, but it does not cover {term}.",
+    "The definitions of {cite} should apply to {term} unless this {kind} provides otherwise.",
+    "Experience with {cite} has shown that {reason} may affect the {activity} of {term}.",
+    "Small {actors} should not bear a disproportionate burden as regards {term}.",
+    "Information on {term} should be {quality}, so that {authority} can rely on it.",
+    "The committee set up by {cite} has delivered its opinion on the measures as regards {term}.",
+    "A transitional period of {months} should allow {actors} to adapt their {term}.",
+    "The objective of ensuring {aim} as regards {term} is better achieved at Union level.",
+    "The {activity} of {term} should be carried out by means of {means}.",
+    "In view of {reason}, the rules on {term} should be reviewed every {years}.",
+)
+
+DEFINITIONS = (
+    "‘{actors}’ means natural or legal persons who are responsible for {term};",
+    "‘{term}’ means {objects} that are {adjective} and intended for use in the Union;",
+    "‘{activity}’ means any act by which {actors} carry out the {activity} of {term};",
+    "‘serious incident’ means an event in which {term} endanger {aim};",
+    "‘technical file’ means the documents by which the {activity} of {term} can be verified;",
+    "‘placing on the market’ means the first making available of {term} in return for payment;",
+)
+
+# Title of an article -> its paragraphs.
+ARTICLES: Mapping[str, Sequence[str]] = {
+    "Obligations of {actors}": (
+        "{Actors} shall {duty}.",
+        "{Actors} shall ensure that information on {term} is {quality}.",
+        "{Actors} shall keep the technical file of {term} for {years}.",
+        "Where {term} do not conform, {actors} shall inform {authority} {adverb}.",
+    ),
+    "Conditions for the {activity} of {term}": (
+        "The {activity} of {term} shall be subject to {means}.",
+        "The conditions for the {activity} of {term} shall be fulfilled within {days}.",
+        "No more than {share} of {term} may be exempted by {authority}.",
+        "The requirements of {cite} shall apply to {term} by analogy.",
+    ),
+    "Competent authorities": (
+        "{Authority} shall supervise the {activity} of {term}.",
+        "{Authority} shall act within {days} of receiving a complaint about {term}.",
+        "{Authority} may request {means} from {actors} as regards {term}.",
+        "The powers as regards {term} shall be exercised in accordance with {cite}.",
+    ),
+    "Exchange of information": (
+        "Member States shall exchange {quality} information on {term} {adverb}.",
+        "{Authority} shall publish a list of {actors} and of their {term} every {months}.",
+        "Information on {term} shall be kept for no longer than {years}.",
+    ),
+    "Inspections": (
+        "{Authority} shall inspect at least {share} of {term} every {years}.",
+        "Inspections of {term} shall be based on {means}.",
+        "{Actors} shall give access to {term} within {days} of a request.",
+    ),
+    "Fees": (
+        "{Authority} may charge a fee for the {activity} of {term}.",
+        "The fee for {term} shall not exceed {share} of the cost of {means}.",
+        "Small {actors} shall be exempted from the fee for {term} for {months}.",
+    ),
+    "Complaints": (
+        "Any person may lodge a complaint about {term} with {authority} {adverb}.",
+        "{Actors} shall answer complaints about {term} within {days}.",
+    ),
+    "Penalties": (
+        "Member States shall lay down penalties for infringements of the rules on {term}.",
+        "Fines for infringements as regards {term} shall not exceed {share} of the turnover.",
+    ),
+    "Reports and review": (
+        "{Authority} shall report on the {activity} of {term} every {years}.",
+        "The report shall assess whether {reason} affects {term}, and be {quality}.",
+        "The Commission shall review the rules on {term} by means of {means} within {years}.",
+    ),
+    "Amendment of earlier acts": (
+        "In {cite}, the words ‘{objects}’ are replaced by the words ‘{term}’.",
+        "References in {cite} to {objects} shall be construed as references to {term}.",
+    ),
+}
+
+LAST_ARTICLES = {
+    "regulation": (
+        "Entry into force",
+        "This Regulation shall enter into force on the twentieth day following its publication.",
+        "This Regulation shall be binding in its entirety.",
+    ),
+    "directive": (
+        "Transposition",
+        "Member States shall bring into force the provisions on {term} within two years.",
+        "This Directive is addressed to the Member States.",
+    ),
+    "decision": (
+        "Taking effect",
+        "This Decision shall take effect on the day of its notification.",
+        "This Decision is addressed to {actors} of {term}.",
+    ),
+}
+
+ENTRY = {
+    "regulation": "It enters into force on the twentieth day following its publication.",
+    "directive": "Member States must transpose it within two years.",
+    "decision": "It takes effect on the day of its notification.",
+}
+
+TYPE_LETTERS = {"regulation": "R", "directive": "L", "decision": "D"}
+KINDS = ("regulation", "regulation", "regulation", "directive", "directive", "decision")
+FIRST_DAY, LAST_DAY = date(1990, 1, 8), date(2026, 6, 30)
+
+
+@dataclass(frozen=True)
+class Act:
+    """One act, or one version of it: its lines of text and what its record says of it."""
+
+    celex: str
+    kind: str
+    number: str
+    title: str
+    day: date
+    area: Area
+    facts: Mapping[str, str]
+    head: tuple[str, ...]
+    lines: tuple[str, ...]
+    duty: str
+    framework: str | None  # the act of its area it builds on, as cited
+    eurovoc: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        return "\n".join((*self.head, *self.lines))
+
+    def record(self, rng: random.Random) -> Record:
+        """The act as a parsed document; about a tenth of the records carry no date."""
+        metadata: Record = {
+            "celex": self.celex,
+            "doc_type": self.kind,
+            "subject_matter": list(self.area.subjects),
+            "eurovoc": list(self.eurovoc),
+            "language": "en",
+            "title": self.title,
+            "source": "generated sample",
+            "date": self.day.isoformat(),
+            "in_force": self.day.year >= 2000 or rng.random() < 0.4,
+            "directory_code": self.area.code,
+        }
+        if rng.random() < 0.11:
+            del metadata["date"]
+        return {"id": self.celex, "full_text": self.text, "metadata": metadata}
+
+    def instruction(self) -> dict[str, str]:
+        """Title and summary; each sentence of the summary follows from the act."""
+        facts = self.facts
+        sentences = [
+            f"{self.number} lays down rules on the {facts['activity']} of {facts['term']}.",
+            f"{facts['Actors']} must {self.duty}.",
+            f"{facts['Authority']} supervises them.",
+        ]
+        if self.framework:
+            sentences.append(f"It builds on {self.framework}.")
+        sentences.append(ENTRY[self.kind])
+        return {"id": self.celex, "title": self.title, "summary": " ".join(sentences)}
+
+
+class _Slots(dict[str, str]):
+    """The facts of an act; what is not among them is drawn anew at each use."""
+
+    def __init__(self, facts: Mapping[str, str], earlier: Sequence[str], rng: random.Random):
+        super().__init__(facts)
+        self.earlier = earlier
+        self.rng = rng
+
+    def __missing__(self, slot: str) -> str:
+        if slot.lower() == "cite":
+            return self.rng.choice(self.earlier)
+        return self.rng.choice(VARIED[slot])
+
+    def fill(self, template: str) -> str:
+        return template.format_map(self)
+
+
+def generate_sample(folder: Path, documents: int = 400, seed: int = 0) -> None:
+    """Write ``folder/parsed/`` (documents) and ``folder/instructions.jsonl`` (for fine-tuning).
+
+    ``documents`` readable records, all kinds of versions and duplicates counted, and on top one
+    that cannot be read for every 80 of them (at least one, at most five). About 5,000 characters
+    a record. The files are the same, byte for byte, for the same arguments.
+    """
+    if documents < 20:
+        raise ValueError(f"a sample needs at least 20 documents, not {documents}")
+    rng = random.Random(seed)
+    versions, reprints, copies = documents * 12 // 100, documents * 5 // 100, documents // 100 + 1
+    works = _works(documents - versions - reprints - copies, rng)
+    older = works[: len(works) * 3 // 4]
+    long_works = [act for act in older if len(act.lines) > 20]
+    consolidated = _consolidated(long_works, versions, rng)
+    reprinted = [_reprint(act, rng) for act in rng.choices(long_works, k=reprints)]
+    records = [act.record(rng) for act in (*works, *consolidated, *reprinted)]
+    records += [_copy(record, rng) for record in rng.sample(records, copies)]
+    rng.shuffle(records)
+    _write_parts(folder / "parsed", records, unreadable=max(1, min(5, documents // 80)))
+    with whole_file(folder / "instructions.jsonl") as aside:
+        aside.write_text(
+            "".join(_line(act.instruction()) for act in works if len(act.lines) > 1),
+            encoding="utf-8",
+        )
+
+
+def _works(count: int, rng: random.Random) -> list[Act]:
+    """Different acts in order of their dates; each cites only earlier ones of its area."""
+    span = (LAST_DAY - FIRST_DAY).days
+    # The square root makes recent years more frequent, as in life.
+    days = sorted(FIRST_DAY + timedelta(round(span * rng.random() ** 0.5)) for _ in range(count))
+    matters = [
+        (area, origin, adjective, thing)
+        for area in AREAS
+        for origin in ORIGINS
+        for adjective in area.adjectives
+        for thing in area.objects
+    ]
+    earlier: dict[Area, list[str]] = {area: [] for area in AREAS}
+    acts = []
+    for serial, (day, matter) in enumerate(zip(days, rng.sample(matters, count), strict=True)):
+        cited = earlier[matter[0]]
+        act = _write_act(serial, day, matter, cited, rng)
+        # Earlier acts of an area stay the more cited: one in three becomes citable.
+        if len(cited) < 2 or rng.random() < 0.33:
+            cited.append(act.number)
+        acts.append(act)
+    return acts
+
+
+def _write_act(
+    serial: int,
+    day: date,
+    matter: tuple[Area, str, str, str],
+    earlier: Sequence[str],
+    rng: random.Random,
+) -> Act:
+    area, origin, adjective, thing = matter
+    kind, activity = rng.choice(KINDS), rng.choice(list(DUTIES))
+    number = _number(kind, day.year, 100 + serial)
+    term = f"{origin} {adjective} {thing}"
+    facts = {
+        "activity": activity,
+        "term": term,
+        "objects": thing,
+        "adjective": adjective,
+        "actors": area.actors,
+        "Actors": area.actors.capitalize(),
+        "authority": area.authority,
+        "Authority": area.authority[0].upper() + area.authority[1:],
+        "kind": kind.capitalize(),
+        "duty": DUTIES[activity].format(term=term),
+    }
+    if not earlier:  # the first act of an area has nothing to cite but the Treaty
+        facts["cite"] = facts["Cite"] = "the Treaty"
+    slots = _Slots(facts, earlier, rng)
+    title = f"{number} of {_long(day)} on the {activity} of {term}"
+    head = (
+        f"{day.day}.{day.month}.{day.year}",
+        "EN",
+        "Official Journal (generated sample)",
+        f"L {rng.randint(1, 40)}/{rng.randint(1, 40)}",
+        title,
+    )
+    size = rng.choices((-1, 0, 1, 2, 4), weights=(3, 9, 28, 35, 25))[0]
+    return Act(
+        celex=f"3{day.year}{TYPE_LETTERS[kind]}{100 + serial:04}",
+        kind=kind,
+        number=number,
+        title=title,
+        day=day,
+        area=area,
+        facts=facts,
+        head=head,
+        lines=tuple(_body(kind, size, slots, earlier, rng)),
+        duty=facts["duty"],
+        framework=earlier[0] if earlier else None,
+        eurovoc=(activity, thing, *rng.sample(ORIGINS, 1)),
+    )
+
+
+def _body(
+    kind: str, size: int, slots: _Slots, earlier: Sequence[str], rng: random.Random
+) -> list[str]:
+    """The lines below the title. ``size`` -1 is a notice, 0 a short act, 4 a long one."""
+    if size < 0:
+        return [slots.fill("See {cite}.")]
+    name = kind.capitalize()
+    lines = ["Having regard to the Treaty,"]
+    if earlier:
+        lines.append(f"Having regard to {earlier[0]},")
+    lines.append("Whereas:")
+    recitals = _some(RECITALS, 2 + 4 * size, rng)
+    lines += [f"({n}) {slots.fill(recital)}" for n, recital in enumerate(recitals, 1)]
+    lines.append(f"HAS ADOPTED THIS {name.upper()}:")
+    articles: list[tuple[str, list[str]]] = [
+        (
+            "Subject matter and scope",
+            [slots.fill(f"This {name} lays down rules on the {{activity}} of {{term}}.")],
+        )
+    ]
+    if size:
+        chosen = _some(DEFINITIONS, 2 + size, rng)
+        definitions = [f"({n}) {slots.fill(item)}" for n, item in enumerate(chosen, 1)]
+        opening = f"For the purposes of this {name}, the following definitions apply:"
+        articles.append(("Definitions", [opening, *definitions]))
+    topics = list(ARTICLES)
+    for topic in [topics[0], *_some(topics[1:], 2 * size, rng)]:
+        templates = ARTICLES[topic]
+        chosen = _some(templates, len(templates) if size > 1 else 2, rng)
+        paragraphs = [f"{n}. {slots.fill(item)}" for n, item in enumerate(chosen, 1)]
+        articles.append((slots.fill(topic), paragraphs))
+    last_title, *last = LAST_ARTICLES[kind]
+    articles.append((last_title, [slots.fill(item) for item in last]))
+    for n, (title, paragraphs) in enumerate(articles, 1):
+        lines += [f"Article {n}", title, *paragraphs]
+    lines.append("Done at Brussels. For the Council, the President.")
+    if size and rng.random() < 0.3:
+        lines += _annex(rng.choice((4, 12, 20, 80)), slots, rng)
+    return lines
+
+
+def _some(items: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """At most ``count`` of the items, in their own order."""
+    chosen = sorted(rng.sample(range(len(items)), min(count, len(items))))
+    return [items[n] for n in chosen]
+
+
+def _annex(rows: int, slots: _Slots, rng: random.Random) -> list[str]:
+    """A table of figures, as annexes have; it costs more tokens a character than running text."""
+    table = [
+        f"{row} | 0.{rng.randint(1, 9)} | {10 * rng.randint(1, 9)} | {slots['share']}"
+        for row in range(1, rows + 1)
+    ]
+    header = slots.fill("Limit values for the {activity} of {term}")
+    return ["ANNEX", header, "No | limit | reference | tolerance", *table]
+
+
+def _consolidated(works: Sequence[Act], count: int, rng: random.Random) -> list[Act]:
+    """``count`` later versions of some acts, up to six of one, each amended a little more."""
+    versions: list[Act] = []
+    for act in rng.sample(works, len(works)):
+        for _ in range(rng.randint(1, 6)):
+            if len(versions) == count:
+                return versions
+            day = min(act.day + timedelta(rng.randint(120, 900)), LAST_DAY)
+            act = replace(
+                _amended(act, rng),
+                celex=f"0{act.celex[1:10]}-{day:%Y%m%d}",
+                day=day,
+                head=(f"Consolidated text: {act.title}", f"Version of {_long(day)}"),
+            )
+            versions.append(act)
+    return versions
+
+
+def _amended(act: Act, rng: random.Random) -> Act:
+    """The act with one of its paragraphs replaced."""
+    lines = list(act.lines)
+    numbered = [n for n, line in enumerate(lines) if re.match(r"\d+\. ", line)]
+    at = rng.choice(numbered)
+    added = _Slots(act.facts, [act.number], rng).fill(
+        "{Actors} shall inform {authority} of changes to {term} within {days}."
+    )
+    lines[at] = lines[at].split(" ", 1)[0] + " " + added
+    return replace(act, lines=tuple(lines))
+
+
+def _reprint(act: Act, rng: random.Random) -> Act:
+    """A near-duplicate under a number of its own: published again with one paragraph changed."""
+    serial = 5000 + rng.randint(0, 4000)
+    number = _number(act.kind, act.day.year, serial)
+    title = act.title.replace(act.number, number)
+    day = act.day + timedelta(rng.randint(5, 60))
+    return replace(
+        _amended(act, rng),
+        celex=f"3{act.day.year}{TYPE_LETTERS[act.kind]}{serial:04}",
+        number=number,
+        title=title,
+        day=day,
+        head=(*act.head[:-1], title),
+    )
+
+
+def _copy(record: Record, rng: random.Random) -> Record:
+    """An exact duplicate: the record delivered twice, or its text under another id."""
+    if rng.random() < 0.5:
+        return record
+    metadata = {key: value for key, value in record["metadata"].items() if key != "celex"}
+    return {**record, "id": f"copy-of-{record['id']}", "metadata": metadata}
+
+
+def _number(kind: str, year: int, serial: int) -> str:
+    """The number as cited: its form changed with the Union's name, and in 2015."""
+    name = kind.capitalize()
+    if year >= 2015:
+        return f"{name} (EU) {year}/{serial}"
+    short_year = year if year >= 1999 else year % 100
+    body = "EU" if year >= 2010 else "EC" if year >= 1994 else "EEC"
+    if kind == "regulation":
+        return f"{name} ({body}) No {serial}/{short_year}"
+    return f"{name} {short_year}/{serial}/{body}"
+
+
+def _long(day: date) -> str:
+    return f"{day.day} {day:%B} {day.year}"
+
+
+def _write_parts(parsed: Path, records: Sequence[Record], unreadable: int) -> None:
+    """The records over files of every format, with ``unreadable`` broken ones among them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    single, *rest = records
+    fourth = len(rest) // 4
+    lines = [
+        [_line(record).encode() for record in rest[n * fourth : (n + 1) * fourth]] for n in range(3)
+    ]
+    table = rest[3 * fourth :]
+
+    broken = _line(single)
+    damage = (
+        (0, broken[: len(broken) // 2].encode() + b"\n"),  # a line cut short
+        (0, _line({**single, "id": "32099R0001", "full_text": ""}).encode()),
+        (1, _line({**single, "id": "32099R0002", "full_text": 17}).encode()),
+        (2, broken.encode("utf-16-le").replace(b"\n\x00", b"\n")),  # not UTF-8
+        (1, b'["not", "an", "object"]\n'),
+    )
+    for part, line in damage[:unreadable]:
+        lines[part].insert(len(lines[part]) // 2, line)
+
+    packed = io.BytesIO()
+    with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as stream:
+        stream.write(b"".join(lines[1]))
+    contents = {
+        "part-00.jsonl": b"".join(lines[0]),
+        "part-01.jsonl.gz": packed.getvalue(),
+        "part-02.jsonl.zst": zstandard.ZstdCompressor(level=3).compress(b"".join(lines[2])),
+        "act-000.json": json.dumps(single, indent=1, ensure_ascii=False).encode(),
+    }
+    for name, content in contents.items():
+        with whole_file(parsed / name) as aside:
+            aside.write_bytes(content)
+    with whole_file(parsed / "part-03.parquet") as aside:
+        pq.write_table(pa.Table.from_pylist(table), aside, compression="zstd")
+
+
+def _line(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
