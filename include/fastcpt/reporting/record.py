@@ -1,0 +1,324 @@
+"""A run's record: one folder of small files that says what was run, on what, and what came of it.
+
+    home/runs/<run>/
+        run.json                  run, DAG, start and end, state, code version, package versions
+        recipe.yaml               the recipe with every default written out
+        plan.json                 what the plan promised
+        outputs/<task>.json       path and digest of what each task made
+        corpus_manifest.json      the corpus: funnel, tokens, shards
+        <training>/metrics.jsonl  the curves of each of TRAININGS
+        <training>/training.json  its totals
+        evaluation.json, evaluation_stage2.json, gate.json, gate_stage2.json, evaluation_sft.json
+        cost.json                 GPU hours and money
+        report.md, report.html    all of it to read (fastcpt.reporting.report)
+
+Tasks add files side by side, so each writes its own and none is shared. Every file appears whole,
+and adding it again replaces it: a task that is tried again leaves the record as if tried once.
+A run that fails half-way has the files it got to; whoever reads a record takes what is there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
+from fastcpt.recipe import Recipe
+
+# In the order they run; each has a folder of its name in the record.
+TRAININGS = ("train_cpt", "train_cpt_stage2", "train_sft")
+REPOSITORY = Path(__file__).resolve().parents[3]
+# The packages that what a run makes depends on; the cluster's own are in training.json.
+PACKAGES = ("apache-airflow", "numpy", "pyarrow", "pydantic", "tokenizers", "zstandard")
+
+
+def record_folder(home: Path, run: str) -> Path:
+    """The folder of the record of ``run`` (an Airflow run id); not created."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", run)
+    if not name.strip("."):
+        raise ValueError(f"'{run}' cannot name the record of a run")
+    return home / "runs" / name
+
+
+def open_record(home: Path, run: str, dag: str, recipe: Recipe) -> Path:
+    """Begin the record of a run, or find it again: its first start stays, its end is taken back."""
+    record = record_folder(home, run)
+    facts = read(record, "run.json")
+    write_json(
+        record / "run.json",
+        {
+            "run": run,
+            "dag": dag,
+            "started": facts.get("started") or _now(),
+            "code": code_version(REPOSITORY),
+            "packages": package_versions(),
+        },
+    )
+    with whole_file(record / "recipe.yaml") as aside:
+        aside.write_text(recipe.to_yaml(), encoding="utf-8")
+    return record
+
+
+def add(record: Path, name: str, content: Any) -> Path:
+    """Put a file into the record under ``name`` (``"train_cpt/metrics.jsonl"``), whole.
+
+    ``content`` is a file to copy (``Path``) or what to write as JSON.
+    """
+    if isinstance(content, Path):
+        with whole_file(record / name) as aside:
+            shutil.copyfile(content, aside)
+    else:
+        write_json(record / name, content)
+    return record / name
+
+
+def add_output(record: Path, task: str, facts: Mapping[str, Any]) -> Path:
+    """Note what a task made: ``facts`` as it returned them, ``path`` and ``digest`` among them."""
+    return add(record, f"outputs/{task}.json", dict(facts))
+
+
+def add_cost(record: Path, gpus: int, price_per_gpu_hour: float | None) -> dict[str, Any]:
+    """Write ``cost.json``: GPU hours of the trainings so far and, at a known price, USD.
+
+    Only the trainings' own seconds count, not the waiting of a rented host between them.
+    """
+    seconds = {
+        training: read(record, f"{training}/training.json").get("seconds", 0.0)
+        for training in TRAININGS
+    }
+    gpu_hours = sum(seconds.values()) * gpus / 3600
+    cost = {
+        "gpus": gpus,
+        "seconds": seconds,
+        "gpu_hours": gpu_hours,
+        "price_per_gpu_hour": price_per_gpu_hour,
+        "cost": None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour,
+    }
+    add(record, "cost.json", cost)
+    return cost
+
+
+def close_record(record: Path, state: str) -> None:
+    """Note the end of the run; ``state`` is Airflow's word for it (``success``, ``failed``)."""
+    write_json(record / "run.json", {**read(record, "run.json"), "ended": _now(), "state": state})
+
+
+def read(record: Path, name: str) -> dict[str, Any]:
+    """A JSON object of the record; empty where the run has not got to it."""
+    try:
+        content: dict[str, Any] = read_json(record / name)
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+def recipe_of(record: Path) -> dict[str, Any]:
+    """The recipe as plain sections. Not validated: old records outlive changes of the format."""
+    try:
+        content: dict[str, Any] = yaml.safe_load((record / "recipe.yaml").read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    return content
+
+
+def summary(record: Path) -> dict[str, Any]:
+    """What a run came to, for a person or a program; None for what it did not get to.
+
+    Times in seconds, cost in USD, ``citation_accuracy`` and ``rouge_l`` as the evaluation gives
+    them (value, low, high). ``perplexity`` is that of the last evaluation.
+    """
+    run, manifest, cost = read(record, "run.json"), read(record, "corpus_manifest.json"), {}
+    cost = read(record, "cost.json")
+    first = (manifest.get("funnel") or [{}])[0]
+    gate = read(record, "gate_stage2.json") or read(record, "gate.json")
+    sft = read(record, "evaluation_sft.json")
+    return {
+        "run": run.get("run"),
+        "dag": run.get("dag"),
+        "recipe": recipe_of(record).get("name"),
+        "state": run.get("state"),
+        "seconds": _seconds(run),
+        "code": run.get("code"),
+        "documents_seen": first.get("documents"),
+        "documents_kept": manifest.get("documents"),
+        "tokens_seen": first.get("tokens"),
+        "tokens_kept": manifest.get("tokens"),
+        "steps": {
+            training: totals["steps"]
+            for training in TRAININGS
+            if (totals := read(record, f"{training}/training.json"))
+        },
+        "perplexity": gate.get("value"),
+        "base_perplexity": gate.get("base_value"),
+        "threshold": gate.get("threshold"),
+        "validation_set": gate.get("validation_set"),
+        "gate": gate.get("decision"),
+        "branch": _branch(record),
+        "rouge_l": sft.get("rouge_l"),
+        "citation_accuracy": sft.get("citation_accuracy"),
+        "gpu_hours": cost.get("gpu_hours"),
+        "cost": cost.get("cost"),
+        "planned": planned(record),
+        "model": read(record, "outputs/publish.json").get("path"),
+        "record": str(record),
+    }
+
+
+def planned(record: Path) -> dict[str, Any] | None:
+    """Hours and cost the plan promised, each ``[low, high]``; None without a plan."""
+    plan = read(record, "plan.json")
+    if not plan:
+        return None
+    return {"hours": _range(plan.get("hours")), "cost": _range(plan.get("cost"))}
+
+
+def summary_text(record: Path) -> str:
+    """The summary as it is printed at the end of a run: a line a subject, none left empty."""
+    facts = summary(record)
+    lines = [("recipe", f"{facts['recipe']}, code {facts['code']}")]
+    if facts["tokens_kept"] is not None:
+        seen, kept = facts["tokens_seen"], facts["tokens_kept"]
+        of_seen = f" of {seen:,}" if seen is not None else ""
+        documents = f"{facts['documents_kept']:,}"
+        if facts["documents_seen"] is not None:
+            documents += f" of {facts['documents_seen']:,}"
+        lines.append(("corpus", f"{kept:,}{of_seen} tokens kept, {documents} documents"))
+    if facts["steps"]:
+        steps = [f"{name} {count:,}" for name, count in facts["steps"].items()]
+        lines.append(("steps", ", ".join(steps)))
+    if facts["perplexity"] is not None:
+        lines.append(("perplexity", _perplexity_line(facts)))
+    if facts["branch"]:
+        lines.append(("branch", facts["branch"]))
+    if facts["rouge_l"]:
+        lines.append(("ROUGE-L", interval(facts["rouge_l"])))
+    if facts["citation_accuracy"]:
+        lines.append(("citations", f"{interval(facts['citation_accuracy'], percent=True)} right"))
+    if facts["seconds"] is not None:
+        lines.append(("time", _time_line(facts)))
+    if facts["gpu_hours"] is not None:
+        lines.append(("GPUs", _cost_line(facts)))
+    if facts["model"]:
+        lines.append(("model", facts["model"]))
+    lines.append(("record", facts["record"]))
+    title = f"Fast CPT run {facts['run']}: {facts['state'] or 'not ended'}"
+    return "\n".join([title, *(f"  {name:<11}{value}" for name, value in lines)])
+
+
+def code_version(repository: Path) -> str:
+    """``git describe`` of the code, or a digest of its files where there is no git history."""
+    command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--tags"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=True)
+        return described.stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        files = sorted(
+            path
+            for folder in ("dags", "plugins", "include")
+            for path in (repository / folder).rglob("*")
+            if path.suffix in {".py", ".sh", ".yaml", ".json"}
+        )
+        contents = [[str(path.relative_to(repository)), sha256_of_file(path)] for path in files]
+        return f"files-{digest_of(contents)}"
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of PACKAGES installed here."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def interval(figure: Mapping[str, Any], percent: bool = False) -> str:
+    """``0.612 (0.587 to 0.640)``: a figure with its confidence interval where it has one."""
+
+    def text(value: float) -> str:
+        return f"{100 * value:.1f} %" if percent else f"{value:.3f}"
+
+    low, high = figure.get("low"), figure.get("high")
+    if figure.get("value") is None:
+        return "none counted"
+    bounds = "" if low is None or high is None else f" ({text(low)} to {text(high)})"
+    return text(figure["value"]) + bounds
+
+
+def duration(seconds: float) -> str:
+    """``3 h 05 min``, ``4 min 09 s`` or ``12 s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
+
+
+def span(bounds: Any, unit: str = "", prefix: str = "") -> str:
+    """``4.2 to 5.1 h``; one number where low and high read the same."""
+    low, high = (f"{prefix}{value:,.2f}" for value in bounds)
+    return (low if low == high else f"{low} to {high}") + unit
+
+
+def _branch(record: Path) -> str | None:
+    """The way the run took at its gates, in words."""
+    gate, second = read(record, "gate.json"), read(record, "gate_stage2.json")
+    if not gate:
+        return None
+    if gate["passed"]:
+        return "fine-tuning after stage 1"
+    if not second:
+        return "stage 2"
+    return "fine-tuning after stage 2" if second["passed"] else "ended at the gate after stage 2"
+
+
+def _perplexity_line(facts: Mapping[str, Any]) -> str:
+    base = facts["base_perplexity"]
+    of_base = f", base model {base:,.2f}" if base is not None else ""
+    relation = "below" if facts["gate"] == "pass" else "not below"
+    return (
+        f"{facts['perplexity']:,.2f}{of_base}; {relation} the gate's {facts['threshold']:g} "
+        f"({facts['validation_set']} validation set)"
+    )
+
+
+def _time_line(facts: Mapping[str, Any]) -> str:
+    promised = (facts["planned"] or {}).get("hours")
+    return duration(facts["seconds"]) + (f"; planned {span(promised, ' h')}" if promised else "")
+
+
+def _cost_line(facts: Mapping[str, Any]) -> str:
+    promised = (facts["planned"] or {}).get("cost")
+    cost = "" if facts["cost"] is None else f", ${facts['cost']:,.2f}"
+    planned_cost = f"; planned {span(promised, prefix='$')}" if promised else ""
+    return f"{facts['gpu_hours']:,.2f} GPU hours of training{cost}{planned_cost}"
+
+
+def _range(value: Any) -> list[float] | None:
+    """A plan's figure as ``[low, high]``, whether it is a number, a pair or a mapping."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        value = [value["low"], value["high"]]
+    low, high = value if isinstance(value, list | tuple) else (value, value)
+    return [float(low), float(high)] if math.isfinite(low) and math.isfinite(high) else None
+
+
+def _seconds(run: Mapping[str, Any]) -> float | None:
+    if not run.get("ended"):
+        return None
+    ended, started = (datetime.fromisoformat(run[key]) for key in ("ended", "started"))
+    return (ended - started).total_seconds()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,375 @@
+"""The report of a run: ``report.md`` and ``report.html`` from what its record holds.
+
+A report is a list of sections (words, tables, pictures) put together once and written twice. The
+page needs no other file and no network: pictures are SVG inside it. Everything a user or a corpus
+can have put into the record is escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fastcpt.files import whole_file
+from fastcpt.reporting import pictures
+from fastcpt.reporting.record import (
+    TRAININGS,
+    duration,
+    interval,
+    planned,
+    read,
+    recipe_of,
+    span,
+    summary,
+    summary_text,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    name: str  # of its file beside report.md
+    svg: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Text shown as it is."""
+
+    text: str
+
+
+Part = str | Table | Picture | Listing
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    parts: Sequence[Part]
+
+
+def write_report(record: Path) -> Path:
+    """Write ``report.html`` and ``report.md`` (with its pictures) into the record.
+
+    Takes what is there: the report of a run that failed early is short. Returns the page.
+    """
+    title = f"Fast CPT run {record.name}"
+    sections = [section for section in _sections(record) if section.parts]
+    for section in sections:
+        for part in section.parts:
+            if isinstance(part, Picture):
+                _write(record / f"{part.name}.svg", part.svg)
+    _write(record / "report.md", _markdown(title, sections))
+    _write(record / "report.html", _html(title, sections))
+    return record / "report.html"
+
+
+def _sections(record: Path) -> list[Section]:
+    return [
+        Section("Summary", [Listing(summary_text(record))]),
+        Section("Perplexity and the gate", _perplexity(record)),
+        Section("Training", _training(record)),
+        Section("Fine-tuning", _fine_tuning(record)),
+        Section("Corpus", _corpus(record)),
+        Section("Plan and what it took", _plan(record)),
+        Section("The published claim beside this run", _claim(record)),
+        Section("Outputs", _outputs(record)),
+        Section("Versions", _versions(record)),
+        Section("Recipe", _recipe(record)),
+    ]
+
+
+def _perplexity(record: Path) -> list[Part]:
+    rows, bars = [], {}
+    for file, stage in (("evaluation.json", "stage 1"), ("evaluation_stage2.json", "stage 2")):
+        evaluation = read(record, file)
+        for name in ("random", "newest"):
+            figures = evaluation.get(name)
+            if figures is None and evaluation.get("validation_set") == name:
+                figures = evaluation
+            for who, label in (("base", "base model"), ("model", f"after {stage}")):
+                of_model = (figures or {}).get(who)
+                if not of_model or (who == "base" and stage == "stage 2"):
+                    continue
+                rows.append(
+                    (
+                        name,
+                        label,
+                        _number(of_model.get("perplexity"), 2),
+                        _number(of_model.get("bits_per_byte"), 3),
+                        _number(of_model.get("tokens")),
+                    )
+                )
+                bars[f"{name}: {label}"] = of_model.get("perplexity")
+    if not rows:
+        return []
+    parts: list[Part] = []
+    for file in ("gate.json", "gate_stage2.json"):
+        gate = read(record, file)
+        if gate:
+            relation = "below" if gate["passed"] else "not below"
+            parts.append(
+                f"{file.removesuffix('.json')}: {gate['value']:,.2f} on the "
+                f"{gate['validation_set']} validation set is {relation} {gate['threshold']:g}: "
+                f"{gate['decision']}."
+            )
+    threshold = read(record, "gate.json").get("threshold")
+    picture = pictures.perplexities(bars, threshold) if threshold else None
+    if picture:
+        parts.append(Picture("perplexity", picture))
+    header = ("validation set", "model", "perplexity", "bits per byte", "tokens counted")
+    return [*parts, Table(header, rows)]
+
+
+def _training(record: Path) -> list[Part]:
+    metrics = {
+        training: record / training / "metrics.jsonl"
+        for training in TRAININGS
+        if (record / training / "metrics.jsonl").is_file()
+    }
+    rows = []
+    for training in TRAININGS:
+        totals = read(record, f"{training}/training.json")
+        if totals:
+            rows.append(
+                (
+                    training,
+                    _number(totals.get("steps")),
+                    _number(totals.get("tokens")),
+                    duration(totals["seconds"]) if "seconds" in totals else "",
+                    _number(totals.get("tokens_per_s_per_gpu")),
+                    _number(totals.get("final_loss"), 3),
+                    _number(totals.get("peak_memory_gb"), 1),
+                    _number(totals.get("skipped_steps")),
+                )
+            )
+    parts: list[Part] = []
+    curve = pictures.curves(metrics)
+    if curve:
+        parts.append(Picture("training", curve))
+    if rows:
+        header = (
+            "training", "steps", "tokens", "time", "tokens/s a GPU", "final loss",
+            "peak memory (GB)", "skipped steps",
+        )  # fmt: skip
+        parts.append(Table(header, rows))
+    return parts
+
+
+def _fine_tuning(record: Path) -> list[Part]:
+    evaluation = read(record, "evaluation_sft.json")
+    if not evaluation:
+        return []
+    rows = [("ROUGE-L", interval(evaluation["rouge_l"]))]
+    citations = evaluation["citation_accuracy"]
+    counted = citations.get("counted")
+    rows.append(
+        (
+            "citation accuracy",
+            interval(citations, percent=True)
+            + (f", {counted:,} citations counted" if counted is not None else ""),
+        )
+    )
+    rows.append(("held-out instructions", _number(evaluation.get("examples"))))
+    parts: list[Part] = [Table(("figure", "value (95 % interval)"), rows)]
+    for sample in evaluation.get("samples", [])[:3]:
+        texts = [f"{key}: {value}" for key, value in sample.items()]
+        parts.append(Listing("\n".join(texts)))
+    return parts
+
+
+def _corpus(record: Path) -> list[Part]:
+    manifest = read(record, "corpus_manifest.json")
+    if not manifest:
+        return []
+    parts: list[Part] = []
+    funnel = manifest.get("funnel") or []
+    if funnel:
+        keys = list(dict.fromkeys(key for row in funnel for key in row))
+        header = [key.replace("_", " ") for key in keys]
+        parts.append(Table(header, [[_cell(row.get(key)) for key in keys] for row in funnel]))
+    facts = [
+        ("tokens for training", _number(manifest.get("tokens"))),
+        ("documents", _number(manifest.get("documents"))),
+        ("tokens a sequence", _number(manifest.get("max_seq_length"))),
+        ("shards", _number(len(manifest.get("shards", [])))),
+        ("padding", _percent(manifest.get("padding_share"))),
+        ("bytes a token", _number(manifest.get("bytes_per_token"), 2)),
+    ]
+    parts.append(Table(("corpus", ""), [fact for fact in facts if fact[1]]))
+    return parts
+
+
+def _plan(record: Path) -> list[Part]:
+    plan, cost = read(record, "plan.json"), read(record, "cost.json")
+    promised = planned(record)
+    if not plan or not promised:
+        return []
+    totals = read(record, "train_cpt/training.json")
+    memory = plan.get("memory_gb")
+    if isinstance(memory, Mapping):
+        memory = memory.get("total")
+    hours = f"{totals['seconds'] / 3600:,.2f} h" if "seconds" in totals else ""
+    money = cost.get("cost")
+    rows = [
+        ("time of train_cpt", span(promised["hours"], " h") if promised["hours"] else "", hours),
+        ("tokens", _number(plan.get("tokens")), _number(totals.get("tokens"))),
+        ("memory a GPU (GB)", _number(memory, 1), _number(totals.get("peak_memory_gb"), 1)),
+        (
+            "cost",
+            span(promised["cost"], prefix="$") if promised["cost"] else "",
+            "" if money is None else f"${money:,.2f}",
+        ),
+    ]
+    return [Table(("", "plan", "this run"), [row for row in rows if row[1] or row[2]])]
+
+
+def _claim(record: Path) -> list[Part]:
+    claim = recipe_of(record).get("claim")
+    if not claim:
+        return []
+    facts = summary(record)
+    promised = facts["planned"] or {}
+    took = sum(read(record, "cost.json").get("seconds", {}).values())
+    quality = ""
+    if facts["perplexity"] is not None:
+        quality = f"perplexity {facts['perplexity']:,.2f}"
+        if facts["base_perplexity"] is not None:
+            quality += f", base model {facts['base_perplexity']:,.2f}"
+    rows = [
+        (
+            "time",
+            f"{claim['hours']} h",
+            span(promised["hours"], " h") if promised.get("hours") else "",
+            f"{took / 3600:,.2f} h" if took else "",
+        ),
+        (
+            "cost",
+            claim["cost"],
+            span(promised["cost"], prefix="$") if promised.get("cost") else "",
+            "" if facts["cost"] is None else f"${facts['cost']:,.2f}",
+        ),
+        ("quality", claim["quality"], "", quality),
+    ]
+    words = (
+        "The claim is the published guide's, for the full run's quality as 100 %. It is repeated "
+        "here for comparison only; plan and run are this project's own figures."
+    )
+    return [words, Table(("", "published claim", "plan", "this run"), rows)]
+
+
+def _outputs(record: Path) -> list[Part]:
+    rows = []
+    for file in sorted((record / "outputs").glob("*.json")):
+        output = read(record, f"outputs/{file.name}")
+        reused = "found again" if output.get("reused") else "made in this run"
+        rows.append((file.stem, _cell(output.get("digest")), reused, _cell(output.get("path"))))
+    return [Table(("task", "digest", "", "path"), rows)] if rows else []
+
+
+def _versions(record: Path) -> list[Part]:
+    run = read(record, "run.json")
+    versions = {"code": run.get("code"), **run.get("packages", {})}
+    rows = [(name, _cell(version)) for name, version in versions.items() if version]
+    return [Table(("", "version"), rows)] if rows else []
+
+
+def _recipe(record: Path) -> list[Part]:
+    file = record / "recipe.yaml"
+    return [Listing(file.read_text("utf-8").rstrip())] if file.is_file() else []
+
+
+def _number(value: Any, digits: int = 0) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _markdown(title: str, sections: Sequence[Section]) -> str:
+    lines = [f"# {title}"]
+    for section in sections:
+        lines.append(f"## {section.title}")
+        for part in section.parts:
+            match part:
+                case Table(header, rows):
+                    table = [header, ["---"] * len(header), *rows]
+                    lines.append("\n".join(_markdown_row(row) for row in table))
+                case Picture(name, _):
+                    lines.append(f"![{section.title}]({name}.svg)")
+                case Listing(text):
+                    # Indented, so that no text can end the block.
+                    lines.append("\n".join(f"    {line}" for line in text.splitlines()))
+                case str(words):
+                    lines.append(escape(words, quote=False))
+    return "\n\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    texts = (escape(cell, quote=False).replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(texts)} |"
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b2433; background: #fff; margin: 2rem auto;
+  max-width: 60rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dbe5; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #e3e7ee; text-align: left; }
+th { font-weight: 600; background: #f3f6fa; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { background: #f6f8fb; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+svg { max-width: 100%; height: auto; }
+"""
+
+
+def _html(title: str, sections: Sequence[Section]) -> str:
+    body = [f"<h1>{escape(title)}</h1>"]
+    for section in sections:
+        body.append(f"<h2>{escape(section.title)}</h2>")
+        for part in section.parts:
+            match part:
+                case Table(header, rows):
+                    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+                    lines = "\n".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in rows)
+                    body.append(f"<table><thead><tr>{head}</tr></thead>\n{lines}</table>")
+                case Picture(_, svg):
+                    body.append(svg)
+                case Listing(text):
+                    body.append(f"<pre>{escape(text)}</pre>")
+                case str(words):
+                    body.append(f"<p>{escape(words)}</p>")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+def _html_cell(cell: str) -> str:
+    is_number = bool(cell) and not cell.strip("$0123456789,.% ")
+    return f'<td class="number">{escape(cell)}</td>' if is_number else f"<td>{escape(cell)}</td>"
+
+
+def _write(path: Path, text: str) -> None:
+    with whole_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")

@@ -1,0 +1,156 @@
+"""The record of a run: whole files, and a summary that says what a user asks first."""
+
+import re
+import subprocess
+
+import pytest
+
+from fastcpt.files import read_json, write_json
+from fastcpt.recipe import load_recipe
+from fastcpt.reporting import record as records
+
+RUN = "manual__2026-11-23T01:00:00+00:00"
+
+
+def test_a_run_id_becomes_one_folder_below_runs(home):
+    folder = records.record_folder(home, RUN)
+    assert folder == home / "runs" / "manual__2026-11-23T01-00-00-00-00"
+    assert records.record_folder(home, "../../etc").parent == home / "runs"
+    for name in ("", ".", ".."):
+        with pytest.raises(ValueError, match="cannot name the record"):
+            records.record_folder(home, name)
+
+
+def test_a_record_opens_with_recipe_code_and_versions(home):
+    recipe = load_recipe("sample")
+    record = records.open_record(home, RUN, "fast_cpt", recipe)
+    run = read_json(record / "run.json")
+    assert (run["run"], run["dag"]) == (RUN, "fast_cpt")
+    assert run["code"]
+    assert re.match(r"\d+\.", run["packages"]["pyarrow"])
+    assert load_recipe(record / "recipe.yaml") == recipe
+
+
+def test_opening_again_keeps_the_start_and_takes_back_the_end(home):
+    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    write_json(record / "run.json", {**read_json(record / "run.json"), "started": "2026-01-01"})
+    records.close_record(record, "failed")
+    records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    run = read_json(record / "run.json")
+    assert run["started"] == "2026-01-01"
+    assert "state" not in run
+
+
+def test_adding_a_file_again_replaces_it(home, tmp_path):
+    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    source = tmp_path / "metrics.jsonl"
+    for content in ('{"step": 1}\n', '{"step": 2}\n'):
+        source.write_text(content)
+        records.add(record, "train_cpt/metrics.jsonl", source)
+    assert (record / "train_cpt/metrics.jsonl").read_text() == '{"step": 2}\n'
+    assert [path.name for path in (record / "train_cpt").iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_summary_of_a_finished_run(finished):
+    facts = records.summary(finished)
+    assert facts["state"] == "success"
+    assert (facts["documents_seen"], facts["documents_kept"]) == (405, 320)
+    assert (facts["tokens_seen"], facts["tokens_kept"]) == (402_000, 376_000)
+    assert facts["steps"] == {"train_cpt": 60, "train_cpt_stage2": 60, "train_sft": 60}
+    assert (facts["perplexity"], facts["base_perplexity"]) == (11.25, 2081.0)
+    assert facts["branch"] == "fine-tuning after stage 2"
+    # 5400 + 1800 + 450 seconds on four GPUs are 8.5 GPU hours, at $4 an hour $34.
+    assert facts["gpu_hours"] == pytest.approx(8.5)
+    assert facts["cost"] == pytest.approx(34.0)
+    assert facts["planned"] == {"hours": [75.5, 140.0], "cost": [1208.0, 2240.0]}
+    assert facts["model"] == "/data/models/fast"
+
+
+def test_the_summary_as_it_is_printed(finished):
+    run = read_json(finished / "run.json")
+    times = {"started": "2026-11-23T01:00:00+00:00", "ended": "2026-11-23T03:20:05+00:00"}
+    write_json(finished / "run.json", {**run, "code": "v1.0", **times})
+    assert records.summary_text(finished).splitlines() == [
+        "Fast CPT run manual__2026-11-23T01:00:00+00:00: success",
+        "  recipe     cpt_config_fast, code v1.0",
+        "  corpus     376,000 of 402,000 tokens kept, 320 of 405 documents",
+        "  steps      train_cpt 60, train_cpt_stage2 60, train_sft 60",
+        "  perplexity 11.25, base model 2,081.00; below the gate's 18 (random validation set)",
+        "  branch     fine-tuning after stage 2",
+        "  ROUGE-L    0.612 (0.587 to 0.640)",
+        "  citations  41.0 % (30.0 % to 52.0 %) right",
+        "  time       2 h 20 min; planned 75.50 to 140.00 h",
+        "  GPUs       8.50 GPU hours of training, $34.00; planned $1,208.00 to $2,240.00",
+        "  model      /data/models/fast",
+        f"  record     {finished}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "branch"),
+    [
+        (None, None, None),
+        (True, None, "fine-tuning after stage 1"),
+        (False, None, "stage 2"),
+        (False, True, "fine-tuning after stage 2"),
+        (False, False, "ended at the gate after stage 2"),
+    ],
+)
+def test_the_branch_in_words(home, first, second, branch):
+    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    for name, passed in (("gate.json", first), ("gate_stage2.json", second)):
+        if passed is not None:
+            records.add(record, name, {"passed": passed})
+    assert records.summary(record)["branch"] == branch
+
+
+def test_a_run_that_failed_early_has_a_summary_too(home):
+    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    records.close_record(record, "failed")
+    text = records.summary_text(record)
+    assert "failed" in text
+    assert str(record) in text
+    assert "None" not in text
+    assert "perplexity" not in text
+
+
+def test_the_cost_of_a_run_without_a_price_is_unknown_not_free(home):
+    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    records.add(record, "train_cpt/training.json", {"steps": 1, "seconds": 3600.0})
+    cost = records.add_cost(record, gpus=2, price_per_gpu_hour=None)
+    assert cost["gpu_hours"] == 2.0
+    assert cost["cost"] is None
+    assert "$" not in records.summary_text(record)
+
+
+def test_code_without_a_git_history_is_named_by_its_content(tmp_path):
+    (tmp_path / "include").mkdir()
+    source = tmp_path / "include" / "one.py"
+    source.write_text("x = 1\n")
+    before = records.code_version(tmp_path)
+    source.write_text("x = 2\n")
+    after = records.code_version(tmp_path)
+    assert before.startswith("files-")
+    assert before != after
+
+
+def test_code_with_a_git_history_is_named_by_its_commit(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "one.py").write_text("x = 1\n")
+    git("add", "one.py")
+    git("commit", "-qm", "first")
+    assert records.code_version(tmp_path) == git("rev-parse", "--short", "HEAD")
+    (tmp_path / "one.py").write_text("x = 2\n")
+    assert records.code_version(tmp_path).endswith("-dirty")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(11.6, "12 s"), (249, "4 min 09 s"), (11_130, "3 h 05 min")]
+)
+def test_durations_read_as_people_say_them(seconds, text):
+    assert records.duration(seconds) == text

@@ -1,0 +1,92 @@
+"""The report: complete, self-contained, and safe whatever the record holds."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+
+from fastcpt.recipe import load_recipe
+from fastcpt.reporting import record as records
+from fastcpt.reporting.report import write_report
+
+
+@pytest.fixture
+def page(finished):
+    return write_report(finished).read_text()
+
+
+def test_the_page_has_every_section(page):
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        "Summary",
+        "Perplexity and the gate",
+        "Training",
+        "Fine-tuning",
+        "Corpus",
+        "Plan and what it took",
+        "The published claim beside this run",
+        "Outputs",
+        "Versions",
+        "Recipe",
+    ]
+
+
+def test_the_page_needs_nothing_else(page):
+    links = []
+
+    class Tags(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            links.extend(value for name, value in attrs if name in ("src", "href", "xlink:href"))
+            assert tag not in ("script", "link", "iframe", "img")
+
+    Tags().feed(page)
+    # Inside a picture, marks refer to shapes of the same picture.
+    assert all(link.startswith("#") for link in links)
+    assert "url(http" not in page
+    assert page.count("<svg") == 2
+
+
+def test_figures_are_in_page_and_markdown(finished, page):
+    markdown = (finished / "report.md").read_text()
+    for figure in ("2,081.00", "11.25", "21.50", "402,000", "1.04", "0.612 (0.587 to 0.640)"):
+        assert figure in page
+        assert figure in markdown
+    assert "gate_stage2: 11.25 on the random validation set is below 18: pass." in page
+    # Claim, plan and the run's own side by side: 5400 + 1800 + 450 s are 2.125 h.
+    assert "| time | 4-6 h | 75.50 to 140.00 h | 2.12 h |" in markdown
+    assert "| cost | $180 | $1,208.00 to $2,240.00 | $34.00 |" in markdown
+    assert "| memory a GPU (GB) | 151.2 | 61.2 |" in markdown
+
+
+def test_markdown_shows_its_pictures(finished, page):
+    names = re.findall(r"!\[.*?\]\((.*?)\)", (finished / "report.md").read_text())
+    assert names == ["perplexity.svg", "training.svg"]
+    for name in names:
+        assert ElementTree.parse(finished / name).getroot().tag.endswith("svg")
+
+
+def test_what_a_record_holds_is_shown_not_run(finished):
+    hostile = "<script>alert(1)</script>| `x` \n# heading"
+    sft = records.read(finished, "evaluation_sft.json")
+    records.add(finished, "evaluation_sft.json", {**sft, "samples": [{"prompt": hostile}]})
+    records.add_output(finished, "build", {"path": hostile, "digest": hostile})
+    page = write_report(finished).read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    markdown = (finished / "report.md").read_text()
+    rows = [line for line in markdown.splitlines() if line.startswith("| build")]
+    assert len(rows) == 1
+    assert "<script" not in rows[0]
+    assert "\n# heading" not in markdown
+
+
+def test_a_run_that_failed_early_gets_a_report(home):
+    record = records.open_record(home, "early", "fast_cpt", load_recipe("sample"))
+    records.close_record(record, "failed")
+    page = write_report(record).read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["Summary", "Versions", "Recipe"]
+    assert ">None<" not in page
+
+
+def test_writing_again_gives_the_same_page(finished, page):
+    assert write_report(finished).read_text() == page
