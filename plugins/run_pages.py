@@ -1,0 +1,156 @@
+"""Run records in Airflow's UI: a list of them, the report of each, and a link on every task.
+
+The pages are a FastAPI app inside Airflow's own API server, and reading them takes what reading
+the DAG's runs takes: the same login, the same permission. They are static HTML, and their content
+security policy allows no script, whatever a record may hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import urlsplit
+
+from airflow.configuration import conf
+from airflow.plugins_manager import AirflowPlugin
+from airflow.sdk import BaseOperatorLink
+
+from fastcpt.reporting.record import read, record_folder, summary, summary_text
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+DAG = "fast_cpt"
+HOME = Path(os.environ.get("FASTCPT_HOME") or Path(__file__).resolve().parents[1] / ".fastcpt")
+PREFIX = "/fast-cpt-runs"
+# Airflow may be served below a path; links of the UI need it.
+ROOT = urlsplit(conf.get("api", "base_url", fallback="/")).path.rstrip("/")
+SECURITY = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "frame-ancestors 'self'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b2433; background: #fff; margin: 2rem; }
+table { border-collapse: collapse; }
+th, td { padding: .4rem 1rem .4rem 0; border-bottom: 1px solid #e3e7ee; text-align: left; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+.failed { color: #b3372f; }
+.success { color: #2b7a3d; }
+"""
+
+
+def records(home: Path) -> dict[str, Path]:
+    """Every run record by the name of its folder, the newest first."""
+    runs = home / "runs"
+    if not runs.is_dir():
+        return {}
+    folders = [path for path in runs.iterdir() if path.is_dir() and not path.is_symlink()]
+    folders.sort(key=lambda path: read(path, "run.json").get("started", ""), reverse=True)
+    return {path.name: path for path in folders}
+
+
+def list_page(home: Path) -> str:
+    """The table of all records. Links are relative: the page works under any prefix."""
+    rows = []
+    for name, record in records(home).items():
+        facts, run = summary(record), read(record, "run.json")
+        state = facts["state"] or "not ended"
+        started = run.get("started", "")[:16].replace("T", " ")
+        perplexity = "" if facts["perplexity"] is None else f"{facts['perplexity']:,.2f}"
+        base = "" if facts["base_perplexity"] is None else f"{facts['base_perplexity']:,.2f}"
+        rows.append(
+            f'<tr><td><a href="run/{escape(name)}">{escape(facts["run"] or name)}</a></td>'
+            f"<td>{escape(started)}</td><td>{escape(facts['recipe'] or '')}</td>"
+            f'<td class="{escape(state)}">{escape(state)}</td><td class="number">{perplexity}</td>'
+            f'<td class="number">{base}</td><td>{escape(facts["branch"] or "")}</td></tr>'
+        )
+    if not rows:
+        return _page("Fast CPT runs", "<p>No run has left a record yet.</p>")
+    header = (
+        "<tr><th>run</th><th>started (UTC)</th><th>recipe</th><th>state</th>"
+        '<th class="number">perplexity</th><th class="number">base model</th><th>branch</th></tr>'
+    )
+    return _page("Fast CPT runs", f"<table>{header}{''.join(rows)}</table>")
+
+
+def run_page(record: Path) -> str:
+    """The report of one run; before it is written, the summary of what is known."""
+    report = record / "report.html"
+    if report.is_file():
+        return report.read_text("utf-8")
+    body = f"<p>The report comes at the end.</p><pre>{escape(summary_text(record))}</pre>"
+    return _page(f"Fast CPT run {record.name}", body)
+
+
+def app(home: Path) -> FastAPI:
+    """The pages, behind Airflow's login and the permission to read the DAG's runs."""
+    # Workers and the scheduler load this module too, and serve no pages.
+    from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
+    from airflow.api_fastapi.core_api.security import requires_access_dag
+    from fastapi import Depends, FastAPI, HTTPException
+    from fastapi.responses import HTMLResponse
+
+    may_read = requires_access_dag("GET", DagAccessEntity.RUN, param_dag_id=DAG)
+    pages = FastAPI(
+        dependencies=[Depends(may_read)], openapi_url=None, docs_url=None, redoc_url=None
+    )
+
+    @pages.get("/")
+    def list_of_runs() -> HTMLResponse:
+        return HTMLResponse(list_page(home), headers=SECURITY)
+
+    @pages.get("/run/{name}")
+    def one_run(name: str) -> HTMLResponse:
+        # No path is made of what was asked for: it is looked up among the records there are.
+        record = records(home).get(name)
+        if record is None:
+            raise HTTPException(404, "no such run record")
+        return HTMLResponse(run_page(record), headers=SECURITY)
+
+    return pages
+
+
+class RunRecordLink(BaseOperatorLink):
+    """The button "Run record" on every task of a run that has one."""
+
+    name = "Run record"
+
+    def get_link(self, operator: Any, *, ti_key: Any) -> str:
+        """The record's page inside Airflow's UI; empty, so that no button shows, without one."""
+        record = record_folder(HOME, ti_key.run_id)
+        if read(record, "run.json").get("dag") != ti_key.dag_id:
+            return ""
+        return f"{ROOT}/plugin{PREFIX}{PREFIX}/run/{record.name}"
+
+
+class RunPages(AirflowPlugin):  # type: ignore[misc]
+    name = "fast_cpt_runs"
+    external_views: ClassVar = [
+        {
+            "name": "Fast CPT runs",
+            "href": f"{ROOT}{PREFIX}/",
+            "url_route": PREFIX.removeprefix("/"),
+            "destination": "nav",
+        }
+    ]
+    # Of the plugin, not of an operator: asked when a task's page is opened, also while it runs.
+    global_operator_extra_links: ClassVar = [RunRecordLink()]
+
+    @functools.cached_property
+    def fastapi_apps(self) -> list[dict[str, Any]]:
+        """Asked for by the API server alone."""
+        return [{"app": app(HOME), "url_prefix": PREFIX, "name": "Fast CPT runs"}]
+
+
+def _page(title: str, body: str) -> str:
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
+        f"</title><style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{body}\n"
+        "</body></html>\n"
+    )
