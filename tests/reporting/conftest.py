@@ -24,6 +24,11 @@ def write_metrics(path, first_loss, steps):
             lines.write(json.dumps(row) + "\n")
 
 
+def funnel_row(stage, reason, documents, characters, tokens):
+    numbers = {"documents": documents, "characters": characters, "tokens": tokens}
+    return {"stage": stage, "reason": reason, **numbers}
+
+
 @pytest.fixture
 def home(tmp_path):
     return tmp_path / "home"
@@ -56,9 +61,10 @@ def finished(home, tmp_path):
             "bytes_per_token": 1.04,
             "shards": [{"file": f"cpt_train_shard_{n:02}.parquet"} for n in range(16)],
             "funnel": [
-                {"stage": "read", "documents": 405, "characters": 1_650_000, "tokens": 402_000},
-                {"stage": "unreadable", "documents": -5, "characters": 0, "tokens": 0},
-                {"stage": "kept", "documents": 320, "characters": 1_540_000, "tokens": 376_000},
+                funnel_row("read", "unreadable", 5, 0, 0),
+                funnel_row("read", "", 400, 1_650_000, 402_000),
+                funnel_row("duplicates", "older version", 80, 110_000, 26_000),
+                funnel_row("kept", "train", 320, 1_540_000, 376_000),
             ],
         },
     )

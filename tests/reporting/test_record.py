@@ -54,7 +54,7 @@ def test_adding_a_file_again_replaces_it(home, tmp_path):
 def test_the_summary_of_a_finished_run(finished):
     facts = records.summary(finished)
     assert facts["state"] == "success"
-    assert (facts["documents_seen"], facts["documents_kept"]) == (405, 320)
+    assert (facts["documents_seen"], facts["documents_kept"]) == (400, 320)
     assert (facts["tokens_seen"], facts["tokens_kept"]) == (402_000, 376_000)
     assert facts["steps"] == {"train_cpt": 60, "train_cpt_stage2": 60, "train_sft": 60}
     assert (facts["perplexity"], facts["base_perplexity"]) == (11.25, 2081.0)
@@ -73,7 +73,7 @@ def test_the_summary_as_it_is_printed(finished):
     assert records.summary_text(finished).splitlines() == [
         "Fast CPT run manual__2026-11-23T01:00:00+00:00: success",
         "  recipe     cpt_config_fast, code v1.0",
-        "  corpus     376,000 of 402,000 tokens kept, 320 of 405 documents",
+        "  corpus     376,000 of 402,000 tokens kept, 320 of 400 documents",
         "  steps      train_cpt 60, train_cpt_stage2 60, train_sft 60",
         "  perplexity 11.25, base model 2,081.00; below the gate's 18 (random validation set)",
         "  branch     fine-tuning after stage 2",

@@ -136,9 +136,12 @@ def summary(record: Path) -> dict[str, Any]:
     Times in seconds, cost in USD, ``citation_accuracy`` and ``rouge_l`` as the evaluation gives
     them (value, low, high). ``perplexity`` is that of the last evaluation.
     """
-    run, manifest, cost = read(record, "run.json"), read(record, "corpus_manifest.json"), {}
+    run, manifest = read(record, "run.json"), read(record, "corpus_manifest.json")
+    seen: Mapping[str, Any] = next(
+        (row for row in manifest.get("funnel", []) if row["stage"] == "read" and not row["reason"]),
+        {},
+    )
     cost = read(record, "cost.json")
-    first = (manifest.get("funnel") or [{}])[0]
     gate = read(record, "gate_stage2.json") or read(record, "gate.json")
     sft = read(record, "evaluation_sft.json")
     return {
@@ -148,9 +151,9 @@ def summary(record: Path) -> dict[str, Any]:
         "state": run.get("state"),
         "seconds": _seconds(run),
         "code": run.get("code"),
-        "documents_seen": first.get("documents"),
+        "documents_seen": seen.get("documents"),
         "documents_kept": manifest.get("documents"),
-        "tokens_seen": first.get("tokens"),
+        "tokens_seen": seen.get("tokens"),
         "tokens_kept": manifest.get("tokens"),
         "steps": {
             training: totals["steps"]
