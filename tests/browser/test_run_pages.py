@@ -114,4 +114,4 @@ def test_a_task_links_to_the_record_of_its_run(airflow, home, logged_in):
     logged_in.goto(f"{airflow.url}/dags/fast_cpt/runs/{RUN}/tasks/gate/details")
     logged_in.get_by_role("link", name="Run record").click()
     frame = logged_in.frame_locator("iframe")
-    frame.get_by_role("heading", name=f"Fast CPT run {NAME}").wait_for()
+    frame.get_by_role("heading", name=f"Fast CPT run {RUN}").wait_for()

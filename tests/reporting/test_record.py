@@ -79,7 +79,7 @@ def test_the_summary_as_it_is_printed(finished):
         "  branch     fine-tuning after stage 2",
         "  ROUGE-L    0.612 (0.587 to 0.640)",
         "  citations  41.0 % (30.0 % to 52.0 %) right",
-        "  time       2 h 20 min; planned 75.50 to 140.00 h",
+        "  time       2 h 20 min; train_cpt 1 h 30 min, planned 75.50 to 140.00 h",
         "  GPUs       8.50 GPU hours of training, $34.00; planned $1,208.00 to $2,240.00",
         "  model      /data/models/fast",
         f"  record     {finished}",

@@ -51,7 +51,10 @@ def test_figures_are_in_page_and_markdown(finished, page):
     for figure in ("2,081.00", "11.25", "21.50", "402,000", "1.04", "0.612 (0.587 to 0.640)"):
         assert figure in page
         assert figure in markdown
-    assert "gate_stage2: 11.25 on the random validation set is below 18: pass." in page
+    assert (
+        "After stage 2: 11.25 on the random validation set, below the gate&#x27;s 18 (pass)."
+        in page
+    )
     # Claim, plan and the run's own side by side: 5400 + 1800 + 450 s are 2.125 h.
     assert "| time | 4-6 h | 75.50 to 140.00 h | 2.12 h |" in markdown
     assert "| cost | $180 | $1,208.00 to $2,240.00 | $34.00 |" in markdown

@@ -43,7 +43,14 @@ def dag_picture(
     drawn = [edge for edge in edges if edge in labels or not _is_implied(edge, edges)]
     layers, chains = _layers(tasks, drawn)
     places = _places(layers, chains)
-    width = max(x for x, _ in places.values()) + BOX_WIDTH / 2 + MARGIN
+    width = max(
+        *(x + BOX_WIDTH / 2 for x, _ in places.values()),
+        *(
+            _label_place(chain, places)[0] + 7 * len(labels.get(_ends(chain), ""))
+            for chain in chains
+        ),
+    )
+    width += MARGIN
     height = len(layers) * (BOX_HEIGHT + GAP_Y) - GAP_Y + 2 * MARGIN
     shapes = [_edge(chain, places) for chain in chains]
     for task in tasks:
@@ -55,9 +62,12 @@ def dag_picture(
             f'fill="#16233b">{escape(task)}</text>'
         )
     for chain in chains:
-        label = labels.get((str(chain[0]), str(chain[-1])))
-        if label:
-            shapes.append(_label(label, places[chain[0]], places[chain[1]]))
+        if label := labels.get(_ends(chain)):
+            x, y, anchor = _label_place(chain, places)
+            shapes.append(
+                f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" font-size="13" '
+                f'fill="#44546f">{escape(label)}</text>'
+            )
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         f'width="{width:.0f}" height="{height:.0f}" font-family="Helvetica, Arial, sans-serif" '
@@ -131,7 +141,7 @@ def _places(
     x: dict[Node, float] = {}
     for layer in layers:
         x.update(_spread(layer, [n * (BOX_WIDTH + GAP_X) for n in range(len(layer))]))
-    for _ in range(24):
+    for _ in range(300):
         for layer in (*layers, *reversed(layers)):
             wanted = {
                 node: sum(x[other] for other in neighbours[node]) / max(1, len(neighbours[node]))
@@ -180,16 +190,19 @@ def _edge(chain: Sequence[Node], places: Mapping[Node, tuple[float, float]]) -> 
     return f'<path d="{path}" {look}/>'
 
 
-def _label(text: str, start: tuple[float, float], end: tuple[float, float]) -> str:
-    """Words beside the beginning of an edge, on the side it turns to."""
-    right = end[0] >= start[0]
-    x = (start[0] + end[0]) / 2 + (10 if right else -10)
-    y = (start[1] + BOX_HEIGHT + end[1]) / 2 + 4
-    anchor = "start" if right else "end"
-    return (
-        f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" font-size="13" fill="#44546f" '
-        f'stroke="#ffffff" stroke-width="4" paint-order="stroke">{escape(text)}</text>'
-    )
+def _ends(chain: Sequence[Node]) -> Edge:
+    return str(chain[0]), str(chain[-1])
+
+
+def _label_place(
+    chain: Sequence[Node], places: Mapping[Node, tuple[float, float]]
+) -> tuple[float, float, str]:
+    """Where an edge's words stand and how: beside its first lane, or beside its arrow's head."""
+    from_x, _ = places[chain[0]]
+    x, y = places[chain[1]]
+    if not isinstance(chain[1], str):
+        return x + 10, y + BOX_HEIGHT / 2 + 5, "start"
+    return (x - 12, y - 10, "end") if x < from_x else (x + 12, y - 10, "start")
 
 
 def curves(metrics: Mapping[str, Path]) -> str | None:
@@ -237,9 +250,12 @@ def perplexities(figures: Mapping[str, float], threshold: float) -> str | None:
     values = [usable[name] for name in names]
     colours = ["#2f5da8" if value < threshold else "#a9b4c6" for value in values]
     bars = axis.barh(names, values, color=colours, height=0.62)
-    axis.bar_label(bars, labels=[f"{value:,.2f}" for value in values], padding=4)
-    axis.axvline(threshold, color="#b3372f", lw=1.6)
+    axis.axvline(threshold, color="#b3372f", lw=1.6, zorder=2)
+    texts = axis.bar_label(bars, labels=[f"{value:,.2f}" for value in values], padding=6, zorder=3)
+    for text in texts:
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1.5})
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlim(1, max(*values, threshold) * 3)
     axis.set_title(f"perplexity; the gate is at {threshold:g}", fontsize=11, color="#b3372f")
     axis.spines[["top", "right"]].set_visible(False)

@@ -90,6 +90,7 @@ def add_cost(record: Path, gpus: int, price_per_gpu_hour: float | None) -> dict[
     """Write ``cost.json``: GPU hours of the trainings so far and, at a known price, USD.
 
     Only the trainings' own seconds count, not the waiting of a rented host between them.
+    ``gpus`` is 0 where the training ran on CPUs.
     """
     seconds = {
         training: read(record, f"{training}/training.json").get("seconds", 0.0)
@@ -168,6 +169,7 @@ def summary(record: Path) -> dict[str, Any]:
         "branch": _branch(record),
         "rouge_l": sft.get("rouge_l"),
         "citation_accuracy": sft.get("citation_accuracy"),
+        "training_seconds": read(record, "train_cpt/training.json").get("seconds"),
         "gpu_hours": cost.get("gpu_hours"),
         "cost": cost.get("cost"),
         "planned": planned(record),
@@ -208,7 +210,7 @@ def summary_text(record: Path) -> str:
         lines.append(("citations", f"{interval(facts['citation_accuracy'], percent=True)} right"))
     if facts["seconds"] is not None:
         lines.append(("time", _time_line(facts)))
-    if facts["gpu_hours"] is not None:
+    if facts["gpu_hours"]:
         lines.append(("GPUs", _cost_line(facts)))
     if facts["model"]:
         lines.append(("model", facts["model"]))
@@ -295,8 +297,12 @@ def _perplexity_line(facts: Mapping[str, Any]) -> str:
 
 
 def _time_line(facts: Mapping[str, Any]) -> str:
+    line = duration(facts["seconds"])
     promised = (facts["planned"] or {}).get("hours")
-    return duration(facts["seconds"]) + (f"; planned {span(promised, ' h')}" if promised else "")
+    if facts["training_seconds"]:
+        line += f"; train_cpt {duration(facts['training_seconds'])}"
+        line += f", planned {span(promised, ' h')}" if promised else ""
+    return line
 
 
 def _cost_line(facts: Mapping[str, Any]) -> str:

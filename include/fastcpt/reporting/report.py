@@ -27,6 +27,8 @@ from fastcpt.reporting.record import (
     summary_text,
 )
 
+COUNTS = ("documents", "characters", "tokens")  # of a row of the funnel
+
 
 @dataclass(frozen=True)
 class Table:
@@ -61,7 +63,7 @@ def write_report(record: Path) -> Path:
 
     Takes what is there: the report of a run that failed early is short. Returns the page.
     """
-    title = f"Fast CPT run {record.name}"
+    title = f"Fast CPT run {read(record, 'run.json').get('run', record.name)}"
     sections = [section for section in _sections(record) if section.parts]
     for section in sections:
         for part in section.parts:
@@ -88,38 +90,32 @@ def _sections(record: Path) -> list[Section]:
 
 
 def _perplexity(record: Path) -> list[Part]:
+    first, second = read(record, "evaluation.json"), read(record, "evaluation_stage2.json")
     rows, bars = [], {}
-    for file, stage in (("evaluation.json", "stage 1"), ("evaluation_stage2.json", "stage 2")):
-        evaluation = read(record, file)
-        for name in ("random", "newest"):
-            figures = evaluation.get(name)
-            if figures is None and evaluation.get("validation_set") == name:
-                figures = evaluation
-            for who, label in (("base", "base model"), ("model", f"after {stage}")):
-                of_model = (figures or {}).get(who)
-                if not of_model or (who == "base" and stage == "stage 2"):
-                    continue
+    for name in ("random", "newest"):
+        for label, evaluation, who in (
+            ("base model", first, "base"),
+            ("after stage 1", first, "model"),
+            ("after stage 2", second, "model"),
+        ):
+            figures = _of_set(evaluation, name).get(who)
+            if figures:
+                perplexity = figures.get("perplexity")
+                bits, tokens = figures.get("bits_per_byte"), figures.get("tokens")
                 rows.append(
-                    (
-                        name,
-                        label,
-                        _number(of_model.get("perplexity"), 2),
-                        _number(of_model.get("bits_per_byte"), 3),
-                        _number(of_model.get("tokens")),
-                    )
+                    (name, label, _number(perplexity, 2), _number(bits, 3), _number(tokens))
                 )
-                bars[f"{name}: {label}"] = of_model.get("perplexity")
+                bars[f"{name}: {label}"] = perplexity
     if not rows:
         return []
     parts: list[Part] = []
-    for file in ("gate.json", "gate_stage2.json"):
+    for file, stage in (("gate.json", "stage 1"), ("gate_stage2.json", "stage 2")):
         gate = read(record, file)
         if gate:
             relation = "below" if gate["passed"] else "not below"
             parts.append(
-                f"{file.removesuffix('.json')}: {gate['value']:,.2f} on the "
-                f"{gate['validation_set']} validation set is {relation} {gate['threshold']:g}: "
-                f"{gate['decision']}."
+                f"After {stage}: {gate['value']:,.2f} on the {gate['validation_set']} validation "
+                f"set, {relation} the gate's {gate['threshold']:g} ({gate['decision']})."
             )
     threshold = read(record, "gate.json").get("threshold")
     picture = pictures.perplexities(bars, threshold) if threshold else None
@@ -127,6 +123,12 @@ def _perplexity(record: Path) -> list[Part]:
         parts.append(Picture("perplexity", picture))
     header = ("validation set", "model", "perplexity", "bits per byte", "tokens counted")
     return [*parts, Table(header, rows)]
+
+
+def _of_set(evaluation: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The figures on one validation set; empty where it was not evaluated."""
+    figures: Mapping[str, Any] = evaluation.get(name) or {}
+    return figures or (evaluation if evaluation.get("validation_set") == name else {})
 
 
 def _training(record: Path) -> list[Part]:
@@ -193,9 +195,11 @@ def _corpus(record: Path) -> list[Part]:
     parts: list[Part] = []
     funnel = manifest.get("funnel") or []
     if funnel:
-        keys = list(dict.fromkeys(key for row in funnel for key in row))
-        header = [key.replace("_", " ") for key in keys]
-        parts.append(Table(header, [[_cell(row.get(key)) for key in keys] for row in funnel]))
+        rows = [
+            (row["stage"], row["reason"] or "all", *(f"{row[key]:,}" for key in COUNTS))
+            for row in funnel
+        ]
+        parts.append(Table(("stage", "reason", *COUNTS), rows))
     facts = [
         ("tokens for training", _number(manifest.get("tokens"))),
         ("documents", _number(manifest.get("documents"))),
@@ -333,7 +337,8 @@ h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dbe5; }
 table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #e3e7ee; text-align: left; }
 th { font-weight: 600; background: #f3f6fa; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td { white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: #f6f8fb; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; }
@@ -347,9 +352,7 @@ def _html(title: str, sections: Sequence[Section]) -> str:
         for part in section.parts:
             match part:
                 case Table(header, rows):
-                    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-                    lines = "\n".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in rows)
-                    body.append(f"<table><thead><tr>{head}</tr></thead>\n{lines}</table>")
+                    body.append(_html_table(header, rows))
                 case Picture(_, svg):
                     body.append(svg)
                 case Listing(text):
@@ -365,9 +368,19 @@ def _html(title: str, sections: Sequence[Section]) -> str:
     )
 
 
-def _html_cell(cell: str) -> str:
-    is_number = bool(cell) and not cell.strip("$0123456789,.% ")
-    return f'<td class="number">{escape(cell)}</td>' if is_number else f"<td>{escape(cell)}</td>"
+def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; columns of numbers are set to the right."""
+    classes = [
+        ' class="number"' if all(not cell.strip("-0123456789,. %") for cell in column) else ""
+        for column in zip(*rows, strict=True)
+    ]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        pairs = zip(classes, cells, strict=True)
+        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in pairs)
+
+    body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{line('th', header)}</tr></thead>\n{body}</table>"
 
 
 def _write(path: Path, text: str) -> None:
