@@ -1,0 +1,641 @@
+"""Selected documents -> shards of packed token sequences, ready for training.
+
+Steps, each of which a killed build finds done: the tokenizer (trained where the recipe says so),
+overlaps with held-out documents, token ids (``tokens``), the exact cut at the token budget, the
+packing plan, the shards, the validation sets, the check of the splits, and the manifest last.
+All of it is decided before the work is spread, so that the bytes do not depend on the number of
+processes; memory holds one row group a process, whatever the corpus's size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fastcpt.corpus import leakage
+from fastcpt.corpus.documents import Document, files_under, identity, read_documents
+from fastcpt.corpus.fingerprint import OVERLAP, spread
+from fastcpt.corpus.pack import Packed, pack
+from fastcpt.corpus.processes import Progress, in_processes
+from fastcpt.corpus.select import funnel_table, take_within
+from fastcpt.corpus.tokenizer import (
+    TRAINING_CHARACTERS,
+    CorpusTokenizer,
+    describe,
+    find_tokenizer,
+    train_tokenizer,
+    write_tokenizer,
+)
+from fastcpt.corpus.tokens import read_index, token_folder, tokenize_part
+from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
+from fastcpt.recipe import Fields, Recipe
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+ROWS_OF_GROUP = 256  # sequences read at once when the order is random
+MANIFEST = "corpus_manifest.json"
+
+Ints = npt.NDArray[np.int64]
+
+SHARD_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32()))])
+VALIDATION_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("bytes", pa.int64()),
+        ("year", pa.int32()),
+        ("doc_type", pa.string()),
+        ("areas", pa.list_(pa.string())),
+    ]
+)
+HELD_OUT = ("validation", "validation_newest")  # splits, and the names of their folders
+MOST_OVERLAPS = 20
+
+
+class BuildError(ValueError):
+    """The corpus cannot be built from this selection; the message says what to change."""
+
+
+class LeakError(BuildError):
+    """A held-out document, or most of it, is among the training documents."""
+
+
+def build(
+    selection: str, recipe: Recipe, home: Path, processes: int | None = None
+) -> dict[str, Any]:
+    """Build the corpus of a selection (the ``path`` that ``select`` returned).
+
+    Writes ``home/corpora/<digest>``: ``cpt_train_shard_NN.parquet`` (``input_ids``, and
+    ``lengths`` of the documents' pieces in them), ``validation/`` and ``validation_newest/`` (a
+    row a document), ``tokenizer/``, ``funnel.md`` and ``corpus_manifest.json``, which lists every
+    file with its SHA-256. Returns the manifest with ``path`` and ``reused``.
+    """
+    chosen = read_json(Path(selection) / "manifest.json")
+    documents = _Documents.of_selection(Path(selection), chosen, recipe.documents.fields)
+    tokenizer = find_tokenizer(recipe) or _trained(documents, chosen["digest"], recipe, home)
+    replay = _replay_parts(recipe)
+    digest = digest_of(
+        "build",
+        FORMAT,
+        chosen["digest"],
+        [tokenizer.sha256, tokenizer.bos_id, tokenizer.end_id, tokenizer.pad_id],
+        recipe.corpus.model_dump(include={"max_seq_length", "num_shards", "seed"}),
+        [recipe.documents.replay.share, replay] if recipe.documents.replay else None,
+    )
+    folder = home / "corpora" / digest
+    if (folder / MANIFEST).exists():
+        return {**read_json(folder / MANIFEST), "path": str(folder), "reused": True}
+    result = _build_into(folder, documents, tokenizer, replay, chosen, recipe, home, processes)
+    manifest = {"digest": digest, **result}
+    with whole_file(folder / "funnel.md") as aside:
+        aside.write_text(funnel_table(manifest["funnel"]) + "\n", encoding="utf-8")
+    manifest["files"] = _files(folder, [*manifest["shards"], *manifest["validation"]])
+    write_json(folder / MANIFEST, manifest)
+    log.info("corpus %s:\n%s", digest, funnel_table(manifest["funnel"]))
+    return {**manifest, "path": str(folder), "reused": False}
+
+
+@dataclass
+class _Documents:
+    """The selection's documents as columns, one entry each; what is dropped here keeps its row."""
+
+    parts: list[tuple[str, str]]  # path, content identity
+    fields: Fields
+    part: Ints
+    position: Ints
+    split: npt.NDArray[Any]  # names, of SPLITS or why the build drops it
+    rank: Ints
+    characters: Ints
+    about: pa.Table  # id, work, bytes, year, doc_type, areas
+
+    @classmethod
+    def of_selection(cls, folder: Path, manifest: dict[str, Any], fields: Fields) -> _Documents:
+        table = pq.read_table(folder / "documents.parquet", filters=pc.field("split").is_valid())
+        table = table.sort_by([("part", "ascending"), ("position", "ascending")])
+        return cls(
+            parts=[(part["part"], part["source"]) for part in manifest["parts"]],
+            fields=fields,
+            part=table["part"].to_numpy().astype(np.int64),
+            position=table["position"].to_numpy(),
+            split=np.array(table["split"].to_pylist(), dtype=object),
+            rank=table["rank"].to_numpy(),
+            characters=table["characters"].to_numpy().astype(np.int64),
+            about=table.select(["id", "work", "bytes", "year", "doc_type", "areas"]),
+        )
+
+    def rows(self, *splits: str) -> Ints:
+        return np.flatnonzero(np.isin(self.split, splits))
+
+    def rows_at(self, part: int, positions: Ints) -> Ints:
+        """The rows of a part's documents; rows are ordered by part and position."""
+        begin, end = np.searchsorted(self.part, [part, part + 1]).tolist()
+        rows: Ints = begin + np.searchsorted(self.position[begin:end], positions)
+        return rows
+
+    def by_part(self, rows: Ints) -> Iterator[tuple[str, str, Ints]]:
+        """Part, its content's identity and the rows' positions in it, for parts with any."""
+        for number, (part, source) in enumerate(self.parts):
+            positions = self.position[rows[self.part[rows] == number]]
+            if len(positions):
+                yield part, source, positions
+
+
+def _build_into(
+    folder: Path,
+    documents: _Documents,
+    tokenizer: CorpusTokenizer,
+    replay: list[tuple[str, str]],
+    chosen: dict[str, Any],
+    recipe: Recipe,
+    home: Path,
+    processes: int | None,
+) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    overlaps = _overlaps(documents, folder, processes)
+    _drop_overlapping(documents, overlaps)
+    ids = _tokenized(documents, tokenizer, home, processes)
+    _cut_at_budget(documents, ids, chosen["target_tokens"])
+    train = documents.rows("train")
+    _check_splits(documents, overlaps)
+    legal = ids.of(train)
+    general = _replay(replay, int(legal.length.sum()), tokenizer, recipe, home, processes)
+    training = legal.and_(general)
+    plan = _planned(training, recipe)
+    shards = _write_shards(folder, plan, training, recipe.corpus.num_shards, processes)
+    validation = [_write_validation(folder, documents, ids, split) for split in HELD_OUT]
+    write_tokenizer(tokenizer, folder / "tokenizer")
+    tokens = int(training.length.sum())
+    return {
+        "selection": chosen["digest"],
+        "recipe": recipe.model_dump(
+            mode="json", include={"documents", "score", "selection", "corpus", "tokenizer"}
+        ),
+        "tokenizer": {
+            "sha256": tokenizer.sha256,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.end_id,
+            "pad_id": tokenizer.pad_id,
+        },
+        "max_seq_length": recipe.corpus.max_seq_length,
+        "tokens": tokens,
+        "documents": len(train),
+        "sequences": plan.rows,
+        "padding_share": 1.0 - tokens / (plan.rows * recipe.corpus.max_seq_length),
+        "bytes_per_token": sum(shard["bytes"] for shard in shards) / tokens,
+        "replay": {
+            "documents": len(general.length),
+            "tokens": int(general.length.sum()),
+            "share": int(general.length.sum()) / tokens,
+        },
+        "shards": shards,
+        "validation": [item for item in validation if item["rows"]],
+        "funnel": _funnel(chosen, documents, ids, general),
+    }
+
+
+# Tokenizer
+
+
+def _trained(documents: _Documents, selection: str, recipe: Recipe, home: Path) -> CorpusTokenizer:
+    size = recipe.tokenizer.train_vocab_size
+    assert size is not None
+    folder = home / "tokenizers" / digest_of("tokenizer", FORMAT, selection, size)
+    if (folder / "tokenizer.json").exists():
+        return describe(folder / "tokenizer.json")
+    log.info("training a tokenizer of %d entries", size)
+    return train_tokenizer(_training_texts(documents), size, folder)
+
+
+def _training_texts(documents: _Documents) -> Iterator[str]:
+    """A sample of the training documents, always the same, up to ``TRAINING_CHARACTERS``."""
+    rows = documents.rows("train")
+    rows = rows[np.argsort(spread(documents.rank[rows], seed=0))]
+    enough = np.searchsorted(np.cumsum(documents.characters[rows]), TRAINING_CHARACTERS)
+    for part, _, positions in documents.by_part(np.sort(rows[: enough + 1])):
+        yield from _texts(part, documents.fields, positions)
+
+
+def _texts(part: str, fields: Fields, positions: Ints) -> Iterator[str]:
+    wanted = set(positions.tolist())
+    for document in read_documents(part, fields):
+        if isinstance(document, Document) and document.position in wanted:
+            yield document.text
+
+
+# Overlaps with what is held out
+
+
+def _overlaps(documents: _Documents, folder: Path, processes: int | None) -> list[tuple[int, int]]:
+    """(training row, held-out row) of all pairs that overlap too much, from the texts."""
+    held_out = documents.rows(*HELD_OUT)
+    calls = [
+        (part, documents.fields, positions) for part, _, positions in documents.by_part(held_out)
+    ]
+    found = sorted(
+        (number, result)
+        for number, result in in_processes(leakage.held_out_sequences, calls, processes)
+    )
+    table = folder / ".held_out.npz"
+    leakage.write_table(table, [item for _, (_, items) in found for item in items])
+    parts = list(documents.by_part(documents.rows("train", "reserve")))
+    progress = Progress("overlaps with held-out documents", "documents", len(documents.split))
+    numbers = {path: number for number, (path, _) in enumerate(documents.parts)}
+    pairs: list[tuple[int, int]] = []
+    against = [(part, documents.fields, positions, table) for part, _, positions in parts]
+    for call, result in in_processes(leakage.overlaps, against, processes):
+        part, _, positions = parts[call]
+        rows = documents.rows_at(numbers[part], result.position)
+        pairs += zip(rows.tolist(), held_out[result.held_out].tolist(), strict=True)
+        progress.add(len(positions))
+    table.unlink()
+    return sorted(pairs)
+
+
+def _drop_overlapping(documents: _Documents, pairs: list[tuple[int, int]]) -> None:
+    """Take documents that overlap with a held-out one out of the training set.
+
+    A held-out document that very many overlap with (a notice made of formulas) measures nothing:
+    that one goes instead.
+    """
+    others, counts = np.unique([other for _, other in pairs], return_counts=True)
+    common = set(others[counts > MOST_OVERLAPS].tolist())
+    for row, other in pairs:
+        if other not in common:
+            documents.split[row] = "overlaps_held_out"
+    documents.split[sorted(common)] = "common_text"
+    if not len(documents.rows("validation")):
+        raise BuildError(
+            "no validation document is left: each is part of very many training documents. "
+            "Remove boilerplate documents, or raise corpus.validation_share"
+        )
+
+
+def _check_splits(documents: _Documents, pairs: list[tuple[int, int]]) -> None:
+    """Fail where something held out is trained on: a version of the work, or most of its text."""
+    ids, works = documents.about["id"].to_pylist(), documents.about["work"].to_pylist()
+    train, held_out = documents.rows("train"), documents.rows(*HELD_OUT)
+    trained_works = {works[row]: row for row in train.tolist()}
+    for row in held_out.tolist():
+        if works[row] in trained_works:
+            raise LeakError(
+                f"held-out '{ids[row]}' and training document '{ids[trained_works[works[row]]]}' "
+                f"are of one work, {works[row]}"
+            )
+    trained, out = set(train.tolist()), set(held_out.tolist())
+    for row, other in pairs:
+        if row in trained and other in out:
+            raise LeakError(
+                f"training document '{ids[row]}' and held-out '{ids[other]}' share more than "
+                f"{leakage.MAX_OVERLAP:.0%} of their {OVERLAP}-word sequences"
+            )
+
+
+# Tokens
+
+
+@dataclass
+class _Ids:
+    """Where token ids are: entry n is one document's."""
+
+    files: list[str]
+    file: Ints
+    offset: Ints
+    length: Ints
+
+    def of(self, rows: Ints) -> _Ids:
+        return _Ids(self.files, self.file[rows], self.offset[rows], self.length[rows])
+
+    def and_(self, other: _Ids) -> _Ids:
+        return _Ids(
+            self.files + other.files,
+            np.concatenate([self.file, other.file + len(self.files)]),
+            np.concatenate([self.offset, other.offset]),
+            np.concatenate([self.length, other.length]),
+        )
+
+
+def _tokenized(
+    documents: _Documents, tokenizer: CorpusTokenizer, home: Path, processes: int | None
+) -> _Ids:
+    rows = np.flatnonzero(~np.isin(documents.split, ["overlaps_held_out", "common_text"]))
+    parts = list(documents.by_part(rows))
+    progress = Progress("tokenize", "characters", float(documents.characters[rows].sum()))
+    numbers = {path: number for number, (path, _) in enumerate(documents.parts)}
+    calls = [
+        (part, source, documents.fields, tokenizer, positions, home)
+        for part, source, positions in parts
+    ]
+    done = 0
+    for call, result in in_processes(tokenize_part, calls, processes):
+        part, _, positions = parts[call]
+        progress.add(documents.characters[documents.rows_at(numbers[part], positions)].sum())
+        done += result["tokens"]
+    log.info("tokenized %d documents, %d tokens of them now", len(rows), done)
+    nothing = np.zeros(len(documents.split), dtype=np.int64)
+    ids = _Ids([], nothing.copy(), nothing.copy(), nothing.copy())
+    for part, source, positions in parts:
+        of_part = documents.rows_at(numbers[part], positions)
+        found = read_index(token_folder(source, documents.fields, tokenizer, home))
+        order = np.argsort(found.position, kind="stable")
+        at = order[np.searchsorted(found.position[order], positions)]
+        ids.file[of_part] = found.file[at] + len(ids.files)
+        ids.offset[of_part], ids.length[of_part] = found.offset[at], found.length[at]
+        ids.files += found.files
+    return ids
+
+
+def _cut_at_budget(documents: _Documents, ids: _Ids, budget: int | None) -> None:
+    """Fill the token budget by counted tokens, the held-out documents first.
+
+    Training documents and the reserve are taken from the best rank on, each that still fits.
+    """
+    rows = documents.rows("train", "reserve")
+    if budget is None:
+        return
+    rows = rows[np.argsort(documents.rank[rows])]
+    left = budget - int(ids.length[documents.rows(*HELD_OUT)].sum())
+    taken = take_within(ids.length[rows], max(0, left))
+    documents.split[rows[taken]] = "train"
+    documents.split[rows[~taken]] = "over_budget"
+    if not taken.any():
+        raise BuildError(
+            f"selection.target_tokens ({budget:,}) holds no document; the best has "
+            f"{int(ids.length[rows[0]]):,} tokens"
+        )
+
+
+def _replay_parts(recipe: Recipe) -> list[tuple[str, str]]:
+    """Files of the general documents with their identities, in an order drawn from them."""
+    if recipe.documents.replay is None:
+        return []
+    parts = files_under(recipe.documents.replay.path, "documents.replay.path")
+    return sorted(((part, identity(part)) for part in parts), key=lambda item: digest_of(item[1]))
+
+
+def _replay(
+    parts: list[tuple[str, str]],
+    legal_tokens: int,
+    tokenizer: CorpusTokenizer,
+    recipe: Recipe,
+    home: Path,
+    processes: int | None,
+) -> _Ids:
+    """General documents of the recipe's share of all training tokens, from as few files."""
+    nothing = np.empty(0, dtype=np.int64)
+    chosen = _Ids([], nothing, nothing, nothing)
+    if recipe.documents.replay is None:
+        return chosen
+    share = recipe.documents.replay.share
+    budget = math.floor(legal_tokens * share / (1 - share))
+    fields = recipe.documents.fields
+    for part, source in parts:
+        positions = [
+            document.position
+            for document in read_documents(part, fields)
+            if isinstance(document, Document)
+        ]
+        tokenize_part(part, source, fields, tokenizer, np.array(positions), home)
+        found = read_index(token_folder(source, fields, tokenizer, home))
+        order = np.argsort(found.position)
+        taken = order[take_within(found.length[order], budget)]
+        chosen = chosen.and_(
+            _Ids(found.files, found.file[taken], found.offset[taken], found.length[taken])
+        )
+        budget -= int(found.length[taken].sum())
+        if len(taken) < len(order):
+            break
+    return chosen
+
+
+# Shards
+
+
+def _planned(training: _Ids, recipe: Recipe) -> Packed:
+    """The packing with its rows in an order drawn from the seed."""
+    size, shards = recipe.corpus.max_seq_length, recipe.corpus.num_shards
+    plan = pack(training.length, size)
+    if plan.rows < shards:
+        raise BuildError(
+            f"{int(training.length.sum()):,} tokens make {plan.rows} sequences of {size} for "
+            f"{shards} shards; take more documents, or lower corpus.num_shards or max_seq_length"
+        )
+    place = np.empty(plan.rows, dtype=np.int64)
+    place[np.argsort(spread(np.arange(plan.rows), recipe.corpus.seed))] = np.arange(plan.rows)
+    row = place[plan.row]
+    order = np.argsort(row, kind="stable")
+    return Packed(
+        row[order], plan.document[order], plan.begin[order], plan.length[order], plan.rows
+    )
+
+
+def _write_shards(
+    folder: Path, plan: Packed, training: _Ids, shards: int, processes: int | None
+) -> list[dict[str, Any]]:
+    calls = []
+    for shard in range(shards):
+        pieces = np.flatnonzero(plan.row % shards == shard)
+        document = plan.document[pieces]
+        calls.append(
+            (
+                folder / f"cpt_train_shard_{shard:02}.parquet",
+                training.files,
+                training.file[document],
+                training.offset[document] + plan.begin[pieces],
+                plan.length[pieces],
+                plan.row[pieces],
+            )
+        )
+    progress = Progress("write", "shards", shards)
+    written: list[dict[str, Any]] = [{}] * shards
+    for shard, facts in in_processes(write_shard, calls, processes):
+        written[shard] = facts
+        progress.add(1)
+    return written
+
+
+def write_shard(
+    path: Path, files: list[str], file: Ints, offset: Ints, length: Ints, row: Ints
+) -> dict[str, Any]:
+    """Write one shard from pieces of token files, in order; ``row`` groups them into sequences.
+
+    A shard that is there is complete: only its figures are taken again.
+    """
+    firsts = np.flatnonzero(np.diff(row, prepend=-1))
+    if not path.exists():
+        ends = np.append(firsts[1:], len(row))
+        with (
+            whole_file(path) as aside,
+            _writer(aside, SHARD_SCHEMA) as writer,
+            _TokenFiles(files) as source,
+        ):
+            for begin in range(0, len(firsts), ROWS_OF_GROUP):
+                some = slice(firsts[begin], ends[min(begin + ROWS_OF_GROUP, len(firsts)) - 1])
+                rows = firsts[begin : begin + ROWS_OF_GROUP] - some.start
+                values = source.read(file[some], offset[some], length[some])
+                pieces = length[some].astype(np.int32)
+                tokens_before = np.concatenate([[0], np.cumsum(pieces)])
+                writer.write_table(
+                    pa.table(
+                        [
+                            _lists(np.append(tokens_before[rows], len(values)), values),
+                            _lists(np.append(rows, len(pieces)), pieces),
+                        ],
+                        schema=SHARD_SCHEMA,
+                    )
+                )
+    return {
+        "file": path.name,
+        "rows": len(firsts),
+        "tokens": int(length.sum()),
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of_file(path),
+    }
+
+
+def _lists(offsets: Ints, values: npt.NDArray[np.int32]) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    # a dictionary of a 100,000-entry vocabulary costs more than it saves
+    return pq.ParquetWriter(
+        path, schema, compression="zstd", compression_level=1, use_dictionary=False
+    )
+
+
+class _TokenFiles:
+    """Pieces of files of int32 ids, read where they lie: nothing is mapped or kept."""
+
+    def __init__(self, files: list[str]):
+        self.files = files
+        self.open: dict[int, int] = {}
+
+    def __enter__(self) -> _TokenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self.open.values():
+            os.close(descriptor)
+
+    def read(self, file: Ints, offset: Ints, length: Ints) -> npt.NDArray[np.int32]:
+        """The pieces' ids, one after another."""
+        values = np.empty(int(length.sum()), dtype=np.int32)
+        content = memoryview(values.data).cast("B")
+        at = 0
+        for number, begin, count in zip(
+            file.tolist(), offset.tolist(), length.tolist(), strict=True
+        ):
+            if number not in self.open:
+                if len(self.open) >= 256:
+                    os.close(self.open.pop(next(iter(self.open))))
+                self.open[number] = os.open(self.files[number], os.O_RDONLY)
+            os.preadv(self.open[number], [content[at * 4 : (at + count) * 4]], begin * 4)
+            at += count
+        return values
+
+
+def _write_validation(folder: Path, documents: _Documents, ids: _Ids, split: str) -> dict[str, Any]:
+    """One set of held-out documents, a row each, in the order of their ids."""
+    rows = documents.rows(split)
+    name = f"{split}/validation_shard_00.parquet"
+    if not len(rows):
+        return {"file": name, "set": split, "rows": 0}
+    names = documents.about["id"].to_pylist()
+    rows = np.array(sorted(rows.tolist(), key=lambda row: names[row]))
+    about = documents.about.take(pa.array(rows))
+    with (
+        whole_file(folder / name) as aside,
+        _writer(aside, VALIDATION_SCHEMA) as writer,
+        _TokenFiles(ids.files) as source,
+    ):
+        for begin in range(0, len(rows), 64):
+            some = rows[begin : begin + 64]
+            values = source.read(ids.file[some], ids.offset[some], ids.length[some])
+            facts = about.slice(begin, len(some))
+            offsets = np.concatenate([[0], np.cumsum(ids.length[some])])
+            year = facts["year"].cast(pa.int32())
+            columns = [
+                facts["id"],
+                _lists(offsets, values),
+                facts["bytes"],
+                pc.if_else(pc.equal(year, 0), pa.scalar(None, pa.int32()), year),
+                pc.if_else(pc.equal(facts["doc_type"], ""), None, facts["doc_type"]),
+                facts["areas"],
+            ]
+            writer.write_table(pa.table(columns, schema=VALIDATION_SCHEMA))
+    path = folder / name
+    return {
+        "file": name,
+        "set": split,
+        "rows": len(rows),
+        "tokens": int(ids.length[rows].sum()),
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of_file(path),
+    }
+
+
+# Manifest
+
+
+def _files(folder: Path, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every file of the corpus but the manifest: what a transfer has to verify."""
+    digests = {item["file"]: item["sha256"] for item in known}
+    names = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith(".") and path.name != MANIFEST
+    )
+    return [
+        {
+            "file": name,
+            "bytes": (folder / name).stat().st_size,
+            "sha256": digests.get(name) or sha256_of_file(folder / name),
+        }
+        for name in names
+    ]
+
+
+def _funnel(
+    chosen: dict[str, Any], documents: _Documents, ids: _Ids, general: _Ids
+) -> list[dict[str, Any]]:
+    """The selection's funnel with what the build dropped, and what is kept in counted tokens."""
+    funnel = [row for row in chosen["funnel"] if row["stage"] != "kept"]
+
+    def row(stage: str, split: str) -> dict[str, Any]:
+        rows = documents.rows(split)
+        return {
+            "stage": stage,
+            "reason": split,
+            "documents": len(rows),
+            "characters": int(documents.characters[rows].sum()),
+            "tokens": int(ids.length[rows].sum()),
+        }
+
+    for reason in ("overlaps_held_out", "common_text", "over_budget"):
+        if len(documents.rows(reason)):
+            funnel.append(row("build", reason))
+    funnel += [row("kept", split) for split in ("train", *HELD_OUT)]
+    if len(general.length):
+        funnel.append(
+            {
+                "stage": "kept",
+                "reason": "replay",
+                "documents": len(general.length),
+                "characters": 0,
+                "tokens": int(general.length.sum()),
+            }
+        )
+    return funnel

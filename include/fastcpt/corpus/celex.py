@@ -1,0 +1,79 @@
+"""CELEX numbers: which work a document is a version of, and which works a text cites.
+
+A CELEX number is sector, year, type and number: ``32016R0679`` is Regulation 2016/679. Sector 0
+holds consolidated versions (``02016R0679-20160504``), a suffix ``R(01)`` marks a corrigendum.
+See EUR-Lex, "How CELEX numbers are composed". The *work* of a document is its base CELEX: the
+same for all its consolidated versions, corrigenda and translations.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_CELEX = re.compile(
+    r"^(?P<sector>[0-9CE])(?P<year>\d{4})(?P<type>[A-Z]{1,2})(?P<number>\d{1,4}(?:\(\d\d\))?)"
+    r"(?P<corrigendum>R\(\d+\))?(?:-(?P<version>\d{8}))?$"
+)
+
+
+class Celex(NamedTuple):
+    """``base``: the work. ``version``: date of a consolidated version (yyyymmdd), else 0."""
+
+    base: str
+    sector: str
+    year: int
+    type: str
+    version: int
+    corrigendum: bool
+
+
+def parse_celex(celex: str | None) -> Celex | None:
+    """The parts of a CELEX number; None where it is none."""
+    found = _CELEX.match((celex or "").strip().upper())
+    if not found:
+        return None
+    # a consolidated version belongs to the act of sector 3 (legislation)
+    sector = "3" if found["sector"] == "0" else found["sector"]
+    return Celex(
+        base=f"{sector}{found['year']}{found['type']}{found['number']}",
+        sector=found["sector"],
+        year=int(found["year"]),
+        type=found["type"],
+        version=int(found["version"] or 0),
+        corrigendum=bool(found["corrigendum"]),
+    )
+
+
+# "Regulation (EU) 2016/679", "Regulation (EC) No 45/2001", "Directive 95/46/EC",
+# "Framework Decision 2008/977/JHA", "DECISION No 1082/2013/EU"
+_CITED = re.compile(
+    r"(Regulation|Directive|Decision|REGULATION|DIRECTIVE|DECISION)[ \u00a0]"
+    r"(?:\((?:EU|EC|EEC|Euratom|EU, Euratom|EC, Euratom|ECSC|CFSP)\)[ \u00a0])?"
+    r"((?:No|NO|no)[ \u00a0])?(\d{1,4})/(\d{1,4})(?![\d])"
+)
+
+
+def cited_works(text: str) -> set[str]:
+    """Base CELEX numbers of the EU acts that a text names by number, however often.
+
+    Acts named only in a list's second place ("Regulations (EC) No 1/2003 and (EC) No 2/2003") or
+    by a short name ("the GDPR") are not found.
+    """
+    return {_cited_celex(*found) for found in set(_CITED.findall(text))} - {""}
+
+
+def _cited_celex(kind: str, no: str, first: str, second: str) -> str:
+    letter = {"regulation": "R", "directive": "L", "decision": "D"}[kind.lower()]
+    # "number/year" in regulations to 2014 and wherever "No" stands, else "year/number"
+    number_first = bool(no) or (letter == "R" and not _is_year(first))
+    year, number = (second, first) if number_first else (first, second)
+    if len(year) == 2:
+        year = f"19{year}"
+    if len(year) != 4 or not 1950 <= int(year) <= 2100:
+        return ""
+    return f"3{year}{letter}{int(number):04}"
+
+
+def _is_year(digits: str) -> bool:
+    return len(digits) == 4 and 2015 <= int(digits) <= 2100

@@ -1,0 +1,121 @@
+"""Groups of near-duplicates, from MinHash signatures.
+
+Documents whose signatures agree in all entries of one of several bands are compared; pairs whose
+whole signatures agree in the threshold's share of entries are near-duplicates, and chains of
+them one group. Bands live on disk and are sorted one at a time, so that ten million documents
+need some hundred megabytes, and the order in which documents come does not matter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcpt.corpus.fingerprint import BINS, Hashes
+
+Rows = npt.NDArray[np.int64]
+RECALL = 0.97  # of pairs exactly at the threshold; more of closer ones
+_ROWS_AT_ONCE = 1 << 16
+
+
+def band_rows(threshold: float) -> int:
+    """Signature entries of a band: as many as still find ``RECALL`` of pairs at the threshold."""
+    for rows in range(16, 1, -1):
+        if 1 - (1 - threshold**rows) ** (BINS // rows) >= RECALL:
+            return rows
+    return 1
+
+
+class SignatureStore:
+    """Signatures and band keys of rows 0, 1, 2, ... in files of a scratch folder."""
+
+    def __init__(self, folder: Path, threshold: float):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.threshold = threshold
+        self.rows_of_band = band_rows(threshold)
+        self.bands = BINS // self.rows_of_band
+        self.count = 0
+        self._signatures = (folder / "signatures").open("w+b")
+        self._bands: list[BinaryIO] = [
+            (folder / f"band-{band}").open("w+b") for band in range(self.bands)
+        ]
+
+    def append(self, signatures: npt.NDArray[np.uint16]) -> None:
+        """Add (n, 128) signatures as the next n rows."""
+        self.count += len(signatures)
+        self._signatures.write(np.ascontiguousarray(signatures).tobytes())
+        for band, file in enumerate(self._bands):
+            columns = signatures[:, band * self.rows_of_band : (band + 1) * self.rows_of_band]
+            keys = np.zeros(len(signatures), dtype=np.uint64)
+            for n in range(self.rows_of_band):
+                keys = (keys ^ columns[:, n]) * np.uint64(0x9E3779B97F4A7C15)
+                keys ^= keys >> np.uint64(29)
+            file.write(keys.tobytes())
+
+    def close(self) -> None:
+        """Close the files; the caller removes the folder."""
+        for file in (self._signatures, *self._bands):
+            file.close()
+
+    def pairs(self, preferred: Rows) -> npt.NDArray[np.int64]:
+        """Near-duplicate pairs, (n, 2), among the rows of ``preferred`` (the best first)."""
+        found = np.empty(0, dtype=np.uint64)
+        for file in self._bands:
+            file.seek(0)
+            keys = np.fromfile(file, dtype=np.uint64)[preferred]
+            found = np.union1d(found, _candidates(keys))
+        left = preferred[(found >> np.uint64(32)).astype(np.int64)]
+        right = preferred[(found & np.uint64(0xFFFFFFFF)).astype(np.int64)]
+        alike = self._similar(left, right)
+        return np.stack([left[alike], right[alike]], axis=1)
+
+    def _similar(self, left: Rows, right: Rows) -> npt.NDArray[np.bool_]:
+        wanted = np.unique(np.concatenate([left, right]))
+        alike = np.empty(len(left), dtype=bool)
+        signatures = np.memmap(self._signatures, dtype=np.uint16, mode="r") if len(wanted) else None
+        if signatures is None:
+            return alike
+        table = signatures.reshape(-1, BINS)
+        for begin in range(0, len(left), _ROWS_AT_ONCE):
+            some = slice(begin, begin + _ROWS_AT_ONCE)
+            agree = (table[left[some]] == table[right[some]]).mean(axis=1)
+            alike[some] = agree >= self.threshold
+        return alike
+
+
+def _candidates(keys: Hashes) -> Hashes:
+    """Pairs of places whose keys are equal, each packed into 64 bits, the lesser place first.
+
+    Each member of a bucket is paired with the bucket's first and with the one before it.
+    """
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    if not len(same):
+        return np.empty(0, dtype=np.uint64)
+    begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    firsts = begins[np.searchsorted(begins, same, side="right") - 1]
+    lesser = order[np.concatenate([firsts, same - 1])].astype(np.uint64)
+    greater = order[np.concatenate([same, same])].astype(np.uint64)
+    return np.unique((lesser << np.uint64(32)) | greater)
+
+
+def groups_of(pairs: npt.NDArray[np.int64]) -> dict[int, int]:
+    """A representative for each member of a pair; chains of pairs share one."""
+    parent: dict[int, int] = {}
+
+    def root(row: int) -> int:
+        while parent.setdefault(row, row) != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    for left, right in pairs.tolist():
+        one, other = root(left), root(right)
+        if one != other:
+            parent[max(one, other)] = min(one, other)
+    return {row: root(row) for row in parent}

@@ -1,0 +1,155 @@
+"""Instructions for supervised fine-tuning: JSONL records -> prompts and responses, split by work.
+
+The held-out ones are for evaluation. Instructions on one act (its versions, translations) are on
+one side of the split, which depends on the works alone: not on the order of the records.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from fastcpt.corpus.celex import parse_celex
+from fastcpt.corpus.documents import (
+    DocumentsError,
+    Unreadable,
+    identity,
+    open_lines,
+    unreadable_message,
+    value_at,
+)
+from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
+from fastcpt.recipe import Recipe, Sft
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+def build_instructions(recipe: Recipe, home: Path) -> dict[str, Any] | None:
+    """Write ``train.jsonl`` and ``held_out.jsonl`` (``id``, ``prompt``, ``response``).
+
+    Into ``home/instructions/<digest>``, with a ``manifest.json`` that lists the files. Returns
+    ``{path, digest, reused, train, held_out, unreadable}``; None where the recipe has no
+    instructions. ``DocumentsError`` where the file is missing, holds too much that cannot be
+    read, or fewer works than are to be held out.
+    """
+    settings = recipe.sft
+    if settings.instructions is None:
+        return None
+    system, name = fsspec.url_to_fs(settings.instructions)
+    if not system.isfile(name):
+        raise DocumentsError(
+            f"sft.instructions: there is no file '{settings.instructions}'; give a JSONL file "
+            "(.gz, .zst), or leave it empty to train without fine-tuning"
+        )
+    digest = digest_of(
+        "instructions",
+        FORMAT,
+        identity(settings.instructions),
+        settings.model_dump(include={"fields", "prompt_template", "held_out"}),
+    )
+    folder = home / "instructions" / digest
+    if (folder / "manifest.json").exists():
+        return {**read_json(folder / "manifest.json"), "path": str(folder), "reused": True}
+    rows, unreadable = _read(settings, recipe.documents.max_unreadable_share)
+    train, held_out = _split(rows, settings.held_out)
+    for file, part in (("train.jsonl", train), ("held_out.jsonl", held_out)):
+        with whole_file(folder / file) as aside:
+            aside.write_text(
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part),
+                encoding="utf-8",
+            )
+    manifest = {
+        "digest": digest,
+        "train": len(train),
+        "held_out": len(held_out),
+        "unreadable": unreadable,
+        "files": [
+            {
+                "file": file,
+                "bytes": (folder / file).stat().st_size,
+                "sha256": sha256_of_file(folder / file),
+            }
+            for file in ("train.jsonl", "held_out.jsonl")
+        ],
+    }
+    write_json(folder / "manifest.json", manifest)
+    log.info("%d instructions, %d held out, %d set aside", len(train), len(held_out), unreadable)
+    return {**manifest, "path": str(folder), "reused": False}
+
+
+def _read(settings: Sft, limit: float) -> tuple[list[dict[str, str]], int]:
+    file = settings.instructions
+    assert file is not None
+    rows: dict[str, dict[str, str]] = {}
+    unreadable: list[Unreadable] = []
+    total = 0
+    for line, record in open_lines(file):
+        total += 1
+        try:
+            row = record if isinstance(record, Unreadable) else _row(record, settings)
+        except ValueError as error:
+            row = Unreadable(file, line, str(error))
+        if isinstance(row, Unreadable):
+            unreadable.append(row)
+        else:
+            # the same instruction again counts once
+            rows[digest_of(row["prompt"], row["response"])] = row
+    if not total:
+        raise DocumentsError(f"sft.instructions: '{file}' holds no records")
+    if unreadable and len(unreadable) / total > limit:
+        raise DocumentsError(unreadable_message(len(unreadable), total, limit, unreadable[0]))
+    return [rows[key] for key in sorted(rows, key=lambda key: (rows[key]["id"], key))], len(
+        unreadable
+    )
+
+
+def _row(record: Any, settings: Sft) -> dict[str, str]:
+    """One instruction; ``ValueError`` says which field is wrong."""
+    if not isinstance(record, dict):
+        raise ValueError("the record is not an object")
+    fields = settings.fields
+
+    def text(path: str, required: bool) -> str:
+        value = value_at(record, path)
+        if value is None or value == "":
+            if required:
+                raise ValueError(f"'{path}' is missing or empty")
+            return ""
+        if isinstance(value, (dict, list, bool)):
+            raise ValueError(f"'{path}' is no text")
+        return str(value).strip()
+
+    name = text(fields.id, required=False)
+    prompt = text(fields.prompt, required=False) if fields.prompt else ""
+    if not prompt:
+        title = text(fields.title, required="{title}" in settings.prompt_template)
+        prompt = settings.prompt_template.replace("{title}", title).replace("{id}", name)
+    response = text(fields.response, required=True)
+    return {"id": name or digest_of(prompt, response), "prompt": prompt, "response": response}
+
+
+def _split(
+    rows: list[dict[str, str]], held_out: int
+) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Whole works, in an order drawn from their names, until enough instructions are held out."""
+    works: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        celex = parse_celex(row["id"])
+        works.setdefault(celex.base if celex else row["id"], []).append(row)
+    out: list[dict[str, str]] = []
+    for work in sorted(works, key=digest_of):
+        if len(out) >= held_out:
+            break
+        out += works.pop(work)
+    if not works or len(out) < held_out:
+        raise DocumentsError(
+            f"sft.held_out: {held_out} instructions cannot be held out of {len(rows)} and any be "
+            "left to train on; give more instructions or hold out fewer"
+        )
+    return [row for work in sorted(works) for row in works[work]], out

@@ -1,0 +1,168 @@
+"""The same function over many items, in one process a core.
+
+Worker processes are started as commands of their own, not forked: a task of Airflow may not have
+children of multiprocessing's kind, and a fork of a process that has threads may hang. Calls and
+results go over pipes. A worker whose parent is gone reads the end of its input and ends.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+LOG_EVERY_S = 10.0
+
+
+class WorkerDiedError(OSError):
+    """A worker process ended in the middle of a call (killed, or out of memory)."""
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_processes(
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    processes: int | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """``(index of the call, result)`` as calls end; the first error of a call is raised here.
+
+    ``function`` is one of a module's own, arguments and results can be pickled. One call, or one
+    process, stays in this process.
+    """
+    processes = min(processes or cores(), len(calls))
+    if processes <= 1:
+        for index, arguments in enumerate(calls):
+            yield index, function(*arguments)
+        return
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for index in range(len(calls)):
+        waiting.put(index)
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
+    workers = [_start() for _ in range(processes)]
+    threads = [
+        threading.Thread(target=_feed, args=(worker, function, calls, waiting, done), daemon=True)
+        for worker in workers
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(len(calls)):
+            index, result, error = done.get()
+            if error is not None:
+                raise error
+            yield index, result
+    finally:
+        for worker in workers:
+            # all results are here, or none is wanted any more
+            worker.kill()
+        for thread in threads:
+            thread.join()
+        for worker in workers:
+            worker.wait()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    library = str(Path(__file__).resolve().parents[2])
+    paths = [library, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        # one process a core: threads inside them would only wait for one another
+        "RAYON_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastcpt.corpus.processes"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+
+
+def _feed(
+    worker: subprocess.Popen[bytes],
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    waiting: queue.SimpleQueue[int],
+    done: queue.SimpleQueue[tuple[int, Any, BaseException | None]],
+) -> None:
+    """Give one worker calls until there are no more."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    while True:
+        try:
+            index = waiting.get_nowait()
+        except queue.Empty:
+            return
+        try:
+            pickle.dump((function.__module__, function.__name__, calls[index]), worker.stdin)
+            worker.stdin.flush()
+            result, error = pickle.load(worker.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+            name = function.__name__
+            error = WorkerDiedError(f"a worker process ended during {name}; out of memory?")
+            result = None
+        done.put((index, result, error))
+        if error is not None:
+            return
+
+
+def _serve() -> None:
+    """The worker's side."""
+    calls, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not get between the results
+    while True:
+        try:
+            module, name, arguments = pickle.load(calls)
+        except EOFError:
+            return
+        try:
+            result, failure = getattr(importlib.import_module(module), name)(*arguments), None
+        except Exception as error:
+            result, failure = None, error
+        pickle.dump((result, failure), results)
+        results.flush()
+
+
+class Progress:
+    """Logs rate and time left of a long step, at most every 10 s."""
+
+    def __init__(self, what: str, unit: str, total: float):
+        self.what, self.unit, self.total = what, unit, total
+        self.done = 0.0
+        self.started = self.logged = time.monotonic()
+
+    def add(self, amount: float) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.logged >= LOG_EVERY_S:
+            self.logged = now
+            log.info("%s", self.line(now - self.started))
+
+    def line(self, seconds: float) -> str:
+        rate = self.done / max(seconds, 1e-9)
+        left = (self.total - self.done) / rate if rate else 0.0
+        return (
+            f"{self.what}: {self.done:,.0f} of {self.total:,.0f} {self.unit}, "
+            f"{rate:,.0f} {self.unit}/s, {left:,.0f} s left"
+        )
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,379 @@
+"""Scores of documents: every component a column, kept apart from the documents.
+
+``score_part`` reads one part and writes one table. A component of the ``legal`` score lies in
+0..1 and becomes points by its weight in the recipe, at selection: new weights score nothing
+again. Two components depend on the whole corpus (recency against its newest year, citations
+received) and are worked out at selection from this table's columns. docs/corpus.md defines all.
+
+The ``published`` score adds up the points of the published guide, exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+import shutil
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastcpt.corpus.celex import Celex, cited_works, parse_celex
+from fastcpt.corpus.documents import Document, Unreadable, identity, read_documents
+from fastcpt.corpus.fingerprint import BINS, Fingerprint, fingerprint
+from fastcpt.corpus.processes import Progress
+from fastcpt.files import digest_of, read_json, whole_file, write_json
+from fastcpt.recipe import Recipe, Score
+
+log = logging.getLogger(__name__)
+
+# Raised when a column's meaning changes: old tables are then scored again.
+FORMAT = 1
+ROW_GROUP = 4096
+SHOWN_UNREADABLE = 1000  # of a part, in its file; all are counted
+EXCERPT = 2000  # characters
+
+LEGAL_COMPONENTS = (
+    "kind_of_act",
+    "subject_matter",
+    "length",
+    "running_text",
+    "boilerplate",
+    "in_force",
+    "language",
+)
+PUBLISHED_COMPONENTS = ("year", "type", "length", "subject")
+
+_COLUMNS = {
+    "position": pa.int64(),
+    "id": pa.string(),
+    "id_hash": pa.uint64(),
+    "content": pa.uint64(),  # of the text: equal texts, equal values
+    "work": pa.string(),  # base CELEX, else the id
+    "work_hash": pa.uint64(),
+    "version": pa.int32(),  # yyyymmdd of a consolidated version, else 0
+    "version_of": pa.uint64(),  # versions of one act in one language share it
+    "date": pa.int32(),  # yyyymmdd, 0 where missing
+    "year": pa.int16(),  # of the date, else of the CELEX number, else 0
+    "act_year": pa.int16(),  # of the act itself, also in a later version
+    "doc_type": pa.string(),
+    "title": pa.string(),
+    "subjects": pa.list_(pa.string()),
+    "areas": pa.list_(pa.string()),  # the recipe's subjects that it matches
+    "language": pa.string(),
+    "characters": pa.int32(),
+    "bytes": pa.int64(),
+    "words": pa.int32(),
+    "pieces": pa.int32(),
+    "cites": pa.list_(pa.uint64()),
+    "signature": pa.binary(BINS * 2),
+    "excerpt": pa.string(),  # of one document in sixteen: selection counts its tokens
+}
+
+
+def score_schema(method: str) -> pa.Schema:
+    """Columns of the table that ``score_part`` writes."""
+    components = LEGAL_COMPONENTS if method == "legal" else PUBLISHED_COMPONENTS
+    columns = [(f"score_{name}", pa.float32()) for name in components]
+    return pa.schema([*_COLUMNS.items(), *columns])
+
+
+def score_part(part: str, recipe: Recipe, home: Path) -> dict[str, Any]:
+    """Score every document of a part; a part scored before is returned at once.
+
+    Returns ``{path, digest, part, documents, unreadable, characters, reused}``. The folder
+    ``home/scores/<digest>`` holds ``scores.parquet``, ``unreadable.json`` and ``manifest.json``
+    (written last). Its digest depends on the part's content, the field mapping and what the
+    score is made of; not on weights, thresholds and other settings of the selection.
+    Unreadable records are counted here; ``select`` judges their share of the whole corpus.
+    """
+    settings = recipe.score
+    source = identity(part)
+    digest = digest_of(
+        "score",
+        FORMAT,
+        source,
+        recipe.documents.fields.model_dump(),
+        settings.method,
+        sorted(settings.subjects.items()),
+        sorted(settings.languages),
+    )
+    folder = home / "scores" / digest
+    manifest = folder / "manifest.json"
+    if manifest.exists():
+        found = read_json(manifest)
+        if found["part"] != part:  # the same content under another name
+            write_json(manifest, {**found, "part": part})
+        return {**found, "part": part, "path": str(folder), "reused": True}
+    shutil.rmtree(folder, ignore_errors=True)
+    result = {"digest": digest, "part": part, "source": source, "method": settings.method}
+    result |= _score_into(folder, part, recipe)
+    write_json(manifest, result)
+    return {**result, "path": str(folder), "reused": False}
+
+
+def _score_into(folder: Path, part: str, recipe: Recipe) -> dict[str, Any]:
+    schema = score_schema(recipe.score.method)
+    rows: list[dict[str, Any]] = []
+    unreadable: list[Unreadable] = []
+    documents = set_aside = characters = 0
+    progress = Progress(f"score {part.rsplit('/', 1)[-1]}", "documents", math.nan)
+    with (
+        whole_file(folder / "scores.parquet") as aside,
+        pq.ParquetWriter(aside, schema, compression="zstd") as writer,
+    ):
+        for document in read_documents(part, recipe.documents.fields):
+            if isinstance(document, Unreadable):
+                set_aside += 1
+                if len(unreadable) < SHOWN_UNREADABLE:
+                    unreadable.append(document)
+                continue
+            rows.append(score_document(document, recipe.score))
+            documents += 1
+            characters += len(document.text)
+            progress.add(1)
+            if len(rows) == ROW_GROUP:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                rows.clear()
+        if rows or not documents:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    write_json(
+        folder / "unreadable.json",
+        [{"file": item.file, "line": item.line, "reason": item.reason} for item in unreadable],
+    )
+    log.info("%s: %d documents, %d set aside", part, documents, set_aside)
+    return {"documents": documents, "unreadable": set_aside, "characters": characters}
+
+
+def hash_of(*parts: object) -> int:
+    """64 bits that stand for a value, the same on every machine."""
+    joined = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
+
+
+def score_document(document: Document, settings: Score) -> dict[str, Any]:
+    """One row of the score table."""
+    celex = parse_celex(document.celex) or parse_celex(document.id)
+    figures = fingerprint(document.text)
+    content = document.text.encode("utf-8")
+    date = _date_number(document.date)
+    year = document.year or (celex.year if celex else 0)
+    work = celex.base if celex else document.id
+    # a corrigendum is no version of the act: it stands alone, beside it in the splits
+    version_of = document.id if celex is None or celex.corrigendum else work
+    language = (document.language or "").lower()
+    row = {
+        "position": document.position,
+        "id": document.id,
+        "id_hash": hash_of(document.id),
+        "content": int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"),
+        "work": work,
+        "work_hash": hash_of(work),
+        "version": celex.version if celex else 0,
+        "version_of": hash_of(version_of, language),
+        "date": date,
+        "year": year,
+        "act_year": celex.year if celex and celex.year else year,
+        "doc_type": _plain(document.doc_type),
+        "title": document.title[:500],
+        "subjects": list(document.subjects),
+        "areas": areas_of(document, settings),
+        "language": language,
+        "characters": len(document.text),
+        "bytes": len(content),
+        "words": figures.words,
+        "pieces": figures.pieces,
+        "cites": sorted(hash_of(base) for base in cited_works(document.text) - {work}),
+        "signature": figures.signature.tobytes(),
+        "excerpt": _excerpt(document.text, hash_of(document.id)),
+    }
+    if settings.method == "published":
+        components = published_points(document, year)
+    else:
+        components = legal_components(document, celex, figures, settings)
+    return row | {f"score_{name}": value for name, value in components.items()}
+
+
+def _excerpt(text: str, chosen: int) -> str | None:
+    if chosen % 16:
+        return None
+    begin = (chosen >> 8) % max(1, len(text) - EXCERPT)
+    return text[begin : begin + EXCERPT]
+
+
+def _date_number(date: str | None) -> int:
+    found = re.match(r"(\d{4})-(\d\d)-(\d\d)", date or "")
+    return int("".join(found.groups())) if found else 0
+
+
+def _plain(kind: str) -> str:
+    return re.sub(r"[\s_-]+", "_", kind.strip().lower())
+
+
+# The published score
+
+
+def published_points(document: Document, year: int) -> dict[str, float]:
+    """The guide's points: their sum is the score. ``year`` is 0 where it is not known."""
+    characters = len(document.text)
+    kind = _plain(document.doc_type)
+    subjects = " ".join(document.subjects).lower()
+    named = ("data protection", "consumer", "environment", "digital")
+    return {
+        "year": 100.0 if year >= 2020 else 50.0 if year >= 2015 else 0.0,
+        "type": {"regulation": 80.0, "directive": 60.0}.get(kind, 0.0),
+        "length": 40.0 if characters > 5000 else 20.0 if characters > 2000 else 0.0,
+        "subject": 30.0 if any(name in subjects for name in named) else 0.0,
+    }
+
+
+# The project's own
+
+
+def legal_components(
+    document: Document, celex: Celex | None, figures: Fingerprint, settings: Score
+) -> dict[str, float]:
+    """The components that one document decides, each in 0..1."""
+    language = (document.language or "").lower()
+    in_force = {True: 1.0, False: 0.0, None: 0.5}[document.in_force]
+    return {
+        "kind_of_act": kind_of_act(document, celex),
+        "subject_matter": max(
+            (settings.subjects[area] for area in areas_of(document, settings)), default=0.0
+        ),
+        # a notice of 50 words says nothing of the law; from 2,000 words on, length adds nothing
+        "length": _ramp(math.log(max(figures.words, 1)), math.log(50), math.log(2000)),
+        "running_text": figures.running / len(document.text),
+        "boilerplate": 1.0 - _ramp(formula_share(document.text), 0.0, 0.1),
+        "in_force": in_force,
+        "language": 0.5 if not language else 1.0 if language in settings.languages else 0.0,
+    }
+
+
+def _ramp(value: float, low: float, high: float) -> float:
+    return min(1.0, max(0.0, (value - low) / (high - low)))
+
+
+# Binding force and generality, after Article 288 TFEU: a regulation binds everyone, a directive
+# every Member State, a decision those it is addressed to, a recommendation or opinion no one.
+_KINDS = {
+    "treaty": 1.0,
+    "charter": 1.0,
+    "regulation": 1.0,
+    "directive": 1.0,
+    "judgment": 0.8,
+    "framework_decision": 0.8,
+    "decision": 0.6,
+    "cfsp_act": 0.5,
+    "agreement": 0.5,
+    "guideline": 0.4,
+    "recommendation": 0.4,
+    "resolution": 0.3,
+    "opinion": 0.3,
+    "rules_of_procedure": 0.3,
+    "corrigendum": 0.1,
+}
+_KIND_OF_LETTER = {"R": "regulation", "L": "directive", "D": "decision", "F": "framework_decision"}
+_KIND_OF_SECTOR = {"1": "treaty", "2": "agreement", "6": "judgment"}
+
+
+def kind_of_act(document: Document, celex: Celex | None) -> float:
+    """Binding force and generality of the act, 0..1; 0.3 for a kind that is not known."""
+    if celex and celex.corrigendum:
+        return _KINDS["corrigendum"]
+    kind = _plain(document.doc_type)
+    if kind not in _KINDS and celex:
+        by_letter = _KIND_OF_LETTER.get(celex.type, "") if celex.sector in "03" else ""
+        kind = by_letter or _KIND_OF_SECTOR.get(celex.sector, kind)
+    value = _KINDS.get(kind, 0.3)
+    # acts below the legislator's fill in details: lists, tariffs, single authorisations
+    title = document.title[:100].lower()
+    return value * (0.7 if "implementing" in title else 0.85 if "delegated" in title else 1.0)
+
+
+# Chapters of the Directory of European Union legislation that say what an act is about.
+_CHAPTERS = {
+    "02": "customs union free movement of goods",
+    "03": "agriculture",
+    "04": "fisheries",
+    "05": "employment workers social policy",
+    "06": "establishment services",
+    "06.20.20": "financial services",
+    "07": "transport",
+    "08": "competition",
+    "09": "taxation",
+    "10": "monetary policy capital",
+    "11": "external relations",
+    "12": "energy",
+    "13": "industrial policy internal market",
+    "14": "regional policy",
+    "15.10": "environment",
+    "15.20": "consumer protection",
+    "15.30": "public health",
+    "16": "science information education culture",
+    "17": "undertakings",
+    "18": "foreign security policy",
+    "19": "freedom security justice",
+}
+
+
+def areas_of(document: Document, settings: Score) -> list[str]:
+    """The recipe's subjects that the document's subject matters, title or directory code name.
+
+    Compared by whole words, whatever their case, with and without a plural's s: "consumer" is
+    named by "Consumers" and not by "consumerism".
+    """
+    code = document.directory_code or ""
+    chapters = [_CHAPTERS[key] for key in _CHAPTERS if code.startswith(key)]
+    named = " | ".join(
+        wording(text) for text in (*document.subjects, *chapters, document.title[:500])
+    )
+    padded = f" {named} "
+    return [subject for subject in settings.subjects if f" {wording(subject)} " in padded]
+
+
+@lru_cache(maxsize=65_536)
+def wording(text: str) -> str:
+    """Words in lower case without accents and plural s, one space between them."""
+    plain = unicodedata.normalize("NFKD", text).lower()
+    words = re.findall(r"[^\W_]+", "".join(c for c in plain if not unicodedata.combining(c)))
+    return " ".join(
+        word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+        for word in words
+    )
+
+
+# Formulas of acts and page furniture of EUR-Lex: they say nothing of the law at hand.
+_FORMULAS = (
+    "Important legal notice",
+    "Avis juridique important",
+    "Official Journal of the European",
+    "This document is meant purely as a documentation tool",
+    "This text is meant purely as a documentation tool",
+    "binding in its entirety and directly applicable in",
+    "shall enter into force on the twentieth day following",
+    "The High Contracting Parties",
+    "Having regard to the Treaty",
+    "Having regard to the proposal from",
+    "Having regard to the opinion of",
+    "Acting in accordance with the",
+    "HAVE ADOPTED THIS",
+    "HAS ADOPTED THIS",
+    "This Directive is addressed to the Member States",
+    "This Decision is addressed to the Member States",
+    "Done at ",
+    "For the Council",
+    "For the Commission",
+    "For the European Parliament",
+    "The President",
+)
+
+
+def formula_share(text: str) -> float:
+    """Share of a text's characters that stand in formulas and page furniture."""
+    return sum(text.count(formula) * len(formula) for formula in _FORMULAS) / len(text)

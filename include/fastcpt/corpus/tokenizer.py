@@ -1,0 +1,211 @@
+"""The tokenizer of a corpus: found, trained on the corpus, or refused with what to do.
+
+A corpus's own folder gets ``tokenizer.json`` and ``tokenizer_config.json``, so that training
+needs nothing else. Documents begin with BOS where the tokenizer has one, and end with its
+end-of-text token; instruct models' end-of-turn tokens end no document.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from fastcpt.files import sha256_of_file, whole_file, write_json
+from fastcpt.recipe import Recipe
+
+log = logging.getLogger(__name__)
+
+BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
+END = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>")
+PAD = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>")
+TRAINING_CHARACTERS = 20_000_000  # of the corpus that a tokenizer is trained on
+
+# Llama 3's first split: contractions, words with the sign before them, up to three digits, signs
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class TokenizerError(ValueError):
+    """There is no usable tokenizer; the message says where it was looked for."""
+
+
+@dataclass(frozen=True)
+class CorpusTokenizer:
+    """``sha256`` is of ``tokenizer.json``. ``bos_id`` is None where documents begin without."""
+
+    file: Path
+    sha256: str
+    vocab_size: int
+    bos_id: int | None
+    end_id: int
+    pad_id: int
+
+    def load(self) -> Tokenizer:
+        """The tokenizer; what looks like a special token in a document is ordinary text."""
+        tokenizer = _load(self.file)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+
+def find_tokenizer(recipe: Recipe) -> CorpusTokenizer | None:
+    """The recipe's tokenizer; None where the recipe trains one. ``TokenizerError`` otherwise.
+
+    ``tokenizer.path`` is a folder or a ``tokenizer.json``; without it the folder, or the local
+    Hugging Face cache, of ``model.name_or_path`` is taken. Nothing is downloaded.
+    """
+    if recipe.tokenizer.train_vocab_size:
+        return None
+    if recipe.tokenizer.path:
+        path = Path(recipe.tokenizer.path).expanduser()
+        file = path / "tokenizer.json" if path.is_dir() else path
+        if not file.is_file():
+            raise TokenizerError(
+                f"tokenizer.path: there is no '{file}'; give a folder with tokenizer.json, the "
+                "file itself, or tokenizer.train_vocab_size"
+            )
+        return describe(file)
+    name = recipe.model.name_or_path
+    if name is None:
+        raise TokenizerError(
+            "a model initialised at random has no tokenizer of its own: give tokenizer.path or "
+            "tokenizer.train_vocab_size in the recipe"
+        )
+    folder = Path(name).expanduser()
+    found = folder / "tokenizer.json" if folder.is_dir() else _in_hub_cache(name)
+    if found is None or not found.is_file():
+        raise TokenizerError(
+            f"the tokenizer of model '{name}' is not on this machine: give tokenizer.path (a "
+            f"folder with tokenizer.json), or fetch it once with 'hf download {name} "
+            "tokenizer.json tokenizer_config.json'"
+        )
+    return describe(found)
+
+
+def _in_hub_cache(name: str) -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return None
+    try:
+        found = try_to_load_from_cache(name, "tokenizer.json")
+    except HFValidationError:
+        return None  # a path that does not exist, not a hub name
+    return Path(found) if isinstance(found, (str, os.PathLike)) else None
+
+
+def _load(file: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises bare Exception
+        raise TokenizerError(f"'{file}' is no tokenizer that can be read: {error}") from error
+
+
+def describe(file: Path) -> CorpusTokenizer:
+    """What the corpus needs to know of a ``tokenizer.json`` and the config beside it."""
+    tokenizer = _load(file)
+    config = _config(file.parent)
+    adds_bos = bool(config.get("add_bos_token", True)) and not _is_named(config, "eos_token", BOS)
+    bos = _first(tokenizer, (_named(config, "bos_token"), *BOS)) if adds_bos else None
+    # an instruct model's eos ends a turn; the base vocabulary's end of text comes first
+    end = _first(tokenizer, (*END, _named(config, "eos_token")))
+    if end is None:
+        raise TokenizerError(
+            f"'{file}' has no end-of-text token (looked for {', '.join(END)} and eos_token of "
+            "tokenizer_config.json); add tokenizer_config.json with eos_token beside it"
+        )
+    pad = _first(tokenizer, (_named(config, "pad_token"), *PAD))
+    return CorpusTokenizer(
+        file=file,
+        sha256=sha256_of_file(file),
+        vocab_size=tokenizer.get_vocab_size(with_added_tokens=True),
+        bos_id=None if bos == end else bos,
+        end_id=end,
+        pad_id=end if pad is None else pad,
+    )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"'{file}' is not JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _named(config: dict[str, Any], key: str) -> str | None:
+    value = config.get(key)
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _is_named(config: dict[str, Any], key: str, names: tuple[str, ...]) -> bool:
+    return _named(config, key) in names
+
+
+def _first(tokenizer: Tokenizer, names: Iterable[str | None]) -> int | None:
+    ids = (tokenizer.token_to_id(name) for name in names if name)
+    return next((i for i in ids if i is not None), None)
+
+
+def write_tokenizer(source: CorpusTokenizer, folder: Path) -> None:
+    """The corpus's copy of a tokenizer, which ``transformers.AutoTokenizer`` loads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "tokenizer.json") as aside:
+        shutil.copyfile(source.file, aside)
+    config = _config(source.file.parent)
+    if not config:
+        tokenizer = _load(source.file)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": None if source.bos_id is None else tokenizer.id_to_token(source.bos_id),
+            "eos_token": tokenizer.id_to_token(source.end_id),
+            "pad_token": tokenizer.id_to_token(source.pad_id),
+            "clean_up_tokenization_spaces": False,
+        }
+    write_json(folder / "tokenizer_config.json", config)
+    for name in ("special_tokens_map.json", "chat_template.jinja"):
+        if (source.file.parent / name).is_file():
+            with whole_file(folder / name) as aside:
+                shutil.copyfile(source.file.parent / name, aside)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> CorpusTokenizer:
+    """Train a byte-level BPE tokenizer on ``texts``; the same texts give the same file."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = [BOS[0], END[0], PAD[0]]
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "tokenizer.json") as aside:
+        tokenizer.save(str(aside))
+    log.info("trained a tokenizer of %d entries", tokenizer.get_vocab_size())
+    return describe(folder / "tokenizer.json")
