@@ -16,6 +16,7 @@ import math
 import re
 import shutil
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 from fastcpt.corpus.celex import Celex, cited_works, parse_celex
 from fastcpt.corpus.documents import Document, Unreadable, identity, read_documents
 from fastcpt.corpus.fingerprint import BINS, Fingerprint, fingerprint
-from fastcpt.corpus.processes import Progress
+from fastcpt.corpus.processes import Progress, in_processes
 from fastcpt.files import digest_of, read_json, whole_file, write_json
 from fastcpt.recipe import Recipe, Score
 
@@ -115,6 +116,19 @@ def score_part(part: str, recipe: Recipe, home: Path) -> dict[str, Any]:
     result |= _score_into(folder, part, recipe)
     write_json(manifest, result)
     return {**result, "path": str(folder), "reused": False}
+
+
+def score_parts(
+    parts: Sequence[str], recipe: Recipe, home: Path, processes: int | None = None
+) -> list[dict[str, Any]]:
+    """``score_part`` of every part, one process a core; results in the parts' order."""
+    progress = Progress("score", "parts", len(parts))
+    results: list[dict[str, Any]] = [{}] * len(parts)
+    calls = [(part, recipe, home) for part in parts]
+    for number, result in in_processes(score_part, calls, processes):
+        results[number] = result
+        progress.add(1)
+    return results
 
 
 def _score_into(folder: Path, part: str, recipe: Recipe) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""Why a document has its score, and what became of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from fastcpt.corpus.score import LEGAL_COMPONENTS, PUBLISHED_COMPONENTS
+from fastcpt.files import read_json
+from fastcpt.recipe import Recipe
+
+
+class UnknownDocumentError(ValueError):
+    """No document of the selection has this id."""
+
+
+def explain(identifier: str, selection: str, recipe: Recipe) -> str:
+    """Every record with an id: its score's components, weights and points, and its outcome.
+
+    ``selection`` is the ``path`` that ``select`` returned for the same recipe.
+    """
+    manifest = read_json(Path(selection) / "manifest.json")
+    found = pq.read_table(
+        Path(selection) / "documents.parquet", filters=pc.field("id") == identifier
+    ).to_pylist()
+    if not found:
+        raise UnknownDocumentError(
+            f"no readable document has the id '{identifier}' among the {manifest['documents']} of "
+            f"this selection ({manifest['unreadable']} records could not be read)"
+        )
+    return "\n\n".join(_one(row, manifest["parts"][row["part"]], recipe) for row in found)
+
+
+def _one(row: dict[str, Any], part: dict[str, Any], recipe: Recipe) -> str:
+    legal = recipe.score.method == "legal"
+    names = LEGAL_COMPONENTS if legal else PUBLISHED_COMPONENTS
+    table = pq.read_table(
+        Path(part["scores"]) / "scores.parquet", filters=pc.field("position") == row["position"]
+    ).to_pylist()[0]
+    values = {name: float(table[f"score_{name}"]) for name in names}
+    if legal:
+        values |= {"recency": row["recency"], "citations": row["citations"]}
+    weights = recipe.score.weights.model_dump() if legal else dict.fromkeys(names, 1.0)
+    lines = [
+        f"{row['id']}: {table['title'][:90] or 'no title'}",
+        f"{part['part']}, record {row['position'] + 1}; {row['characters']:,} characters, "
+        f"about {row['tokens']:,} tokens, {row['doc_type'] or 'no kind'}, "
+        f"year {row['year'] or 'unknown'}, work {row['work']}",
+        f"subject matters: {', '.join(table['subjects']) or 'none'}; "
+        f"counted as: {', '.join(table['areas']) or 'none'}",
+        "",
+        f"{'component':<16}{'value':>8}{'weight':>9}{'points':>9}",
+    ]
+    for name in weights:
+        lines.append(
+            f"{name:<16}{values[name]:>8.3f}{weights[name]:>9.1f}"
+            f"{values[name] * weights[name]:>9.2f}"
+        )
+    lines += [f"{'score':<16}{row['score']:>26.2f}", "", _outcome(row)]
+    return "\n".join(lines)
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    if row["reason"]:
+        of = f" of {row['duplicate_of']}" if row["duplicate_of"] else ""
+        return f"not taken: {row['reason']}{of} (rank {row['rank'] + 1})"
+    return f"taken for {row['split']}, rank {row['rank'] + 1}"
