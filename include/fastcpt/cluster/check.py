@@ -1,0 +1,55 @@
+"""Whether a cluster can take a run, before anything is sent there: all that is missing at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastcpt.cluster.remote import ClusterError, Remote, ask
+from fastcpt.recipe import Cluster
+
+OLDEST_PYTHON = (3, 8)
+
+
+def check_cluster(remote: Remote, cluster: Cluster) -> dict[str, Any]:
+    """What the host is and has (``far_side.check``: GPUs, memory and disk in GB, python, rsync).
+
+    Raises ``ClusterError`` that lists everything the recipe needs and the host lacks, and
+    ``ConnectionLost`` where it does not answer. With ``cpu_only``, cores stand in for GPUs.
+    """
+    facts = ask(remote, "check", root=cluster.root)
+    missing = list(_missing(facts, cluster))
+    if missing:
+        raise ClusterError(f"{remote.host} cannot take this run:\n" + "\n".join(missing))
+    return facts
+
+
+def _missing(facts: dict[str, Any], cluster: Cluster) -> list[str]:
+    missing = []
+    if tuple(int(part) for part in facts["python"].split(".")[:2]) < OLDEST_PYTHON:
+        missing.append(f"- python3 is {facts['python']}: install 3.8 or newer")
+    for program, package in (("rsync", "rsync"), ("bash", "bash")):
+        if not facts[program]:
+            missing.append(f"- no {program} there: install the package {package}")
+    if facts["disk_free_gb"] < cluster.min_free_gb:
+        missing.append(
+            f"- {facts['disk_free_gb']:.1f} GB free under {facts['root']}, the recipe needs "
+            f"{cluster.min_free_gb:g} (cluster.min_free_gb): free some, or choose another cluster.root"
+        )
+    if cluster.launcher == "slurm" and not facts["slurm"]:
+        missing.append("- no sbatch there, but cluster.launcher is slurm: set it to process")
+    hosts = 1 + len(cluster.hosts)
+    wanted = -(-cluster.gpus // hosts)
+    if cluster.launcher == "slurm":
+        return missing  # a login host need not have the GPUs
+    if cluster.cpu_only:
+        if facts["cores"] < wanted:
+            missing.append(
+                f"- {facts['cores']} CPU cores, the recipe wants {wanted} ranks: lower cluster.gpus"
+            )
+    elif len(facts["gpus"]) < wanted:
+        found = ", ".join(gpu["name"] for gpu in facts["gpus"]) or "none that nvidia-smi shows"
+        missing.append(
+            f"- {len(facts['gpus'])} GPUs ({found}), the recipe wants {wanted} a host: "
+            "lower cluster.gpus, or choose another host"
+        )
+    return missing

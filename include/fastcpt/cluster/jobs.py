@@ -1,0 +1,115 @@
+"""Jobs on the cluster that outlive the connection: started once, found again, ended for sure.
+
+The protocol is the far side's (``far_side``): a folder a job with ``job.sh``, a lock, a status with
+a heartbeat and a log. A job's name does not depend on the try, so that a retry finds the job of
+the try before.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastcpt.cluster.remote import ClusterError, Remote, ask
+from fastcpt.files import digest_of
+
+ACTIVE = ("starting", "waiting", "running")
+# sysexits.h EX_CONFIG: the trainer's word for input that does not get better by trying again.
+EXIT_CANNOT_HEAL = 78
+
+
+class JobRefused(ValueError):
+    """The job says that its input is wrong; the same again would end the same."""
+
+
+class JobFailed(RuntimeError):
+    """The job ended with an error; it goes on from its last checkpoint when it is tried again."""
+
+
+class JobLost(OSError):
+    """The job vanished without a word (a reboot); trying again goes on from its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Commands to run one after another, until one fails.
+
+    ``result`` is the file whose presence means that all is done already. ``secrets`` become
+    environment variables by way of a 0600 file that is gone once the job has started.
+    """
+
+    name: str
+    commands: Sequence[Sequence[str]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    folder: str | None = None
+    result: str | None = None
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    uses_gpus: bool = True
+
+    @property
+    def script(self) -> str:
+        """``job.sh``: every word quoted, so that a value is never more than a value."""
+        lines = ["#!/usr/bin/env bash", "set -euo pipefail"]
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        if self.folder:
+            lines.append(f"cd {shlex.quote(self.folder)}")
+        lines += [shlex.join(command) for command in self.commands]
+        return "\n".join(lines) + "\n"
+
+
+def job_name(*parts: object) -> str:
+    """A folder name for a job from DAG, run, task and map index: readable, and unlike any other."""
+    readable = "-".join(re.sub(r"[^A-Za-z0-9_]+", "-", str(part)) for part in parts)
+    return f"{readable[:120]}-{digest_of(*map(str, parts))[:8]}"
+
+
+def submit(remote: Remote, root: str, job: Job) -> str:
+    """Start the job or find it: ``started``, ``running`` or ``complete``."""
+    answer = ask(
+        remote,
+        "submit",
+        root=root,
+        name=job.name,
+        script=job.script,
+        digest=digest_of(job.script),
+        secrets=dict(job.secrets),
+        result=job.result,
+        shared_lock=f"{root}/gpus.lock" if job.uses_gpus else None,
+    )
+    return str(answer["found"])
+
+
+def stop(remote: Remote, root: str, name: str) -> None:
+    """End the job and every process of it; ``ClusterError`` when one is left."""
+    if not ask(remote, "stop", root=root, name=name)["ended"]:
+        raise ClusterError(f"{remote.host}: job {name} could not be ended; end it there by hand")
+
+
+def outcome(
+    remote: Remote, name: str, status: Mapping[str, Any], last_lines: Sequence[str]
+) -> None:
+    """Raise what a job's final status means; returns when it succeeded."""
+    state = status["state"]
+    if state == "succeeded":
+        return
+    said = "\n".join(last_lines)
+    if state == "failed" and status.get("exit_code") == EXIT_CANNOT_HEAL:
+        raise JobRefused(_reason(last_lines) or f"{name}: its input is wrong; see its log")
+    if state == "failed":
+        raise JobFailed(
+            f"job {name} on {remote.host} ended with {status.get('exit_code')}:\n{said}"
+        )
+    if state == "cancelled":
+        raise JobFailed(f"job {name} on {remote.host} was cancelled there")
+    raise JobLost(f"job {name} on {remote.host} is gone: {status.get('why', state)}")
+
+
+def _reason(last_lines: Sequence[str]) -> str:
+    """The error a command printed last: ``<Something>Error: ...`` to its end."""
+    for position in range(len(last_lines) - 1, -1, -1):
+        if re.match(r"^\S*(Error|error): ", last_lines[position]):
+            return last_lines[position].partition(": ")[2]
+    return "\n".join(last_lines[-5:])

@@ -1,0 +1,190 @@
+"""One host by OpenSSH's own client: for commands, for polling, and for rsync.
+
+Everything goes through ``ssh``: one known_hosts, one configuration, ``~/.ssh/config`` (jump hosts
+included) and the agent as the user has them. Host keys are always verified. Connections are
+shared (ControlMaster), so that a poll every few seconds costs no new handshake.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CONNECT_TIMEOUT_S = 20
+# A silent connection is given up after 4 x 15 s, on commands and on transfers alike.
+ALIVE_INTERVAL_S = 15
+ALIVE_COUNT = 4
+ASK_TIMEOUT_S = 600
+
+
+class ClusterError(ValueError):
+    """The cluster cannot be used as it is; trying again does not help, the message says what to do."""
+
+
+class ConnectionLost(OSError):
+    """The cluster did not answer this time; trying again may help."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """How to reach a host. ``key_file`` None means the agent or the user's own configuration."""
+
+    host: str
+    user: str | None = None
+    port: int | None = None
+    key_file: str | None = None
+    known_hosts: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("host", "user", "key_file", "known_hosts"):
+            value = getattr(self, name)
+            if value is not None and (
+                value.startswith("-") or not value.isprintable() or not value
+            ):
+                raise ClusterError(f"the connection's {name} {value!r} is not one: correct it")
+        for name in ("key_file", "known_hosts"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).expanduser().is_file():
+                raise ClusterError(f"the connection's {name} '{path}' is no file on this machine")
+
+    def ssh(self, shared: bool = True) -> list[str]:
+        """The ssh command without host and remote command; ``shared`` connections are reused."""
+        options = {
+            "BatchMode": "yes",
+            "StrictHostKeyChecking": "yes",
+            "ConnectTimeout": str(CONNECT_TIMEOUT_S),
+            "ServerAliveInterval": str(ALIVE_INTERVAL_S),
+            "ServerAliveCountMax": str(ALIVE_COUNT),
+        }
+        if self.known_hosts:
+            options["UserKnownHostsFile"] = str(Path(self.known_hosts).expanduser())
+        if self.key_file:
+            options["IdentitiesOnly"] = "yes"
+        if shared:
+            options["ControlMaster"] = "auto"
+            options["ControlPath"] = f"{_sockets()}/%C"
+            options["ControlPersist"] = "60"
+        command = ["ssh", "-T"]
+        for name, value in options.items():
+            command += ["-o", f'{name}="{value}"' if " " in value else f"{name}={value}"]
+        if self.key_file:
+            command += ["-i", str(Path(self.key_file).expanduser())]
+        if self.user:
+            command += ["-l", self.user]
+        if self.port:
+            command += ["-p", str(self.port)]
+        return command
+
+
+@cache
+def _sockets() -> str:
+    """A folder for control sockets that only this user can read; short, as sockets' names must be."""
+    folder = Path(tempfile.gettempdir()) / f"fast_cpt-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    state = folder.stat()
+    if state.st_uid != os.getuid() or state.st_mode & 0o077:
+        return tempfile.mkdtemp(prefix="fast_cpt-")
+    return str(folder)
+
+
+@cache
+def _program() -> str:
+    """The far side's program, able to write itself out as a job's supervisor."""
+    source = (Path(__file__).parent / "far_side.py").read_text()
+    return f"{source}\nSOURCE = {source!r}\n"
+
+
+def _request(do: str, values: dict[str, Any]) -> bytes:
+    call = f"\nprint(json.dumps(REQUESTS[{do!r}](**json.loads({json.dumps(values)!r}))))\n"
+    return (_program() + call).encode()
+
+
+def ask(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
+    """One request to the far side (a function of ``far_side.REQUESTS``) and its answer.
+
+    Raises ``ClusterError`` for a refused key, a wrong host key or what the far side says cannot
+    be, ``ConnectionLost`` when it does not answer.
+    """
+    command = [*remote.ssh(), "--", remote.host, "exec python3 -"]
+    try:
+        done = subprocess.run(
+            command, input=_request(do, values), capture_output=True, timeout=ASK_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise ConnectionLost(f"{remote.host} did not answer in {ASK_TIMEOUT_S} s") from None
+    return _answer(remote, do, done.returncode, done.stdout, done.stderr)
+
+
+async def ask_async(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
+    """``ask`` for the triggerer: waits without holding a thread."""
+    process = await asyncio.create_subprocess_exec(
+        *remote.ssh(),
+        "--",
+        remote.host,
+        "exec python3 -",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(ASK_TIMEOUT_S):
+            output, errors = await process.communicate(_request(do, values))
+    except TimeoutError:
+        raise ConnectionLost(f"{remote.host} did not answer in {ASK_TIMEOUT_S} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return _answer(remote, do, process.returncode or 0, output, errors)
+
+
+def _answer(remote: Remote, do: str, code: int, output: bytes, errors: bytes) -> dict[str, Any]:
+    said = errors.decode(errors="replace").strip()
+    if code == 255:
+        raise connection_error(remote, said)
+    if code == 127:
+        raise ClusterError(f"{remote.host} has no python3: install Python 3.8 or newer there")
+    # a login that prints a banner does so before the answer
+    last = output.decode(errors="replace").strip().rpartition("\n")[2]
+    try:
+        answer = json.loads(last)
+    except json.JSONDecodeError:
+        raise ConnectionLost(
+            f"{remote.host} did not answer '{do}': {said[-1000:] or last}"
+        ) from None
+    if "error" in answer:
+        raise ClusterError(f"{remote.host}: {answer['error']}")
+    return dict(answer)
+
+
+def connection_error(remote: Remote, said: str) -> Exception:
+    """What ssh's own words (exit code 255) mean for who has to do something about it."""
+    where = remote.host + (f" port {remote.port}" if remote.port else "")
+    known_hosts = remote.known_hosts or "~/.ssh/known_hosts"
+    if "HOST IDENTIFICATION HAS CHANGED" in said or "Host key verification failed" in said:
+        return ClusterError(
+            f"the host key of {where} is not the one in {known_hosts}: somebody else may be answering. "
+            "Compare it with what the host's owner tells you (ssh-keygen -lf), then correct the file"
+        )
+    if "Permission denied" in said:
+        return ClusterError(
+            f"{where} refused the login of {remote.user or 'this user'} with "
+            f"{remote.key_file or 'the keys of the agent'}: check the connection's login and key_file, "
+            "and that the key is in authorized_keys there"
+        )
+    if "Bad owner or permissions" in said or "UNPROTECTED PRIVATE KEY" in said:
+        return ClusterError(f"ssh does not take the key file: {said}")
+    reason = said.splitlines()[-1] if said else "no reason given"
+    return ConnectionLost(f"no connection to {where}: {reason}")
+
+
+def quoted_ssh(remote: Remote) -> str:
+    """The ssh command as rsync's ``-e`` takes it: connections of its own, one a process."""
+    return shlex.join(remote.ssh(shared=False))

@@ -1,0 +1,201 @@
+"""Files to the cluster and back: rsync moves them, digests decide.
+
+What the other side has is told by SHA-256 alone: rsync's own quick check takes a damaged file of
+the right size for good. Only files that are absent or differ are sent, by several rsync side by
+side (one SSH stream is bound by one core), each with options that GNU rsync and Apple's have. A
+READY file comes last. Interrupted transfers go on where they stopped (``--partial-dir``).
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fastcpt.cluster.remote import (
+    ClusterError,
+    ConnectionLost,
+    Remote,
+    ask,
+    connection_error,
+    quoted_ssh,
+)
+from fastcpt.files import digest_of, sha256_of_file
+
+log = logging.getLogger(__name__)
+
+STREAMS = 4
+ROUNDS = 3  # a file that differs after being sent is sent again, twice
+IDLE_TIMEOUT_S = 120
+File = dict[str, Any]
+
+
+def files_of(folder: Path) -> list[File]:
+    """Every file below ``folder`` as ``{file, bytes, sha256}``, sorted by name."""
+    return [
+        {
+            "file": str(path.relative_to(folder)),
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of_file(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def send(
+    remote: Remote, local: Path, folder: str, files: Sequence[File], streams: int = STREAMS
+) -> dict[str, Any]:
+    """Bring ``files`` of ``local`` to ``folder`` on the cluster, digests verified there.
+
+    Returns ``{path, sent, bytes, seconds, reused}``. Raises ``ClusterError`` where the disk there
+    is too small or a file keeps arriving damaged, ``ConnectionLost`` where the line breaks.
+    """
+    began = time.monotonic()
+    listed = [{key: file[key] for key in ("file", "bytes", "sha256")} for file in files]
+    state = ask(remote, "verify", folder=folder, files=listed)
+    sizes = {file["file"]: int(file["bytes"]) for file in files}
+    differ, sent = state["differ"], list(state["differ"])
+    total = sum(sizes[name] for name in differ)
+    if total > state["free"]:
+        raise ClusterError(
+            f"{remote.host}: {total / 1e9:.2f} GB to send, {state['free'] / 1e9:.2f} GB free in "
+            f"{state['path']}: free some there, or choose another cluster.root"
+        )
+    for _ in range(ROUNDS):
+        if not differ:
+            break
+        log.info("sending %d files, %.1f MB", len(differ), sum(map(sizes.get, differ)) / 1e6)  # type: ignore[arg-type]
+        _rsync(
+            remote, _shares(differ, sizes, streams), sizes, f"{local}/", f"HOST:{state['path']}/"
+        )
+        differ = ask(remote, "verify", folder=folder, files=listed)["differ"]
+    if differ:
+        raise ClusterError(
+            f"{remote.host}: {', '.join(differ[:3])} differ there after {ROUNDS} transfers: "
+            "check that host's disk and memory"
+        )
+    ask(remote, "ready", folder=folder, digest=digest_of(listed))
+    seconds = time.monotonic() - began
+    log.info("%s holds %d files; sent %d in %.1f s", state["path"], len(files), len(sent), seconds)
+    return {
+        "path": state["path"],
+        "sent": len(sent),
+        "bytes": total,
+        "seconds": round(seconds, 2),
+        "reused": not sent,
+    }
+
+
+def fetch(remote: Remote, folder: str, local: Path, streams: int = STREAMS) -> dict[str, Any]:
+    """Bring a folder back from the cluster; the same promises as ``send``, digests verified here."""
+    began = time.monotonic()
+    state = ask(remote, "listing", folder=folder)
+    files = state["files"]
+    local.mkdir(parents=True, exist_ok=True)
+    differ = _differ(local, files)
+    sizes = {file["file"]: int(file["bytes"]) for file in files}
+    fetched = list(differ)
+    for _ in range(ROUNDS):
+        if not differ:
+            break
+        _rsync(
+            remote, _shares(differ, sizes, streams), sizes, f"HOST:{state['path']}/", f"{local}/"
+        )
+        differ = _differ(local, files)
+    if differ:
+        raise ClusterError(
+            f"{', '.join(differ[:3])} differ here after {ROUNDS} transfers: check the disk"
+        )
+    return {
+        "path": str(local),
+        "fetched": len(fetched),
+        "bytes": sum(sizes[name] for name in fetched),
+        "seconds": round(time.monotonic() - began, 2),
+        "reused": not fetched,
+    }
+
+
+def _differ(local: Path, files: Sequence[File]) -> list[str]:
+    def same(file: File) -> bool:
+        path = local / file["file"]
+        right_size = path.is_file() and path.stat().st_size == file["bytes"]
+        return bool(right_size and sha256_of_file(path) == file["sha256"])
+
+    return [file["file"] for file in files if not same(file)]
+
+
+def _shares(names: Sequence[str], sizes: dict[str, int], streams: int) -> list[list[str]]:
+    """``names`` dealt to at most ``streams`` transfers of about equal bytes, the largest first."""
+    shares: list[list[str]] = [[] for _ in range(min(streams, len(names)))]
+    for name in sorted(names, key=lambda name: -sizes[name]):
+        min(shares, key=lambda share: sum(sizes[one] for one in share)).append(name)
+    return shares
+
+
+def _rsync(
+    remote: Remote, shares: list[list[str]], sizes: dict[str, int], source: str, target: str
+) -> None:
+    total, began, done = sum(sizes[name] for share in shares for name in share), time.monotonic(), 0
+
+    def transfer(share: list[str], arrived: Callable[[str], None]) -> None:
+        command = [
+            "rsync",
+            *("-a", "--no-owner", "--no-group", "--ignore-times", "--partial-dir=.rsync-partial"),
+            *(f"--timeout={IDLE_TIMEOUT_S}", "--files-from=-", "--out-format=%n"),
+            *("-e", quoted_ssh(remote)),
+            source.replace("HOST", remote.host, 1),
+            target.replace("HOST", remote.host, 1),
+        ]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write("".join(f"{name}\n" for name in share))
+        process.stdin.close()
+        for line in process.stdout:
+            arrived(line.strip())
+        said = process.stderr.read()
+        if process.wait():
+            raise _rsync_error(remote, process.returncode, said)
+
+    last = began
+
+    def arrived(name: str) -> None:
+        nonlocal done, last
+        done += sizes.get(name, 0)
+        now = time.monotonic()
+        if now - last > 5 and done:
+            rate = done / (now - began)
+            log.info(
+                "%.1f of %.1f MB, %.1f MB/s, %.0f s left",
+                *(done / 1e6, total / 1e6, rate / 1e6, (total - done) / rate),
+            )
+            last = now
+
+    with ThreadPoolExecutor(len(shares)) as streams:
+        for transferred in [streams.submit(transfer, share, arrived) for share in shares]:
+            transferred.result()
+
+
+def _rsync_error(remote: Remote, code: int, said: str) -> Exception:
+    if "No space left" in said or "Disk quota exceeded" in said:
+        return ClusterError(
+            f"{remote.host}: the disk there is full; free some, then clear this task"
+        )
+    if code == 127 or "rsync: command not found" in said or "rsync: not found" in said:
+        return ClusterError(f"{remote.host} has no rsync: install the package rsync there")
+    if code == 255:
+        return connection_error(remote, said)
+    last = said.strip().splitlines()[-1] if said.strip() else "no reason given"
+    return ConnectionLost(f"rsync to {remote.host} ended with {code}: {last}")

@@ -1,0 +1,90 @@
+"""An OpenSSH server of its own on the loopback: what plays the GPU host for `make run` and the tests.
+
+It runs as whoever starts it, lets in that user alone, with a key and a host key made for it, and
+leaves the machine's own SSH configuration alone.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+
+def start(folder: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
+    """Start the server; returns ``{pid, port, host, user, key_file, known_hosts}``.
+
+    Keys stay in ``folder`` from one start to the next. The process leads a group of its own.
+    """
+    sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if sshd is None:
+        raise RuntimeError("no sshd on this machine: install the package openssh-server")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    for name in ("host_key", "client_key"):
+        if not (folder / name).exists():
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    shutil.copyfile(folder / "client_key.pub", folder / "authorized_keys")
+    (folder / "authorized_keys").chmod(0o600)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    key = (folder / "host_key.pub").read_text().split()
+    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n")
+    user = getpass.getuser()
+    settings = {
+        "Port": port,
+        "ListenAddress": "127.0.0.1",
+        "HostKey": folder / "host_key",
+        "AuthorizedKeysFile": folder / "authorized_keys",
+        "PidFile": "none",
+        "AllowUsers": user,
+        "PasswordAuthentication": "no",
+        "KbdInteractiveAuthentication": "no",
+        "PermitRootLogin": "prohibit-password",
+        "StrictModes": "no",  # a folder under /tmp is writable by others, the files are not
+        "MaxStartups": "100",
+        "MaxSessions": "200",
+    }
+    # a login starts with a clean environment; these are what an unpacked rsync needs
+    passed = {"PATH": os.environ["PATH"], **(environment or {})}
+    for name in ("LD_LIBRARY_PATH", "LANG"):
+        if name in os.environ:
+            passed.setdefault(name, os.environ[name])
+    lines = [f"{name} {value}" for name, value in settings.items()]
+    lines.append("SetEnv " + " ".join(f'"{name}={value}"' for name, value in passed.items()))
+    (folder / "sshd_config").write_text("\n".join(lines) + "\n")
+    if os.getuid() == 0:
+        # where root's sshd drops its rights; absent in a bare container
+        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    log = folder / "sshd.log"
+    process = subprocess.Popen(
+        [sshd, "-D", "-f", str(folder / "sshd_config"), "-E", str(log)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=log.open("ab"),
+        start_new_session=True,
+    )
+    until = time.monotonic() + 15
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            break
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return {
+                    "pid": process.pid,
+                    "port": port,
+                    "host": "127.0.0.1",
+                    "user": user,
+                    "key_file": str(folder / "client_key"),
+                    "known_hosts": str(folder / "known_hosts"),
+                }
+        time.sleep(0.05)
+    process.kill()
+    raise RuntimeError(f"sshd did not start: {log.read_text()[-1000:]}")
