@@ -1,0 +1,140 @@
+"""What each job on the cluster runs: commands as lists of words, never as text for a shell.
+
+Pure functions of the recipe and of paths there; no torch. ``Host`` says where things are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastcpt.recipe import Recipe
+
+Command = list[str]
+
+
+@dataclass(frozen=True)
+class Host:
+    """Absolute paths on the cluster: interpreter, shipped code, the run's recipe."""
+
+    python: str
+    code: str
+    recipe: str
+
+    def script(self, name: str) -> str:
+        return f"{self.code}/include/scripts/{name}"
+
+
+def environment(recipe: Recipe, host: Host) -> dict[str, str]:
+    """Environment variables of every job."""
+    values = {
+        "PYTHONPATH": f"{host.code}/include",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "NVTE_FP8_DPA_BWD": "1",
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1",
+    }
+    if recipe.cluster.cpu_only:
+        values |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return values
+
+
+def launch(recipe: Recipe, host: Host, port: int) -> Command:
+    """DeepSpeed's launcher over the recipe's GPUs: of one host, or of all in the host file."""
+    folder = host.python.rpartition("/")[0]
+    command = [host.python, f"{folder}/deepspeed", "--master_port", str(port)]
+    hosts = recipe.cluster.hosts
+    if not hosts:
+        return [*command, "--num_gpus", str(recipe.cluster.gpus)]
+    return [*command, "--hostfile", "hostfile", "--launcher", "pdsh"]
+
+
+def initialise(recipe: Recipe, host: Host, corpus: str, base: str) -> list[Command]:
+    """Make the base model where the recipe has a ``model.config``; nothing to do otherwise."""
+    if recipe.model.config is None:
+        return []
+    script = [host.python, host.script("initialise_model.py"), "--config", host.recipe]
+    return [[*script, "--tokenizer", f"{corpus}/tokenizer", "--output_dir", base]]
+
+
+def train_cpt(
+    recipe: Recipe,
+    host: Host,
+    port: int,
+    *,
+    corpus: str,
+    model: str,
+    output: str,
+    stage: Literal["stage1", "stage2"],
+) -> Command:
+    training = recipe.training if stage == "stage1" else recipe.stage2
+    command = [
+        *launch(recipe, host, port),
+        host.script("train_cpt.py"),
+        *("--config", host.recipe),
+        *("--deepspeed", f"{host.code}/include/configs/{training.deepspeed}"),
+        *("--data_dir", corpus),
+        *("--output_dir", output),
+        *("--stage", stage),
+        *("--model", model),
+    ]
+    return [*command, "--use_fp8"] if training.use_fp8 else command
+
+
+def evaluate(
+    recipe: Recipe, host: Host, port: int, *, corpus: str, model: str, base: str, output: str
+) -> Command:
+    return [
+        *_on_gpus(recipe, host, port),
+        host.script("evaluate_cpt_checkpoint.py"),
+        *("--config", host.recipe),
+        *("--checkpoint", model),
+        *("--validation_data", corpus),
+        *("--base_model", base),
+        *("--output", output),
+    ]
+
+
+def train_sft(
+    recipe: Recipe, host: Host, port: int, *, instructions: str, model: str, output: str
+) -> Command:
+    training = recipe.sft.training
+    command = [
+        *launch(recipe, host, port),
+        host.script("train_sft.py"),
+        *("--config", host.recipe),
+        *("--deepspeed", f"{host.code}/include/configs/{training.deepspeed}"),
+        *("--model", model),
+        *("--instructions", instructions),
+        *("--output_dir", output),
+    ]
+    return [*command, "--use_fp8"] if training.use_fp8 else command
+
+
+def evaluate_sft(
+    recipe: Recipe, host: Host, port: int, *, instructions: str, model: str, output: str
+) -> Command:
+    return [
+        *_on_gpus(recipe, host, port),
+        host.script("evaluate_sft.py"),
+        *("--config", host.recipe),
+        *("--model", model),
+        *("--instructions", instructions),
+        *("--output", output),
+    ]
+
+
+def publish(host: Host, *, model: str, record: str, output: str) -> Command:
+    return [
+        host.python,
+        host.script("publish_model.py"),
+        *("--config", host.recipe),
+        *("--model", model),
+        *("--record", record),
+        *("--output_dir", output),
+    ]
+
+
+def _on_gpus(recipe: Recipe, host: Host, port: int) -> Command:
+    # on CPUs one process starts sooner than two, and the models are tiny
+    return [host.python] if recipe.cluster.cpu_only else launch(recipe, host, port)

@@ -1,0 +1,43 @@
+"""How a training script ends: exit codes that tell whether running it again can help."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+CANNOT_HEAL = 78  # sysexits.h EX_CONFIG: running it again would end the same way
+STOPPED = 143  # as a shell reports SIGTERM
+
+
+class Stopped(Exception):
+    """SIGTERM came; a checkpoint has been saved."""
+
+
+def exit_code(main: Callable[[], Any]) -> int:
+    """Run a script's ``main``: 0 done, 78 cannot heal (``ValueError``), 143 stopped, 1 otherwise.
+
+    Errors go to stderr: those that cannot heal as one line, others with their traceback.
+    """
+    try:
+        main()
+    except Exception as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # The launcher passes on the code of the first rank that ends, and ends the others.
+            # Rank 0 tells the cause, also where other ranks only see that it is gone.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
+        if isinstance(error, Stopped):
+            print(error, flush=True)
+            return STOPPED
+        if isinstance(error, ValueError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return CANNOT_HEAL
+        traceback.print_exc()
+        return 1
+    return 0

@@ -1,0 +1,590 @@
+"""The training loop, on DeepSpeed's engine.
+
+One loop for continued pre-training and fine-tuning; they differ in their rows. What a step does:
+
+1. every rank takes its micro-batches of the step's samples (``data.Order``);
+2. the loss is divided by the number of targets of the *whole* step, so that every token counts
+   the same wherever it lies, and the curve does not depend on the number of ranks;
+3. one small all-reduce sums the loss and spreads rank 0's clock and anybody's SIGTERM;
+4. ``Guard`` looks at loss and gradient norm, and only then are weights and moments touched.
+
+The learning rate is a function of progress alone: the larger of steps done and, with
+``time_budget_hours``, of the time used. A resumed training continues both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from fastcpt.files import read_json, write_json
+from fastcpt.recipe import Recipe, Training
+from fastcpt.training import checkpoints
+from fastcpt.training.data import NO_LOSS, Order, Rows, make_batch, targets_of
+from fastcpt.training.exits import Stopped
+from fastcpt.training.model import (
+    Trainee,
+    add_lora,
+    load_model,
+    require_fp8,
+    with_fp8_layers,
+)
+
+WINDOW = 128  # steps that the guard remembers; it judges from half of them on
+SIGMAS = 6.0
+SILENCE = 25.0  # seconds without a progress line
+BUDGET_USED = 0.95  # of time_budget_hours by the steps; the rest is for loading and saving
+
+
+class TrainingError(ValueError):
+    """The training cannot be done as asked; the message says what to change."""
+
+
+def start_ranks() -> torch.device:
+    """Join the process group the launcher prepared; returns this rank's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        deepspeed.init_distributed("gloo", verbose=False)
+        return torch.device("cpu")
+    accelerator.set_device(local_rank)
+    deepspeed.init_distributed(verbose=False)
+    return torch.device(accelerator.device_name(local_rank))
+
+
+def once_a_host(work: Callable[[], Any]) -> Any:
+    """``work``'s result on every rank; it runs on the first rank of each host alone.
+
+    Its result must be JSON. A ``ValueError`` there is raised everywhere, so that all ranks end.
+    """
+    answer: list[Any] = [None]
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        try:
+            answer = [{"result": work()}]
+        except ValueError as error:
+            answer = [{"error": str(error)}]
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, [socket.gethostname(), answer[0]])
+    for _, got in hosts:
+        if got and "error" in got:
+            raise TrainingError(got["error"])
+    here = socket.gethostname()
+    return next(got["result"] for host, got in hosts if got and host == here)
+
+
+def learning_rate(training: Training, step: int, progress: float) -> float:
+    """The rate of a step (from 0) when ``progress`` (0..1) of the training is behind it.
+
+    Linear warm-up over ``warmup_steps``, then the schedule's curve down to 0 at the end:
+    warmup_stable_decay is flat until the last fifth, which it goes down linearly.
+    """
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    begin = training.warmup_steps / training.max_steps
+    left = max(0.0, 1.0 - max(0.0, progress - begin) / (1.0 - begin))
+    factor = {
+        "constant": 1.0,
+        "linear": left,
+        "cosine": 0.5 * (1.0 - math.cos(math.pi * left)),
+        "warmup_stable_decay": min(1.0, (1.0 - progress) / 0.2),
+    }[training.lr_scheduler_type]
+    return training.learning_rate * max(0.0, factor)
+
+
+class Guard:
+    """Skips a step whose loss or gradient norm is not finite or far above the recent ones.
+
+    Far above: more than mean + 6 standard deviations of the last 128 steps (OLMo-core's rule),
+    once 64 are known. Finite values are remembered even where they were skipped: what stays
+    becomes the new normal.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.skipped = most, 0
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.norms: deque[float] = deque(maxlen=WINDOW)
+
+    def refuses(self, value: float, recent: deque[float]) -> bool:
+        """Whether ``value`` is out of bounds; it is remembered where it is finite."""
+        if not math.isfinite(value):
+            return True
+        out = False
+        if len(recent) >= WINDOW // 2:
+            mean = sum(recent) / len(recent)
+            deviation = math.sqrt(sum((x - mean) ** 2 for x in recent) / len(recent))
+            # a curve without noise has no deviation worth the name
+            out = value > mean + SIGMAS * max(deviation, 1e-3 * abs(mean))
+        recent.append(value)
+        return out
+
+    def count(self, step: int, loss: float, norm: float) -> None:
+        """Count one skipped step; ``TrainingError`` where there were too many."""
+        self.skipped += 1
+        if self.skipped > self.most:
+            raise TrainingError(
+                f"{self.skipped} steps had a loss or gradient norm out of bounds, more than "
+                f"max_skipped_steps ({self.most}); the last was step {step} (loss {loss:.4g}, "
+                f"gradient norm {norm:.4g}). Lower learning_rate, lengthen warmup_steps, or look "
+                "at the data of these steps"
+            )
+
+
+class GuardedAdamW(torch.optim.AdamW):  # type: ignore[misc]
+    """AdamW that asks before it touches anything.
+
+    ZeRO-3 knows the gradient norm only inside its own step, after which it calls this one.
+    """
+
+    allowed: Callable[[], bool] = staticmethod(lambda: True)
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure) if self.allowed() else None
+
+
+def deepspeed_config(
+    file: Path, training: Training, dtype: str, hidden: int, accumulation: int
+) -> dict[str, Any]:
+    """The DeepSpeed file with its "auto" values filled in from the recipe.
+
+    Bucket sizes follow transformers' rule for ZeRO-3 (multiples of the hidden size). A value the
+    file fixes has to agree with the recipe: ``TrainingError`` otherwise.
+    """
+    try:
+        config: dict[str, Any] = read_json(file)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"--deepspeed {file}: {error}") from error
+    zero = config.setdefault("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise TrainingError(f"{file}: zero_optimization.stage must be 3")
+    ours: list[tuple[dict[str, Any], str, Any, bool]] = [
+        (config, "train_micro_batch_size_per_gpu", training.per_device_train_batch_size, True),
+        (config, "gradient_accumulation_steps", accumulation, True),
+        (config, "gradient_clipping", training.max_grad_norm, True),
+        (config.setdefault("bf16", {}), "enabled", dtype == "bfloat16", True),
+        (zero, "reduce_bucket_size", hidden * hidden, False),
+        (zero, "stage3_prefetch_bucket_size", int(0.9 * hidden * hidden), False),
+        (zero, "stage3_param_persistence_threshold", 10 * hidden, False),
+    ]
+    for section, key, value, must_agree in ours:
+        given = section.get(key, "auto")
+        if given == "auto":
+            section[key] = value
+        elif must_agree and given != value:
+            raise TrainingError(
+                f"{file}: {key} is {given}, the recipe asks for {value}; write auto"
+            )
+    config["steps_per_print"] = 10**9
+    config["zero_allow_untested_optimizer"] = True  # GuardedAdamW
+    return config
+
+
+def train(
+    recipe: Recipe,
+    training: Training,
+    rows: Callable[[], Rows],
+    *,
+    model: str,
+    tokenizer: Path,
+    output: Path,
+    deepspeed_file: Path,
+    use_fp8: bool = False,
+) -> dict[str, Any]:
+    """Train ``model`` on ``rows`` and write everything under ``output``; the content of training.json.
+
+    Called by every rank. ``rows`` is called when the process group exists. A training that was
+    stopped goes on from its newest checkpoint; a complete one is returned at once. Raises
+    ``ValueError`` kinds for what a retry cannot heal, ``Stopped`` after SIGTERM and a checkpoint.
+    """
+    done = output / "training.json"
+    if done.is_file():
+        result: dict[str, Any] = read_json(done)
+        return result
+    stop = _StopSignal()
+    use_fp8 = use_fp8 or training.use_fp8
+    if use_fp8:
+        require_fp8()
+    device = start_ranks()
+    world = dist.get_world_size()
+    accumulation = _accumulation(recipe, training, world)
+    data = rows()
+    if not len(data):
+        raise TrainingError("there are no rows to train on")
+    engine, base = _engine(recipe, training, model, deepspeed_file, accumulation, use_fp8, device)
+    loop = _Loop(training, data, engine, output, accumulation, device, stop)
+    loop.run()
+    checkpoints.save_final(engine, output / "final", tokenizer, base)
+    result = loop.result()
+    if dist.get_rank() == 0:
+        shutil.rmtree(output / "rows", ignore_errors=True)
+        write_json(done, result)
+        print(f"done: {json.dumps(result)}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    return result
+
+
+def _accumulation(recipe: Recipe, training: Training, world: int) -> int:
+    """Micro-batches a step so that the global batch is the recipe's on any number of ranks."""
+    micro = training.per_device_train_batch_size
+    batch = micro * training.gradient_accumulation_steps * recipe.cluster.gpus
+    if batch % (micro * world):
+        raise TrainingError(
+            f"a step has {batch} sequences (recipe, {recipe.cluster.gpus} GPUs): they cannot be "
+            f"split evenly over {world} ranks with {micro} at a time; change "
+            "per_device_train_batch_size or the number of GPUs"
+        )
+    return batch // (micro * world)
+
+
+def _engine(
+    recipe: Recipe,
+    training: Training,
+    path: str,
+    deepspeed_file: Path,
+    accumulation: int,
+    use_fp8: bool,
+    device: torch.device,
+) -> tuple[Any, str]:
+    """DeepSpeed's engine around the model, and the name of the base model."""
+    from transformers import AutoConfig
+    from transformers.integrations import HfDeepSpeedConfig
+
+    reference = Path(path) / "base.json"
+    base = str(read_json(reference)["base"]) if reference.is_file() else path
+    try:
+        shape = AutoConfig.from_pretrained(base)
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"--model {base}: {error}") from error
+    dtype = recipe.model.dtype
+    config = deepspeed_config(deepspeed_file, training, dtype, shape.hidden_size, accumulation)
+    if device.type == "cuda":
+        _use_liger(shape.model_type)
+    partitioned = HfDeepSpeedConfig(config)  # while it lives, from_pretrained loads only a part
+    torch.manual_seed(training.seed)
+    causal, attention = load_model(path, recipe.model.attn_implementation, dtype)
+    if use_fp8:
+        with_fp8_layers(causal)
+    if reference.is_file():  # a second training of the adapters
+        for name, parameter in causal.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    elif recipe.lora is not None:
+        causal = add_lora(causal, recipe.lora)
+    checkpointing = training.gradient_checkpointing
+    if checkpointing == "auto":
+        checkpointing = _needs_checkpointing(shape, training, recipe.corpus.max_seq_length, device)
+    if checkpointing:
+        causal.gradient_checkpointing_enable({"use_reentrant": False})
+    causal.train()
+    trainee = Trainee(causal, attention, use_fp8)
+    engine, *_ = deepspeed.initialize(
+        model=trainee, optimizer=_optimizer(trainee, training), config=config
+    )
+    del partitioned
+    if dist.get_rank() == 0:
+        print(
+            f"model {base}: {_parameters(trainee):,} parameters, attention {attention}, {dtype}"
+            f"{', FP8' if use_fp8 else ''}{', LoRA' if recipe.lora else ''}, activations "
+            f"{'recomputed' if checkpointing else 'kept'}, {dist.get_world_size()} ranks",
+            flush=True,
+        )
+    return engine, base
+
+
+def _use_liger(model_type: str) -> None:
+    """Liger's fused norms, rotary embeddings and activations, where it is installed."""
+    try:
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel
+    except ImportError:
+        return
+    _apply_liger_kernel(model_type, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _needs_checkpointing(shape: Any, training: Training, size: int, device: torch.device) -> bool:
+    """Whether states (16 bytes a parameter, over the ranks) and kept activations do not fit.
+
+    A Llama block keeps about 2 bytes x (8 hidden + 4 intermediate) a token.
+    """
+    if device.type == "cpu":
+        return False
+    hidden, layers, inner = shape.hidden_size, shape.num_hidden_layers, shape.intermediate_size
+    parameters = layers * (4 * hidden * hidden + 3 * hidden * inner)
+    parameters += 2 * shape.vocab_size * hidden
+    tokens = training.per_device_train_batch_size * size
+    activations = 2 * layers * tokens * (8 * hidden + 4 * inner)
+    states = 16 * parameters / dist.get_world_size() + 4 * shape.vocab_size * hidden
+    return bool(states + activations > 0.8 * torch.cuda.get_device_properties(device).total_memory)
+
+
+def _optimizer(trainee: Trainee, training: Training) -> GuardedAdamW:
+    """AdamW; norms and biases are not decayed."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for parameter in trainee.parameters():
+        if parameter.requires_grad:
+            groups[len(getattr(parameter, "ds_shape", parameter.shape)) > 1].append(parameter)
+    return GuardedAdamW(
+        [
+            {"params": parameters, "weight_decay": training.weight_decay if decayed else 0.0}
+            for decayed, parameters in groups.items()
+            if parameters
+        ],
+        lr=0.0,  # DeepSpeed makes an empty first step; the loop sets the rate of every other
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        fused=True,
+    )
+
+
+def _parameters(trainee: Trainee) -> int:
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in trainee.parameters())
+
+
+class _StopSignal:
+    """Set by SIGTERM; looked at after every step."""
+
+    def __init__(self) -> None:
+        self.came = False
+        signal.signal(signal.SIGTERM, self._set)
+
+    def _set(self, *_: Any) -> None:
+        self.came = True
+
+
+class _Loop:
+    """The steps of one training, and what has to survive a restart."""
+
+    def __init__(
+        self,
+        training: Training,
+        data: Rows,
+        engine: Any,
+        output: Path,
+        accumulation: int,
+        device: torch.device,
+        stop: _StopSignal,
+    ) -> None:
+        self.training, self.data, self.engine = training, data, engine
+        self.folder = output / "checkpoints"
+        self.accumulation, self.device, self.stop = accumulation, device, stop
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.order = Order(len(data), training.seed)
+        self.guard = Guard(training.max_skipped_steps)
+        self.step = self.tokens = 0
+        self.seconds = self.loss = self.norm = 0.0
+        self.peak_gb = 0.0
+        state = checkpoints.load_newest(engine, self.folder)
+        if state:
+            self.step, self.tokens = state["step"], state["tokens"]
+            self.seconds, self.loss = state["seconds"], state["loss"]
+            self.peak_gb = state["peak_memory_gb"]
+            self.guard.skipped = state["skipped_steps"]
+            self.guard.losses.extend(state["losses"])
+            self.guard.norms.extend(state["norms"])
+            self._say(f"going on from checkpoints/step_{self.step}")
+        self.log = _Log(output, self.step) if self.rank == 0 else None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "loss": self.loss,
+            "peak_memory_gb": self.peak_gb,
+            "skipped_steps": self.guard.skipped,
+            "losses": list(self.guard.losses),
+            "norms": list(self.guard.norms),
+        }
+
+    def result(self) -> dict[str, Any]:
+        rate = self.tokens / max(self.seconds, 1e-9) / self.world
+        return {
+            "steps": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_s_per_gpu": round(rate, 1),
+            "loss": self.loss,
+            "peak_memory_gb": round(self.peak_gb, 3),
+            "skipped_steps": self.guard.skipped,
+        }
+
+    def progress(self) -> float:
+        """How much of the training is behind it, 0..1, by steps or by the clock."""
+        done = self.step / self.training.max_steps
+        if self.training.time_budget_hours:
+            budget = BUDGET_USED * 3600 * self.training.time_budget_hours
+            done = max(done, self.seconds / budget)
+        return done
+
+    def run(self) -> None:
+        """All steps that are left, with their checkpoints."""
+        training = self.training
+        first, begin, said = self.step, time.monotonic(), time.monotonic()
+        before = self.seconds
+        logged_tokens, logged_at = self.tokens, begin
+        while self.progress() < 1.0:
+            rate = learning_rate(training, self.step, self.progress())
+            stopping = self._one_step(rate, begin, before)
+            last = self.progress() >= 1.0
+            now = time.monotonic()
+            due = self.step % training.logging_steps == 0 or last
+            if self.rank == 0 and (due or now - said > SILENCE or self.step == first + 1):
+                per_gpu = (self.tokens - logged_tokens) / max(now - logged_at, 1e-9) / self.world
+                a_step = (now - begin) / (self.step - first)
+                left = a_step * (training.max_steps - self.step)
+                if training.time_budget_hours:
+                    budget = BUDGET_USED * 3600 * training.time_budget_hours
+                    left = min(left, max(0.0, budget - self.seconds))
+                print(
+                    f"step {self.step}/{training.max_steps} loss {self.loss:.4f} "
+                    f"lr {rate:.3g} grad_norm {self.norm:.3g} "
+                    f"{per_gpu * self.world:,.0f} tokens/s {_duration(left)} left",
+                    flush=True,
+                )
+                said = now
+                if due and self.log:
+                    self.log.write(self.step, self._metrics(rate, per_gpu, left))
+                    logged_tokens, logged_at = self.tokens, now
+            if stopping or last or self.step % training.save_steps == 0:
+                self._save(last)
+                said = time.monotonic()
+            if stopping and not last:
+                raise Stopped(f"stopped by SIGTERM; checkpoints/step_{self.step} is saved")
+
+    def _metrics(self, rate: float, per_gpu: float, left: float) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "learning_rate": rate,
+            "grad_norm": self.norm,
+            "tokens": self.tokens,
+            "tokens_per_s_per_gpu": round(per_gpu, 1),
+            "memory_gb": round(self.peak_gb, 3),
+            "hours_left": round(left / 3600, 4),
+            "skipped_steps": self.guard.skipped,
+        }
+
+    def _one_step(self, rate: float, begin: float, before: float) -> bool:
+        """One optimizer step; returns whether some rank was told to stop."""
+        micro = self.training.per_device_train_batch_size
+        batch = micro * self.world * self.accumulation
+        samples = [self.data[self.order[self.step * batch + n]] for n in range(batch)]
+        targets = max(1, sum(int((targets_of(row) != NO_LOSS).sum()) for row in samples))
+        # dropout of a step is the same after a resume
+        torch.manual_seed(hash((self.training.seed, self.step, self.rank)))
+        total = torch.zeros((), device=self.device)
+        for turn in range(self.accumulation):
+            own = (turn * self.world + self.rank) * micro
+            loss = self.engine(make_batch(samples[own : own + micro], self.data.size), self.device)
+            total += loss.detach()
+            # DeepSpeed takes the mean over ranks and micro-batches: undone here
+            self.engine.backward(loss * (self.world * self.accumulation / targets))
+            if turn < self.accumulation - 1:
+                self.engine.step()
+        loss_clock_stop = torch.tensor([0.0, 0.0, float(self.stop.came)], dtype=torch.float64)
+        loss_clock_stop[0] = total.double()
+        if self.rank == 0:
+            loss_clock_stop[1] = before + time.monotonic() - begin
+        summed = loss_clock_stop.to(self.device)
+        dist.all_reduce(summed)
+        nll, self.seconds, stopping = summed.tolist()
+        self.loss = nll / targets
+        self._update(rate)
+        self.step += 1
+        self.tokens += sum(len(row.input_ids) for row in samples)
+        self.peak_gb = max(self.peak_gb, _memory_gb(self.device))
+        return bool(stopping > 0)
+
+    def _update(self, rate: float) -> None:
+        """Let the optimizer step, unless the guard objects to the loss or the gradient norm."""
+        zero = self.engine.optimizer
+        loss_refused = self.guard.refuses(self.loss, self.guard.losses)
+        asked: list[bool] = []
+
+        def allowed() -> bool:
+            if not asked:  # the optimizer asks once a group of parameters
+                self.norm = float(zero._global_grad_norm)
+                asked.append(not (self.guard.refuses(self.norm, self.guard.norms) or loss_refused))
+            return asked[0]
+
+        zero.optimizer.allowed = allowed
+        for group in zero.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        if not asked:  # DeepSpeed itself found the gradients not finite
+            self.norm = math.nan
+        if asked != [True]:
+            self.guard.count(self.step + 1, self.loss, self.norm)
+            self._say(
+                f"step {self.step + 1} skipped: loss {self.loss:.4g}, "
+                f"gradient norm {self.norm:.4g} out of bounds"
+            )
+
+    def _save(self, last: bool) -> None:
+        begin = time.monotonic()
+        checkpoints.save_checkpoint(
+            self.engine, self.folder, self.state(), self.training.save_total_limit
+        )
+        if not last:
+            self._say(f"saved checkpoints/step_{self.step} in {time.monotonic() - begin:.1f} s")
+
+    def _say(self, line: str) -> None:
+        if self.rank == 0:
+            print(line, flush=True)
+
+
+class _Log:
+    """metrics.jsonl and TensorBoard; a step that is there already is not written again."""
+
+    def __init__(self, output: Path, step: int) -> None:
+        self.file = output / "metrics.jsonl"
+        self.last = 0
+        output.mkdir(parents=True, exist_ok=True)
+        if self.file.is_file():
+            content = self.file.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):  # killed while it wrote a line
+                os.truncate(self.file, len(whole))
+            if whole:
+                self.last = json.loads(whole.splitlines()[-1])["step"]
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self.board.add_scalar(name, value, step)
+        self.board.flush()
+        if step <= self.last:
+            return
+        # JSON has no NaN
+        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        with self.file.open("a") as out:
+            out.write(json.dumps(finite) + "\n")
+
+
+def _memory_gb(device: torch.device) -> float:
+    """The most memory (10^9 bytes) this rank has used: of the GPU, or of the process on a CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return float(torch.cuda.max_memory_allocated(device)) / 1e9
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
