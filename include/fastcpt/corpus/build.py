@@ -33,6 +33,7 @@ from fastcpt.corpus.tokenizer import (
     TRAINING_CHARACTERS,
     CorpusTokenizer,
     describe,
+    faster,
     find_tokenizer,
     train_tokenizer,
     write_tokenizer,
@@ -62,6 +63,7 @@ VALIDATION_SCHEMA = pa.schema(
 )
 HELD_OUT = ("validation", "validation_newest")  # splits, and the names of their folders
 MOST_OVERLAPS = 20
+PROBE_CHARACTERS = 300_000  # compared before tiktoken is trusted with the corpus
 
 
 class BuildError(ValueError):
@@ -163,6 +165,7 @@ def _build_into(
     processes: int | None,
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = faster(tokenizer, _training_texts(documents, PROBE_CHARACTERS), home)
     overlaps = _overlaps(documents, folder, processes)
     _drop_overlapping(documents, overlaps)
     ids = _tokenized(documents, tokenizer, home, processes)
@@ -216,14 +219,14 @@ def _trained(documents: _Documents, selection: str, recipe: Recipe, home: Path) 
     if (folder / "tokenizer.json").exists():
         return describe(folder / "tokenizer.json")
     log.info("training a tokenizer of %d entries", size)
-    return train_tokenizer(_training_texts(documents), size, folder)
+    return train_tokenizer(_training_texts(documents, TRAINING_CHARACTERS), size, folder)
 
 
-def _training_texts(documents: _Documents) -> Iterator[str]:
-    """A sample of the training documents, always the same, up to ``TRAINING_CHARACTERS``."""
+def _training_texts(documents: _Documents, characters: int) -> Iterator[str]:
+    """A sample of the training documents, always the same, of so many characters."""
     rows = documents.rows("train")
     rows = rows[np.argsort(spread(documents.rank[rows], seed=0))]
-    enough = np.searchsorted(np.cumsum(documents.characters[rows]), TRAINING_CHARACTERS)
+    enough = np.searchsorted(np.cumsum(documents.characters[rows]), characters)
     for part, _, positions in documents.by_part(np.sort(rows[: enough + 1])):
         yield from _texts(part, documents.fields, positions)
 
@@ -512,7 +515,12 @@ def _lists(offsets: Ints, values: npt.NDArray[np.int32]) -> pa.ListArray:
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     # a dictionary of a 100,000-entry vocabulary costs more than it saves
     return pq.ParquetWriter(
-        path, schema, compression="zstd", compression_level=1, use_dictionary=False
+        path,
+        schema,
+        compression="zstd",
+        compression_level=6,
+        use_dictionary=False,
+        data_page_size=4 << 20,  # a row group in one page, so that zstd sees all of it
     )
 
 

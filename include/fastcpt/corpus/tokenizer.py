@@ -11,16 +11,18 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from fastcpt.files import sha256_of_file, whole_file, write_json
+from fastcpt.files import read_json, sha256_of_file, whole_file, write_json
 from fastcpt.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,19 @@ class CorpusTokenizer:
     bos_id: int | None
     end_id: int
     pad_id: int
+    ranked: bool = False  # tiktoken yields the same ids: see ``faster``
+
+    def encoder(self) -> Callable[[Sequence[str]], list[npt.NDArray[np.int32]]]:
+        """A function from texts to their ids, without BOS and end of text, on one core."""
+        if self.ranked:
+            ranked = RankedEncoder.of(self.file)
+            assert ranked is not None
+            return lambda texts: [ranked.encode(text) for text in texts]
+        tokenizer = self.load()
+        return lambda texts: [
+            np.array(encoding.ids, dtype=np.int32)
+            for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def load(self) -> Tokenizer:
         """The tokenizer; what looks like a special token in a document is ordinary text."""
@@ -162,6 +177,133 @@ def _is_named(config: dict[str, Any], key: str, names: tuple[str, ...]) -> bool:
 def _first(tokenizer: Tokenizer, names: Iterable[str | None]) -> int | None:
     ids = (tokenizer.token_to_id(name) for name in names if name)
     return next((i for i in ids if i is not None), None)
+
+
+# Faster
+
+
+class RankedEncoder:
+    """A byte-level BPE tokenizer run by tiktoken, three to five times as fast as ``tokenizers``.
+
+    tiktoken merges whichever pair makes the entry of the least id; a ``tokenizer.json`` lists its
+    merges. For vocabularies numbered in the order of their merges (Llama 3, OLMo, Qwen, GPT) that
+    is the same, but nothing in the file promises it: ``faster`` compares.
+    """
+
+    def __init__(self, pattern: str, ranks: dict[bytes, int], literal: dict[str, int]):
+        import tiktoken
+
+        self.literal = set(literal)
+        self._encoding = tiktoken.Encoding(
+            "corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=literal
+        )
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        ids = self._encoding.encode_to_numpy(
+            text, allowed_special=self.literal, disallowed_special=()
+        )
+        return ids.astype(np.int32)
+
+    @classmethod
+    def of(cls, file: Path) -> RankedEncoder | None:
+        """The encoder of a ``tokenizer.json``; None where it is no plain byte-level BPE."""
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model = content["model"]
+        pattern = _pattern(content.get("pre_tokenizer"))
+        plain = (
+            model.get("type") == "BPE"
+            and not content.get("normalizer")
+            and not any(model.get(key) for key in _UNUSUAL_BPE)
+        )
+        if pattern is None or not plain:
+            return None
+        added = content.get("added_tokens", [])
+        # special tokens in a text are ordinary text; others that were added stand for themselves
+        literal = [token for token in added if not token["special"]]
+        if any(token[key] for token in literal for key in ("single_word", "lstrip", "rstrip")):
+            return None
+        numbers = {token["id"] for token in added}
+        byte_of = {letter: number for number, letter in _byte_letters().items()}
+        try:
+            ranks = {
+                bytes(byte_of[letter] for letter in entry): number
+                for entry, number in model["vocab"].items()
+                if number not in numbers
+            }
+            return cls(pattern, ranks, {token["content"]: token["id"] for token in literal})
+        except (KeyError, ValueError):
+            return None
+
+
+_UNUSUAL_BPE = (
+    "dropout",
+    "unk_token",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "byte_fallback",
+)
+
+
+def _pattern(steps: Any) -> str | None:
+    """The regular expression of a first split that is followed by nothing but bytes."""
+    if not steps or steps.get("type") != "Sequence" or len(steps["pretokenizers"]) != 2:
+        return None
+    split, level = steps["pretokenizers"]
+    isolated = split.get("behavior") == "Isolated" and not split.get("invert")
+    matched = split.get("behavior") == "Removed" and split.get("invert")
+    if split.get("type") != "Split" or level.get("type") != "ByteLevel":
+        return None
+    if not (isolated or matched) or level.get("use_regex") or level.get("add_prefix_space"):
+        return None
+    pattern: str | None = split["pattern"].get("Regex")
+    return pattern
+
+
+def _byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    return table | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def faster(tokenizer: CorpusTokenizer, texts: Iterable[str], home: Path) -> CorpusTokenizer:
+    """The same tokenizer, run by tiktoken where that yields the same ids.
+
+    Compared on every code point of the scripts in use, on the vocabulary's own entries and on
+    ``texts`` of the corpus; the outcome is kept in ``home/tokenizers``.
+    """
+    outcome = home / "tokenizers" / f"{tokenizer.sha256[:16]}.json"
+    if not outcome.exists():
+        write_json(outcome, {"ranked": _same_ids(tokenizer, [*_PROBES, *texts])})
+    ranked = bool(read_json(outcome)["ranked"])
+    if not ranked:
+        log.info("this tokenizer is not one that tiktoken can run; tokenizing takes longer")
+    return replace(tokenizer, ranked=ranked)
+
+
+_PROBES = [
+    f"a{chr(code)}1{chr(code)}!{chr(code)} {chr(code)}\n{chr(code)}"
+    for code in [*range(1, 0x3000), *range(0xFB00, 0xFFFF)]
+]
+
+
+def _same_ids(tokenizer: CorpusTokenizer, texts: Sequence[str]) -> bool:
+    ranked = RankedEncoder.of(tokenizer.file)
+    if ranked is None:
+        return False
+    slow = tokenizer.load()
+    entries = [slow.decode([number]) for number in range(0, slow.get_vocab_size(), 4)]
+    probes = [*texts, *(entry for entry in entries if "\ufffd" not in entry)]
+    expected = slow.encode_batch_fast(probes, add_special_tokens=False)
+    for probe, encoding in zip(probes, expected, strict=True):
+        if ranked.encode(probe).tolist() != encoding.ids:
+            log.info("tiktoken splits %r differently", probe[:40])
+            return False
+    return True
+
+
+# The corpus's own
 
 
 def write_tokenizer(source: CorpusTokenizer, folder: Path) -> None:

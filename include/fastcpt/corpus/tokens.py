@@ -42,7 +42,7 @@ class TokenIndex(NamedTuple):
 
 def token_folder(source: str, fields: Fields, tokenizer: CorpusTokenizer, home: Path) -> Path:
     """The folder of a part's ids; ``source`` is the content's identity."""
-    settings = [tokenizer.sha256, tokenizer.bos_id, tokenizer.end_id]
+    settings = [tokenizer.sha256, tokenizer.bos_id, tokenizer.end_id, tokenizer.ranked]
     return home / "tokens" / digest_of("tokens", FORMAT, source, fields.model_dump(), settings)
 
 
@@ -73,14 +73,14 @@ def tokenize_part(
     missing = np.setdiff1d(positions, read_index(folder).position)
     documents = tokens = 0
     if len(missing):
-        encoder = tokenizer.load()
-        begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        encode = tokenizer.encoder()
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        begin, end = np.array(bos, dtype=np.int32), np.array([tokenizer.end_id], dtype=np.int32)
         file = _OpenFile(folder)
         for batch in _batches(part, fields, missing):
             texts = [document.text for document in batch]
-            encoded = encoder.encode_batch_fast(texts, add_special_tokens=False)
-            for document, encoding in zip(batch, encoded, strict=True):
-                ids = np.array([*begin, *encoding.ids, tokenizer.end_id], dtype=np.int32)
+            for document, encoded in zip(batch, encode(texts), strict=True):
+                ids = np.concatenate([begin, encoded, end])
                 file.add(document.position, ids)
                 tokens += len(ids)
             documents += len(batch)
