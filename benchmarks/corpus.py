@@ -1,0 +1,353 @@
+"""The corpus engine beside datatrove, on the same documents, machine and cores, in one run.
+
+    python benchmarks/corpus.py --data FOLDER --tokenizer FOLDER [--no_ten] [--peer_python PYTHON]
+
+Both read JSONL, score or filter, find near-duplicates by MinHash over 5-word sequences, tokenize
+with the same tokenizer and write token files. Ours also checks the splits, packs and compresses.
+datatrove (0.10.1) has an environment of its own; the script makes it under ``.env/datatrove``
+where ``--peer_python`` is not given. Peak memory is the sum of the resident sizes of a run's
+processes, sampled five times a second. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PEER_PACKAGES = ["datatrove[processing]==0.10.1", "tokenizers", "spacy", "orjson", "zstandard"]
+
+OURS = """
+import json, sys, logging
+from pathlib import Path
+logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="  %(message)s")
+from fastcpt.corpus.build import build
+from fastcpt.corpus.documents import list_parts
+from fastcpt.corpus.score import score_parts
+from fastcpt.corpus.select import select
+from fastcpt.recipe import load_recipe
+data, tokenizer, home = sys.argv[1:]
+recipe = load_recipe("cpt_config_fast", {
+    "documents.path": data, "tokenizer.path": tokenizer,
+    "selection.top_share": None, "selection.target_tokens": None,
+})
+scores = score_parts(list_parts(recipe.documents), recipe, Path(home))
+selection = select([score["path"] for score in scores], recipe, Path(home))
+corpus = build(selection["path"], recipe, Path(home))
+print(json.dumps({key: corpus[key] for key in
+      ("documents", "tokens", "padding_share", "bytes_per_token", "path")}))
+"""
+
+PEER = """
+import sys
+from pathlib import Path
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster
+from datatrove.pipeline.dedup import MinhashDedupFilter, MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.pipeline.filters import LambdaFilter
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer, DocumentTokenizerMerger
+from datatrove.utils.typeshelper import Languages
+
+data, tokenizer, home, workers = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+tasks = len(list(Path(data).glob("*.jsonl.zst")))
+config = MinhashConfig()
+
+def read():
+    return JsonlReader(data, text_key="full_text", glob_pattern="*.jsonl.zst", compression="zstd")
+
+def score(document):
+    # what a filter by metadata and length costs: nothing
+    return len(document.text) >= 1
+
+def run(name, pipeline, tasks, workers):
+    LocalPipelineExecutor(pipeline=pipeline, tasks=tasks, workers=workers,
+                          logging_dir=str(home / "logs" / name), start_method="fork").run()
+
+if __name__ == "__main__":
+    run("signatures", [read(), LambdaFilter(score), MinhashDedupSignature(
+        str(home / "signatures"), config=config, language=Languages.english)], tasks, workers)
+    run("buckets", [MinhashDedupBuckets(str(home / "signatures"), str(home / "buckets"),
+        config=config)], config.num_buckets, workers)
+    run("cluster", [MinhashDedupCluster(str(home / "buckets"), str(home / "remove"),
+        config=config)], 1, 1)
+    run("tokens", [read(), LambdaFilter(score), MinhashDedupFilter(str(home / "remove")),
+        DocumentTokenizer(str(home / "tokens"), tokenizer + "/tokenizer.json",
+                          eos_token="<|endoftext|>", seed=0)], tasks, workers)
+    run("merged", [DocumentTokenizerMerger(str(home / "tokens"), str(home / "merged"),
+        save_filename="corpus", seed=0)], 1, 1)
+"""
+
+WEB_FILTERS = """
+import json, sys
+from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter
+from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+from datatrove.pipeline.readers import JsonlReader
+filters = {"gopher_repetition": GopherRepetitionFilter(), "gopher_quality": GopherQualityFilter(),
+           "c4": C4QualityFilter(), "fineweb": FineWebQualityFilter()}
+passed = dict.fromkeys([*filters, "all"], 0)
+count = 0
+for document in JsonlReader(sys.argv[1], text_key="full_text", glob_pattern="*.jsonl.zst",
+                            compression="zstd")():
+    if count == int(sys.argv[2]):
+        break
+    count += 1
+    text = document.text
+    kept = True
+    for name, step in filters.items():
+        document.text = text
+        good = step.filter(document) is True
+        passed[name] += good
+        kept = kept and good
+    passed["all"] += kept
+print(json.dumps({name: number / count for name, number in passed.items()}))
+"""
+
+BARE = """
+import os, sys
+os.environ["RAYON_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+import time
+from tokenizers import Tokenizer
+from fastcpt.corpus.documents import read_documents
+from fastcpt.recipe import Fields
+tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
+texts = [document.text for part in sys.argv[2:] for document in read_documents(part, Fields())]
+started = time.monotonic()
+tokens = 0
+while texts:
+    batch, size = [], 0
+    while texts and size < 1 << 20:
+        batch.append(texts.pop())
+        size += len(batch[-1])
+    tokens += sum(len(item) for item in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+print(tokens, time.monotonic() - started)
+"""
+
+TOKENIZE = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from fastcpt.corpus.documents import read_documents
+from fastcpt.corpus.processes import in_processes
+from fastcpt.corpus.tokenizer import describe, faster
+from fastcpt.corpus.tokens import tokenize_part
+from fastcpt.recipe import Fields
+tokenizer_folder, home, *parts = sys.argv[1:]
+tokenizer = faster(describe(Path(tokenizer_folder) / "tokenizer.json"), [], Path(home))
+everything = np.arange(1_000_000)
+calls = [(part, part, Fields(), tokenizer, everything, Path(home)) for part in parts]
+started = time.monotonic()
+tokens = sum(result["tokens"] for _, result in in_processes(tokenize_part, calls))
+print(tokens, time.monotonic() - started)
+"""
+
+
+@dataclass
+class Run:
+    """What a command took: wall and CPU seconds, peak memory of its processes, its output."""
+
+    seconds: float
+    cpu: float
+    peak_gb: float
+    output: str
+
+
+def measured(command: list[str]) -> Run:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    started = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    peak = [0]
+    ended = threading.Event()
+    watch = threading.Thread(target=watch_memory, args=(process.pid, peak, ended))
+    watch.start()
+    output, _ = process.communicate()
+    seconds = time.monotonic() - started
+    ended.set()
+    watch.join()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+        sys.exit(f"{command[:3]} failed with {process.returncode}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Run(seconds, cpu, peak[0] / 1e9, output)
+
+
+def watch_memory(pid: int, peak: list[int], ended: threading.Event) -> None:
+    page = resource.getpagesize()
+    while not ended.wait(0.2):
+        total, waiting = 0, [pid]
+        while waiting:
+            one = waiting.pop()
+            try:
+                total += int(Path(f"/proc/{one}/statm").read_text().split()[1]) * page
+                for task in Path(f"/proc/{one}/task").iterdir():
+                    waiting += map(int, (task / "children").read_text().split())
+            except (OSError, ValueError):
+                continue
+        peak[0] = max(peak[0], total)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY / "include")}
+
+
+def peer_python(given: str | None) -> str:
+    if given:
+        return given
+    folder = REPOSITORY / ".env" / "datatrove"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        print(f"making the peer's environment in {folder}")
+        venv.create(folder, with_pip=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *PEER_PACKAGES], check=True)
+    return str(python)
+
+
+def ten_times(data: Path, folder: Path) -> None:
+    """Ten copies of every document, no two alike: every fifth word is the copy's own."""
+    import io
+
+    import zstandard
+
+    from fastcpt.corpus.documents import Document, list_parts, read_documents
+    from fastcpt.recipe import Documents, Fields
+
+    for part in list_parts(Documents(path=str(data))):
+        for copy in range(10):
+            with (
+                (folder / f"{Path(part).name.split('.')[0]}-{copy}.jsonl.zst").open("wb") as file,
+                zstandard.ZstdCompressor(level=1).stream_writer(file) as packed,
+                io.TextIOWrapper(packed, encoding="utf-8") as lines,
+            ):
+                for document in read_documents(part, Fields()):
+                    assert isinstance(document, Document)
+                    words = document.text.split(" ")
+                    if copy:
+                        words[::5] = [f"{word}{chr(97 + copy)}" for word in words[::5]]
+                    metadata = {
+                        "title": document.title,
+                        "date": document.date,
+                        "doc_type": document.doc_type,
+                        "subject_matter": list(document.subjects),
+                        "language": document.language,
+                    }
+                    record = {
+                        "id": f"{document.id} copy {copy}",
+                        "full_text": " ".join(words),
+                        "metadata": metadata,
+                    }
+                    lines.write(json.dumps(record) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--data", type=Path, required=True, help="Folder of .jsonl.zst files.")
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--peer_python", help="A Python that has datatrove 0.10.1 and spacy.")
+    parser.add_argument("--no_ten", action="store_true", help="Leave the tenfold corpus out.")
+    parser.add_argument("--no_peer", action="store_true", help="Leave datatrove out.")
+    parser.add_argument("--web_sample", type=int, default=248, help="Acts put to web filters.")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(REPOSITORY / "include"))
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(compare(arguments, Path(scratch))))
+
+
+def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    data, tokenizer = str(arguments.data.resolve()), str(arguments.tokenizer.resolve())
+    parts = sorted(str(path) for path in Path(data).glob("*.jsonl.zst"))
+    processes = len(os.sched_getaffinity(0))
+    figures: dict[str, Any] = {}
+
+    def shown(name: str, run: Run) -> Run:
+        print(f"{name}: {run.seconds:.1f} s, {run.cpu:.1f} CPU s, {run.peak_gb:.2f} GB", flush=True)
+        return run
+
+    ours = shown("ours", measured([sys.executable, "-c", OURS, data, tokenizer, f"{scratch}/1x"]))
+    corpus = json.loads(ours.output.splitlines()[-1])
+    print(f"  {corpus}")
+    if not arguments.no_peer:
+        python = peer_python(arguments.peer_python)
+        script = scratch / "peer.py"
+        script.write_text(PEER)
+        peer = shown(
+            "datatrove",
+            measured([python, str(script), data, tokenizer, str(scratch / "peer"), str(processes)]),
+        )
+        figures["ratio_datatrove"] = round(peer.seconds / ours.seconds, 2)
+        figures["ratio_datatrove_cpu"] = round(peer.cpu / ours.cpu, 2)
+    bare = bare_rate(tokenizer, parts, processes)
+    measured_tokens = measured(
+        [sys.executable, "-c", TOKENIZE, tokenizer, str(scratch / "tokens"), *parts]
+    )
+    tokens, seconds = map(float, measured_tokens.output.split())
+    print(f"tokenizing: {tokens / seconds:,.0f} tokens/s, bare encode_batch_fast {bare:,.0f}")
+    figures["tokenize_ratio"] = round(tokens / seconds / bare, 2)
+    figures["peak_gb_1x"] = round(ours.peak_gb, 3)
+    if not arguments.no_ten:
+        shutil.rmtree(scratch / "tokens")
+        tenfold = scratch / "ten"
+        tenfold.mkdir()
+        ten_times(arguments.data, tenfold)
+        ten = shown(
+            "ours, ten times",
+            measured([sys.executable, "-c", OURS, str(tenfold), tokenizer, f"{scratch}/10x"]),
+        )
+        figures["peak_gb_10x"] = round(ten.peak_gb, 3)
+        print(f"  {ten.output.splitlines()[-1]}")
+    if not arguments.no_peer:
+        web = subprocess.run(
+            [
+                peer_python(arguments.peer_python),
+                "-c",
+                WEB_FILTERS,
+                data,
+                str(arguments.web_sample),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        passed = json.loads(web.stdout.splitlines()[-1])
+        print(f"acts that pass the web's filters: {passed}")
+        figures["dropped_by_web_filters"] = round(1 - passed["all"], 3)
+    figures |= {
+        "bytes_per_token": round(corpus["bytes_per_token"], 3),
+        "padding": round(corpus["padding_share"], 5),
+        "tokens_per_s": round(corpus["tokens"] / ours.seconds),
+        "documents_per_s": round(corpus["documents"] / ours.seconds, 1),
+        "processes": processes,
+    }
+    return figures
+
+
+def bare_rate(tokenizer: str, parts: list[str], processes: int) -> float:
+    """Tokens a second of bare ``encode_batch_fast``, in as many processes as we use."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", BARE, tokenizer, *parts[number::processes]],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for number in range(processes)
+    ]
+    results = [tuple(map(float, process.communicate()[0].split())) for process in running]
+    return sum(tokens for tokens, _ in results) / max(seconds for _, seconds in results)
+
+
+if __name__ == "__main__":
+    main()
