@@ -12,7 +12,6 @@ output layer's own forward: under ZeRO-3 its weight is then gathered once a micr
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from fastcpt.files import read_json
 from fastcpt.recipe import Lora, Recipe
 from fastcpt.training.data import NO_LOSS, Batch
 
@@ -41,10 +41,7 @@ def load_model(
     there is no model, or the asked-for attention is not installed.
     """
     attention = choose_attention(attention)
-    reference = Path(path) / "base.json"
-    base = json.loads(reference.read_text())["base"] if reference.is_file() else str(path)
-    if base.startswith(("/", ".", "~")) and not (Path(base) / "config.json").is_file():
-        raise ModelError(f"{base}: no model there (no config.json)")
+    base, adapted = base_of(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=getattr(torch, dtype), attn_implementation=attention
@@ -52,11 +49,21 @@ def load_model(
     except (ValueError, OSError) as error:
         raise ModelError(f"model '{base}' cannot be loaded: {error}") from error
     model.config.use_cache = False
-    if reference.is_file():
+    if adapted:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(path))
     return model, attention
+
+
+def base_of(path: str | Path) -> tuple[str, bool]:
+    """The folder or hub name with the whole weights, and whether ``path`` is an adapter on them."""
+    reference = Path(path) / "base.json"
+    adapted = reference.is_file()
+    base = str(read_json(reference)["base"]) if adapted else str(path)
+    if base.startswith(("/", ".", "~")) and not (Path(base) / "config.json").is_file():
+        raise ModelError(f"{base}: no model there (no config.json)")
+    return base, adapted
 
 
 def initialise_model(recipe: Recipe, tokenizer: Path, target: Path) -> None:

@@ -22,6 +22,7 @@ import shutil
 import signal
 import socket
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from transformers import AutoConfig
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.utils import logging
 
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe, Training
@@ -40,6 +44,7 @@ from fastcpt.training.exits import Stopped
 from fastcpt.training.model import (
     Trainee,
     add_lora,
+    base_of,
     load_model,
     require_fp8,
     with_fp8_layers,
@@ -60,6 +65,8 @@ def start_ranks() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce: a compiler and minutes, for nothing
+        deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
         deepspeed.init_distributed("gloo", verbose=False)
         return torch.device("cpu")
     accelerator.set_device(local_rank)
@@ -218,6 +225,9 @@ def train(
     use_fp8 = use_fp8 or training.use_fp8
     if use_fp8:
         require_fp8()
+    # deepspeed's calls of older torch names; bars that would break the progress lines
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.disable_progress_bar()
     device = start_ranks()
     world = dist.get_world_size()
     accumulation = _accumulation(recipe, training, world)
@@ -261,11 +271,7 @@ def _engine(
     device: torch.device,
 ) -> tuple[Any, str]:
     """DeepSpeed's engine around the model, and the name of the base model."""
-    from transformers import AutoConfig
-    from transformers.integrations import HfDeepSpeedConfig
-
-    reference = Path(path) / "base.json"
-    base = str(read_json(reference)["base"]) if reference.is_file() else path
+    base, adapted = base_of(path)
     try:
         shape = AutoConfig.from_pretrained(base)
     except (ValueError, OSError) as error:
@@ -279,7 +285,7 @@ def _engine(
     causal, attention = load_model(path, recipe.model.attn_implementation, dtype)
     if use_fp8:
         with_fp8_layers(causal)
-    if reference.is_file():  # a second training of the adapters
+    if adapted:  # a second training of the adapters
         for name, parameter in causal.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif recipe.lora is not None:

@@ -1,0 +1,304 @@
+"""The trainer, by its parts and under the real launcher on two CPU ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastcpt.recipe import Training
+from fastcpt.training.data import DataError, Order, Row, decode_corpus, make_batch, targets_of
+from fastcpt.training.exits import exit_code
+from fastcpt.training.model import ChunkedLoss, ModelError, load_model, packed_inputs
+from fastcpt.training.trainer import Guard, TrainingError, learning_rate
+from training.conftest import launch, train_arguments, write_recipe
+
+
+def row(*pieces: list[int], labels: list[int] | None = None) -> Row:
+    ids = [token for piece in pieces for token in piece]
+    return Row(
+        np.array(ids, np.int32),
+        np.array([len(piece) for piece in pieces], np.int32),
+        None if labels is None else np.array(labels, np.int32),
+    )
+
+
+def test_no_token_is_asked_for_the_next_document() -> None:
+    assert targets_of(row([5, 6, 7], [8, 9])).tolist() == [6, 7, -100, 9, -100]
+
+
+def test_labels_of_fine_tuning_are_shifted_within_their_piece() -> None:
+    labels = [-100, -100, 7, -100, 9]
+    assert targets_of(row([5, 6, 7], [8, 9], labels=labels)).tolist() == [-100, 7, -100, 9, -100]
+
+
+def test_padding_is_a_piece_of_its_own_without_loss() -> None:
+    batch = make_batch([row([5, 6, 7], [8, 9]), row([1, 2])], 6)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
+    assert batch.targets.tolist()[1] == [2, -100, -100, -100, -100, -100]
+    assert batch.lengths == [3, 2, 1, 2, 4]
+
+
+def test_documents_of_a_row_do_not_see_one_another(model: Path) -> None:
+    causal, attention = load_model(model, dtype="float32")
+    first, second = [5, 9, 30, 7], [40, 41, 90]
+    batch = make_batch([row(first, second)], 10)
+    together = causal(**packed_inputs(batch, attention, torch.device("cpu"))).logits[0]
+    alone = causal(input_ids=torch.tensor([second])).logits[0]
+    torch.testing.assert_close(together[4:7], alone, rtol=1e-4, atol=1e-5)
+    eager, _ = load_model(model, "eager", dtype="float32")
+    same = eager(**packed_inputs(batch, "eager", torch.device("cpu"))).logits[0]
+    torch.testing.assert_close(same[:7], together[:7], rtol=1e-4, atol=1e-5)
+
+
+def test_the_chunked_loss_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastcpt.training.model.CHUNK", 3)
+    torch.manual_seed(0)
+    hidden = torch.randn(8, 4, requires_grad=True)
+    weight = torch.randn(11, 4, requires_grad=True)
+    targets = torch.tensor([1, -100, 3, 10, 0, -100, -100, 5])
+    plain = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    (plain * 0.3).backward()
+    expected = (hidden.grad, weight.grad)
+    hidden.grad = weight.grad = None
+    loss = ChunkedLoss.apply(hidden, weight, targets)
+    (loss * 0.3).backward()
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close((hidden.grad, weight.grad), expected)
+
+
+def test_an_epoch_takes_every_row_once_and_the_next_another_order() -> None:
+    order = Order(10, seed=3)
+    first, second = [order[n] for n in range(10)], [order[n] for n in range(10, 20)]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert [Order(10, seed=3)[n] for n in range(10)] == first
+    assert [Order(10, seed=4)[n] for n in range(10)] != first
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [
+        # step 0 and 9 of 100 in the warm-up of 10; then at 10, 55 and 100 % of the way
+        ("constant", [0.1, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.1, 1.0, 1.0, 0.5, 0.0]),
+        ("cosine", [0.1, 1.0, 1.0, 0.5, 0.0]),
+        ("warmup_stable_decay", [0.1, 1.0, 1.0, 1.0, 0.0]),
+    ],
+)
+def test_schedules(kind: str, rates: list[float]) -> None:
+    training = Training.model_validate(
+        {"max_steps": 100, "warmup_steps": 10, "learning_rate": 1.0, "lr_scheduler_type": kind}
+    )
+    at = [(0, 0.0), (9, 0.09), (10, 0.1), (55, 0.55), (100, 1.0)]
+    assert [learning_rate(training, *place) for place in at] == pytest.approx(rates)
+
+
+def test_the_last_fifth_decays() -> None:
+    training = Training(max_steps=100, warmup_steps=10, lr_scheduler_type="warmup_stable_decay")
+    # the clock may be ahead of the steps
+    assert learning_rate(training, 20, 0.9) == pytest.approx(0.5 * training.learning_rate)
+
+
+def test_the_guard_refuses_what_is_not_finite_or_far_above() -> None:
+    guard = Guard(1)
+    assert guard.refuses(math.nan, guard.losses)
+    assert guard.refuses(math.inf, guard.losses)
+    for n in range(64):  # mean 2, deviation 0.1
+        assert not guard.refuses(2.1 if n % 2 else 1.9, guard.losses)
+    assert not guard.refuses(2.5, copy.copy(guard.losses))
+    assert guard.refuses(2.7, guard.losses)
+    assert not guard.refuses(0.5, guard.losses)
+    guard.count(1, math.nan, 1.0)
+    with pytest.raises(TrainingError, match=r"max_skipped_steps \(1\); the last was step 2"):
+        guard.count(2, math.nan, 1.0)
+
+
+def test_wrong_corpora_are_named(corpus: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "corpus"
+    shutil.copytree(corpus, copied)
+    with pytest.raises(DataError, match=r"row \d+ has \d+ tokens, more than max_seq_length"):
+        decode_corpus(copied, 20, tmp_path / "a")
+    shard = copied / "cpt_train_shard_01.parquet"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard_01.parquet: its digest is not the manifest's"):
+        decode_corpus(copied, 64, tmp_path / "b")
+    shard.unlink()
+    with pytest.raises(DataError, match=r"shard_01.parquet is missing"):
+        decode_corpus(copied, 64, tmp_path / "b")
+    with pytest.raises(DataError, match=r"corpus_manifest.json is missing"):
+        decode_corpus(tmp_path, 64, tmp_path / "b")
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong() -> None:
+        raise ModelError("no model there")
+
+    def lost() -> None:
+        raise OSError("disk full")
+
+    assert exit_code(lambda: None) == 0
+    assert exit_code(wrong) == 78
+    assert capsys.readouterr().err == "error: no model there\n"
+    assert exit_code(lost) == 1
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=180)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted training on two ranks."""
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = train_arguments(write_recipe(folder), corpus, folder / "out", "--model", model)
+    code, output = finish(launch("train_cpt.py", *arguments))
+    assert code == 0, output
+    assert "step 12/12 loss " in output
+    assert " tokens/s " in output
+    return folder
+
+
+def test_a_training_learns_and_leaves_what_the_next_step_needs(
+    trained: Path, corpus: Path, model: Path
+) -> None:
+    out = trained / "out"
+    losses = [line["loss"] for line in metrics(out)]
+    assert losses[0] == pytest.approx(math.log(256), abs=0.1)  # knows nothing yet
+    assert losses[-1] < 4.3
+    result = json.loads((out / "training.json").read_text())
+    assert result["steps"] == 12
+    assert result["loss"] == losses[-1]
+    assert result["skipped_steps"] == 0
+    assert result["tokens_per_s_per_gpu"] > 0
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_12", "step_6"]
+    assert any((out / "tensorboard").iterdir())
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    final = AutoModelForCausalLM.from_pretrained(out / "final")
+    assert AutoTokenizer.from_pretrained(out / "final").eos_token_id == 1
+    ids = torch.arange(50, 90)[None]
+    base = AutoModelForCausalLM.from_pretrained(model)
+    assert final(ids, labels=ids).loss < base(ids, labels=ids).loss - 0.8
+    # complete: started again it does nothing
+    arguments = train_arguments(trained / "recipe.yaml", corpus, out, "--model", model)
+    code, output = finish(launch("train_cpt.py", *arguments))
+    assert code == 0
+    assert "is complete" in output
+
+
+def test_one_rank_draws_the_same_curve_as_two(
+    trained: Path, corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    arguments = train_arguments(write_recipe(tmp_path), corpus, tmp_path / "out", "--model", model)
+    code, output = finish(launch("train_cpt.py", *arguments, ranks=1))
+    assert code == 0, output
+    one = [line["loss"] for line in metrics(tmp_path / "out")]
+    two = [line["loss"] for line in metrics(trained / "out")]
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_training_goes_on_with_the_same_curve(
+    trained: Path, corpus: Path, model: Path, tmp_path: Path, kind: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    arguments = train_arguments(write_recipe(tmp_path), corpus, out, "--model", model)
+    process = launch("train_cpt.py", *arguments)
+    assert process.stdout is not None
+    wanted = "step 3/12" if kind == signal.SIGTERM else "step 8/12"
+    for line in process.stdout:
+        if line.startswith(wanted):
+            break
+    os.killpg(process.pid, kind)
+    process.stdout.read()
+    process.wait(60)
+    found = [path.name for path in (out / "checkpoints").glob("step_*")]
+    assert len(found) == 1
+    assert not (out / "training.json").exists()
+    with (out / "metrics.jsonl").open("a") as torn:
+        torn.write('{"step": 9, "lo')
+    code, output = finish(launch("train_cpt.py", *arguments))
+    assert code == 0, output
+    assert f"going on from checkpoints/{found[0]}" in output
+    resumed, whole = metrics(out), metrics(trained / "out")
+    assert [line["step"] for line in resumed] == list(range(1, 13))
+    for key in ("loss", "learning_rate", "tokens"):
+        assert [x[key] for x in resumed] == pytest.approx([x[key] for x in whole], rel=1e-5)
+
+
+def test_adapters_are_trained_and_saved_with_their_base(
+    corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    recipe = write_recipe(tmp_path, lora=lora, training={"max_steps": 4, "save_steps": 2})
+    out = tmp_path / "out"
+    arguments = train_arguments(recipe, corpus, out, "--model", model)
+    code, output = finish(launch("train_cpt.py", *arguments))
+    assert code == 0, output
+    assert json.loads((out / "final" / "base.json").read_text()) == {"base": str(model)}
+    adapted, _ = load_model(out / "final", dtype="float32")
+    base, _ = load_model(model, dtype="float32")
+    ids = torch.arange(50, 90)[None]
+    assert not torch.allclose(adapted(ids).logits, base(ids).logits)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits)
+    # from its checkpoint, without the base in it
+    (out / "training.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "step_4")
+    before = metrics(out)
+    code, output = finish(launch("train_cpt.py", *arguments))
+    assert code == 0, output
+    assert "going on from checkpoints/step_2" in output
+    again, _ = load_model(out / "final", dtype="float32")
+    torch.testing.assert_close(again(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
+    assert metrics(out) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--use_fp8"], "error: FP8 needs a Hopper or newer GPU"),
+        (["--data_dir", "nowhere"], "corpus_manifest.json is missing"),
+        (["--model", "/nowhere"], "error: /nowhere: no model there"),
+    ],
+)
+def test_what_cannot_heal_ends_with_its_own_code(
+    corpus: Path, model: Path, tmp_path: Path, more: list[str], message: str
+) -> None:
+    arguments = train_arguments(write_recipe(tmp_path), corpus, tmp_path / "out", "--model", model)
+    code, output = finish(launch("train_cpt.py", *arguments, *more))
+    assert code == 78
+    assert message in output
+
+
+def test_too_many_skipped_steps_end_the_training(corpus: Path, model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    recipe = write_recipe(tmp_path, training={"max_skipped_steps": 1})
+    arguments = train_arguments(recipe, corpus, tmp_path / "out", "--model", broken)
+    code, output = finish(launch("train_cpt.py", *arguments))
+    assert code == 78
+    assert "step 1 skipped: loss nan" in output
+    assert "more than max_skipped_steps (1)" in output
