@@ -44,7 +44,7 @@ from fastcpt.recipe import Fields, Recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 ROWS_OF_GROUP = 256  # sequences read at once when the order is random
 MANIFEST = "corpus_manifest.json"
 

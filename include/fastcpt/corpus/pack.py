@@ -3,12 +3,11 @@
 A document longer than a sequence is cut: whole sequences first, then the rest. The rests are
 packed best-fit, the longest first: each goes where the least room stays. Where too much room is
 still left over (many rests a little longer than half a sequence), the emptiest sequences are
-taken apart and cut to fill the gaps of the others.
+cut to fill the gaps of the others.
 """
 
 from __future__ import annotations
 
-import heapq
 from typing import NamedTuple
 
 import numpy as np
@@ -92,44 +91,28 @@ def _best_fit(rests: Ints, size: int) -> list[list[Piece]]:
 def _without_gaps(
     bins: list[list[Piece]], total: int, other_rows: int, size: int
 ) -> list[list[Piece]]:
-    """Take the emptiest rows apart until the padding of all rows is small enough."""
+    """Where all rows together have too much padding, cut the emptiest into gaps of the others.
 
-    def padding(rows: int) -> float:
-        return (rows * size - total) / ((rows + other_rows) * size)
-
-    if not bins or padding(len(bins)) <= MAX_PADDING:
+    ``total`` is the rests' tokens, ``other_rows`` the rows that are full already.
+    """
+    rows = int((total + other_rows * size) / ((1 - MAX_PADDING) * size)) - other_rows
+    if len(bins) <= max(rows, 1):
         return bins
     fills = [sum(length for _, _, length in items) for items in bins]
     by_fill = sorted(range(len(bins)), key=lambda n: (-fills[n], n))
-    gaps = [(-(size - fills[n]), n) for n in by_fill if size - fills[n] >= LEAST_CUT]
-    heapq.heapify(gaps)
-    room = sum(-gap for gap, _ in gaps)
-    while len(by_fill) > 1 and padding(len(by_fill)) > MAX_PADDING:
-        emptiest = by_fill[-1]
-        room -= size - fills[emptiest] if size - fills[emptiest] >= LEAST_CUT else 0
-        if room < fills[emptiest]:
-            break
-        by_fill.pop()
-        room -= _spread(bins, emptiest, gaps)
-    return [bins[n] for n in sorted(by_fill)]
-
-
-def _spread(bins: list[list[Piece]], emptied: int, gaps: list[tuple[int, int]]) -> int:
-    """Cut a row's pieces into the widest gaps of the others; returns the room they took."""
-    taken = 0
-    for item, begin, length in bins[emptied]:
+    kept = [bins[n] for n in by_fill[:rows]]
+    # the fullest have the narrowest gaps: fill from the widest on
+    gaps = [(row, size - fills[n]) for row, n in enumerate(by_fill[:rows])]
+    gaps = [(row, gap) for row, gap in gaps if gap >= LEAST_CUT]
+    for document, begin, length in (piece for n in by_fill[rows:] for piece in bins[n]):
         while length:
-            gap, chosen = heapq.heappop(gaps)
-            if chosen == emptied or not bins[chosen]:
-                continue
-            part = min(length, -gap)
-            bins[chosen].append((item, begin, part))
+            if not gaps:
+                gaps.append((len(kept), size))
+                kept.append([])
+            row, gap = gaps.pop()
+            part = min(length, gap)
+            kept[row].append((document, begin, part))
             begin, length = begin + part, length - part
-            left = -gap - part
-            taken += part
-            if left >= LEAST_CUT:
-                heapq.heappush(gaps, (-left, chosen))
-            else:
-                taken += left
-    bins[emptied] = []
-    return taken
+            if gap - part >= LEAST_CUT:
+                gaps.append((row, gap - part))
+    return kept
