@@ -224,12 +224,12 @@ LAST_ARTICLES = {
     "regulation": (
         "Entry into force",
         "This Regulation shall enter into force on the twentieth day following its publication.",
-        "This Regulation shall be binding in its entirety.",
+        "This Regulation shall be binding in its entirety as regards {term}.",
     ),
     "directive": (
         "Transposition",
         "Member States shall bring into force the provisions on {term} within two years.",
-        "This Directive is addressed to the Member States.",
+        "This Directive on {term} is addressed to the Member States.",
     ),
     "decision": (
         "Taking effect",
@@ -360,7 +360,8 @@ def _works(count: int, rng: random.Random) -> list[Act]:
     ]
     earlier: dict[Area, list[str]] = {area: [] for area in AREAS}
     acts = []
-    for serial, (day, matter) in enumerate(zip(days, rng.sample(matters, count), strict=True)):
+    serials = rng.sample(range(100, 5000), count)
+    for serial, day, matter in zip(serials, days, rng.sample(matters, count), strict=True):
         cited = earlier[matter[0]]
         act = _write_act(serial, day, matter, cited, rng)
         # Earlier acts of an area stay the more cited: one in three becomes citable.
@@ -379,7 +380,7 @@ def _write_act(
 ) -> Act:
     area, origin, adjective, thing = matter
     kind, activity = rng.choice(KINDS), rng.choice(list(DUTIES))
-    number = _number(kind, day.year, 100 + serial)
+    number = _number(kind, day.year, serial)
     term = f"{origin} {adjective} {thing}"
     facts = {
         "activity": activity,
@@ -404,9 +405,9 @@ def _write_act(
         f"L {rng.randint(1, 40)}/{rng.randint(1, 40)}",
         title,
     )
-    size = rng.choices((-1, 0, 1, 2, 4), weights=(3, 9, 28, 35, 25))[0]
+    size = rng.choices((-1, 0, 1, 2, 4), weights=(3, 8, 22, 35, 32))[0]
     return Act(
-        celex=f"3{day.year}{TYPE_LETTERS[kind]}{100 + serial:04}",
+        celex=f"3{day.year}{TYPE_LETTERS[kind]}{serial:04}",
         kind=kind,
         number=number,
         title=title,
@@ -449,7 +450,8 @@ def _body(
     topics = list(ARTICLES)
     for topic in [topics[0], *_some(topics[1:], 2 * size, rng)]:
         templates = ARTICLES[topic]
-        chosen = _some(templates, len(templates) if size > 1 else 2, rng)
+        # The first paragraph is always there: a summary may speak of it.
+        chosen = [templates[0], *_some(templates[1:], len(templates) if size > 1 else 1, rng)]
         paragraphs = [f"{n}. {slots.fill(item)}" for n, item in enumerate(chosen, 1)]
         articles.append((slots.fill(topic), paragraphs))
     last_title, *last = LAST_ARTICLES[kind]
