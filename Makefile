@@ -9,13 +9,13 @@ SHELL := /bin/bash
 local = . include/scripts/tools.sh && PYTHONPATH=include exec .env/airflow/bin/python include/scripts/local_stack.py
 
 run: install
-	$(local) run --data '$(DATA)' --recipe '$(RECIPE)' --tokenizer '$(TOKENIZER)' --instructions '$(INSTRUCTIONS)' $(foreach pair,$(SET),--set '$(pair)')
+	@$(local) run --data '$(DATA)' --recipe '$(RECIPE)' --tokenizer '$(TOKENIZER)' --instructions '$(INSTRUCTIONS)' $(foreach pair,$(SET),--set '$(pair)')
 
 up: install
-	$(local) up
+	@$(local) up
 
 down: install
-	$(local) down
+	@$(local) down
 
 install:
 	@include/scripts/install.sh

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from airflow.sdk import BaseHook, BaseOperator, Context
+from airflow.sdk import BaseHook, BaseOperator, Connection, Context
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 from asgiref.sync import sync_to_async
 
@@ -27,11 +27,11 @@ UNREACHABLE_S = 1800.0
 LAST_LINES = 30
 
 
-def remote_of(connection_id: str) -> Remote:
-    """The host of an Airflow connection of type SSH; ``ClusterError`` where there is none.
+def connection_of(connection_id: str) -> Connection:
+    """The Airflow connection of type SSH; ``ClusterError`` where there is none or it holds a key.
 
-    Extra fields: ``key_file``, ``known_hosts``. Keys stay in their files: a ``private_key`` in
-    the connection is refused.
+    Extra fields: ``key_file``, ``known_hosts``, and of the host: ``python``, ``root``. Keys stay in
+    their files: a ``private_key`` in the connection is refused.
     """
     try:
         connection = BaseHook.get_connection(connection_id)
@@ -50,8 +50,15 @@ def remote_of(connection_id: str) -> Remote:
         )
     if not connection.host:
         raise ClusterError(f"connection '{connection_id}' has no host")
+    return connection
+
+
+def remote_of(connection_id: str) -> Remote:
+    """How to reach the host of an Airflow connection."""
+    connection = connection_of(connection_id)
+    extra = connection.extra_dejson
     return Remote(
-        connection.host,
+        str(connection.host),
         connection.login or None,
         connection.port,
         extra.get("key_file") or None,
@@ -61,7 +68,11 @@ def remote_of(connection_id: str) -> Remote:
 
 @dataclass(frozen=True)
 class RemoteJob:
-    """What a task has to run, decided at run time; ``fetch`` names small files its result holds."""
+    """What a task has to run, decided at run time.
+
+    ``result`` is the file whose presence means that it is done; ``fetch`` names more small files
+    that the task's answer is made of. ``answer`` is the answer where it is known beforehand.
+    """
 
     connection: str
     root: str
@@ -70,6 +81,7 @@ class RemoteJob:
     folder: str | None = None
     result: str | None = None
     fetch: dict[str, str] = field(default_factory=dict)
+    answer: dict[str, Any] | None = None
     uses_gpus: bool = True
 
 
@@ -95,7 +107,7 @@ class RemoteJobOperator(BaseOperator):
 
     def execute(self, context: Context) -> Any:
         wanted = self.job(context)
-        if not isinstance(wanted, RemoteJob):
+        if isinstance(wanted, Mapping):
             return dict(wanted)
         name = _name(context)
         job = jobs.Job(
@@ -132,6 +144,8 @@ class RemoteJobOperator(BaseOperator):
         return self._answer(context, job)
 
     def _answer(self, context: Context, job: RemoteJob) -> Any:
+        if job.answer is not None:
+            return job.answer
         paths = {**({"result": job.result} if job.result else {}), **job.fetch}
         files = ask(remote_of(job.connection), "read_files", paths=paths)
         if self.then:

@@ -21,8 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import local_sshd
 
 from fastcpt.corpus.sample import generate_sample
 from fastcpt.files import write_json
-from fastcpt.reporting.record import summary_text
+from fastcpt.reporting.record import record_folder, summary_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt").resolve()
@@ -144,7 +143,12 @@ def environment(cluster: dict[str, Any], port: int) -> dict[str, str]:
         "host": "127.0.0.1",
         "login": getpass.getuser(),
         "port": cluster["port"],
-        "extra": {"key_file": cluster["key_file"], "known_hosts": cluster["known_hosts"]},
+        "extra": {
+            "key_file": cluster["key_file"],
+            "known_hosts": cluster["known_hosts"],
+            "python": str(REPOSITORY / ".env/cluster/bin/python"),
+            "root": str(HOME / "cluster"),
+        },
     }
     return {
         **os.environ,
@@ -174,7 +178,6 @@ def environment(cluster: dict[str, Any], port: int) -> dict[str, str]:
         "AIRFLOW__SCHEDULER__CATCHUP_BY_DEFAULT": "false",
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "false",
         "FASTCPT_HOME": str(HOME),
-        "FASTCPT_LOCAL_PYTHON": str(REPOSITORY / ".env/cluster/bin/python"),
     }
 
 
@@ -274,7 +277,7 @@ def end(state: dict[str, Any]) -> None:
     groups = [pid for pid in state["pids"] if _group_lives(pid)]
     for number in (signal.SIGTERM, signal.SIGKILL):
         for group in groups:
-            with _gone_is_fine():
+            with suppress(ProcessLookupError, ChildProcessError):
                 os.killpg(group, number)
         for _ in range(100):
             if not any(_group_lives(group) for group in groups):
@@ -293,17 +296,9 @@ def _group_lives(group: int) -> bool:
 
 
 def _reap() -> None:
-    with _gone_is_fine():
+    with suppress(ProcessLookupError, ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
-
-
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except (ProcessLookupError, ChildProcessError):
-        pass
 
 
 def up() -> int:
@@ -350,7 +345,7 @@ class Api:
                 parts = ("scheduler", "dag_processor", "triggerer")
                 unhealthy = [part for part in parts if health[part]["status"] != "healthy"]
                 if not unhealthy:
-                    self._log_in()
+                    self.log_in()
                     if self.client.get(f"/api/v2/dags/{DAG}").status_code == 200:
                         return
                     errors = self.client.get("/api/v2/importErrors").json()["import_errors"]
@@ -368,7 +363,7 @@ class Api:
             f"Airflow did not come up in {seconds:.0f} s ({problem}); logs: {HOME}/logs"
         )
 
-    def _log_in(self) -> None:
+    def log_in(self) -> None:
         if "Authorization" not in self.client.headers:
             password = json.loads((HOME / "passwords.json").read_text())[USER]
             answer = self.client.post("/auth/token", json={"username": USER, "password": password})
@@ -406,14 +401,16 @@ class Api:
 def run_once(conf: dict[str, Any]) -> int:
     """Start everything, run the DAG once with ``conf``, print its summary, end everything."""
     began = time.monotonic()
+    outcome = "failed"
     print(f"Starting Airflow and the cluster's SSH server (logs: {HOME}/logs) ...", flush=True)
     state = start()
     try:
         with Api(state) as api:
+            api.log_in()
             run = api.trigger(conf)
             print(f"{_clock(began)}  run {run}: {json.dumps(conf)}", flush=True)
             outcome = watch(api, run, began)
-        record = HOME / "runs" / run.replace(":", "-").replace("+", "-")
+        record = record_folder(HOME, run)
         if record.is_dir():
             print(summary_text(record))
     finally:

@@ -34,15 +34,16 @@ IDLE_TIMEOUT_S = 120
 File = dict[str, Any]
 
 
-def files_of(folder: Path) -> list[File]:
-    """Every file below ``folder`` as ``{file, bytes, sha256}``, sorted by name."""
+def files_of(folder: Path, names: Sequence[str] | None = None) -> list[File]:
+    """The files ``names`` of ``folder`` (all below it without) as ``{file, bytes, sha256}``."""
+    paths = sorted(folder.rglob("*")) if names is None else [folder / name for name in names]
     return [
         {
             "file": str(path.relative_to(folder)),
             "bytes": path.stat().st_size,
             "sha256": sha256_of_file(path),
         }
-        for path in sorted(folder.rglob("*"))
+        for path in paths
         if path.is_file()
     ]
 

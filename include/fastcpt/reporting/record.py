@@ -81,6 +81,13 @@ def add(record: Path, name: str, content: Any) -> Path:
     return record / name
 
 
+def add_text(record: Path, name: str, text: str) -> Path:
+    """Put a text file into the record under ``name``, whole."""
+    with whole_file(record / name) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return record / name
+
+
 def add_output(record: Path, task: str, facts: Mapping[str, Any]) -> Path:
     """Note what a task made: ``facts`` as it returned them, ``path`` and ``digest`` among them."""
     return add(record, f"outputs/{task}.json", dict(facts))

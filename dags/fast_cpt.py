@@ -1,0 +1,120 @@
+"""From legal documents to a gated, fine-tuned model: the wiring of the steps, and nothing else.
+
+    plan -> list_documents -> score (a task a group of files) -> select -> build -> sync -> train_cpt
+    plan -> check_cluster -> prepare_environment -> sync
+    train_cpt -> evaluate_cpt -> gate -> train_sft -> evaluate_sft -> publish -> report
+    gate -> train_cpt_stage2 -> evaluate_stage2 -> gate_stage2 -> train_sft
+
+What a task hands on is a path and a digest. Every output is found again by its digest, so any task
+can be retried, cleared or run again and does only what is left. Each step's code is a function of
+``steps`` in plugins/.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pendulum
+from airflow.sdk import ExceptionRetryPolicy, Param, RetryRule, TriggerRule, dag, task
+from airflow.sdk.definitions.retry_policy import RetryAction
+
+import steps
+from fastcpt.recipe import DEFAULT_RECIPE, FORM, form_schema, recipe_names
+from remote_job import RemoteJobOperator
+
+# A wrong recipe, document or host key does not heal by trying again, nor does a mistake in the
+# code; a lost connection does.
+CANNOT_HEAL: list[type[BaseException] | str] = [
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NameError,
+    ImportError,
+    AssertionError,
+]
+RETRY_POLICY = ExceptionRetryPolicy(
+    rules=[
+        RetryRule(exception=CANNOT_HEAL, action=RetryAction.FAIL, reason="does not heal by itself"),
+        RetryRule(exception=OSError, action=RetryAction.RETRY, retry_delay=timedelta(seconds=30)),
+    ]
+)
+
+PARAMS = {
+    "recipe": Param(
+        os.environ.get("FASTCPT_RECIPE", DEFAULT_RECIPE),
+        type="string",
+        enum=recipe_names(),
+        description="What to run. The fields below take the place of its values where filled in.",
+    ),
+    **{name: Param(None, **form_schema(name)) for name in FORM},
+    "run_even_if_plan_says_no": Param(
+        False,
+        type="boolean",
+        description="Go on although the plan does not fit time, memory or money.",
+    ),
+    "require_approval": Param(
+        False,
+        type="boolean",
+        description="Wait for a person to approve the plan before GPUs are used.",
+    ),
+}
+
+
+@dag(
+    dag_id="fast_cpt",
+    schedule=os.environ.get("FASTCPT_SCHEDULE") or None,
+    start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
+    catchup=False,
+    params=PARAMS,
+    doc_md=__doc__,
+    tags=["training"],
+    default_args={
+        "retries": 3,
+        "retry_delay": timedelta(minutes=1),
+        "retry_policy": RETRY_POLICY,
+    },
+)
+def fast_cpt() -> None:
+    plan = task(steps.plan)()
+    documents = task(steps.list_documents)(plan)
+    scores = task(steps.score).partial(plan=plan).expand(parts=documents)
+    selection = task(steps.select)(plan, scores)
+    corpus = task(steps.build)(plan, selection)
+
+    cluster = task(steps.check_cluster)(plan)
+    environment = RemoteJobOperator(task_id="prepare_environment", job=steps.prepare_environment)
+    places = task(steps.sync)(plan, corpus, cluster, environment.output)
+
+    def on_gpus(
+        step: Callable[..., Any], then: Callable[..., Any], **options: Any
+    ) -> RemoteJobOperator:
+        return RemoteJobOperator(task_id=step.__name__, job=step, then=then, pool="gpus", **options)
+
+    train_cpt = on_gpus(steps.train_cpt, steps.keep_training)
+    evaluate_cpt = on_gpus(steps.evaluate_cpt, steps.keep_evaluation)
+    gate = task.branch(steps.gate)()
+    train_cpt_stage2 = on_gpus(steps.train_cpt_stage2, steps.keep_training)
+    evaluate_stage2 = on_gpus(steps.evaluate_stage2, steps.keep_evaluation)
+    gate_stage2 = task(steps.gate_stage2)()
+    # after either gate: one of the two ways to it was skipped
+    train_sft = on_gpus(
+        steps.train_sft,
+        steps.keep_training,
+        trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,
+    )
+    evaluate_sft = on_gpus(steps.evaluate_sft, steps.keep_evaluation)
+    publish = on_gpus(steps.publish, steps.keep_published)
+    report = task(steps.report)()
+
+    cluster >> environment
+    places >> train_cpt >> evaluate_cpt >> gate >> [train_sft, train_cpt_stage2]
+    train_cpt_stage2 >> evaluate_stage2 >> gate_stage2 >> train_sft
+    # a teardown: it runs whatever happened, and does not make a failed run a success
+    train_sft >> evaluate_sft >> publish >> report.as_teardown()
+
+
+fast_cpt()

@@ -1,0 +1,506 @@
+"""What each task of the DAG does: the library's rooms, called with what the tasks before left.
+
+A step gets paths and digests (XComs) and returns the same; what it makes lies in folders named
+by digest. Heavy imports stay inside the steps: this module is loaded at every parse of the DAG.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import Context, get_current_context
+
+from fastcpt.files import digest_of, read_json
+from fastcpt.recipe import Recipe, RecipeError, Training, form_overrides, load_recipe
+from remote_job import RemoteJob, connection_of, remote_of
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt")
+# Airflow maps at most 1024 tasks, and fewer, larger groups of files cost less to start.
+MOST_GROUPS = 16
+
+Facts = dict[str, Any]
+
+
+def recipe_of(plan: Facts) -> Recipe:
+    """The run's recipe as ``plan`` resolved it."""
+    return load_recipe(plan["recipe"])
+
+
+def _result(context: Context, task: str) -> Any:
+    """What a task before this one returned; None where it did not run."""
+    return context["ti"].xcom_pull(task_ids=task)
+
+
+def _brief(facts: Facts) -> Facts:
+    """The part of a room's answer that the next task needs: XComs stay small."""
+    wanted = ("path", "digest", "reused", "documents", "tokens", "unreadable", "train", "held_out")
+    return {key: facts[key] for key in wanted if key in facts}
+
+
+# Before anything is spent
+
+
+def plan() -> Facts:
+    """Resolve recipe, form and connection; look at the documents; begin the run's record."""
+    from fastcpt.corpus.documents import list_parts
+    from fastcpt.reporting.record import open_record
+
+    context = get_current_context()
+    values = dict(context["params"])
+    overrides = form_overrides(values)
+    recipe = load_recipe(values["recipe"], overrides)
+    extra = connection_of(recipe.cluster.connection).extra_dejson
+    # where things are on a host is the host's business: its connection may say so
+    for key in ("python", "root"):
+        if key in extra:
+            overrides[f"cluster.{key}"] = extra[key]
+    recipe = load_recipe(values["recipe"], overrides)
+    parts = list_parts(recipe.documents)
+    if recipe.sft.instructions is None:
+        print(
+            "No instructions (sft.instructions): a model that passes the gate is published as it is."
+        )
+    record = open_record(HOME, context["run_id"], context["dag"].dag_id, recipe)
+    groups = min(MOST_GROUPS, len(parts))
+    return {
+        "recipe": str(record / "recipe.yaml"),
+        "record": str(record),
+        "parts": [parts[group::groups] for group in range(groups)],
+    }
+
+
+def list_documents(plan: Facts) -> list[list[str]]:
+    """The groups of files that ``score`` is mapped over."""
+    parts: list[list[str]] = plan["parts"]
+    return parts
+
+
+# The corpus, on this machine
+
+
+def score(plan: Facts, parts: list[str]) -> list[Facts]:
+    """Score the documents of a group of files."""
+    from fastcpt.corpus.score import score_part
+
+    return [_brief(score_part(part, recipe_of(plan), HOME)) for part in parts]
+
+
+def select(plan: Facts, scores: list[list[Facts]]) -> Facts:
+    """Decide which documents are taken, from the score tables alone."""
+    from fastcpt.corpus.select import select as select_documents
+
+    tables = sorted(table["path"] for group in scores for table in group)
+    return _brief(select_documents(tables, recipe_of(plan), HOME))
+
+
+def build(plan: Facts, selection: Facts) -> Facts:
+    """Tokenize and pack the documents taken; split the instructions."""
+    from fastcpt.corpus.build import build as build_corpus
+    from fastcpt.corpus.instructions import build_instructions
+    from fastcpt.reporting.record import add, add_output
+
+    recipe = recipe_of(plan)
+    instructions = build_instructions(recipe, HOME)
+    corpus = build_corpus(selection["path"], recipe, HOME)
+    record = Path(plan["record"])
+    add(record, "corpus_manifest.json", Path(corpus["path"]) / "corpus_manifest.json")
+    add_output(record, "build", _brief(corpus))
+    return {
+        "corpus": _brief(corpus),
+        "instructions": _brief(instructions) if instructions else None,
+        "reused": corpus["reused"] and (instructions is None or instructions["reused"]),
+    }
+
+
+# The cluster
+
+
+def check_cluster(plan: Facts) -> Facts:
+    """What the host is and has; everything that is missing in one message."""
+    from fastcpt.cluster.check import check_cluster as check
+
+    recipe = recipe_of(plan)
+    return check(remote_of(recipe.cluster.connection), recipe.cluster)
+
+
+def prepare_environment(context: Context) -> RemoteJob | Facts:
+    """Ship the code; compare the host's packages with the pinned ones, or build them there."""
+    from fastcpt.cluster import environment
+
+    recipe = recipe_of(_result(context, "plan"))
+    root = _result(context, "check_cluster")["root"]
+    remote = remote_of(recipe.cluster.connection)
+    code = environment.ship_code(remote, root, REPOSITORY)
+    if recipe.cluster.python:
+        python = environment.check_python(remote, recipe.cluster, REPOSITORY)
+        return {"python": python, "code": code["path"], "reused": code["reused"]}
+    folder = environment.environment_folder(recipe.cluster, root, REPOSITORY)
+    return RemoteJob(
+        recipe.cluster.connection,
+        root,
+        environment.build_commands(recipe.cluster, code["path"], folder),
+        result=f"{folder}/complete",
+        answer={"python": f"{folder}/bin/python", "code": code["path"], "reused": False},
+        uses_gpus=False,
+    )
+
+
+def sync(plan: Facts, built: Facts, cluster: Facts, environment: Facts) -> Facts:
+    """Bring corpus, instructions and recipe to the cluster; digests are verified there."""
+    from fastcpt.cluster.transfer import files_of, send
+    from fastcpt.reporting.record import add_output
+
+    recipe, root = recipe_of(plan), cluster["root"]
+    remote = remote_of(recipe.cluster.connection)
+    corpus, instructions = built["corpus"], built["instructions"]
+    listed = read_json(Path(corpus["path"]) / "corpus_manifest.json")["files"]
+    manifest = files_of(Path(corpus["path"]), ["corpus_manifest.json"])
+    sent = send(
+        remote,
+        Path(corpus["path"]),
+        f"{root}/corpora/{corpus['digest']}",
+        [*listed, *manifest],
+    )
+    places = {
+        **environment,
+        "root": root,
+        "corpus": sent["path"],
+        "corpus_digest": corpus["digest"],
+        "instructions": None,
+        "reused": sent["reused"],
+        "sent_bytes": sent["bytes"],
+        "seconds": sent["seconds"],
+    }
+    if instructions:
+        folder = f"{root}/instructions/{instructions['digest']}"
+        source = Path(instructions["path"])
+        sft = send(remote, source, folder, read_json(source / "manifest.json")["files"])
+        places |= {"instructions": sft["path"], "instructions_digest": instructions["digest"]}
+        places["reused"] = places["reused"] and sft["reused"]
+    record = Path(plan["record"])
+    run = send(remote, record, f"{root}/runs/{record.name}", files_of(record, ["recipe.yaml"]))
+    places["run"] = run["path"]
+    add_output(record, "sync", {"path": sent["path"], "digest": corpus["digest"], **sent})
+    return places
+
+
+# Training and evaluation, on the cluster
+
+
+def _job(context: Context, commands: list[list[str]], result: str, **fetch: str) -> RemoteJob:
+    from fastcpt.training import commands as training
+
+    recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
+    return RemoteJob(
+        recipe.cluster.connection,
+        places["root"],
+        commands,
+        environment=training.environment(recipe, _host(places)),
+        result=result,
+        fetch=fetch,
+    )
+
+
+def _host(places: Facts) -> Any:
+    from fastcpt.training.commands import Host
+
+    return Host(places["python"], places["code"], f"{places['run']}/recipe.yaml")
+
+
+def _port(output: str) -> int:
+    """A port for the ranks' rendezvous, another for each job: below the ephemeral ones."""
+    return 20_000 + int(digest_of(output), 16) % 10_000
+
+
+def _models(context: Context) -> Facts:
+    """Where the run's models are on the cluster: each named by all that it is made from."""
+    recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
+    folder = f"{places['root']}/models"
+    made_from = {
+        "corpus": places["corpus_digest"],
+        "model": recipe.model.model_dump(),
+        "lora": recipe.lora and recipe.lora.model_dump(),
+        "gpus": recipe.cluster.gpus,
+    }
+
+    def output(before: Any, training: Training, **also: Any) -> str:
+        return f"{folder}/{digest_of(made_from, before, training.model_dump(), also)}"
+
+    base = recipe.model.name_or_path
+    if base is None:
+        base = f"{folder}/base-{digest_of(recipe.model.model_dump(), places['corpus_digest'])}"
+    stage1 = output(base, recipe.training)
+    return {
+        "base": base,
+        "stage1": stage1,
+        "stage2": output(stage1, recipe.stage2),
+        "output": output,
+    }
+
+
+def _gated(context: Context) -> str:
+    """The output folder of the training whose model the gate let through."""
+    models = _models(context)
+    return str(models["stage2"] if _result(context, "gate_stage2") else models["stage1"])
+
+
+def train_cpt(context: Context) -> RemoteJob:
+    """Stage 1, from the base model."""
+    from fastcpt.training import commands
+
+    recipe, places, models = (
+        recipe_of(_result(context, "plan")),
+        _result(context, "sync"),
+        _models(context),
+    )
+    host, output = _host(places), models["stage1"]
+    train = commands.train_cpt(
+        recipe,
+        host,
+        _port(output),
+        corpus=places["corpus"],
+        model=models["base"],
+        output=output,
+        stage="stage1",
+    )
+    initialise = commands.initialise(recipe, host, places["corpus"], models["base"])
+    return _job(
+        context, [*initialise, train], f"{output}/training.json", metrics=f"{output}/metrics.jsonl"
+    )
+
+
+def train_cpt_stage2(context: Context) -> RemoteJob:
+    """Stage 2, from stage 1's final checkpoint."""
+    from fastcpt.training import commands
+
+    recipe, places, models = (
+        recipe_of(_result(context, "plan")),
+        _result(context, "sync"),
+        _models(context),
+    )
+    output = models["stage2"]
+    train = commands.train_cpt(
+        recipe,
+        _host(places),
+        _port(output),
+        corpus=places["corpus"],
+        model=f"{models['stage1']}/final",
+        output=output,
+        stage="stage2",
+    )
+    return _job(context, [train], f"{output}/training.json", metrics=f"{output}/metrics.jsonl")
+
+
+def _evaluate(context: Context, output: str) -> RemoteJob:
+    from fastcpt.training import commands
+
+    recipe, places, models = (
+        recipe_of(_result(context, "plan")),
+        _result(context, "sync"),
+        _models(context),
+    )
+    result = f"{output}/evaluation.json"
+    evaluate = commands.evaluate(
+        recipe,
+        _host(places),
+        _port(result),
+        corpus=places["corpus"],
+        model=f"{output}/final",
+        base=models["base"],
+        output=result,
+    )
+    return _job(context, [evaluate], result)
+
+
+def evaluate_cpt(context: Context) -> RemoteJob:
+    """Perplexity of stage 1's model and of the base model."""
+    return _evaluate(context, _models(context)["stage1"])
+
+
+def evaluate_stage2(context: Context) -> RemoteJob:
+    """Perplexity of stage 2's model and of the base model."""
+    return _evaluate(context, _models(context)["stage2"])
+
+
+def train_sft(context: Context) -> RemoteJob | Facts:
+    """Fine-tune the model that passed the gate on the instructions."""
+    from fastcpt.training import commands
+
+    recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
+    before = _gated(context)
+    if places["instructions"] is None:
+        return {"model": f"{before}/final", "skipped": "the recipe has no instructions"}
+    output = _sft_output(context)
+    train = commands.train_sft(
+        recipe,
+        _host(places),
+        _port(output),
+        instructions=places["instructions"],
+        model=f"{before}/final",
+        output=output,
+    )
+    return _job(context, [train], f"{output}/training.json", metrics=f"{output}/metrics.jsonl")
+
+
+def _sft_output(context: Context) -> str:
+    recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
+    output = _models(context)["output"]
+    before, instructions = _gated(context), places["instructions_digest"]
+    return str(output(before, recipe.sft.training, instructions=instructions))
+
+
+def evaluate_sft(context: Context) -> RemoteJob | Facts:
+    """ROUGE-L and citation accuracy on the held-out instructions."""
+    from fastcpt.training import commands
+
+    recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
+    if places["instructions"] is None:
+        return {"skipped": "the recipe has no instructions"}
+    output = _sft_output(context)
+    result = f"{output}/evaluation_sft.json"
+    evaluate = commands.evaluate_sft(
+        recipe,
+        _host(places),
+        _port(result),
+        instructions=places["instructions"],
+        model=f"{output}/final",
+        output=result,
+    )
+    return _job(context, [evaluate], result)
+
+
+def publish(context: Context) -> RemoteJob:
+    """A folder that transformers loads, with a model card of the run's own figures."""
+    from fastcpt.cluster.transfer import files_of, send
+    from fastcpt.training import commands
+
+    plan, places = _result(context, "plan"), _result(context, "sync")
+    recipe, record = recipe_of(plan), Path(plan["record"])
+    if places["instructions"] is None:
+        model = f"{_gated(context)}/final"
+    else:
+        model = f"{_sft_output(context)}/final"
+    names = [path.name for path in record.glob("*.json")]
+    names += [str(path.relative_to(record)) for path in record.glob("*/training.json")]
+    send(
+        remote_of(recipe.cluster.connection),
+        record,
+        places["run"],
+        files_of(record, ["recipe.yaml", *sorted(names)]),
+    )
+    output = f"{places['root']}/published/{record.name}"
+    merge = commands.publish(_host(places), model=model, record=places["run"], output=output)
+    return _job(context, [merge], f"{output}/README.md")
+
+
+# What a remote task answers, and what it leaves in the record
+
+
+def keep_training(context: Context, files: dict[str, str | None]) -> Facts:
+    """A training's totals and curve go into the record; the totals are the answer."""
+    from fastcpt.reporting.record import add, add_text
+
+    record, name = Path(_result(context, "plan")["record"]), context["ti"].task_id
+    totals: Facts = json.loads(files["result"] or "{}")
+    if files.get("metrics"):
+        add_text(record, f"{name}/metrics.jsonl", files["metrics"])
+    add(record, f"{name}/training.json", totals)
+    return totals
+
+
+def keep_evaluation(context: Context, files: dict[str, str | None]) -> Facts:
+    """An evaluation goes into the record whole; the answer is where it is."""
+    from fastcpt.reporting.record import add
+
+    record = Path(_result(context, "plan")["record"])
+    name = {
+        "evaluate_cpt": "evaluation.json",
+        "evaluate_stage2": "evaluation_stage2.json",
+        "evaluate_sft": "evaluation_sft.json",
+    }[context["ti"].task_id]
+    return {"path": str(add(record, name, json.loads(files["result"] or "{}")))}
+
+
+def keep_published(context: Context, files: dict[str, str | None]) -> Facts:
+    """The published model is brought back, or left on the cluster, as the recipe says."""
+    from fastcpt.cluster.transfer import fetch
+    from fastcpt.reporting.record import add_output
+
+    plan, places = _result(context, "plan"), _result(context, "sync")
+    recipe, record = recipe_of(plan), Path(plan["record"])
+    folder = f"{places['root']}/published/{record.name}"
+    if recipe.publish.destination == "bring_back":
+        remote = remote_of(recipe.cluster.connection)
+        answer = fetch(remote, folder, HOME / "models" / record.name)
+    else:
+        answer = {"path": f"{recipe.cluster.connection}:{folder}"}
+    add_output(record, "publish", answer)
+    return answer
+
+
+# The gate
+
+
+def _decide(context: Context, evaluation: str, gate: str) -> Facts:
+    from fastcpt.reporting.gate import decide
+    from fastcpt.reporting.record import add
+
+    plan = _result(context, "plan")
+    settings, record = recipe_of(plan).gate, Path(plan["record"])
+    decision = decide(
+        read_json(record / evaluation), settings.perplexity_threshold, settings.validation_set
+    )
+    add(record, gate, decision)
+    relation = "below" if decision["passed"] else "not below"
+    print(
+        f"validation perplexity {decision['value']:.3f} ({decision['validation_set']}), base model "
+        f"{decision['base_value'] or float('nan'):.3f}: {relation} the gate's {decision['threshold']:g}"
+    )
+    return decision
+
+
+def gate() -> str:
+    """Perplexity below the recipe's threshold goes on to fine-tuning, else to stage 2."""
+    decision = _decide(get_current_context(), "evaluation.json", "gate.json")
+    return "train_sft" if decision["passed"] else "train_cpt_stage2"
+
+
+def gate_stage2() -> Facts:
+    """The same rule after stage 2; a model that still misses it goes no further."""
+    context = get_current_context()
+    decision = _decide(context, "evaluation_stage2.json", "gate_stage2.json")
+    if not decision["passed"]:
+        raise RecipeError(
+            f"validation perplexity is {decision['value']:.2f} after stage 2, not below "
+            f"{decision['threshold']:g} (gate.perplexity_threshold). Try more steps "
+            "(stage2.max_steps) or a higher stage2.learning_rate, more documents "
+            "(selection.target_tokens, a lower quality_threshold), a stronger base model, or another "
+            f"threshold. The model is kept: {_models(context)['stage2']}/final on the cluster"
+        )
+    return decision
+
+
+# The end
+
+
+def report() -> Facts:
+    """Close the run's record, whatever became of the run, and write its report."""
+    from fastcpt.reporting.record import add_cost, close_record
+    from fastcpt.reporting.report import write_report
+
+    context = get_current_context()
+    plan = _result(context, "plan")
+    if plan is None:
+        print("The run ended before it had a record: the log of `plan` says why.")
+        return {}
+    run = context["run_id"]
+    states = context["ti"].get_task_states(context["dag"].dag_id, run_ids=[run])[run]
+    failed = any(state in ("failed", "upstream_failed") for state in states.values())
+    record, recipe = Path(plan["record"]), recipe_of(plan)
+    add_cost(record, recipe.cluster.gpus, recipe.budget.price_per_gpu_hour)
+    close_record(record, "failed" if failed else "success")
+    return {"report": str(write_report(record)), "state": "failed" if failed else "success"}

@@ -1,0 +1,110 @@
+"""One real Airflow and one real SSH server for all end-to-end tests, on a small generated corpus."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "include" / "scripts"
+
+
+def load_local_stack(home: Path) -> ModuleType:
+    """The script behind ``make run``, with its state under ``home``."""
+    os.environ["FASTCPT_HOME"] = str(home)
+    sys.path.insert(0, str(SCRIPTS))
+    spec = importlib.util.spec_from_file_location("local_stack", SCRIPTS / "local_stack.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class Stack:
+    """A running Airflow: trigger a run, wait for it, ask what its tasks did."""
+
+    module: ModuleType
+    api: Any
+    home: Path
+    state: dict[str, Any]
+
+    def run(self, **conf: Any) -> Run:
+        """Trigger the DAG on the small sample with these values of the form; wait for its end."""
+        sample = self.home / "sample"
+        values = {
+            "recipe": "sample",
+            "documents": str(sample / "parsed"),
+            "instructions": str(sample / "instructions.jsonl"),
+            "num_shards": 2,
+            "max_steps": 8,
+        }
+        run_id = self.api.trigger({**values, **conf})
+        return self.wait(run_id)
+
+    def wait(self, run_id: str, seconds: float = 400) -> Run:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            outcome = self.api.get(f"dagRuns/{run_id}")["state"]
+            if outcome in ("success", "failed"):
+                return Run(self, run_id, outcome)
+            time.sleep(0.5)
+        raise AssertionError(f"{run_id} did not end in {seconds} s: {Run(self, run_id, '').states()}")
+
+
+@dataclass
+class Run:
+    stack: Stack
+    run_id: str
+    outcome: str
+
+    def tasks(self) -> list[dict[str, Any]]:
+        answer = self.stack.api.get(f"dagRuns/{self.run_id}/taskInstances", limit=1000)
+        return list(answer["task_instances"])
+
+    def states(self) -> dict[str, str]:
+        return {task["task_id"]: task["state"] for task in self.tasks()}
+
+    def task(self, task_id: str) -> dict[str, Any]:
+        return next(task for task in self.tasks() if task["task_id"] == task_id)
+
+    def result(self, task_id: str, map_index: int = -1) -> Any:
+        answer = self.stack.api.get(
+            f"dagRuns/{self.run_id}/taskInstances/{task_id}/xcomEntries/return_value",
+            map_index=map_index,
+            deserialize=True,
+        )
+        return answer["value"]
+
+    def error(self, task_id: str) -> str:
+        """The messages of the exceptions in a task's newest log."""
+        events = self.stack.api.log(self.run_id, self.task(task_id))
+        details = [detail for event in events for detail in event.get("error_detail") or []]
+        return "\n".join(str(detail["exc_value"]) for detail in details)
+
+    @property
+    def record(self) -> Path:
+        return self.stack.home / "runs" / self.run_id.replace(":", "-").replace("+", "-")
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    home = tmp_path_factory.mktemp("home")
+    module = load_local_stack(home)
+    module.generate_sample(home / "sample", documents=120)
+    state = module.start()
+    try:
+        with module.Api(state) as api:
+            api.log_in()
+            yield Stack(module, api, home, state)
+    finally:
+        module.end(state)
