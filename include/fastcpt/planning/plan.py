@@ -1,0 +1,794 @@
+"""What a recipe will take on a cluster: time, memory, money; or why it cannot be, and what can.
+
+    plan(recipe, tokens, cluster, history) -> Plan
+
+``tokens`` are the corpus's: counted by the build, or estimated from the documents' bytes
+(``estimated_tokens``). ``cluster`` is what ``check_cluster`` found, or a name such as ``4xB200``.
+A rate comes from the newest run of the same model, method, precision, sequence length and GPU;
+without one from the cost model (``costs``), as a range: narrow where this project measured that
+method on that chip, up to the best published rate elsewhere. ``docs/planning.md`` has the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastcpt.planning.costs import (
+    RUNTIME_GB,
+    USABLE,
+    Checkpointing,
+    Job,
+    checkpoint_bytes,
+    host_bytes,
+    memory_parts,
+    model_flops,
+    tokens_per_second,
+)
+from fastcpt.planning.hardware import Hardware, hardware_of, prices_source
+from fastcpt.planning.history import Measured, last_run
+from fastcpt.planning.shapes import KNOWN, Shape, known_name, shape_of
+from fastcpt.recipe import Lora, Recipe, Training
+
+MEASURED = Path(__file__).with_name("measured.yaml")
+OFFLOAD_FILE = "ds_config_zero3_offload.json"
+CHARACTERS_PER_TOKEN = 4.4  # running legal text, Llama's and dolma2's vocabularies
+BYTES_PER_TOKEN_ON_DISK = 1.1  # of the shards: zstd over int32 ids
+STARTUP_SECONDS = 300.0  # packages imported, kernels built, NCCL up; without loading weights
+OF_LAST_RUN, OF_MEASUREMENTS, SLOWER = 0.07, 0.15, 0.25  # half-widths of a rate's range
+WORTH_IT = 0.03  # less than this is no reason to change a recipe
+MORE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+class PlanRefused(ValueError):
+    """The recipe does not fit; the message says why, and what would."""
+
+
+@dataclass(frozen=True)
+class Range:
+    low: float
+    high: float
+
+    def times(self, factor: float) -> Range:
+        return Range(self.low * factor, self.high * factor)
+
+    def plus(self, more: float) -> Range:
+        return Range(self.low + more, self.high + more)
+
+    def words(self, digits: int = 1) -> str:
+        low, high = f"{self.low:,.{digits}f}", f"{self.high:,.{digits}f}"
+        return low if low == high else f"{low} to {high}"
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A changed recipe and what it takes; ``changes`` are dotted keys of the recipe."""
+
+    what: str
+    changes: dict[str, Any]
+    tokens: int
+    hours: Range
+    cost: Range | None
+    memory_gb: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``plan`` found. None stands for unknown; GB are 10^9 bytes, hours and USD of all GPUs.
+
+    ``fits_time`` and ``fits_money`` compare the *high* end with the recipe's budget, and are true
+    without one; ``tokens_per_s`` is that of all GPUs together.
+    """
+
+    recipe: str
+    model: str
+    method: str
+    precision: str
+    cluster: str
+    gpus: int
+    sequence: int
+    steps: int
+    tokens: int
+    corpus_tokens: int | None
+    budget_hours: float | None = None
+    budget_money: float | None = None
+    flops: float | None = None
+    memory_gb: dict[str, float] | None = None
+    available_gb: float | None = None
+    micro_batch: int | None = None
+    accumulation: int | None = None
+    checkpointing: str | None = None
+    fits_memory: bool = True
+    tokens_per_s: Range | None = None
+    rate_source: str = "unknown"
+    hours: Range | None = None
+    hours_parts: dict[str, float] = field(default_factory=dict)
+    fits_time: bool = True
+    cost: Range | None = None
+    fits_money: bool = True
+    price_source: str | None = None
+    peak_hours: float | None = None
+    transfer_gb: float | None = None
+    transfer_hours: Range | None = None
+    checkpoint_disk_gb: float | None = None
+    fits_disk: bool = True
+    stage2_hours: Range | None = None
+    stage2_cost: Range | None = None
+    best_micro_batch: dict[str, Any] | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    problems: tuple[str, ...] = ()  # what keeps it from running at all
+    notes: tuple[str, ...] = ()
+    claim: dict[str, str] | None = None
+
+    @property
+    def passes(self) -> float | None:
+        """How often the training sees its corpus."""
+        return self.tokens / self.corpus_tokens if self.corpus_tokens else None
+
+    @property
+    def fits(self) -> bool:
+        fits = self.fits_memory and self.fits_time and self.fits_money and self.fits_disk
+        return fits and not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, ranges as {low, high}, with ``passes``, ``fits`` and ``message``."""
+        content = asdict(self)
+        content["alternatives"] = [asdict(alternative) for alternative in self.alternatives]
+        return {**content, "passes": self.passes, "fits": self.fits, "message": self.message()}
+
+    def message(self) -> str:
+        """Why it does not fit and what would, in lines; that it fits, in one."""
+        what = f"'{self.recipe}' ({self.model}, {self.method}, {self.precision}) on {self.cluster}"
+        if self.fits:
+            return f"{what}: fits."
+        lines = [f"{what} does not fit:", *(f"  - {reason}" for reason in self._reasons())]
+        if self.alternatives:
+            lines.append("What would fit, best first:" if self.alternatives[0].fits else "Nearest:")
+            lines += [f"  - {_alternative_words(choice)}" for choice in self.alternatives[:6]]
+        return "\n".join(lines)
+
+    def _reasons(self) -> Iterator[str]:
+        yield from self.problems
+        if not self.fits_memory and self.memory_gb and self.available_gb:
+            largest = sorted(self.memory_gb.items(), key=lambda part: -part[1])
+            parts = ", ".join(f"{name} {size:.0f}" for name, size in largest if name != "total")
+            yield (
+                f"memory: {self.memory_gb['total']:.0f} GB a GPU of {self.available_gb:.0f} "
+                f"({parts}; micro-batch {self.micro_batch}, checkpointing {self.checkpointing})"
+            )
+        if not self.fits_time and self.hours:
+            peak = ""
+            if self.peak_hours and self.budget_hours and self.peak_hours > self.budget_hours:
+                times = self.peak_hours / self.budget_hours
+                peak = (
+                    f"; at the chips' very peak it would be {self.peak_hours:,.0f} h, "
+                    f"{times:.1f} times the budget"
+                )
+            yield f"time: {self.hours.words()} h, budget {self.budget_hours:g} h{peak}"
+        if not self.fits_money and self.cost:
+            yield f"money: ${self.cost.words(0)}, budget ${self.budget_money:,.0f}"
+        if not self.fits_disk:
+            yield f"disk: the checkpoints take {self.checkpoint_disk_gb:,.0f} GB there"
+
+    def text(self) -> str:
+        """The whole plan, to read."""
+        passes = f", {self.passes:.1f} passes over {self.corpus_tokens:,}" if self.passes else ""
+        rows = [
+            (
+                "model",
+                f"{self.model}, {self.method}, {self.precision}, sequences of {self.sequence}",
+            ),
+            ("cluster", self.cluster),
+            ("tokens", f"{self.tokens:,} in {self.steps:,} steps{passes}"),
+        ]
+        if self.flops is not None and self.peak_hours is not None:
+            rows.append(
+                ("operations", f"{self.flops:.2g} FLOP; {self.peak_hours:,.1f} h at the peak")
+            )
+        if self.memory_gb is not None:
+            parts = ", ".join(f"{k} {v:.1f}" for k, v in self.memory_gb.items() if k != "total")
+            verdict = "fits" if self.fits_memory else "DOES NOT FIT"
+            rows += [
+                (
+                    "memory a GPU",
+                    f"{self.memory_gb['total']:.1f} of {self.available_gb:.1f} GB: {verdict}",
+                ),
+                ("", parts),
+                (
+                    "micro-batch",
+                    f"{self.micro_batch} x {self.accumulation}, checkpointing {self.checkpointing}",
+                ),
+            ]
+        if self.best_micro_batch:
+            rows.append(
+                (
+                    "faster",
+                    "micro-batch {micro_batch} x {accumulation}, checkpointing "
+                    "{checkpointing}: {gain:+.0%}".format(**self.best_micro_batch),
+                )
+            )
+        rate = f"{self.tokens_per_s.words(0)} tokens/s" if self.tokens_per_s else "unknown"
+        rows += [("rate", f"{rate} ({self.rate_source})")]
+        if self.hours:
+            rows.append(
+                (
+                    "time",
+                    f"{self.hours.words()} h{_against(self.budget_hours, self.fits_time, ' h')}",
+                )
+            )
+        if self.cost:
+            rows.append(
+                (
+                    "cost",
+                    f"${self.cost.words(0)}{_against(self.budget_money, self.fits_money, ' USD')}",
+                )
+            )
+            rows.append(("", self.price_source or ""))
+        if self.stage2_hours:
+            cost = f", ${self.stage2_cost.words(0)}" if self.stage2_cost else ""
+            rows.append(
+                ("stage 2", f"{self.stage2_hours.words()} h more{cost}, where the gate is missed")
+            )
+        if self.transfer_gb is not None and self.transfer_hours is not None:
+            rows.append(
+                ("transfer", f"{self.transfer_gb:,.1f} GB, {self.transfer_hours.words(2)} h")
+            )
+        if self.checkpoint_disk_gb is not None:
+            rows.append(
+                (
+                    "disk there",
+                    f"{self.checkpoint_disk_gb:,.0f} GB{'' if self.fits_disk else ': NOT FREE'}",
+                )
+            )
+        if self.claim:
+            rows.append(("published claim", f"{self.claim['hours']} h, {self.claim['cost']}"))
+        rows += [("note", note) for note in self.notes]
+        lines = [f"{name:<16}{value}" for name, value in rows]
+        return "\n".join([f"plan of '{self.recipe}'", *lines, "", self.message()])
+
+
+def _against(budget: float | None, fits: bool, unit: str) -> str:
+    if budget is None:
+        return ""
+    return f"; budget {budget:g}{unit}: {'fits' if fits else 'DOES NOT FIT'}"
+
+
+def _alternative_words(choice: Alternative) -> str:
+    cost = f", ${choice.cost.words(0)}" if choice.cost else ""
+    verdict = "" if choice.fits else " (does not fit either)"
+    return (
+        f"{choice.what}: {choice.tokens / 1e9:.3g} B tokens, {choice.hours.words()} h{cost}, "
+        f"{choice.memory_gb:.0f} GB a GPU{verdict}"
+    )
+
+
+def estimated_tokens(document_bytes: int, recipe: Recipe) -> int:
+    """Corpus tokens of documents of so many bytes, before any is read.
+
+    4.4 characters a token; then the recipe's share and budget of tokens. Thresholds, duplicates
+    and held-out acts are not known yet, so this is what there is at most.
+    """
+    tokens = document_bytes / CHARACTERS_PER_TOKEN * (recipe.selection.top_share or 1.0)
+    return int(min(tokens, recipe.selection.target_tokens or tokens))
+
+
+def plan(
+    recipe: Recipe,
+    tokens: int | None = None,
+    cluster: Mapping[str, Any] | str | None = None,
+    history: Path | None = None,
+) -> Plan:
+    """Plan ``recipe``'s continued pre-training.
+
+    ``tokens``: of the corpus; None takes the recipe's ``target_tokens``. ``cluster``: facts of
+    ``check_cluster``, a name (``4xB200``), or None for the recipe's own. ``history``: the file that
+    ``record_run`` writes. Raises ``ValueError`` kinds for a cluster or model that cannot be read;
+    that a recipe does not fit is an answer, not an error (``require_fit``).
+    """
+    hardware = hardware_of(recipe.cluster, cluster)
+    found = _figures(recipe, tokens, hardware, history)
+    if found.fits or hardware.gpu is None:
+        return found
+    return replace(found, alternatives=tuple(alternatives(recipe, tokens, hardware, history)))
+
+
+def require_fit(plan: Plan) -> None:
+    """``PlanRefused`` with the plan's message unless it fits."""
+    if not plan.fits:
+        raise PlanRefused(plan.message())
+
+
+def _figures(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None) -> Plan:
+    """The plan without its alternatives."""
+    training, shape = recipe.training, shape_of(recipe)
+    sequence = recipe.corpus.max_seq_length
+    name = recipe.model.name_or_path
+    plain = Plan(
+        recipe=recipe.name,
+        model=(known_name(name) or name) if name else "own shape",
+        method="LoRA" if recipe.lora else "full",
+        precision="FP8" if training.use_fp8 else recipe.model.dtype,
+        cluster=hardware.name,
+        gpus=hardware.count,
+        sequence=sequence,
+        steps=training.max_steps,
+        tokens=training.max_steps * recipe.global_batch_size * sequence,
+        corpus_tokens=tokens if tokens is not None else recipe.selection.target_tokens,
+        budget_hours=recipe.budget.hours,
+        budget_money=recipe.budget.money,
+        claim=recipe.claim.model_dump() if recipe.claim else None,
+    )
+    if shape is None:
+        return replace(plain, notes=(_unknown_shape(name),))
+    plain = replace(plain, flops=model_flops(shape, sequence, recipe.lora) * plain.tokens)
+    before = last_run(history, recipe, shape, hardware)
+    if hardware.gpu is None:
+        return _cpu_plan(plain, before)
+    micro = training.per_device_train_batch_size
+    if recipe.global_batch_size % (micro * hardware.count):
+        reason = (
+            f"batch: a step's {recipe.global_batch_size} sequences cannot be split over "
+            f"{hardware.count} GPUs with {micro} at a time; change per_device_train_batch_size"
+        )
+        return replace(plain, problems=(reason,))
+    if training.use_fp8 and hardware.gpu.fp8 is None:
+        # planned in bf16, which is what would run there
+        bf16 = changed(recipe, {"training.use_fp8": False})
+        reason = f"precision: {hardware.gpu.name} has no FP8; the figures are those of bf16"
+        return replace(_figures(bf16, tokens, hardware, history), problems=(reason,))
+    job = job_of(recipe, shape, hardware, micro)
+    return _gpu_plan(plain, recipe, job, hardware, before)
+
+
+def _unknown_shape(name: str | None) -> str:
+    return (
+        f"the shape of '{name}' is not known here, so neither are time and memory; known are "
+        f"{', '.join(KNOWN)} and folders on this machine with a config.json"
+    )
+
+
+def _cpu_plan(plain: Plan, before: Measured | None) -> Plan:
+    """On CPUs nothing is promised but what the last run of the same recipe showed."""
+    if before is None:
+        return replace(plain, rate_source="unknown: no run of it on CPUs yet")
+    likely = before.tokens_per_s_per_gpu * plain.gpus
+    rate = Range(likely * 0.5, likely * 1.5)  # other work on the same cores
+    seconds = before.startup_seconds or 0.0
+    hours = Range(plain.tokens / rate.high, plain.tokens / rate.low).plus(seconds).times(1 / 3600)
+    return replace(
+        plain, tokens_per_s=rate, hours=hours, rate_source=f"last run here, {before.run}"
+    )
+
+
+def _gpu_plan(
+    plain: Plan, recipe: Recipe, job: Job, hardware: Hardware, before: Measured | None
+) -> Plan:
+    gpu, training, shape = hardware.gpu, recipe.training, job.shape
+    assert gpu is not None
+    memory = memory_gb(job, before)
+    available = USABLE * gpu.memory_gb
+    rate, source = _rate(job, hardware, before)
+    everyone = rate.times(hardware.count)
+    notes: list[str] = []
+
+    tokens = plain.tokens
+    budget = training.time_budget_hours
+    middle = (everyone.low + everyone.high) / 2
+    if budget and tokens > middle * 3600 * budget:
+        tokens = int(middle * 3600 * budget)
+        notes.append(
+            f"the trainer ends after {budget:g} h (time_budget_hours), at about these tokens"
+        )
+    parts = _overheads(recipe, job, hardware, middle, plain.corpus_tokens or tokens, before)
+    train = Range(tokens / everyone.high, tokens / everyone.low).times(1 / 3600)
+    if budget:
+        train = Range(min(train.low, budget), min(train.high, budget))
+    hours = train.plus(sum(parts.values()))
+
+    price = recipe.budget.price_per_gpu_hour
+    price_source = "price of the recipe" if price is not None else prices_source()
+    price = gpu.usd_hour if price is None else price
+    cost = None if price is None else hours.times(price * hardware.count)
+    if price is None:
+        notes.append(
+            f"no price for {gpu.name}: set budget.price_per_gpu_hour, or add it to gpus.yaml"
+        )
+
+    checkpoints = checkpoint_bytes(job) * (training.save_total_limit + 1)
+    disk = (
+        checkpoints + 4 * shape.parameters
+    ) / 1e9  # the base model and the final one beside them
+    problems: tuple[str, ...] = ()
+    if not host_has_memory(job, hardware):
+        problems = (
+            f"host memory: offloading takes {host_bytes(job) / 1e9:,.0f} GB of main memory, "
+            f"the hosts have about {hardware.host_memory_gb:,.0f}",
+        )
+    corpus = plain.corpus_tokens or tokens
+    back = 2 * shape.parameters if recipe.publish.destination == "bring_back" else 0
+    moved = (corpus * BYTES_PER_TOKEN_ON_DISK + back) / 1e9
+    slow, fast = hardware.host.ssh_mbit_s
+    peak = gpu.peak(job.fp8) * hardware.count
+    more = recipe.stage2.max_steps * _batch(recipe, recipe.stage2) * job.sequence
+    stage2 = Range(more / everyone.high, more / everyone.low).times(1 / 3600)
+    best = best_job(recipe, shape, hardware)
+    gain = tokens_per_second(best, hardware) / tokens_per_second(job, hardware) - 1 if best else 0.0
+    return replace(
+        plain,
+        tokens=tokens,
+        flops=model_flops(shape, job.sequence, recipe.lora) * tokens,
+        memory_gb=memory,
+        available_gb=available,
+        micro_batch=job.micro_batch,
+        accumulation=job.accumulation,
+        checkpointing=job.checkpointing,
+        fits_memory=memory["total"] <= available,
+        problems=problems,
+        tokens_per_s=everyone,
+        rate_source=source,
+        hours=hours,
+        hours_parts={"training": (train.low + train.high) / 2, **parts},
+        fits_time=recipe.budget.hours is None or hours.high <= recipe.budget.hours,
+        cost=cost,
+        price_source=price_source if cost else None,
+        fits_money=recipe.budget.money is None or cost is None or cost.high <= recipe.budget.money,
+        peak_hours=tokens * model_flops(shape, job.sequence, recipe.lora) / peak / 3600,
+        transfer_gb=moved,
+        transfer_hours=Range(moved * 8000 / fast / 3600, moved * 8000 / slow / 3600),
+        checkpoint_disk_gb=disk,
+        fits_disk=hardware.disk_free_gb is None or disk <= hardware.disk_free_gb,
+        stage2_hours=stage2,
+        stage2_cost=None if price is None else stage2.times(price * hardware.count),
+        best_micro_batch=None
+        if best is None or gain < WORTH_IT
+        else {
+            "micro_batch": best.micro_batch,
+            "accumulation": best.accumulation,
+            "checkpointing": best.checkpointing,
+            "gain": gain,
+        },
+        notes=tuple(notes),
+    )
+
+
+# The job that a recipe means
+
+
+def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
+    """One step on one GPU; recomputation as the recipe says, or only where memory needs it."""
+    wanted = recipe.training.gradient_checkpointing
+    accumulation = recipe.global_batch_size // (micro * hardware.count)
+    job = Job(
+        shape,
+        recipe.corpus.max_seq_length,
+        micro,
+        max(1, accumulation),
+        hardware.count,
+        lora=recipe.lora,
+        fp8=recipe.training.use_fp8,
+        offload="offload" in recipe.training.deepspeed,
+        sdpa=recipe.model.attn_implementation in ("sdpa", "eager"),
+    )
+    if isinstance(wanted, bool):
+        return replace(job, checkpointing="full" if wanted else "none")
+    fits = fits_memory(job, hardware)
+    return job if fits else replace(job, checkpointing="full")
+
+
+def fits_memory(job: Job, hardware: Hardware) -> bool:
+    assert hardware.gpu is not None
+    return memory_gb(job)["total"] <= USABLE * hardware.gpu.memory_gb
+
+
+def host_has_memory(job: Job, hardware: Hardware) -> bool:
+    """Whether the hosts hold what the job offloads, beside a tenth for the rest."""
+    return host_bytes(job) <= 0.9e9 * hardware.host_memory_gb
+
+
+def best_job(recipe: Recipe, shape: Shape, hardware: Hardware) -> Job | None:
+    """The fastest micro-batch and recomputation that fit, at the same global batch."""
+    batch = recipe.global_batch_size
+    choices: list[Job] = []
+    for micro in range(1, min(batch, 64) + 1):
+        if batch % (micro * hardware.count):
+            continue
+        job = job_of(recipe, shape, hardware, micro)
+        levels: tuple[Checkpointing, ...] = ("none", "full")
+        choices += [replace(job, checkpointing=level) for level in levels]
+    choices = [job for job in choices if fits_memory(job, hardware)]
+    return max(choices, key=lambda job: tokens_per_second(job, hardware), default=None)
+
+
+def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
+    """GB a GPU by part, with the runtime's own and the total; a run's own peak where it was alike."""
+    parts = {name: size / 1e9 for name, size in memory_parts(job).items() if size}
+    alike = before is not None and (
+        (before.gpus, before.micro_batch) == (job.ranks, job.micro_batch)
+        and before.checkpointing in (None, job.checkpointing)
+    )
+    if alike and before is not None and before.peak_memory_gb:
+        parts["measured beyond these"] = before.peak_memory_gb - sum(parts.values())
+    parts["runtime"] = RUNTIME_GB
+    return {**parts, "total": sum(parts.values())}
+
+
+def _batch(recipe: Recipe, training: Training) -> int:
+    micro = training.per_device_train_batch_size
+    return micro * training.gradient_accumulation_steps * recipe.cluster.gpus
+
+
+def _overheads(
+    recipe: Recipe,
+    job: Job,
+    hardware: Hardware,
+    rate: float,
+    corpus_tokens: int,
+    before: Measured | None,
+) -> dict[str, float]:
+    """Hours beside the training's steps: start-up, checkpoints, evaluation of model and base."""
+    disk = 1e9 * hardware.host.disk_gb_s * hardware.hosts
+    startup = STARTUP_SECONDS + 2 * job.shape.parameters / disk
+    saves = recipe.training.max_steps // recipe.training.save_steps + 1
+    held_out = corpus_tokens * (recipe.corpus.validation_share + recipe.corpus.newest_share)
+    evaluation = 2 * held_out / 3 / rate  # a forward is a third of a step
+    if before is not None:
+        startup = before.startup_seconds or startup
+        evaluation = before.evaluation_seconds or evaluation
+    seconds = {
+        "start-up": startup,
+        "checkpoints": saves * checkpoint_bytes(job) / disk,
+        "evaluation": evaluation,
+    }
+    return {name: value / 3600 for name, value in seconds.items()}
+
+
+# Rates
+
+
+@cache
+def _table() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(MEASURED.read_text(encoding="utf-8"))
+    return content
+
+
+def _rate(job: Job, hardware: Hardware, before: Measured | None) -> tuple[Range, str]:
+    """Tokens/s a GPU as a range, and where it comes from."""
+    gpu = hardware.gpu
+    assert gpu is not None
+    likely = tokens_per_second(job, hardware)
+    if before is not None:
+        # the same model elsewhere on another number of GPUs or micro-batch: by the cost model's ratio
+        level = before.checkpointing or job.checkpointing
+        then = replace(
+            job,
+            ranks=before.gpus,
+            micro_batch=before.micro_batch,
+            accumulation=before.accumulation,
+            checkpointing=level,
+        )
+        ratio = likely / tokens_per_second(then, hardware.with_count(before.gpus))
+        rate = before.tokens_per_s_per_gpu * ratio
+        spread = Range(rate * (1 - OF_LAST_RUN), rate * (1 + OF_LAST_RUN))
+        return spread, f"last run here, {before.run} of {before.time[:10]}"
+    for row in _table()["rows"]:
+        method = "lora" if row.get("lora") else "full"
+        same = (method, row.get("fp8", False)) == (job.method, job.fp8)
+        if same and row["cluster"].endswith(f"x{gpu.name}") and hardware.hosts == 1:
+            spread = Range(likely * (1 - OF_MEASUREMENTS), likely * (1 + OF_MEASUREMENTS))
+            return spread, f"this project's measurements on {gpu.name}, scaled by its cost model"
+    best = published_rate(job, hardware)
+    high = likely * (1 + OF_MEASUREMENTS)
+    source = f"cost model fitted on H100 and H200, not measured on {gpu.name}"
+    if best and hardware.hosts == 1:
+        high = max(high, best[0])
+        source += f"; at best {best[1]}"
+    return Range(likely * (1 - SLOWER), high), source
+
+
+def published_rate(job: Job, hardware: Hardware) -> tuple[float, str] | None:
+    """The best published tokens/s a GPU of the same model and method, scaled by operations and
+    peak to this sequence and chip; with its words. None where nobody published one."""
+    gpu = hardware.gpu
+    assert gpu is not None
+    name = next((known for known, shape in KNOWN.items() if shape == job.shape), None)
+    found: list[tuple[float, str]] = []
+    for row in _table()["published"]:
+        if (row["model"], row["method"], row["precision"]) != (name, job.method, job.precision):
+            continue
+        table = _gpus()
+        scale = gpu.peak(job.fp8) / table[row["gpu"]].peak(job.fp8)
+        lora = Lora() if job.lora else None
+        scale *= model_flops(job.shape, row["sequence"], lora) / model_flops(
+            job.shape, job.sequence, job.lora
+        )
+        words = f"{row['rate']:,} tokens/s a GPU on {row['gpu']} ({row['source']})"
+        # another chip's figure says less than the same one's
+        found.append((row["rate"] * scale, words))
+        if row["gpu"] == gpu.name:
+            return found[-1]
+    return max(found, default=None)
+
+
+@cache
+def _gpus() -> dict[str, Any]:
+    from fastcpt.planning.hardware import gpu_table
+
+    return dict(gpu_table())
+
+
+# What else would do
+
+
+def alternatives(
+    recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None = None
+) -> list[Alternative]:
+    """Changed recipes with their own figures, best first.
+
+    What fits comes first; of that, what keeps a tenth of the tokens or more; of that, what gives
+    least up: another micro-batch, FP8, more GPUs, offload, a smaller model, LoRA. Each is cut to
+    the tokens that the budgets allow where it is too much.
+    """
+    found: list[tuple[tuple[bool, int, int], Alternative]] = []
+    planned = recipe.training.max_steps * recipe.global_batch_size * recipe.corpus.max_seq_length
+    for order, (what, changes, count) in enumerate(_changes(recipe, hardware)):
+        machines = hardware.with_count(count)
+        figures = _figures(changed(recipe, changes), tokens, machines, history)
+        if not figures.fits and not figures.problems and figures.fits_memory:
+            cut = cut_to_budget(changed(recipe, changes), figures)
+            if cut is not None and count == hardware.count:
+                what = f"{what}, fewer tokens" if what else "fewer tokens"
+                changes = {**changes, **cut}
+                figures = _figures(changed(recipe, changes), tokens, machines, history)
+        if not what or figures.hours is None or figures.memory_gb is None:
+            continue
+        choice = Alternative(
+            what,
+            changes,
+            figures.tokens,
+            figures.hours,
+            figures.cost,
+            figures.memory_gb["total"],
+            figures.fits,
+        )
+        kept = choice.tokens / planned
+        rank = (not choice.fits, (kept < 0.1) + (kept < 0.01), order)
+        found.append((rank, choice))
+    return [choice for _, choice in sorted(found, key=lambda item: item[0])]
+
+
+def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """Words, dotted keys, and GPUs of what could be changed, the least loss first."""
+    count, shape, gpu = hardware.count, shape_of(recipe), hardware.gpu
+    assert gpu is not None
+    if shape is None:
+        return
+    if recipe.training.use_fp8 and gpu.fp8 is None:
+        recipe = changed(recipe, {"training.use_fp8": False})
+        precision: dict[str, Any] = {"training.use_fp8": False}
+        yield "bf16", precision, count
+    else:
+        precision = {}
+    best = best_job(recipe, shape, hardware)
+    own = job_of(recipe, shape, hardware, recipe.training.per_device_train_batch_size)
+    if best and (
+        not fits_memory(own, hardware)
+        or tokens_per_second(best, hardware) > (1 + WORTH_IT) * tokens_per_second(own, hardware)
+    ):
+        words = f"micro-batch {best.micro_batch}, checkpointing {best.checkpointing}"
+        yield words, {**precision, **_of_job(best)}, count
+    else:
+        yield "", precision, count  # the recipe itself, on fewer tokens
+    if gpu.fp8 is not None and not recipe.training.use_fp8:
+        tuned = _tuned(recipe, {"training.use_fp8": True}, hardware)
+        if tuned is not None:
+            yield "FP8", tuned, count
+    yield from _enough_gpus(recipe, hardware, shape, precision)
+    offload = {**precision, "training.deepspeed": OFFLOAD_FILE}
+    tuned = None if recipe.lora else _tuned(recipe, offload, hardware)
+    if tuned is not None:
+        yield "optimizer offloaded to the hosts", tuned, count
+    smaller = [name for name in KNOWN if KNOWN[name].parameters < 0.9 * shape.parameters]
+    for name in reversed(smaller[-2:]):
+        model = {**precision, "model.name_or_path": f"meta-llama/{name}", "model.config": None}
+        tuned = _tuned(recipe, model, hardware)
+        if tuned is not None:
+            yield f"{name} in place of {_called(recipe, shape)}", tuned, count
+    if recipe.lora is None:
+        rate = min(1e-3, 10 * recipe.training.learning_rate)  # LoRA learns at about ten times
+        adapters = Lora(target_modules=ALL_LINEAR).model_dump()
+        lora = {**precision, "lora": adapters, "training.learning_rate": rate}
+        tuned = _tuned(recipe, lora, hardware)
+        if tuned is not None:
+            yield "LoRA on all linear layers", tuned, count
+
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _called(recipe: Recipe, shape: Shape) -> str:
+    name = recipe.model.name_or_path
+    return (known_name(name) if name else None) or f"{shape.parameters / 1e9:.0f}B"
+
+
+def _of_job(job: Job) -> dict[str, Any]:
+    return {
+        "training.per_device_train_batch_size": job.micro_batch,
+        "training.gradient_accumulation_steps": job.accumulation,
+        "training.gradient_checkpointing": job.checkpointing == "full",
+    }
+
+
+def _tuned(recipe: Recipe, changes: dict[str, Any], hardware: Hardware) -> dict[str, Any] | None:
+    """The changes with the fastest micro-batch that fits; None where none does."""
+    other = changed(recipe, changes)
+    shape = shape_of(other)
+    job = best_job(other, shape, hardware) if shape else None
+    if job is None or not host_has_memory(job, hardware):
+        return None
+    return {**changes, **_of_job(job)}
+
+
+def _enough_gpus(
+    recipe: Recipe, hardware: Hardware, shape: Shape, precision: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """The fewest GPUs of the same kind that fit memory and hours, the tokens kept; where none fits
+    the hours, the fewest that fit memory."""
+    assert hardware.gpu is not None
+    first: tuple[str, dict[str, Any], int] | None = None
+    for count in MORE_GPUS:
+        if count <= hardware.count or recipe.global_batch_size % count:
+            continue
+        machines = hardware.with_count(count)
+        job = best_job(recipe, shape, machines)
+        if job is None or not host_has_memory(job, machines):
+            continue
+        gpus = {"cluster.gpus": count, "cluster.gpu": hardware.gpu.name}
+        changes = {**precision, **gpus, **_of_job(job)}
+        choice = (f"{count} GPUs in place of {hardware.count}", changes, count)
+        if _figures(changed(recipe, changes), None, machines, None).fits_time:
+            yield choice
+            return
+        first = first or choice
+    if first is not None:
+        yield first
+
+
+def cut_to_budget(recipe: Recipe, figures: Plan) -> dict[str, Any] | None:
+    """The steps that the hours and the money allow, as changes; None where not even one does."""
+    if figures.hours is None:
+        return None
+    parts, steps = dict(figures.hours_parts), recipe.training.max_steps
+    fixed = (
+        parts["start-up"]
+        + parts["evaluation"]
+        + parts["checkpoints"] / (steps // recipe.training.save_steps + 1)
+    )
+    allowed = recipe.budget.hours if recipe.budget.hours is not None else float("inf")
+    if recipe.budget.money is not None and figures.cost:
+        allowed = min(allowed, recipe.budget.money / (figures.cost.high / figures.hours.high))
+    a_step = (figures.hours.high - fixed) / steps
+    steps = min(steps, int((allowed - fixed) / a_step * 0.999))
+    if steps < 1 or steps >= recipe.training.max_steps:
+        return None
+    return {
+        "training.max_steps": steps,
+        "training.warmup_steps": min(recipe.training.warmup_steps, steps // 10),
+    }
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with dotted keys replaced; validated like any other."""
+    content = recipe.model_dump()
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place: Any = content
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return Recipe.model_validate(content)
