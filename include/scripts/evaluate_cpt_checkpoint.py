@@ -1,7 +1,4 @@
-"""Perplexity of a model, and of its base, on held-out documents (docs/evaluation.md).
-
-Runs by plain python on one device, or under deepspeed or torchrun on several.
-"""
+"""Perplexity of a checkpoint, and of its base model, on the held-out documents."""
 
 from __future__ import annotations
 
@@ -16,35 +13,20 @@ from fastcpt.recipe import load_recipe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="the trained model (or adapter)")
     parser.add_argument(
-        "--checkpoint", required=True, help="a model folder, or the output of a training"
+        "--validation_data", required=True, type=Path, help="a built corpus, or its validation/"
     )
-    parser.add_argument("--validation_data", required=True, type=Path, help="a built corpus folder")
-    parser.add_argument("--base_model", help="the model before training: evaluated beside it")
+    parser.add_argument("--base_model", help="evaluated too, to compare")
     parser.add_argument("--output", type=Path, default=Path("evaluation.json"))
-    parser.add_argument("--config", help="the recipe (YAML): gate's set, dtype, attention")
-    parser.add_argument("--batch_size", type=int, help="full windows at a time on a device")
+    parser.add_argument("--config", help="the recipe (YAML)")
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     args = parser.parse_args()
-    if not args.validation_data.is_dir():
-        raise ValueError(f"--validation_data {args.validation_data}: there is no such folder")
-    settings = {}
-    if args.config:
-        recipe = load_recipe(args.config)
-        settings = {
-            "gate_set": recipe.gate.validation_set,
-            "attention": recipe.model.attn_implementation,
-            "dtype": recipe.model.dtype,
-        }
+    recipe = load_recipe(args.config) if args.config else None
     from fastcpt.training.evaluation import evaluate
 
     evaluate(
-        args.checkpoint,
-        args.validation_data,
-        args.output,
-        base=args.base_model,
-        batch_size=args.batch_size,
-        **settings,
+        args.checkpoint, args.validation_data, args.output, base=args.base_model, recipe=recipe
     )
 
 

@@ -1,74 +1,66 @@
-"""Perplexity and bits per byte of held-out documents, for the trained model and its base.
+"""Perplexity and bits per byte of a model on the held-out documents (docs/evaluation.md).
 
-**What is counted.** A document is ``BOS text EOT``. Every token but the first is predicted once,
-from what stands before it in its own document: the first token of the text from BOS, the end from
-the whole text. A tokenizer without BOS has nothing to predict the first token from; it is not
-counted. ``perplexity = exp(sum of negative log likelihoods / tokens counted)``, and
-``bits_per_byte = sum / ln 2 / UTF-8 bytes of the texts``, which compares across tokenizers.
+Every token but a document's first is predicted once. A document longer than the window is read in
+windows that begin half a window apart; a window counts only the tokens that the one before has not
+counted, so all but the first have at least half a window of context.
 
-**Windows.** A document longer than the context is read in windows that overlap by half: past the
-first window, every counted token has between half and a whole context before it.
-
-**The same number everywhere.** Batches are cut from all windows before they are dealt to the
-ranks, losses are taken in float32 and summed a document in float64. Batch size and number of
-ranks then change only the order of the sums (and, in bfloat16, roundings that average out).
+The unit of work is a window: windows are sorted by length, put into batches, and the batches dealt
+out to the ranks. A window's figure depends on nothing but its own tokens (causal attention, the
+padding behind them), and sums are kept a document, in double precision: so neither the batch size
+nor the number of ranks shows in the result.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
-from torch import nn
+import torch.distributed as dist
 
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
+from fastcpt.recipe import Recipe
 from fastcpt.training.inference import (
-    SILENCE,
-    Ranks,
-    base_of,
-    final_of,
-    identity_of,
-    join_ranks,
-    place_model,
+    Progress,
+    identity,
+    model_for_inference,
+    rank,
+    ranks,
+    world_size,
 )
 
 FORMAT = 1
-CHUNK = 1024  # tokens whose logits exist at one time
-LONGEST = 4096  # tokens of a window where no corpus manifest says how long a sequence is
-GPU_BATCH, CPU_BATCH = 8, 2  # full windows a forward
-
-Figures = dict[str, Any]
+BATCH_TOKENS = 16_384  # of a batch, padding included; enough to keep a GPU busy
+CHUNK = 2048  # tokens whose logits exist at one time
+COLUMNS = ("id", "input_ids", "bytes", "year", "areas")
 
 
 class EvaluationError(ValueError):
     """The evaluation cannot be done as asked; the message says what to change."""
 
 
-class Documents(NamedTuple):
-    """One validation set, a document an entry."""
-
-    ids: list[npt.NDArray[np.int32]]
-    sizes: list[int]  # UTF-8 bytes of the text
-    years: list[int | None]
-    areas: list[list[str]]
+class Document(NamedTuple):
+    id: str
+    input_ids: npt.NDArray[np.int32]
+    bytes: int  # of its text in UTF-8
+    year: int | None
+    areas: tuple[str, ...]
 
 
 class Window(NamedTuple):
-    """Tokens ``begin`` to ``end`` of a document, of which those from ``first`` on are counted."""
+    """``input_ids[begin:end]`` of a document; predicted are the tokens from ``first`` on."""
 
     document: int
     begin: int
-    end: int
     first: int
+    end: int
 
 
 def evaluate(
@@ -77,116 +69,90 @@ def evaluate(
     output: Path,
     *,
     base: str | None = None,
-    gate_set: str = "random",
-    attention: str = "auto",
-    dtype: str = "bfloat16",
-    batch_size: int | None = None,
-    sharded: bool | None = None,
+    recipe: Recipe | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> dict[str, Any]:
-    """Evaluate ``checkpoint``, and ``base`` beside it, on the sets of ``validation``.
+    """Write ``output`` (evaluation.json) and return its content; called by every rank.
 
-    Called by every rank of a launcher, or by one process alone. ``validation`` is a corpus folder
-    or one of its validation folders. ``batch_size`` counts full windows; shorter ones are taken
-    together up to as many tokens. Writes ``output`` (docs/evaluation.md says what it holds) and
-    returns its content; at once where it was made from the same inputs before. Raises
-    ``EvaluationError`` and ``ModelError``.
+    ``checkpoint`` and ``base`` are folders or hub names (adapters too), ``validation`` is a corpus
+    folder or the folder of one validation set. For each set (``random``, ``newest``) and each of
+    ``model`` and ``base``: ``perplexity``, ``bits_per_byte``, ``loss`` (nats a token), ``tokens``,
+    ``documents``, and the same ``by_area`` and ``by_year``. Without a recipe the window is the
+    corpus's own sequence length, and weights have the type they were saved in. An evaluation of
+    the same inputs is not done again. Raises ``EvaluationError``.
     """
-    begin = time.monotonic()
-    checkpoint = final_of(checkpoint)
-    sets = find_sets(validation)
-    if gate_set not in sets:
-        raise EvaluationError(
-            f"{validation} has no {gate_set} validation set (found: {', '.join(sets) or 'none'}); "
-            "set gate.validation_set to one that it has"
-        )
-    inputs = digest_of(
+    files = validation_files(validation)
+    window = recipe.corpus.max_seq_length if recipe else _sequence_length(validation)
+    dtype = recipe.model.dtype if recipe else "auto"
+    attention = recipe.model.attn_implementation if recipe else "auto"
+    made_from = digest_of(
         FORMAT,
-        identity_of(checkpoint),
-        identity_of(base) if base else None,
-        {name: [sha256_of_file(file) for file in files] for name, files in sets.items()},
-        [gate_set, dtype],
+        identity(checkpoint),
+        identity(base) if base else None,
+        {name: [sha256_of_file(file) for file in files[name]] for name in files},
+        window,
+        dtype,
     )
-    if output.is_file() and read_json(output).get("inputs") == inputs:
+    if output.is_file() and (found := read_json(output)).get("made_from") == made_from:
         print(f"{output} is complete", flush=True)
-        result: dict[str, Any] = read_json(output)
-        return result
-    ranks = join_ranks()
-    documents = {name: read_documents(files) for name, files in sets.items()}
-    context = _sequence_length(validation)
-    figures: dict[str, dict[str, Figures]] = {name: {} for name in sets}
-    for path, whose in _models(checkpoint, base):
-        model, in_parts = place_model(
-            path, ranks, attention=attention, dtype=dtype, sharded=sharded, wrap=Scorer
-        )
-        for who in whose:
-            plain = who == "base" and len(whose) > 1
-            for name, some in documents.items():
-                with model.model.disable_adapter() if plain else nullcontext():
-                    figures[name][who] = score(
-                        model, some, ranks, context, batch_size, f"{who}, {name} set"
-                    )
-                shown = {key: figures[name][who][key] for key in HEADLINE}
-                ranks.say(f"{who}, {name} set: {shown}")
-        del model
-        if in_parts or ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
-    result = {
-        "validation_set": gate_set,
-        # trained model before its base, whichever was evaluated first
-        **{
-            who: {key: figures[gate_set][who][key] for key in HEADLINE}
-            for who in ("model", "base")
-            if who in figures[gate_set]
-        },
-        **figures,
-        "context": context,
-        "seconds": round(time.monotonic() - begin, 1),
-        "inputs": inputs,
-    }
-    if ranks.rank == 0:
-        write_json(output, result)
-    ranks.leave()
+        return dict(found)
+    sets = {name: read_documents(files[name]) for name in files}
+    result: dict[str, Any] = {name: {} for name in sets}
+    with ranks() as device:
+        for label, path in (("model", checkpoint), ("base", base)):
+            if path is None:
+                continue
+            model = model_for_inference(path, attention, dtype, device)
+            for name, documents in sets.items():
+                begin = time.monotonic()
+                losses = document_losses(
+                    model, documents, window, device, batch_tokens, f"{label}, {name}"
+                )
+                figures = figures_of(documents, losses, f"{label} on the {name} validation set")
+                result[name][label] = figures
+                Progress().say(
+                    f"evaluated {label}, {name}: perplexity {figures['perplexity']:.4f}, "
+                    f"{figures['bits_per_byte']:.4f} bits a byte, {figures['tokens']:,} tokens "
+                    f"in {time.monotonic() - begin:.1f} s",
+                    now=True,
+                )
+            del model  # the base model takes its place
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        result |= {
+            "validation_set": recipe.gate.validation_set if recipe else next(iter(sets)),
+            "window": window,
+            "stride": window // 2,
+            "made_from": made_from,
+        }
+        if rank() == 0:
+            write_json(output, result)
     return result
 
 
-HEADLINE = ("perplexity", "bits_per_byte", "tokens", "loss")
+def validation_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of each validation set: ``random`` (validation/), ``newest`` (validation_newest/).
 
+    Given the folder of a set itself, that set alone. ``EvaluationError`` where there is none.
+    """
 
-def _models(checkpoint: str, base: str | None) -> Iterator[tuple[str, list[str]]]:
-    """What to load, and which figures come of it: adapters and their base are loaded once."""
-    if base is None:
-        yield checkpoint, ["model"]
-    elif base == base_of(checkpoint) != checkpoint:
-        yield checkpoint, ["model", "base"]
-    else:
-        yield checkpoint, ["model"]
-        yield base, ["base"]
+    def shards(place: Path) -> list[Path]:
+        return sorted(place.glob("validation_shard_*.parquet"))
 
+    def name(place: Path) -> str:
+        return place.name.removeprefix("validation").removeprefix("_") or "random"
 
-def find_sets(validation: Path) -> dict[str, list[Path]]:
-    """The Parquet files of each validation set: ``validation/`` is the random one,
-    ``validation_X/`` the set X. A folder of Parquet files alone is taken for the random one."""
-    folders = sorted(path for path in validation.glob("validation*") if path.is_dir())
-    names = {path.name.removeprefix("validation").strip("_") or "random": path for path in folders}
-    if not folders:
-        names = {"random": validation}
-    found = {name: sorted(path.glob("*.parquet")) for name, path in names.items()}
-    return {name: files for name, files in found.items() if files}
-
-
-def read_documents(files: list[Path]) -> Documents:
-    """The documents of a validation set, as the corpus room writes them."""
-    columns: dict[str, list[Any]] = defaultdict(list)
-    ids: list[npt.NDArray[np.int32]] = []
-    for file in files:
-        table = parquet.read_table(file, columns=["input_ids", "bytes", "year", "areas"])
-        for chunk in table["input_ids"].chunks:
-            ids += np.split(chunk.flatten().to_numpy(), chunk.value_lengths().to_numpy().cumsum())[
-                :-1
-            ]
-        for name in ("bytes", "year", "areas"):
-            columns[name] += table[name].to_pylist()
-    return Documents(ids, columns["bytes"], columns["year"], [a or [] for a in columns["areas"]])
+    if shards(folder):
+        return {name(folder) if folder.name.startswith("validation") else "random": shards(folder)}
+    # "validation" sorts before "validation_newest"
+    found = {name(place): shards(place) for place in sorted(folder.glob("validation*"))}
+    found = {name: files for name, files in found.items() if files}
+    if not found:
+        raise EvaluationError(
+            f"--validation_data {folder}: no validation/validation_shard_*.parquet there; give a "
+            "built corpus folder or the validation folder in it"
+        )
+    return found
 
 
 def _sequence_length(validation: Path) -> int:
@@ -194,158 +160,181 @@ def _sequence_length(validation: Path) -> int:
         manifest = folder / "corpus_manifest.json"
         if manifest.is_file():
             return int(read_json(manifest)["max_seq_length"])
-    return LONGEST
-
-
-def windows(document: int, length: int, context: int) -> list[Window]:
-    """The windows of a document of ``length`` tokens, which count each token but the first once."""
-    found, begin, first = [], 0, 1
-    while first < length:
-        end = min(begin + context, length)
-        found.append(Window(document, begin, end, first))
-        begin, first = begin + context // 2, end
-    return found
-
-
-def batches(found: list[Window], tokens: int) -> list[list[Window]]:
-    """Windows of like length together, longest first, padded to at most ``tokens`` a batch."""
-    made: list[list[Window]] = []
-    longest = 0
-    for window in sorted(found, key=lambda w: (w.begin - w.end, w.document, w.begin)):
-        length = window.end - window.begin
-        if not made or (len(made[-1]) + 1) * longest > tokens:
-            made.append([])
-            longest = length
-        made[-1].append(window)
-    return made
-
-
-class Scorer(nn.Module):  # type: ignore[misc]
-    """A batch in, the negative log likelihood of each counted token out, in float32."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, ids: torch.Tensor, counted: torch.Tensor, targets: torch.Tensor, calls: int
-    ) -> torch.Tensor:
-        """``ids [B, S]``, ``counted [B, S]`` bool, ``targets [T]`` -> losses ``[T]``.
-
-        Rows are padded on the right, where a causal model needs no mask. Logits are taken in
-        ``calls`` parts: of a partitioned output layer every rank has to make as many calls.
-        """
-        model = self.model
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        hidden = causal.model(input_ids=ids, use_cache=False)[0][counted]
-        losses = [
-            nn.functional.cross_entropy(causal.lm_head(part).float(), asked, reduction="none")
-            for part, asked in zip(
-                hidden.tensor_split(calls), targets.tensor_split(calls), strict=True
-            )
-        ]
-        return torch.cat(losses)
-
-
-def score(
-    model: nn.Module,
-    documents: Documents,
-    ranks: Ranks,
-    context: int,
-    batch_size: int | None = None,
-    what: str = "evaluation",
-) -> Figures:
-    """The figures of one model on one validation set: of all, ``by_area`` and ``by_year``."""
-    config = model.model.config
-    longest = min(context, config.max_position_embeddings)
-    size = batch_size or (GPU_BATCH if ranks.device.type == "cuda" else CPU_BATCH)
-    highest = max((int(ids.max()) for ids in documents.ids if len(ids)), default=0)
-    if highest >= config.vocab_size:
-        raise EvaluationError(
-            f"the validation set has token {highest}, the model a vocabulary of "
-            f"{config.vocab_size}: they belong to different tokenizers"
-        )
-    found = [w for n, ids in enumerate(documents.ids) for w in windows(n, len(ids), longest)]
-    all_batches = batches(found, size * longest)
-    nll = torch.zeros(len(documents.ids), dtype=torch.float64, device=ranks.device)
-    total = sum(window.end - window.first for window in found)
-    done, begin = 0, time.monotonic()
-    said = begin
-    for start in range(0, len(all_batches), ranks.size):
-        together = all_batches[start : start + ranks.size]
-        counts = [sum(window.end - window.first for window in batch) for batch in together]
-        own = together[ranks.rank] if ranks.rank < len(together) else []
-        _add_losses(model, documents, own, max(1, -(-max(counts) // CHUNK)), nll)
-        done += sum(counts)
-        now = time.monotonic()
-        if now - said > SILENCE:
-            said = now
-            left = (now - begin) / done * (total - done)
-            ranks.say(f"{what}: {done:,} of {total:,} tokens, {left:.0f} s left")
-    sums = ranks.sum(nll).cpu().numpy()
-    counted = np.array([max(0, len(ids) - 1) for ids in documents.ids])
-    return _tables(sums, counted, documents)
-
-
-@torch.inference_mode()  # type: ignore[untyped-decorator]
-def _add_losses(
-    model: nn.Module, documents: Documents, batch: list[Window], calls: int, nll: torch.Tensor
-) -> None:
-    """Add the losses of a batch to its documents' sums; an empty batch only makes the calls."""
-    rows = batch or [Window(0, 0, 2, 2)]  # nothing of it is counted
-    length = max(window.end - window.begin for window in rows) - 1
-    ids = np.zeros((len(rows), length), np.int64)
-    counted = np.zeros((len(rows), length), bool)
-    targets, owners = [], []
-    for n, window in enumerate(rows if batch else []):
-        tokens = documents.ids[window.document]
-        ids[n, : window.end - window.begin - 1] = tokens[window.begin : window.end - 1]
-        # the input before a target stands one place earlier
-        counted[n, window.first - 1 - window.begin : window.end - 1 - window.begin] = True
-        targets.append(tokens[window.first : window.end])
-        owners.append(np.full(window.end - window.first, window.document))
-    asked = np.concatenate(targets).astype(np.int64) if targets else np.zeros(0, np.int64)
-    whose = np.concatenate(owners) if owners else np.zeros(0, np.int64)
-    device = nll.device
-    losses = model(
-        torch.from_numpy(ids).to(device),
-        torch.from_numpy(counted).to(device),
-        torch.from_numpy(asked).to(device),
-        calls,
+    raise EvaluationError(
+        f"{validation}: no corpus_manifest.json there tells the sequence length; give the recipe "
+        "with --config"
     )
-    nll.index_add_(0, torch.from_numpy(whose).to(device), losses.double())
 
 
-def _tables(
-    nll: npt.NDArray[np.float64], counted: npt.NDArray[np.int64], documents: Documents
-) -> Figures:
-    sizes = np.array(documents.sizes)
+def read_documents(files: Iterable[Path]) -> list[Document]:
+    """The documents of validation shards. ``EvaluationError`` for another kind of file."""
+    documents = []
+    for file in files:
+        try:
+            table = parquet.read_table(file)
+        except pa.ArrowInvalid as error:
+            raise EvaluationError(f"{file}: {error}; send the corpus again") from error
+        missing = [column for column in COLUMNS if column not in table.column_names]
+        if missing:
+            raise EvaluationError(f"{file}: no column {', '.join(missing)}; build the corpus again")
+        columns = [table[column].to_pylist() for column in COLUMNS if column != "input_ids"]
+        ids = table["input_ids"].combine_chunks()
+        ends = ids.value_lengths().to_numpy().cumsum()
+        tokens = np.split(ids.flatten().to_numpy().astype(np.int32, copy=False), ends[:-1])
+        for row, (name, size, year, areas) in enumerate(zip(*columns, strict=True)):
+            documents.append(Document(name, tokens[row], size, year, tuple(areas or ())))
+    if not any(len(document.input_ids) > 1 for document in documents):
+        raise EvaluationError(f"{', '.join(map(str, files))}: no document of two tokens or more")
+    return documents
 
-    def of(rows: list[int]) -> Figures:
-        figures = figures_of(
-            float(nll[rows].sum()), int(counted[rows].sum()), int(sizes[rows].sum())
+
+def windows_of(lengths: Iterable[int], size: int) -> list[Window]:
+    """Windows of ``size`` tokens, half of it apart, over documents of these lengths."""
+    stride = size // 2
+    windows = []
+    for document, length in enumerate(lengths):
+        first, begin = 1, 0  # nothing predicts a document's first token
+        while first < length:
+            end = min(begin + size, length)
+            windows.append(Window(document, begin, first, end))
+            first, begin = end, begin + stride
+    return windows
+
+
+def document_losses(
+    model: Any,
+    documents: list[Document],
+    size: int,
+    device: torch.device,
+    batch_tokens: int = BATCH_TOKENS,
+    what: str = "",
+) -> npt.NDArray[np.float64]:
+    """The summed negative log likelihood (nats) of each document's tokens but the first.
+
+    Every rank gets the whole answer. ``EvaluationError`` where the model's vocabulary or context
+    is too small.
+    """
+    _check_fit(model, documents, size)
+    windows = windows_of([len(document.input_ids) for document in documents], size)
+    windows.sort(key=lambda window: window.begin - window.end)  # the longest first
+    batches = list(_batches(windows, batch_tokens))
+    sums = torch.zeros(len(documents), dtype=torch.float64)
+    progress = Progress()
+    done = 0
+    for batch in batches[rank() :: world_size()]:
+        ids = np.zeros((len(batch), batch[0].end - batch[0].begin), np.int64)
+        for row, window in enumerate(batch):
+            ids[row, : window.end - window.begin] = documents[window.document].input_ids[
+                window.begin : window.end
+            ]
+        losses = _window_losses(model, torch.from_numpy(ids).to(device), batch)
+        for window, loss in zip(batch, losses, strict=True):
+            sums[window.document] += loss
+        done += len(batch)
+        progress.say(f"evaluated {what}: {done * world_size():,} of {len(windows):,} windows")
+    if dist.is_initialized():
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    answer: npt.NDArray[np.float64] = sums.cpu().numpy()
+    return answer
+
+
+def _batches(windows: list[Window], batch_tokens: int) -> Iterable[list[Window]]:
+    """Consecutive windows (the longest first) whose padded size stays within ``batch_tokens``."""
+    begin = 0
+    while begin < len(windows):
+        longest = windows[begin].end - windows[begin].begin
+        many = max(1, batch_tokens // longest)
+        yield windows[begin : begin + many]
+        begin += many
+
+
+@torch.inference_mode()
+def _window_losses(model: Any, input_ids: torch.Tensor, batch: list[Window]) -> list[float]:
+    """The summed loss of each window of a batch (``input_ids [B, S]``, padded at the end)."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # No mask: causal attention never sees the padding behind a token.
+    hidden = causal.model(input_ids=input_ids, use_cache=False)[0]  # [B, S, H]
+    # The state of token t predicts token t + 1; only those asked for go through the output layer.
+    rows = np.concatenate(
+        [np.full(window.end - window.first, n) for n, window in enumerate(batch)]
+    )
+    places = np.concatenate(
+        [np.arange(window.first, window.end) - window.begin - 1 for window in batch]
+    )
+    row_t = torch.from_numpy(rows).to(input_ids.device)
+    place_t = torch.from_numpy(places).to(input_ids.device)
+    wanted, targets = hidden[row_t, place_t], input_ids[row_t, place_t + 1]
+    del hidden
+    losses = torch.empty(len(targets), dtype=torch.float64, device=input_ids.device)
+    for begin in range(0, len(targets), CHUNK):
+        part = slice(begin, begin + CHUNK)
+        logits = causal.lm_head(wanted[part]).float()
+        losses[part] = torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
+    sums = torch.zeros(len(batch), dtype=torch.float64, device=input_ids.device)
+    answer: list[float] = sums.index_add(0, row_t, losses).tolist()
+    return answer
+
+
+def _check_fit(model: Any, documents: list[Document], size: int) -> None:
+    vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
+    for document in documents:
+        if len(document.input_ids) and int(document.input_ids.max()) >= vocabulary:
+            raise EvaluationError(
+                f"document '{document.id}' holds token {int(document.input_ids.max())}, the model "
+                f"knows {vocabulary}: the corpus was built with another tokenizer than the model's"
+            )
+    if size > context:
+        raise EvaluationError(
+            f"corpus.max_seq_length ({size}) is longer than the model's context ({context})"
         )
-        return {**figures, "documents": len(rows)}
 
-    by_area: dict[str, list[int]] = defaultdict(list)
-    by_year: dict[str, list[int]] = defaultdict(list)
-    for n, (year, areas) in enumerate(zip(documents.years, documents.areas, strict=True)):
-        for area in areas:
-            by_area[area].append(n)
-        by_year["unknown" if year is None else str(year)].append(n)
+
+def figures_of(
+    documents: list[Document], losses: npt.NDArray[np.float64], what: str = "model"
+) -> dict[str, Any]:
+    """Figures over all documents, ``by_area`` and ``by_year``, from each document's summed loss.
+
+    A document of several areas counts in each, one without area or year in none. Raises
+    ``EvaluationError`` for a loss that is no number, or that no perplexity can be written for.
+    """
+    if not np.isfinite(losses).all():
+        wrong = documents[int(np.flatnonzero(~np.isfinite(losses))[0])]
+        raise EvaluationError(
+            f"{what}: the loss on document '{wrong.id}' is not finite; the model's weights are "
+            "broken (look at the loss curve of its training)"
+        )
+    tokens = np.array([max(0, len(document.input_ids) - 1) for document in documents])
+    sizes = np.array([document.bytes for document in documents])
+
+    def over(chosen: list[int]) -> dict[str, Any] | None:
+        nats, count, size = losses[chosen].sum(), int(tokens[chosen].sum()), sizes[chosen].sum()
+        if not count or not size:
+            return None
+        loss = float(nats / count)
+        if loss > 700:  # exp overflows
+            raise EvaluationError(f"{what}: a loss of {loss:.4g} a token; the model's weights are broken")
+        return {
+            "perplexity": math.exp(loss),
+            "bits_per_byte": float(nats / math.log(2) / size),
+            "loss": loss,
+            "tokens": count,
+            "documents": len(chosen),
+        }
+
+    def grouped(keys: Callable[[Document], Iterable[Any]]) -> dict[str, Any]:
+        groups: dict[str, list[int]] = {}
+        for number, document in enumerate(documents):
+            for key in keys(document):
+                groups.setdefault(str(key), []).append(number)
+        found = {key: over(groups[key]) for key in sorted(groups)}
+        return {key: figures for key, figures in found.items() if figures}
+
+    whole = over(list(range(len(documents))))
+    if whole is None:
+        raise EvaluationError(f"{what}: no tokens or no bytes are counted")
     return {
-        **of(list(range(len(counted)))),
-        "by_area": {area: of(by_area[area]) for area in sorted(by_area)},
-        "by_year": {year: of(by_year[year]) for year in sorted(by_year)},
+        **whole,
+        "by_area": grouped(lambda document: set(document.areas)),
+        "by_year": grouped(lambda document: [] if document.year is None else [document.year]),
     }
-
-
-def figures_of(nll: float, tokens: int, size: int) -> Figures:
-    """Loss, perplexity and bits per byte of ``tokens`` whose negative log likelihoods sum to ``nll``
-    nats, in texts of ``size`` bytes; None for what is no finite number."""
-    loss = nll / tokens if tokens else math.nan
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    bits = nll / math.log(2) / size if size else math.nan
-    values = {"perplexity": perplexity, "bits_per_byte": bits, "loss": loss}
-    finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-    return {**finite, "tokens": tokens}

@@ -1,0 +1,87 @@
+"""EU acts that a text cites, as CELEX numbers, and how many of an answer's citations are right.
+
+A citation is either a CELEX number itself (``32016R0679``, ``62012CJ0131``; consolidated versions
+``02016R0679-20160504`` count as their act) or an act's or case's number in words: ``Regulation (EU)
+2016/679``, ``Directive 95/46/EC``, ``Council Regulation (EC) No 1/2003``, ``Directives 2001/83/EC
+and 2004/27/EC``, ``Case C-131/12``. All become base CELEX numbers, so that the same act named in
+two ways is one citation. docs/evaluation.md gives the rules in full.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_CELEX = re.compile(
+    r"(?<![\w/])(?P<sector>[0-9CE])(?P<year>(?:19|20)\d\d)(?P<type>[A-Z]{1,2})(?P<number>\d{4})"
+    r"(?:R\(\d\d\))?(?:-\d{8})?(?![\w(])"
+)
+
+# One number of an act, with what may stand around it.
+_NUMBER = (
+    r"(?:\((?:EU|EC|EEC|ECSC|CFSP|JHA|Euratom)(?:, ?Euratom)?\) ?)?"
+    r"(?:No\.? ?)?\d{1,4}/\d{1,4}(?:/(?:EU|EC|EEC|ECSC|CFSP|JHA|Euratom))?"
+)
+_ACTS = re.compile(
+    rf"\b(?P<kind>Regulation|Directive|Decision)s? (?P<numbers>{_NUMBER}(?:(?:, | and |, and | or )"
+    rf"{_NUMBER})*)(?![\d/])",
+    re.IGNORECASE,
+)
+_ONE = re.compile(
+    r"(?P<no>No\.? ?)?(?P<first>\d{1,4})/(?P<second>\d{1,4})(?:/[A-Z]+)?", re.IGNORECASE
+)
+_CASE = re.compile(r"\b(?P<court>[CTF])[-\u2010\u2011\u2013 ](?P<number>\d{1,4})/(?P<year>\d\d)\b")
+_LETTER = {"regulation": "R", "directive": "L", "decision": "D"}
+_COURT = {"C": "CJ", "T": "TJ", "F": "FJ"}  # judgments of the Court, General Court, Civil Service
+
+
+def citations(text: str) -> set[str]:
+    """The base CELEX numbers of the acts and judgments that ``text`` cites."""
+    text = re.sub(r"\s+", " ", text)  # no-break spaces and line ends among them
+    found = {_base(match) for match in _CELEX.finditer(text)}
+    for acts in _ACTS.finditer(text):
+        letter = _LETTER[acts["kind"].lower()]
+        for one in _ONE.finditer(acts["numbers"]):
+            found.add(_act(letter, bool(one["no"]), one["first"], one["second"]))
+    for case in _CASE.finditer(text):
+        year = int(case["year"])
+        century = 1900 if year >= 50 else 2000
+        found.add(f"6{century + year}{_COURT[case['court']]}{int(case['number']):04}")
+    return found - {""}
+
+
+def _base(match: re.Match[str]) -> str:
+    # sector 0 holds consolidated versions of the acts of sector 3
+    sector = "3" if match["sector"] == "0" else match["sector"]
+    return f"{sector}{match['year']}{match['type']}{match['number']}"
+
+
+def _act(letter: str, no: bool, first: str, second: str) -> str:
+    """The CELEX number of "first/second"; empty where neither part can be a year.
+
+    Since 2015 every act is year/number. Before, regulations were number/year, and so was whatever
+    stands after "No"; directives and decisions year/number, with two digits until 1998.
+    """
+    number_first = no or (letter == "R" and not (len(first) == 4 and 2015 <= int(first) <= 2100))
+    year, number = (second, first) if number_first else (first, second)
+    if len(year) == 2:
+        year = f"19{year}"
+    if len(year) != 4 or not 1950 <= int(year) <= 2100:
+        return ""
+    return f"3{year}{letter}{int(number):04}"
+
+
+class Checked(NamedTuple):
+    """Citations of one answer: how many there are, and how many of them are right."""
+
+    counted: int
+    right: int
+
+
+def check(answer: str, reference: str, given: str = "") -> Checked:
+    """Check an answer's citations, each counted once, against those of the reference answer.
+
+    What the text ``given`` cites (the prompt) is left out: to repeat it takes no knowledge.
+    """
+    named = citations(answer) - citations(given)
+    return Checked(len(named), len(named & citations(reference)))

@@ -1,0 +1,206 @@
+"""Answers to the held-out instructions, by greedy decoding, and how good they are.
+
+ROUGE-L and citation accuracy, each with a 95 % bootstrap interval over the instructions
+(docs/evaluation.md says what they measure and what not). Prompts are sorted by length and decoded
+in batches, padded at their beginning; with several ranks each takes its share of the batches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
+from fastcpt.recipe import Recipe
+from fastcpt.training.citations import check
+from fastcpt.training.inference import (
+    Progress,
+    identity,
+    model_for_inference,
+    rank,
+    ranks,
+    world_size,
+)
+from fastcpt.training.sft import Chat, Instruction, InstructionError, read_instructions
+
+FORMAT = 1
+BATCH = 32  # prompts decoded together
+RESAMPLES = 2000
+SEED = 0
+SAMPLES = 3  # answers shown in the report
+SHOWN = 2000  # characters of each of their texts
+
+
+def evaluate_sft(
+    recipe: Recipe, model: str, instructions: Path, output: Path, batch: int = BATCH
+) -> dict[str, Any]:
+    """Write ``output`` (evaluation_sft.json) and return its content; called by every rank.
+
+    ``rouge_l``: mean F-measure; ``citation_accuracy``: share of the citations in the answers that
+    the reference answers have too, ``beyond_prompt`` the same without citations that the prompt
+    itself names. Each ``value`` (None where nothing is counted) with ``low`` and ``high``.
+    An evaluation of the same inputs is not done again. Raises ``ValueError`` kinds.
+    """
+    held_out = instructions / "held_out.jsonl"
+    asked = read_instructions(held_out)
+    made_from = digest_of(
+        FORMAT,
+        identity(model),
+        sha256_of_file(held_out),
+        recipe.sft.max_new_tokens,
+        recipe.corpus.max_seq_length,
+        recipe.model.dtype,
+    )
+    if output.is_file() and (found := read_json(output)).get("made_from") == made_from:
+        print(f"{output} is complete", flush=True)
+        return dict(found)
+    room = recipe.corpus.max_seq_length - recipe.sft.max_new_tokens
+    if room < 1:
+        raise InstructionError(
+            f"sft.max_new_tokens ({recipe.sft.max_new_tokens}) leaves no room for a prompt in "
+            f"corpus.max_seq_length ({recipe.corpus.max_seq_length})"
+        )
+    chat = Chat(model)
+    with ranks() as device:
+        causal = model_for_inference(
+            model, recipe.model.attn_implementation, recipe.model.dtype, device
+        )
+        prompts = [chat.prompt_ids(instruction.prompt, room) for instruction in asked]
+        answers = generate(causal, chat, prompts, recipe.sft.max_new_tokens, device, batch)
+        result = {**figures_of(asked, answers), "made_from": made_from}
+        if rank() == 0:
+            write_json(output, result)
+            accuracy = result["citation_accuracy"]
+            print(
+                f"evaluated {len(asked):,} answers: ROUGE-L {result['rouge_l']['value']:.4f}, "
+                f"citation accuracy {accuracy['value']} of {accuracy['counted']:,}",
+                flush=True,
+            )
+    return result
+
+
+def generate(
+    model: Any,
+    chat: Chat,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    device: torch.device,
+    batch: int = BATCH,
+) -> list[str]:
+    """The answer to each prompt (token ids), in their order; every rank gets all of them."""
+    by_length = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+    batches = [by_length[begin : begin + batch] for begin in range(0, len(prompts), batch)]
+    mine = batches[rank() :: world_size()]
+    padding = chat.tokenizer.pad_token_id
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted({chat.end_id, chat.tokenizer.eos_token_id}),
+        pad_token_id=chat.tokenizer.eos_token_id if padding is None else padding,
+    )
+    # transformers fills what a configuration leaves open from the model's own, which may sample
+    model.generation_config = config
+    progress, done = Progress(), 0
+    begin = time.monotonic()
+    answers: dict[int, str] = {}
+    for numbers in mine:
+        longest = len(prompts[numbers[0]])
+        ids = torch.full((len(numbers), longest), config.pad_token_id)  # [B, S]
+        mask = torch.zeros_like(ids)
+        for row, number in enumerate(numbers):
+            ids[row, longest - len(prompts[number]) :] = torch.tensor(prompts[number])
+            mask[row, longest - len(prompts[number]) :] = 1
+        sign_of_life = _SignOfLife(progress, longest, done * world_size(), len(prompts))
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                use_cache=True,
+                stopping_criteria=StoppingCriteriaList([sign_of_life]),
+            )
+        for number, tokens in zip(numbers, out[:, longest:].tolist(), strict=True):
+            answers[number] = chat.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        done += len(numbers)
+        progress.say(f"generated {min(done * world_size(), len(prompts)):,} of {len(prompts):,}")
+    if dist.is_initialized():
+        shares: list[Any] = [None] * world_size()
+        dist.all_gather_object(shares, answers)
+        answers = {number: text for share in shares for number, text in share.items()}
+    progress.say(f"generated {len(answers):,} answers in {time.monotonic() - begin:.1f} s", now=True)
+    return [answers[number] for number in range(len(prompts))]
+
+
+class _SignOfLife(StoppingCriteria):  # type: ignore[misc]
+    """Never stops anything; prints how far a long batch has come."""
+
+    def __init__(self, progress: Progress, longest: int, done: int, total: int) -> None:
+        self.progress, self.longest, self.done, self.total = progress, longest, done, total
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.progress.say(
+            f"generated {self.done:,} of {self.total:,} answers, "
+            f"{input_ids.shape[1] - self.longest} tokens of the next"
+        )
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def figures_of(asked: Sequence[Instruction], answers: Sequence[str]) -> dict[str, Any]:
+    """ROUGE-L, citation accuracy and a few samples of the answers to instructions."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    pairs = list(zip(asked, answers, strict=True))
+    rouge = np.array([scorer.score(one.response, text)["rougeL"].fmeasure for one, text in pairs])
+    checked = np.array([check(text, one.response) for one, text in pairs])
+    beyond = np.array([check(text, one.response, given=one.prompt) for one, text in pairs])
+    return {
+        "rouge_l": _with_interval(rouge, np.ones(len(rouge))),
+        "citation_accuracy": {
+            **_with_interval(checked[:, 1], checked[:, 0]),
+            "counted": int(checked[:, 0].sum()),
+            "beyond_prompt": {
+                **_with_interval(beyond[:, 1], beyond[:, 0]),
+                "counted": int(beyond[:, 0].sum()),
+            },
+        },
+        "examples": len(asked),
+        "samples": [
+            {
+                "id": one.id,
+                "prompt": one.prompt[:SHOWN],
+                "answer": text[:SHOWN],
+                "reference": one.response[:SHOWN],
+            }
+            for one, text in pairs[:SAMPLES]
+        ],
+    }
+
+
+def _with_interval(
+    parts: npt.NDArray[Any], wholes: npt.NDArray[Any]
+) -> dict[str, float | None]:
+    """``sum(parts) / sum(wholes)`` and its 95 % percentile bootstrap interval.
+
+    Examples are drawn with replacement, each with all that it contributes: citations of one answer
+    are not independent. A resample without anything to divide by is left out.
+    """
+    if not wholes.sum():
+        return {"value": None, "low": None, "high": None}
+    drawn = np.random.default_rng(SEED).integers(0, len(parts), (RESAMPLES, len(parts)))
+    sums = wholes[drawn].sum(axis=1)
+    ratios = parts[drawn].sum(axis=1)[sums > 0] / sums[sums > 0]
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return {
+        "value": float(parts.sum() / wholes.sum()),
+        "low": float(low),
+        "high": float(high),
+    }

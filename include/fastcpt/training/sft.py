@@ -1,0 +1,182 @@
+"""Instructions -> packed rows for the trainer, with loss on the answers alone.
+
+A conversation is written out by the tokenizer's chat template; a tokenizer without one gets
+``PLAIN_TEMPLATE``, which is saved with the model. Prompt and answer are tokenized apart, exactly
+as a prompt is tokenized for generation, and the answer ends with the token that ends a turn: it is
+what generation stops at. Conversations are packed into rows; the trainer keeps them apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch.distributed as dist
+from transformers import AutoTokenizer
+
+from fastcpt.training.data import NO_LOSS, ListRows, Row
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] }}{{ eos_token }}"
+    "{% else %}### Instruction:\n{{ message['content'] }}\n\n### Response:\n{% endif %}"
+    "{% endfor %}"
+)
+
+
+class InstructionError(ValueError):
+    """The instructions or the tokenizer cannot be used; the message says what to change."""
+
+
+class Instruction(NamedTuple):
+    id: str
+    prompt: str
+    response: str
+
+
+def read_instructions(file: Path) -> list[Instruction]:
+    """The instructions of a JSONL file; ``InstructionError`` names the line that is none."""
+    if not file.is_file():
+        raise InstructionError(f"{file} is missing; --instructions is a folder that `build` wrote")
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            instruction = Instruction(*(record[field] for field in Instruction._fields))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InstructionError(
+                f"{file}:{number}: needs a JSON object with id, prompt and response ({error!r})"
+            ) from error
+        if not all(isinstance(text, str) and text for text in instruction[1:]):
+            raise InstructionError(f"{file}:{number}: prompt and response must be texts")
+        found.append(instruction)
+    if not found:
+        raise InstructionError(f"{file} holds no instructions")
+    return found
+
+
+class Chat:
+    """A tokenizer that writes conversations of one prompt and one answer."""
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+        except (ValueError, OSError) as error:
+            raise InstructionError(f"{folder}: no tokenizer can be loaded: {error}") from error
+        if self.tokenizer.eos_token_id is None:
+            raise InstructionError(f"{folder}: the tokenizer has no end-of-text token (eos_token)")
+        if not self.tokenizer.chat_template:
+            self.tokenizer.chat_template = PLAIN_TEMPLATE
+        self.end_id = self._ids(self._answer_text("a", "b"))[-1]
+        if self.end_id not in self.tokenizer.all_special_ids:
+            self.end_id = self.tokenizer.eos_token_id
+
+    def prompt_ids(self, prompt: str, room: int) -> list[int]:
+        """What the model is given; the prompt's end is cut off where it needs more tokens."""
+        text = prompt
+        ids = self._ids(self._prompt_text(text))
+        while len(ids) > room:
+            if not text:
+                raise InstructionError(
+                    f"the chat template alone takes {len(ids)} tokens, there is room for {room}; "
+                    "raise corpus.max_seq_length or lower sft.max_new_tokens"
+                )
+            # never by less than a character, by a little more than what is too long
+            text = text[: min(len(text) - 1, int(len(text) * 0.98 * room / len(ids)))]
+            ids = self._ids(self._prompt_text(text))
+        return ids
+
+    def answer_ids(self, prompt: str, response: str, room: int) -> list[int]:
+        """What the model is to write, the token that ends its turn last; cut off at ``room``."""
+        ids = self._ids(self._answer_text(prompt, response))
+        if self.end_id in ids:
+            ids = ids[: len(ids) - ids[::-1].index(self.end_id)]
+        else:
+            ids.append(self.end_id)
+        return ids[:room]
+
+    def _prompt_text(self, prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+
+    def _answer_text(self, prompt: str, response: str) -> str:
+        before = self._prompt_text(prompt)
+        messages = [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": response},
+        ]
+        whole = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        if not whole.startswith(before):
+            raise InstructionError(
+                "the tokenizer's chat template writes a prompt differently when an answer follows; "
+                "give the model a template that does not"
+            )
+        return whole[len(before) :]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def example(chat: Chat, instruction: Instruction, size: int) -> Row:
+    """One conversation of at most ``size`` tokens, labelled with -100 on the prompt.
+
+    The answer gets at most half of ``size``, the prompt what the answer leaves.
+    """
+    answer = chat.answer_ids(instruction.prompt, instruction.response, size // 2)
+    prompt = chat.prompt_ids(instruction.prompt, size - len(answer))
+    ids = np.array(prompt + answer, np.int32)
+    labels = ids.copy()
+    labels[: len(prompt)] = NO_LOSS
+    return Row(ids, np.array([len(ids)], np.int32), labels)
+
+
+def pack(examples: list[Row], size: int) -> list[Row]:
+    """Conversations put into rows of at most ``size`` tokens: the longest first, each into the
+    fullest row that still has room for it."""
+    by_room: list[list[list[Row]]] = [[] for _ in range(size + 1)]  # rows by the tokens left
+    for one in sorted(examples, key=lambda row: -len(row.input_ids)):
+        need = len(one.input_ids)
+        room = next((left for left in range(need, size + 1) if by_room[left]), None)
+        row = by_room[room].pop() if room is not None else []
+        row.append(one)
+        by_room[(size if room is None else room) - need].append(row)
+    return [
+        Row(
+            np.concatenate([one.input_ids for one in row]),
+            np.concatenate([one.lengths for one in row]),
+            np.concatenate([one.labels for one in row if one.labels is not None]),
+        )
+        for rows in by_room
+        for row in rows
+    ]
+
+
+def sft_rows(instructions: Path, chat: Chat, size: int) -> ListRows:
+    """The training rows of an instructions folder (``train.jsonl``)."""
+    found = read_instructions(instructions / "train.jsonl")
+    rows = pack([example(chat, instruction, size) for instruction in found], size)
+    asked = sum(int((row.labels != NO_LOSS).sum()) for row in rows if row.labels is not None)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"{len(found):,} answers of {asked:,} tokens in {len(rows):,} rows", flush=True)
+    return ListRows(rows, size)
+
+
+def save_tokenizer(chat: Chat, folder: Path) -> Path:
+    """Write the tokenizer with its chat template; whole or not at all. Called by every rank."""
+    if (not dist.is_initialized() or dist.get_rank() == 0) and not folder.is_dir():
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        chat.tokenizer.save_pretrained(str(partial))
+        os.rename(partial, folder)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
