@@ -1,0 +1,338 @@
+"""The corpus as training reads it: whole, packed, apart from what is held out, made only once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from corpus.made import Record, act, record, text_of
+from fastcpt.corpus import build as build_module
+from fastcpt.corpus.build import BuildError, LeakError, build
+from fastcpt.corpus.documents import list_parts
+from fastcpt.corpus.score import score_parts
+from fastcpt.corpus.select import select
+from fastcpt.corpus.tokenizer import describe
+from fastcpt.files import sha256_of_file
+from fastcpt.recipe import Recipe
+
+Recipes = Callable[..., Recipe]
+Writer = Callable[..., Path]
+
+
+def made(recipe: Recipe, home: Path, processes: int = 1) -> dict[str, Any]:
+    """All steps up to the corpus."""
+    scores = score_parts(list_parts(recipe.documents), recipe, home, processes)
+    selection = select([score["path"] for score in scores], recipe, home)
+    return build(selection["path"], recipe, home, processes)
+
+
+def rows_of(corpus: dict[str, Any], pattern: str = "cpt_train_shard_*.parquet") -> list[Record]:
+    paths = sorted(Path(corpus["path"]).glob(pattern))
+    return [row for path in paths for row in pq.read_table(path).to_pylist()]
+
+
+def acts(count: int = 40, words: int = 150) -> list[Record]:
+    return [act(n, year=2000 + n % 20, words=words + n) for n in range(1, count + 1)]
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def corpus(documents: Writer, recipe_for: Recipes, home: Path) -> dict[str, Any]:
+    return made(recipe_for(documents(acts())), home)
+
+
+def test_no_token_is_lost_and_documents_are_whole(
+    corpus: dict[str, Any], tokenizer_folder: Path
+) -> None:
+    facts = describe(tokenizer_folder / "tokenizer.json")
+    tokenizer = facts.load()
+    held_out = rows_of(corpus, "validation*/*.parquet")
+    pieces: list[list[int]] = []
+    for row in rows_of(corpus):
+        assert sum(row["lengths"]) == len(row["input_ids"]) <= 64
+        at = 0
+        for length in row["lengths"]:
+            pieces.append(row["input_ids"][at : at + length])
+            at += length
+    assert sum(map(len, pieces)) == corpus["tokens"]
+    # each document begins once and ends once
+    begun = [piece for piece in pieces if piece[0] == facts.bos_id]
+    ended = [piece for piece in pieces if piece[-1] == facts.end_id]
+    assert len(begun) == len(ended) == corpus["documents"]
+    for row in held_out:
+        assert row["input_ids"][0] == facts.bos_id
+        assert row["input_ids"][-1] == facts.end_id
+    texts = {item["id"]: item["full_text"] for item in acts()}
+    ids_of = {
+        name: tokenizer.encode(text, add_special_tokens=False).ids for name, text in texts.items()
+    }
+    assert {row["id"]: row["input_ids"][1:-1] for row in held_out} == {
+        row["id"]: ids_of[row["id"]] for row in held_out
+    }
+    trained = sorted(ids_of.keys() - {row["id"] for row in held_out})
+    assert corpus["documents"] == len(trained)
+    expected = sum(len(ids_of[name]) + 2 for name in trained)
+    assert corpus["tokens"] == expected
+    # token for token, whatever the order
+    flat = sorted(token for piece in pieces for token in piece)
+    whole = [token for name in trained for token in (facts.bos_id, *ids_of[name], facts.end_id)]
+    assert flat == sorted(whole)
+
+
+def test_what_a_validation_row_holds(documents: Writer, recipe_for: Recipes, home: Path) -> None:
+    records = [
+        record("ä", "Ünïcode " + text_of(1), date="2024-01-01", subject_matter=["Consumers"]),
+        *acts(),
+    ]
+    del records[1]["metadata"]["doc_type"]
+    corpus = made(recipe_for(documents(records), corpus__newest_share=0.02), home)
+    (row,) = rows_of(corpus, "validation_newest/*.parquet")
+    assert row["id"] == "ä"
+    assert row["bytes"] == len(("Ünïcode " + text_of(1)).encode())
+    assert (row["year"], row["doc_type"], row["areas"]) == (2024, "regulation", ["consumer"])
+
+
+def test_the_manifest_lists_every_file_with_its_digest(corpus: dict[str, Any]) -> None:
+    folder = Path(corpus["path"])
+    names = {item["file"] for item in corpus["files"]}
+    assert names | {"corpus_manifest.json"} == set(bytes_of(folder))
+    assert "tokenizer/tokenizer.json" in names
+    assert "tokenizer/tokenizer_config.json" in names
+    for item in corpus["files"]:
+        assert sha256_of_file(folder / item["file"]) == item["sha256"]
+        assert (folder / item["file"]).stat().st_size == item["bytes"]
+    assert sum(shard["tokens"] for shard in corpus["shards"]) == corpus["tokens"]
+    assert sum(shard["rows"] for shard in corpus["shards"]) == corpus["sequences"]
+    assert {item["set"] for item in corpus["validation"]} == {"validation", "validation_newest"}
+
+
+def test_shards_are_equal_within_a_percent(
+    documents: Writer, recipe_for: Recipes, home: Path
+) -> None:
+    corpus = made(recipe_for(documents(acts(120, words=300)), corpus__num_shards=3), home)
+    tokens = [shard["tokens"] for shard in corpus["shards"]]
+    assert min(shard["rows"] for shard in corpus["shards"]) > 100
+    assert max(tokens) - min(tokens) < 0.01 * max(tokens)
+    assert corpus["padding_share"] < 0.005
+
+
+def test_the_same_bytes_for_any_number_of_processes(
+    documents: Writer, recipe_for: Recipes, tmp_path: Path
+) -> None:
+    records = acts()
+    for n in range(4):
+        documents(records[n::4], f"part-{n}.jsonl")
+    recipe = recipe_for(tmp_path / "documents", corpus__num_shards=3)
+    folders = [
+        Path(made(recipe, tmp_path / f"home{processes}", processes)["path"]) for processes in (1, 3)
+    ]
+    assert bytes_of(folders[0]) == bytes_of(folders[1])
+    assert folders[0].name == folders[1].name
+
+
+def test_twice_is_free(
+    corpus: dict[str, Any], documents: Writer, recipe_for: Recipes, home: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()}
+    again = made(recipe_for(documents(acts())), home)
+    assert again["reused"]
+    assert again["digest"] == corpus["digest"]
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*") if path.is_file()} == before
+
+
+def test_a_corpus_that_grew_tokenizes_only_what_is_new(
+    corpus: dict[str, Any],
+    documents: Writer,
+    recipe_for: Recipes,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenized: list[tuple[str, int]] = []
+    tokenize = build_module.tokenize_part
+
+    def counted(part: str, *arguments: Any) -> dict[str, Any]:
+        result = tokenize(part, *arguments)
+        tokenized.append((Path(part).name, result["documents"]))
+        return result
+
+    monkeypatch.setattr(build_module, "tokenize_part", counted)
+    new = [act(n, year=2010) for n in range(500, 506)]
+    grown = made(recipe_for(documents(new, "part-01.jsonl")), home)
+    assert not grown["reused"]
+    assert tokenized == [("part-00.jsonl", 0), ("part-01.jsonl", 6)]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastcpt.corpus import build
+from fastcpt.recipe import load_recipe
+recipe, selection, home, moment = sys.argv[1:]
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+if moment == "second shard":
+    write, calls = build.write_shard, []
+    def write_shard(*arguments):
+        calls.append(1)
+        return die() if len(calls) == 2 else write(*arguments)
+    build.write_shard = write_shard
+else:
+    setattr(build, moment, die)
+build.build(selection, load_recipe(recipe), Path(home), 1)
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", ["_tokenized", "_planned", "second shard", "_write_validation", "_files"]
+)
+def test_a_build_killed_at_any_instant_goes_on(
+    documents: Writer, recipe_for: Recipes, home: Path, tmp_path: Path, moment: str
+) -> None:
+    recipe = recipe_for(documents(acts()))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    scores = score_parts(list_parts(recipe.documents), recipe, home, 1)
+    selection = select([score["path"] for score in scores], recipe, home)["path"]
+    command = [sys.executable, "-c", KILLED, tmp_path / "recipe.yaml", selection, home, moment]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([*map(str, command)], env=environment, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    complete = {
+        path: path.stat().st_mtime_ns
+        for path in home.rglob("*")
+        if path.suffix in {".ids", ".parquet"} and not path.name.startswith(".")
+    }
+    corpus = build(selection, recipe, home, 1)
+    whole = build(selection, recipe, tmp_path / "another", 1)
+    assert bytes_of(Path(corpus["path"])) == bytes_of(Path(whole["path"]))
+    # what was complete was not made again
+    assert {path: path.stat().st_mtime_ns for path in complete} | complete == complete
+
+
+def test_the_counted_budget_is_exact_to_one_document(
+    documents: Writer, recipe_for: Recipes, home: Path
+) -> None:
+    records = acts(60)
+    everything = made(recipe_for(documents(records)), home)
+    budget = everything["tokens"] // 2
+    corpus = made(recipe_for(documents(records), selection__target_tokens=budget), home)
+    held_out = sum(item["tokens"] for item in corpus["validation"])
+    used = corpus["tokens"] + held_out
+    shortest = min(map(len, (row["input_ids"] for row in rows_of(everything, "validation*/*"))))
+    assert budget - 2 * shortest < used <= budget
+    funnel = {row["reason"]: row for row in corpus["funnel"] if row["stage"] in {"kept", "build"}}
+    assert funnel["train"]["tokens"] == corpus["tokens"]
+    assert funnel["train"]["documents"] == corpus["documents"]
+
+
+def test_extracts_of_held_out_acts_are_not_trained_on(
+    documents: Writer, recipe_for: Recipes, home: Path
+) -> None:
+    # the newest act, and older ones that hold all of it, a third of it and a tenth of it
+    newest = record("newest", text_of(1, 300), date="2025-01-01")
+    words = text_of(1, 300).split()
+    others = [
+        record(name, " ".join([*words[:count], *text_of(10 + count, 1500).split()]))
+        for name, count in (("all", 300), ("third", 120), ("tenth", 30))
+    ]
+    corpus = made(
+        recipe_for(
+            documents([newest, *others, *acts(20)]),
+            corpus__newest_share=0.01,
+            corpus__validation_share=0.01,
+        ),
+        home,
+    )
+    assert [row["id"] for row in rows_of(corpus, "validation_newest/*")] == ["newest"]
+    dropped = [row for row in corpus["funnel"] if row["reason"] == "overlaps_held_out"]
+    drawn = {row["id"] for row in rows_of(corpus, "validation/*")}
+    assert [row["documents"] for row in dropped] == [len({"all", "third"} - drawn)]
+
+
+def test_a_leak_fails_the_build(
+    documents: Writer, recipe_for: Recipes, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = record("newest", text_of(1, 300), date="2025-01-01")
+    leaking = record("leaking", text_of(1, 200) + " " + text_of(2, 1500))
+    recipe = recipe_for(documents([newest, leaking, *acts(20)]), corpus__newest_share=0.01)
+    monkeypatch.setattr(build_module, "_drop_overlapping", lambda *_: None)
+    with pytest.raises(LeakError, match=r"'leaking' and held-out 'newest' share more than 30%"):
+        made(recipe, home)
+
+
+def test_a_work_on_both_sides_fails_the_build(
+    documents: Writer, recipe_for: Recipes, home: Path
+) -> None:
+    recipe = recipe_for(documents(acts()))
+    scores = score_parts(list_parts(recipe.documents), recipe, home, 1)
+    selection = Path(select([score["path"] for score in scores], recipe, home)["path"])
+    table = pq.read_table(selection / "documents.parquet")
+    works = ["32020R9999"] * table.num_rows
+    table = table.set_column(table.schema.get_field_index("work"), "work", [works])
+    pq.write_table(table, selection / "documents.parquet")
+    with pytest.raises(LeakError, match="are of one work, 32020R9999"):
+        build(str(selection), recipe, home, 1)
+
+
+def test_replay_mixes_in_general_documents(
+    documents: Writer, recipe_for: Recipes, home: Path, tmp_path: Path
+) -> None:
+    folder = documents(acts(60))
+    general = tmp_path / "general"
+    general.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        shutil.copy(folder / "part-00.jsonl", general / name)
+        content = (general / name).read_text().replace("32", f"{name[0]}-")
+        (general / name).write_text(content)
+    recipe = recipe_for(folder, documents__replay={"path": str(general), "share": 0.2})
+    corpus = made(recipe, home)
+    assert 0.17 < corpus["replay"]["share"] <= 0.2
+    kept = {row["reason"]: row["tokens"] for row in corpus["funnel"] if row["stage"] == "kept"}
+    assert kept["train"] + kept["replay"] == corpus["tokens"]
+
+
+def test_too_little_for_the_shards(documents: Writer, recipe_for: Recipes, home: Path) -> None:
+    recipe = recipe_for(documents(acts(6, words=10)), corpus__num_shards=500)
+    with pytest.raises(BuildError, match=r"sequences of 64 for 500 shards; take more documents"):
+        made(recipe, home)
+
+
+def test_a_tokenizer_trained_on_the_documents_is_the_same_again(
+    documents: Writer, recipe_for: Recipes, tmp_path: Path
+) -> None:
+    recipe = recipe_for(documents(acts()), tokenizer__path=None, tokenizer__train_vocab_size=400)
+    one, other = (made(recipe, tmp_path / name) for name in ("one", "other"))
+    assert one["tokenizer"] == other["tokenizer"]
+    assert one["tokenizer"]["vocab_size"] == 400
+    assert one["digest"] == other["digest"]
+
+
+def test_progress_is_logged_with_rate_and_time_left(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastcpt.corpus.processes import Progress
+
+    clock = iter([0.0, 4.0, 12.0, 13.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    caplog.set_level("INFO")
+    progress = Progress("tokenize", "documents", 100)
+    for _ in range(3):
+        progress.add(12)
+    assert caplog.messages == ["tokenize: 24 of 100 documents, 2 documents/s, 38 s left"]
