@@ -43,10 +43,10 @@ def finished(home, tmp_path):
         "plan.json",
         {
             "tokens": 4_718_592_000,
-            "hours": [75.5, 140.0],
-            "cost": [1208.0, 2240.0],
+            "hours": {"low": 75.5, "high": 140.0},
+            "cost": {"low": 1208.0, "high": 2240.0},
             "memory_gb": {"weights": 35.3, "total": 151.2},
-            "tokens_per_s": [9300, 17300],
+            "tokens_per_s": {"low": 9300.0, "high": 17300.0},
         },
     )
     records.add(
@@ -83,7 +83,7 @@ def finished(home, tmp_path):
                 "tokens": 245_760,
                 "seconds": seconds,
                 "tokens_per_s_per_gpu": 1234.5,
-                "final_loss": loss / 4,
+                "loss": loss / 4,
                 "peak_memory_gb": 61.2,
                 "skipped_steps": 0,
             },

@@ -80,7 +80,7 @@ def test_the_summary_as_it_is_printed(finished):
         "  ROUGE-L    0.612 (0.587 to 0.640)",
         "  citations  41.0 % (30.0 % to 52.0 %) right",
         "  time       2 h 20 min; train_cpt 1 h 30 min, planned 75.50 to 140.00 h",
-        "  GPUs       8.50 GPU hours of training, $34.00; planned $1,208.00 to $2,240.00",
+        "  GPUs       8.50 GPU hours of training, $34.00; train_cpt planned $1,208.00 to $2,240.00",
         "  model      /data/models/fast",
         f"  record     {finished}",
     ]
@@ -115,12 +115,19 @@ def test_a_run_that_failed_early_has_a_summary_too(home):
 
 
 def test_the_cost_of_a_run_without_a_price_is_unknown_not_free(home):
-    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    record = records.open_record(home, RUN, "fast_cpt", load_recipe("cpt_config_fast"))
     records.add(record, "train_cpt/training.json", {"steps": 1, "seconds": 3600.0})
     cost = records.add_cost(record, gpus=2, price_per_gpu_hour=None)
     assert cost["gpu_hours"] == 2.0
     assert cost["cost"] is None
     assert "$" not in records.summary_text(record)
+
+
+def test_a_run_on_cpus_costs_no_gpu_hours(home):
+    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    records.add(record, "train_cpt/training.json", {"steps": 1, "seconds": 3600.0})
+    assert records.add_cost(record, gpus=2, price_per_gpu_hour=4.0)["cost"] == 0.0
+    assert "GPU hours" not in records.summary_text(record)
 
 
 def test_code_without_a_git_history_is_named_by_its_content(tmp_path):

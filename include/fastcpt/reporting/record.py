@@ -23,7 +23,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -63,8 +63,7 @@ def open_record(home: Path, run: str, dag: str, recipe: Recipe) -> Path:
             "packages": package_versions(),
         },
     )
-    with whole_file(record / "recipe.yaml") as aside:
-        aside.write_text(recipe.to_yaml(), encoding="utf-8")
+    add_text(record, "recipe.yaml", recipe.to_yaml())
     return record
 
 
@@ -97,8 +96,10 @@ def add_cost(record: Path, gpus: int, price_per_gpu_hour: float | None) -> dict[
     """Write ``cost.json``: GPU hours of the trainings so far and, at a known price, USD.
 
     Only the trainings' own seconds count, not the waiting of a rented host between them.
-    ``gpus`` is 0 where the training ran on CPUs.
+    A recipe for CPUs uses no GPUs, whatever it calls its ranks.
     """
+    if recipe_of(record).get("cluster", {}).get("cpu_only"):
+        gpus = 0
     seconds = {
         training: read(record, f"{training}/training.json").get("seconds", 0.0)
         for training in TRAININGS
@@ -186,11 +187,11 @@ def summary(record: Path) -> dict[str, Any]:
 
 
 def planned(record: Path) -> dict[str, Any] | None:
-    """Hours and cost the plan promised, each ``[low, high]``; None without a plan."""
+    """Hours and cost the plan promised for train_cpt, each ``[low, high]``; None without a plan."""
     plan = read(record, "plan.json")
     if not plan:
         return None
-    return {"hours": _range(plan.get("hours")), "cost": _range(plan.get("cost"))}
+    return {"hours": bounds(plan.get("hours")), "cost": bounds(plan.get("cost"))}
 
 
 def summary_text(record: Path) -> str:
@@ -263,8 +264,8 @@ def interval(figure: Mapping[str, Any], percent: bool = False) -> str:
     low, high = figure.get("low"), figure.get("high")
     if figure.get("value") is None:
         return "none counted"
-    bounds = "" if low is None or high is None else f" ({text(low)} to {text(high)})"
-    return text(figure["value"]) + bounds
+    between = "" if low is None or high is None else f" ({text(low)} to {text(high)})"
+    return text(figure["value"]) + between
 
 
 def duration(seconds: float) -> str:
@@ -275,9 +276,9 @@ def duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
 
 
-def span(bounds: Any, unit: str = "", prefix: str = "") -> str:
-    """``4.2 to 5.1 h``; one number where low and high read the same."""
-    low, high = (f"{prefix}{value:,.2f}" for value in bounds)
+def span(ends: Sequence[float], unit: str = "", prefix: str = "", digits: int = 2) -> str:
+    """``4.20 to 5.10 h``; one number where low and high read the same."""
+    low, high = (f"{prefix}{value:,.{digits}f}" for value in ends)
     return (low if low == high else f"{low} to {high}") + unit
 
 
@@ -315,11 +316,11 @@ def _time_line(facts: Mapping[str, Any]) -> str:
 def _cost_line(facts: Mapping[str, Any]) -> str:
     promised = (facts["planned"] or {}).get("cost")
     cost = "" if facts["cost"] is None else f", ${facts['cost']:,.2f}"
-    planned_cost = f"; planned {span(promised, prefix='$')}" if promised else ""
+    planned_cost = f"; train_cpt planned {span(promised, prefix='$')}" if promised else ""
     return f"{facts['gpu_hours']:,.2f} GPU hours of training{cost}{planned_cost}"
 
 
-def _range(value: Any) -> list[float] | None:
+def bounds(value: Any) -> list[float] | None:
     """A plan's figure as ``[low, high]``, whether it is a number, a pair or a mapping."""
     if value is None:
         return None

@@ -17,6 +17,7 @@ from fastcpt.files import whole_file
 from fastcpt.reporting import pictures
 from fastcpt.reporting.record import (
     TRAININGS,
+    bounds,
     duration,
     interval,
     planned,
@@ -148,7 +149,7 @@ def _training(record: Path) -> list[Part]:
                     _number(totals.get("tokens")),
                     duration(totals["seconds"]) if "seconds" in totals else "",
                     _number(totals.get("tokens_per_s_per_gpu")),
-                    _number(totals.get("final_loss"), 3),
+                    _number(totals.get("loss"), 3),
                     _number(totals.get("peak_memory_gb"), 1),
                     _number(totals.get("skipped_steps")),
                 )
@@ -171,15 +172,12 @@ def _fine_tuning(record: Path) -> list[Part]:
     if not evaluation:
         return []
     rows = [("ROUGE-L", interval(evaluation["rouge_l"]))]
-    citations = evaluation["citation_accuracy"]
-    counted = citations.get("counted")
-    rows.append(
-        (
-            "citation accuracy",
-            interval(citations, percent=True)
-            + (f", {counted:,} citations counted" if counted is not None else ""),
-        )
-    )
+    for key in ("citation_accuracy", "citation_recall", "citation_f1", "new_citations"):
+        figure = evaluation.get(key)
+        if figure:
+            counted = figure.get("counted")
+            of_counted = f" of {counted:,}" if counted else ""
+            rows.append((key.replace("_", " "), interval(figure, percent=True) + of_counted))
     rows.append(("held-out instructions", _number(evaluation.get("examples"))))
     parts: list[Part] = [Table(("figure", "value (95 % interval)"), rows)]
     for sample in evaluation.get("samples", [])[:3]:
@@ -221,16 +219,28 @@ def _plan(record: Path) -> list[Part]:
     memory = plan.get("memory_gb")
     if isinstance(memory, Mapping):
         memory = memory.get("total")
+    rate = bounds(plan.get("tokens_per_s"))
     hours = f"{totals['seconds'] / 3600:,.2f} h" if "seconds" in totals else ""
-    money = cost.get("cost")
+    # The plan speaks of train_cpt alone; cost.json counts every training.
+    price = cost.get("price_per_gpu_hour")
+    money = (
+        ""
+        if price is None
+        else f"${cost['seconds']['train_cpt'] / 3600 * cost['gpus'] * price:,.2f}"
+    )
     rows = [
         ("time of train_cpt", span(promised["hours"], " h") if promised["hours"] else "", hours),
         ("tokens", _number(plan.get("tokens")), _number(totals.get("tokens"))),
+        (
+            "tokens/s, all GPUs",
+            span(rate, digits=0) if rate else "",
+            _number(totals["tokens"] / totals["seconds"]) if totals.get("seconds") else "",
+        ),
         ("memory a GPU (GB)", _number(memory, 1), _number(totals.get("peak_memory_gb"), 1)),
         (
-            "cost",
+            "cost of train_cpt",
             span(promised["cost"], prefix="$") if promised["cost"] else "",
-            "" if money is None else f"${money:,.2f}",
+            money,
         ),
     ]
     return [Table(("", "plan", "this run"), [row for row in rows if row[1] or row[2]])]
