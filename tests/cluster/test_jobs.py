@@ -17,7 +17,10 @@ from fastcpt.cluster.remote import Remote, ask
 
 
 def poll(remote: Remote, root: Path, name: str) -> dict[str, Any]:
-    return ask(remote, "poll", root=str(root), name=name, seen=0)
+    answer: dict[str, Any] = ask(remote, "poll", root=str(root), jobs=[{"name": name, "seen": 0}])[
+        "jobs"
+    ][0]
+    return answer
 
 
 def wait(remote: Remote, root: Path, name: str, state: str, seconds: float = 30) -> dict[str, Any]:

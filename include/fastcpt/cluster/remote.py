@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastcpt.files import digest_of
+
 CONNECT_TIMEOUT_S = 20
 # A silent connection is given up after 4 x 15 s, on commands and on transfers alike.
 ALIVE_INTERVAL_S = 15
 ALIVE_COUNT = 4
-ASK_TIMEOUT_S = 600
+# A poll is answered at once; a request that reads every byte of a corpus takes its time.
+ASK_TIMEOUT_S = {"poll": 60, "stop": 60, "submit": 120, "check": 180}
+LONGEST_ASK_S = 6 * 3600
+# So long a task goes on asking a host that stopped answering, before it fails and is tried again.
+OUTAGE_S = 300.0
+
+log = logging.getLogger(__name__)
 
 
 class ClusterError(ValueError):
@@ -70,7 +80,8 @@ class Remote:
             options["IdentitiesOnly"] = "yes"
         if shared:
             options["ControlMaster"] = "auto"
-            options["ControlPath"] = f"{_sockets()}/%C"
+            # a connection opened with one key or known_hosts is never reused for another
+            options["ControlPath"] = f"{_sockets()}/{digest_of(vars(self))}"
             options["ControlPersist"] = "60"
         command = ["ssh", "-T"]
         for name, value in options.items():
@@ -114,13 +125,27 @@ def ask(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
     be, ``ConnectionLost`` when it does not answer.
     """
     command = [*remote.ssh(), "--", remote.host, "exec python3 -"]
+    patience = ASK_TIMEOUT_S.get(do, LONGEST_ASK_S)
     try:
         done = subprocess.run(
-            command, input=_request(do, values), capture_output=True, timeout=ASK_TIMEOUT_S
+            command, input=_request(do, values), capture_output=True, timeout=patience
         )
     except subprocess.TimeoutExpired:
-        raise ConnectionLost(f"{remote.host} did not answer in {ASK_TIMEOUT_S} s") from None
+        raise ConnectionLost(f"{remote.host} did not answer '{do}' in {patience} s") from None
     return _answer(remote, do, done.returncode, done.stdout, done.stderr)
+
+
+def ask_through(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
+    """``ask`` that outlives a broken line or a restarted sshd: asks again for ``OUTAGE_S``."""
+    until = time.monotonic() + OUTAGE_S
+    while True:
+        try:
+            return ask(remote, do, **values)
+        except ConnectionLost as error:
+            if time.monotonic() > until:
+                raise
+            log.warning("%s; asking again", error)
+            time.sleep(5)
 
 
 async def ask_async(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
@@ -134,11 +159,12 @@ async def ask_async(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
+    patience = ASK_TIMEOUT_S.get(do, LONGEST_ASK_S)
     try:
-        async with asyncio.timeout(ASK_TIMEOUT_S):
+        async with asyncio.timeout(patience):
             output, errors = await process.communicate(_request(do, values))
     except TimeoutError:
-        raise ConnectionLost(f"{remote.host} did not answer in {ASK_TIMEOUT_S} s") from None
+        raise ConnectionLost(f"{remote.host} did not answer '{do}' in {patience} s") from None
     finally:
         if process.returncode is None:
             process.kill()
@@ -159,6 +185,8 @@ def _answer(remote: Remote, do: str, code: int, output: bytes, errors: bytes) ->
         raise ConnectionLost(
             f"{remote.host} did not answer '{do}': {said[-1000:] or last}"
         ) from None
+    if "unavailable" in answer:
+        raise ConnectionLost(f"{remote.host}: {answer['unavailable']}")
     if "error" in answer:
         raise ClusterError(f"{remote.host}: {answer['error']}")
     return dict(answer)

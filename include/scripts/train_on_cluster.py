@@ -1,0 +1,162 @@
+"""Check a host, bring code and corpus there, train and evaluate, and bring the figures back.
+
+The last part of ``run_fast_cpt_training.sh``. Without ``--host`` all of it happens on this machine,
+through the same jobs. The number of GPUs is the host's, where it has fewer than the recipe wants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import local_sshd
+
+from fastcpt.cluster import environment, jobs
+from fastcpt.cluster.check import check_cluster
+from fastcpt.cluster.remote import Remote, ask
+from fastcpt.cluster.transfer import files_of, send
+from fastcpt.files import digest_of, read_json, whole_file
+from fastcpt.recipe import Recipe, load_recipe
+from fastcpt.training import commands
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="recipe, by name or file")
+    parser.add_argument("--corpus", type=Path, required=True, help="a built corpus")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the figures")
+    for name in ("host", "port", "user", "key_file", "known_hosts", "python"):
+        parser.add_argument(f"--{name}", default="")
+    arguments = parser.parse_args()
+    recipe = load_recipe(arguments.config)
+    server: dict[str, Any] | None = None
+    try:
+        if arguments.host:
+            remote = Remote(
+                arguments.host,
+                arguments.user or None,
+                int(arguments.port) if arguments.port else None,
+                arguments.key_file or None,
+                arguments.known_hosts or None,
+            )
+        else:
+            server = local_sshd.start(HOME / "sshd")
+            remote = Remote(
+                server["host"],
+                server["user"],
+                server["port"],
+                server["key_file"],
+                server["known_hosts"],
+            )
+            overrides = {"cluster.root": str(HOME / "cluster")}
+            recipe = load_recipe(arguments.config, overrides)
+        train(remote, recipe, arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    finally:
+        if server:
+            os.killpg(server["pid"], signal.SIGTERM)
+
+
+def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None:
+    recipe, facts = with_gpus_of(remote, recipe)
+    root = facts["root"]
+    code = environment.ship_code(remote, root, REPOSITORY)
+    local_python = "" if arguments.host else str(REPOSITORY / ".env/cluster/bin/python")
+    python = arguments.python or recipe.cluster.python or local_python
+    if python:
+        cluster = recipe.cluster.model_copy(update={"python": python})
+        python = environment.check_python(remote, cluster, REPOSITORY)
+    else:
+        folder = environment.environment_folder(recipe.cluster, root, REPOSITORY)
+        build = environment.build_commands(recipe.cluster, code["path"], folder)
+        complete = f"{folder}/complete"
+        run(remote, root, jobs.Job(f"environment-{digest_of(folder)}", build, result=complete))
+        python = f"{folder}/bin/python"
+    manifest = read_json(arguments.corpus / "corpus_manifest.json")
+    listed = [*manifest["files"], *files_of(arguments.corpus, ["corpus_manifest.json"])]
+    corpus = send(remote, arguments.corpus, f"{root}/corpora/{manifest['digest']}", listed)["path"]
+    name = digest_of(manifest["digest"], recipe.model_dump())
+    with whole_file(arguments.output / "recipe.yaml") as aside:
+        aside.write_text(recipe.to_yaml(), encoding="utf-8")
+    shipped = files_of(arguments.output, ["recipe.yaml"])
+    place = send(remote, arguments.output, f"{root}/runs/{name}", shipped)["path"]
+    host = commands.Host(python, code["path"], f"{place}/recipe.yaml")
+    output = f"{root}/models/{name}"
+    base = recipe.model.name_or_path or f"{output}-base"
+    port = 20_000 + int(name, 16) % 10_000
+    job = jobs.Job(
+        f"shell-{name}",
+        [
+            *commands.initialise(recipe, host, corpus, base),
+            commands.train_cpt(
+                recipe, host, port, corpus=corpus, model=base, output=output, stage="stage1"
+            ),
+            commands.evaluate(
+                recipe,
+                host,
+                port,
+                corpus=corpus,
+                model=f"{output}/final",
+                base=base,
+                output=f"{output}/evaluation.json",
+            ),
+        ],
+        commands.environment(recipe, host),
+        result=f"{output}/evaluation.json",
+    )
+    run(remote, root, job)
+    names = ("evaluation.json", "training.json", "metrics.jsonl")
+    files = ask(remote, "read_files", paths={name: f"{output}/{name}" for name in names})
+    for name, text in files.items():
+        with whole_file(arguments.output / name) as aside:
+            aside.write_text(text, encoding="utf-8")
+    print(f"The model is in {output}/final on {remote.host}; its figures are in {arguments.output}")
+
+
+def with_gpus_of(remote: Remote, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe on the GPUs that the host has, where they are fewer than it wants."""
+    found = len(ask(remote, "check", root=recipe.cluster.root)["gpus"])
+    if not recipe.cluster.cpu_only and 0 < found < recipe.cluster.gpus and not recipe.cluster.hosts:
+        print(
+            f"{remote.host} has {found} GPUs, the recipe wants {recipe.cluster.gpus}: using {found}"
+        )
+        cluster = recipe.cluster.model_copy(update={"gpus": found})
+        recipe = recipe.model_copy(update={"cluster": cluster})
+    return recipe, check_cluster(remote, recipe.cluster)
+
+
+def run(remote: Remote, root: str, job: jobs.Job) -> None:
+    """Run a job and print its log until it has ended."""
+    found = jobs.submit(remote, root, job)
+    print(f"job {job.name}: {found}", flush=True)
+    if found == "complete":
+        return
+    seen: int | None = None
+    last_lines = [""]
+    while True:
+        answer = ask(remote, "poll", root=root, name=job.name, seen=seen)
+        piece = base64.b64decode(answer["log"])
+        seen = answer["seen"] + len(piece)
+        text = piece.decode(errors="replace")
+        print(text, end="", flush=True)
+        last_lines = (last_lines + text.splitlines())[-30:]
+        if answer["status"]["state"] not in jobs.ACTIVE and seen >= answer["size"]:
+            jobs.outcome(remote, job.name, answer["status"], last_lines)
+            return
+        time.sleep(2)
+
+
+if __name__ == "__main__":
+    main()

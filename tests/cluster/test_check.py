@@ -1,0 +1,120 @@
+"""What is wrong with a host or with the way to it is said at once, and says what to do."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import local_sshd
+import pytest
+
+from fastcpt.cluster.check import check_cluster
+from fastcpt.cluster.environment import check_python, pins
+from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask
+from fastcpt.recipe import Cluster
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def cluster(root: Path, **values: Any) -> Cluster:
+    settings = {"root": str(root), "gpus": 1, "cpu_only": True, "min_free_gb": 0.0}
+    return Cluster(**{**settings, **values})
+
+
+def test_a_host_that_has_all_tells_what_it_has(remote: Remote, tmp_path: Path) -> None:
+    facts = check_cluster(remote, cluster(tmp_path / "root"))
+    assert facts["rsync"]
+    assert facts["cores"] >= 1
+    assert facts["disk_free_gb"] > 0
+    assert (tmp_path / "root").stat().st_mode & 0o777 == 0o700
+
+
+def test_all_that_is_missing_is_named_at_once(remote: Remote, tmp_path: Path) -> None:
+    wanted = cluster(tmp_path, gpus=512, cpu_only=False, min_free_gb=10.0**9)
+    with pytest.raises(ClusterError) as missing:
+        check_cluster(remote, wanted)
+    message = str(missing.value)
+    assert "the recipe wants 512 a host: lower cluster.gpus" in message
+    assert "the recipe needs 1e+09 (cluster.min_free_gb)" in message
+
+
+def test_more_ranks_than_cores_are_refused(remote: Remote, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="CPU cores, the recipe wants 4096 ranks"):
+        check_cluster(remote, cluster(tmp_path, gpus=4096))
+
+
+def test_a_host_without_rsync_is_refused(tmp_path: Path) -> None:
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for program in ("python3", "bash", "sh"):
+        (bare / program).symlink_to(Path(shutil.which(program) or "").resolve())
+    facts = local_sshd.start(tmp_path / "sshd", {"PATH": str(bare)})
+    try:
+        remote = Remote(
+            "127.0.0.1", facts["user"], facts["port"], facts["key_file"], facts["known_hosts"]
+        )
+        with pytest.raises(ClusterError, match="no rsync there: install the package rsync"):
+            check_cluster(remote, cluster(tmp_path))
+    finally:
+        subprocess.run(["kill", str(facts["pid"])], check=True)
+
+
+def test_a_wrong_host_key_is_refused(remote: Remote, tmp_path: Path) -> None:
+    subprocess.run(
+        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "other")], check=True
+    )
+    kind, key = (tmp_path / "other.pub").read_text().split()[:2]
+    (tmp_path / "known_hosts").write_text(f"[127.0.0.1]:{remote.port} {kind} {key}\n")
+    wrong = replace(remote, known_hosts=str(tmp_path / "known_hosts"))
+    with pytest.raises(ClusterError, match=r"the host key of 127.0.0.1 port .* is not the one in"):
+        ask(wrong, "check", root=str(tmp_path))
+
+
+def test_an_unknown_host_key_is_refused(remote: Remote, tmp_path: Path) -> None:
+    (tmp_path / "known_hosts").write_text("")
+    with pytest.raises(ClusterError, match="the host key of"):
+        ask(replace(remote, known_hosts=str(tmp_path / "known_hosts")), "check", root=str(tmp_path))
+
+
+def test_a_refused_key_is_named(remote: Remote, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    with pytest.raises(ClusterError, match=f"refused the login of .* with {key}"):
+        ask(replace(remote, key_file=str(key)), "check", root=str(tmp_path))
+
+
+def test_nobody_listening_may_heal(remote: Remote, tmp_path: Path) -> None:
+    with pytest.raises(ConnectionLost, match=r"no connection to 127.0.0.1 port 1: .*refused"):
+        ask(replace(remote, port=1), "check", root=str(tmp_path))
+
+
+def test_a_key_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(ClusterError, match="key_file '/nowhere/key' is no file"):
+        Remote("h", key_file="/nowhere/key")
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=touch /tmp/x", "a\nb", ""])
+def test_a_host_is_a_name_and_never_an_option(host: str) -> None:
+    with pytest.raises(ClusterError, match="correct it"):
+        Remote(host)
+
+
+def test_packages_that_are_not_the_pinned_ones_are_named(remote: Remote) -> None:
+    settings = Cluster(python=str(REPOSITORY / ".env/airflow/bin/python"))
+    with pytest.raises(ClusterError, match=r"- torch missing, wanted"):
+        check_python(remote, settings, REPOSITORY)
+    settings = Cluster(python=str(REPOSITORY / ".env/cluster/bin/python"))
+    assert check_python(remote, settings, REPOSITORY).endswith(".env/cluster/bin/python")
+
+
+def test_an_interpreter_that_is_not_there_is_named(remote: Remote) -> None:
+    with pytest.raises(ClusterError, match="/nowhere/python: No such file"):
+        check_python(remote, Cluster(python="/nowhere/python"), REPOSITORY)
+
+
+def test_every_requirement_is_pinned() -> None:
+    for name in ("requirements.txt", "requirements-cluster.txt", "requirements-cluster-gpu.txt"):
+        assert all(version for version in pins(REPOSITORY / name).values())

@@ -1,0 +1,85 @@
+"""What arrives is what was sent: digests decide, and what is there is not sent again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fastcpt.cluster.remote import ClusterError, Remote
+from fastcpt.cluster.transfer import fetch, files_of, send
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    folder = tmp_path / "here with space"
+    (folder / "validation").mkdir(parents=True)
+    for number in range(5):
+        (folder / f"shard_{number:02}.parquet").write_bytes(os.urandom(20_000 + number))
+    (folder / "validation" / "v.parquet").write_bytes(b"v" * 10)
+    return folder
+
+
+def test_a_folder_arrives_whole_and_is_marked_ready_last(
+    remote: Remote, shards: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    answer = send(remote, shards, str(there), files_of(shards))
+    assert answer["sent"] == 6
+    assert not answer["reused"]
+    assert {path.name: path.read_bytes() for path in shards.rglob("*.parquet")} == {
+        path.name: path.read_bytes() for path in there.rglob("*.parquet")
+    }
+    assert (there / "READY").is_file()
+    assert there.stat().st_mode & 0o077 == 0
+
+
+def test_what_is_there_is_not_sent_again(remote: Remote, shards: Path, tmp_path: Path) -> None:
+    there = str(tmp_path / "there")
+    send(remote, shards, there, files_of(shards))
+    again = send(remote, shards, there, files_of(shards))
+    assert (again["sent"], again["reused"]) == (0, True)
+
+
+def test_a_shard_altered_there_is_sent_again_though_size_and_time_are_the_same(
+    remote: Remote, shards: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    send(remote, shards, str(there), files_of(shards))
+    shard = there / "shard_03.parquet"
+    before = shard.stat()
+    shard.write_bytes(b"x" * before.st_size)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert send(remote, shards, str(there), files_of(shards))["sent"] == 1
+    assert shard.read_bytes() == (shards / "shard_03.parquet").read_bytes()
+
+
+def test_a_file_that_changed_here_after_its_digest_was_taken_is_refused(
+    remote: Remote, shards: Path, tmp_path: Path
+) -> None:
+    files = files_of(shards)
+    (shards / "shard_00.parquet").write_bytes(b"something else")
+    with pytest.raises(ClusterError, match=r"shard_00\.parquet differ there"):
+        send(remote, shards, str(tmp_path / "there"), files)
+    assert not (tmp_path / "there" / "READY").exists()
+
+
+def test_more_than_the_disk_holds_is_refused_before_anything_is_sent(
+    remote: Remote, tmp_path: Path
+) -> None:
+    files = [{"file": "huge", "bytes": 10**18, "sha256": "0"}]
+    with pytest.raises(ClusterError, match="GB to send"):
+        send(remote, tmp_path, str(tmp_path / "there"), files)
+
+
+def test_a_folder_comes_back(remote: Remote, shards: Path, tmp_path: Path) -> None:
+    back = tmp_path / "back"
+    assert fetch(remote, str(shards), back)["fetched"] == 6
+    assert files_of(back) == files_of(shards)
+    assert fetch(remote, str(shards), back)["reused"]
+
+
+def test_a_folder_that_is_not_there_cannot_come_back(remote: Remote, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="no folder"):
+        fetch(remote, str(tmp_path / "none"), tmp_path / "back")
