@@ -102,6 +102,7 @@ def generate(
     padding = chat.tokenizer.pad_token_id
     config = GenerationConfig(
         do_sample=False,
+        use_cache=True,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted({chat.end_id, chat.tokenizer.eos_token_id}),
         pad_token_id=chat.tokenizer.eos_token_id if padding is None else padding,
@@ -124,7 +125,6 @@ def generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
-                use_cache=True,
                 stopping_criteria=StoppingCriteriaList([sign_of_life]),
             )
         for number, tokens in zip(numbers, out[:, longest:].tolist(), strict=True):
