@@ -114,16 +114,20 @@ def launch(script: str, *arguments: object, ranks: int = 2) -> subprocess.Popen[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    deepspeed = Path(sys.executable).parent / "deepspeed"
+    return _start([deepspeed, "--num_gpus", ranks, "--master_port", port], script, arguments)
+
+
+def start(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """A script on its own, for what ends before there are ranks."""
+    return _start([sys.executable], script, arguments)
+
+
+def _start(
+    command: list[object], script: str, arguments: tuple[object, ...]
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [
-            str(Path(sys.executable).parent / "deepspeed"),
-            "--num_gpus",
-            str(ranks),
-            "--master_port",
-            str(port),
-            str(INCLUDE / "scripts" / script),
-            *map(str, arguments),
-        ],
+        [str(part) for part in (*command, INCLUDE / "scripts" / script, *arguments)],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -20,7 +20,7 @@ from fastcpt.training.data import DataError, Order, Row, decode_corpus, make_bat
 from fastcpt.training.exits import exit_code
 from fastcpt.training.model import ChunkedLoss, ModelError, load_model, packed_inputs
 from fastcpt.training.trainer import Guard, TrainingError, learning_rate
-from training.conftest import launch, train_arguments, write_recipe
+from training.conftest import launch, start, train_arguments, write_recipe
 
 
 def row(*pieces: list[int], labels: list[int] | None = None) -> Row:
@@ -198,7 +198,7 @@ def test_a_training_learns_and_leaves_what_the_next_step_needs(
     assert final(ids, labels=ids).loss < base(ids, labels=ids).loss - 0.8
     # complete: started again it does nothing
     arguments = train_arguments(trained / "recipe.yaml", corpus, out, "--model", model)
-    code, output = finish(launch("train_cpt.py", *arguments))
+    code, output = finish(start("train_cpt.py", *arguments))
     assert code == 0
     assert "is complete" in output
 
@@ -271,21 +271,25 @@ def test_adapters_are_trained_and_saved_with_their_base(
     assert metrics(out) == before
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--use_fp8"], "error: FP8 needs a Hopper or newer GPU"),
-        (["--data_dir", "nowhere"], "corpus_manifest.json is missing"),
-        (["--model", "/nowhere"], "error: /nowhere: no model there"),
-    ],
-)
-def test_what_cannot_heal_ends_with_its_own_code(
-    corpus: Path, model: Path, tmp_path: Path, more: list[str], message: str
-) -> None:
-    arguments = train_arguments(write_recipe(tmp_path), corpus, tmp_path / "out", "--model", model)
-    code, output = finish(launch("train_cpt.py", *arguments, *more))
+def test_the_launcher_passes_on_what_cannot_heal(model: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(write_recipe(tmp_path), tmp_path, tmp_path / "out")
+    code, output = finish(launch("train_cpt.py", *arguments, "--model", model))
     assert code == 78
-    assert message in output
+    assert f"error: {tmp_path}/corpus_manifest.json is missing" in output
+
+
+def test_fp8_without_a_gpu_for_it_is_refused(corpus: Path, model: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(write_recipe(tmp_path), corpus, tmp_path / "out", "--use_fp8")
+    code, output = finish(start("train_cpt.py", *arguments, "--model", model))
+    assert code == 78
+    assert "error: FP8 needs a Hopper or newer GPU" in output
+
+
+def test_models_and_attention_that_are_not_there_are_named(model: Path) -> None:
+    with pytest.raises(ModelError, match=r"/nowhere: no model there"):
+        load_model("/nowhere")
+    with pytest.raises(ModelError, match=r"flash_attention_2, but flash-attn is not installed"):
+        load_model(model, "flash_attention_2")
 
 
 def test_too_many_skipped_steps_end_the_training(corpus: Path, model: Path, tmp_path: Path) -> None:
