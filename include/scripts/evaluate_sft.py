@@ -15,9 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="the recipe (YAML)")
     parser.add_argument("--model", required=True, help="the fine-tuned model (or adapter)")
-    parser.add_argument(
-        "--instructions", required=True, type=Path, help="folder of held_out.jsonl"
-    )
+    parser.add_argument("--instructions", required=True, type=Path, help="folder of held_out.jsonl")
     parser.add_argument("--output", type=Path, default=Path("evaluation_sft.json"))
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     args = parser.parse_args()

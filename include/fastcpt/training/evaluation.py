@@ -78,12 +78,12 @@ def evaluate(
     folder or the folder of one validation set. For each set (``random``, ``newest``) and each of
     ``model`` and ``base``: ``perplexity``, ``bits_per_byte``, ``loss`` (nats a token), ``tokens``,
     ``documents``, and the same ``by_area`` and ``by_year``. Without a recipe the window is the
-    corpus's own sequence length, and weights have the type they were saved in. An evaluation of
+    corpus's own sequence length, and the weights are bfloat16. An evaluation of
     the same inputs is not done again. Raises ``EvaluationError``.
     """
     files = validation_files(validation)
     window = recipe.corpus.max_seq_length if recipe else _sequence_length(validation)
-    dtype = recipe.model.dtype if recipe else "auto"
+    dtype = recipe.model.dtype if recipe else "bfloat16"
     attention = recipe.model.attn_implementation if recipe else "auto"
     made_from = digest_of(
         FORMAT,
@@ -249,16 +249,14 @@ def _batches(windows: list[Window], batch_tokens: int) -> Iterable[list[Window]]
         begin += many
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # type: ignore[untyped-decorator]
 def _window_losses(model: Any, input_ids: torch.Tensor, batch: list[Window]) -> list[float]:
     """The summed loss of each window of a batch (``input_ids [B, S]``, padded at the end)."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     # No mask: causal attention never sees the padding behind a token.
     hidden = causal.model(input_ids=input_ids, use_cache=False)[0]  # [B, S, H]
     # The state of token t predicts token t + 1; only those asked for go through the output layer.
-    rows = np.concatenate(
-        [np.full(window.end - window.first, n) for n, window in enumerate(batch)]
-    )
+    rows = np.concatenate([np.full(window.end - window.first, n) for n, window in enumerate(batch)])
     places = np.concatenate(
         [np.arange(window.first, window.end) - window.begin - 1 for window in batch]
     )
@@ -313,7 +311,9 @@ def figures_of(
             return None
         loss = float(nats / count)
         if loss > 700:  # exp overflows
-            raise EvaluationError(f"{what}: a loss of {loss:.4g} a token; the model's weights are broken")
+            raise EvaluationError(
+                f"{what}: a loss of {loss:.4g} a token; the model's weights are broken"
+            )
         return {
             "perplexity": math.exp(loss),
             "bits_per_byte": float(nats / math.log(2) / size),

@@ -135,7 +135,9 @@ def generate(
         shares: list[Any] = [None] * world_size()
         dist.all_gather_object(shares, answers)
         answers = {number: text for share in shares for number, text in share.items()}
-    progress.say(f"generated {len(answers):,} answers in {time.monotonic() - begin:.1f} s", now=True)
+    progress.say(
+        f"generated {len(answers):,} answers in {time.monotonic() - begin:.1f} s", now=True
+    )
     return [answers[number] for number in range(len(prompts))]
 
 
@@ -185,9 +187,7 @@ def figures_of(asked: Sequence[Instruction], answers: Sequence[str]) -> dict[str
     }
 
 
-def _with_interval(
-    parts: npt.NDArray[Any], wholes: npt.NDArray[Any]
-) -> dict[str, float | None]:
+def _with_interval(parts: npt.NDArray[Any], wholes: npt.NDArray[Any]) -> dict[str, float | None]:
     """``sum(parts) / sum(wholes)`` and its 95 % percentile bootstrap interval.
 
     Examples are drawn with replacement, each with all that it contributes: citations of one answer
