@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,17 +25,9 @@ REPOSITORY = Path(__file__).parents[2]
 USER, PASSWORD = "reader", "of this test alone"
 AIRFLOW = Path(sys.executable).with_name("airflow")
 
-# The pages ask only for the DAG's name; its steps are another test's matter.
-TINY_DAG = """
+# A DAG of somebody else's on the same Airflow.
+ANOTHER_DAG = """
 from airflow.sdk import dag, task
-
-@dag(dag_id="fast_cpt", schedule=None)
-def fast_cpt():
-    @task
-    def gate():
-        return 0
-
-    gate()
 
 @dag(dag_id="another", schedule=None)
 def another():
@@ -45,7 +37,6 @@ def another():
 
     idle()
 
-fast_cpt()
 another()
 """
 
@@ -69,10 +60,8 @@ class Airflow:
 def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Airflow]:
     folder = tmp_path_factory.mktemp("airflow")
     (folder / "dags").mkdir()
-    (folder / "dags" / "tiny.py").write_text(TINY_DAG)
-    # Only the plugin under test: the others are not needed for its pages.
-    (folder / "plugins").mkdir()
-    (folder / "plugins" / "run_pages.py").symlink_to(REPOSITORY / "plugins" / "run_pages.py")
+    (folder / "dags" / "another.py").write_text(ANOTHER_DAG)
+    (folder / "dags" / "fast_cpt.py").symlink_to(REPOSITORY / "dags" / "fast_cpt.py")
     write_json(folder / "passwords.json", {USER: PASSWORD})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -88,7 +77,7 @@ def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Airflow]:
         "AIRFLOW__API__WORKERS": "1",
         "AIRFLOW__API_AUTH__JWT_SECRET": "a secret of this test alone, long enough for HS512 " * 2,
         "AIRFLOW__CORE__DAGS_FOLDER": str(folder / "dags"),
-        "AIRFLOW__CORE__PLUGINS_FOLDER": str(folder / "plugins"),
+        "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "false",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
@@ -149,8 +138,17 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 @pytest.fixture
-def logged_in(page: Page, airflow: Airflow) -> Page:
-    """A page of somebody who is logged in to Airflow."""
-    cookie = {"name": "_token", "value": airflow.token(), "url": airflow.url}
-    page.context.add_cookies([cookie])
-    return page
+def sign_in(page: Page) -> Callable[[str, str], Page]:
+    """Makes the page that of somebody logged in to the Airflow at a base URL, by API token."""
+
+    def sign_in(url: str, token: str) -> Page:
+        page.context.add_cookies([{"name": "_token", "value": token, "url": url}])
+        return page
+
+    return sign_in
+
+
+@pytest.fixture
+def logged_in(sign_in: Callable[[str, str], Page], airflow: Airflow) -> Page:
+    """A page of somebody who is logged in to the tests' own Airflow."""
+    return sign_in(airflow.url, airflow.token())
