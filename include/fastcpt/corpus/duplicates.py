@@ -75,16 +75,24 @@ class SignatureStore:
 
     def _similar(self, left: Rows, right: Rows) -> npt.NDArray[np.bool_]:
         wanted = np.unique(np.concatenate([left, right]))
+        table = self._read(wanted)
         alike = np.empty(len(left), dtype=bool)
-        signatures = np.memmap(self._signatures, dtype=np.uint16, mode="r") if len(wanted) else None
-        if signatures is None:
-            return alike
-        table = signatures.reshape(-1, BINS)
         for begin in range(0, len(left), _ROWS_AT_ONCE):
             some = slice(begin, begin + _ROWS_AT_ONCE)
-            agree = (table[left[some]] == table[right[some]]).mean(axis=1)
-            alike[some] = agree >= self.threshold
+            one = table[np.searchsorted(wanted, left[some])]
+            other = table[np.searchsorted(wanted, right[some])]
+            alike[some] = (one == other).mean(axis=1) >= self.threshold
         return alike
+
+    def _read(self, rows: Rows) -> npt.NDArray[np.uint16]:
+        """Signatures of some rows (in order), in one pass over the file."""
+        table = np.empty((len(rows), BINS), dtype=np.uint16)
+        self._signatures.seek(0)
+        for begin in range(0, self.count, _ROWS_AT_ONCE):
+            block = np.fromfile(self._signatures, dtype=np.uint16, count=_ROWS_AT_ONCE * BINS)
+            first, last = np.searchsorted(rows, [begin, begin + _ROWS_AT_ONCE]).tolist()
+            table[first:last] = block.reshape(-1, BINS)[rows[first:last] - begin]
+        return table
 
 
 def _candidates(keys: Hashes) -> Hashes:

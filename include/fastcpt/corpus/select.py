@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from fastcpt.corpus.documents import DocumentsError, Unreadable, unreadable_message
 from fastcpt.corpus.duplicates import SignatureStore, groups_of
 from fastcpt.corpus.fingerprint import BINS, pieces_of
+from fastcpt.corpus.processes import Progress
 from fastcpt.corpus.score import LEGAL_COMPONENTS, PUBLISHED_COMPONENTS, wording
 from fastcpt.corpus.tokenizer import CorpusTokenizer, find_tokenizer
 from fastcpt.files import digest_of, read_json, whole_file, write_json
@@ -189,29 +190,31 @@ class _Corpus:
     """The score tables' numbers as columns, one entry a document, parts in their names' order."""
 
     def __init__(self, tables: Sequence[dict[str, Any]], recipe: Recipe, store: SignatureStore):
-        columns = {name: [np.empty(0, dtype)] for name, dtype in _NUMBERS.items()}
-        parts, wanted_kind, wanted_subject, points = [], [], [], []
-        self.recipe = recipe
+        count = sum(table["documents"] for table in tables)
+        columns = {name: np.empty(count, dtype) for name, dtype in _NUMBERS.items()}
+        self.part = np.empty(count, dtype=np.int32)
+        self.of_wanted_kind = np.empty(count, dtype=bool)
+        self.of_wanted_subject = np.empty(count, dtype=bool)
+        self.score = np.empty(count, dtype=np.float64)
+        progress = Progress("read scores", "documents", count)
+        row = 0
         for number, table in enumerate(tables):
             for batch in _batches(table, [*_NUMBERS, *_WANTED, *_components(recipe)]):
-                for name in _NUMBERS:
-                    columns[name].append(_numbers(batch, name))
-                parts.append(np.full(batch.num_rows, number, dtype=np.int32))
-                wanted_kind.append(_of_wanted_kind(batch, recipe))
-                wanted_subject.append(_of_wanted_subject(batch, recipe))
-                points.append(_points(batch, recipe))
+                rows = slice(row, row + batch.num_rows)
+                row += batch.num_rows
+                for name, column in columns.items():
+                    column[rows] = _numbers(batch, name)
+                self.part[rows] = number
+                self.of_wanted_kind[rows] = _of_wanted_kind(batch, recipe)
+                self.of_wanted_subject[rows] = _of_wanted_subject(batch, recipe)
+                self.score[rows] = _points(batch, recipe)
                 store.append(_signatures(batch))
-        joined = {name: np.concatenate(arrays) for name, arrays in columns.items()}
-        self.position, self.id_hash = joined["position"], joined["id_hash"]
-        self.content, self.work = joined["content"], joined["work_hash"]
-        self.version, self.version_of = joined["version"], joined["version_of"]
-        self.date, self.year, self.act_year = joined["date"], joined["year"], joined["act_year"]
-        self.characters, self.pieces = joined["characters"], joined["pieces"]
-        self.part: npt.NDArray[np.int32] = np.concatenate(parts)
-        self.of_wanted_kind: Bools = np.concatenate(wanted_kind)
-        self.of_wanted_subject: Bools = np.concatenate(wanted_subject)
-        self.score: Floats = np.concatenate(points)
-        count = len(self.part)
+                progress.add(batch.num_rows)
+        self.position, self.id_hash = columns["position"], columns["id_hash"]
+        self.content, self.work = columns["content"], columns["work_hash"]
+        self.version, self.version_of = columns["version"], columns["version_of"]
+        self.date, self.year, self.act_year = columns["date"], columns["year"], columns["act_year"]
+        self.characters, self.pieces = columns["characters"], columns["pieces"]
         self.reason = np.zeros(count, dtype=np.int8)
         self.split = np.zeros(count, dtype=np.int8)
         self.rank = np.full(count, -1, dtype=np.int64)
@@ -738,7 +741,8 @@ def _ids_of(tables: Sequence[dict[str, Any]], rows: Ints) -> dict[int, str]:
     row = 0
     for table in tables:
         for batch in _batches(table, ["id"]):
-            here = rows[(rows >= row) & (rows < row + batch.num_rows)]
+            begin, end = np.searchsorted(rows, [row, row + batch.num_rows]).tolist()
+            here = rows[begin:end]
             ids = batch.column("id").take(pa.array(here - row)).to_pylist()
             found |= dict(zip(here.tolist(), ids, strict=True))
             row += batch.num_rows
