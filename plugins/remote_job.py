@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import codecs
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from airflow.exceptions import AirflowTaskTimeout
 from airflow.sdk import BaseHook, BaseOperator, Connection, Context
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 from asgiref.sync import sync_to_async
 
 from fastcpt.cluster import jobs
-from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask, ask_async
+from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask_async, ask_through
 
 POLL_S = 2.0
+# A line that does not end is shown in pieces of this many bytes.
+LONGEST_LINE = 64 * 1024
 # So long the triggerer goes on asking a host that does not answer, before the task is tried again.
 UNREACHABLE_S = 1800.0
 LAST_LINES = 30
@@ -83,6 +86,7 @@ class RemoteJob:
     fetch: dict[str, str] = field(default_factory=dict)
     answer: dict[str, Any] | None = None
     uses_gpus: bool = True
+    slurm: dict[str, Any] | None = None
 
 
 class RemoteJobOperator(BaseOperator):
@@ -109,7 +113,12 @@ class RemoteJobOperator(BaseOperator):
         wanted = self.job(context)
         if isinstance(wanted, Mapping):
             return dict(wanted)
-        name = _name(context)
+        self._run(context, wanted)
+        return self._answer(context, wanted)
+
+    def _run(self, context: Context, wanted: RemoteJob) -> None:
+        """Start or find the job; returns where it is complete, waits for it by ``defer`` otherwise."""
+        name, owner = _name(context), str(context["task_instance"].id)
         job = jobs.Job(
             name,
             wanted.commands,
@@ -118,14 +127,19 @@ class RemoteJobOperator(BaseOperator):
             wanted.result,
             self.secrets(context) if self.secrets else {},
             wanted.uses_gpus,
+            jobs.SlurmOptions(**wanted.slurm) if wanted.slurm else None,
         )
-        self._stop = (wanted.connection, wanted.root, name)
-        found = jobs.submit(remote_of(wanted.connection), wanted.root, job)
+        self._stop = (wanted.connection, wanted.root, name, owner)
+        found = jobs.submit(remote_of(wanted.connection), wanted.root, job, owner)
         self.log.info("job %s: %s", name, found)
         if found == "complete":
-            return self._answer(context, wanted)
+            return
+        # Airflow does not apply execution_timeout to a wait: the trigger does
+        ends_by = None
+        if self.execution_timeout:
+            ends_by = time.time() + self.execution_timeout.total_seconds()
         self.defer(
-            trigger=RemoteJobTrigger(wanted.connection, wanted.root, name),
+            trigger=RemoteJobTrigger(wanted.connection, wanted.root, name, owner, ends_by),
             method_name="execute_complete",
             kwargs={"wanted": asdict(wanted)},
         )
@@ -138,16 +152,23 @@ class RemoteJobOperator(BaseOperator):
             raise ConnectionLost(event["unreachable"])
         if "refused" in event:
             raise ClusterError(event["refused"])
+        if "timeout" in event:
+            raise AirflowTaskTimeout(event["timeout"])
         job = RemoteJob(**wanted)
+        status, owner = event["status"], str(context["task_instance"].id)
+        if status["state"] == "cancelled" and status.get("stopped_for") not in (None, "", owner):
+            # a clear: the try before ended the job after this one had found it
+            self._run(context, job)
+            return self._answer(context, job)
         remote = remote_of(job.connection)
-        jobs.outcome(remote, _name(context), event["status"], event["last_lines"])
+        jobs.outcome(remote, _name(context), status, event["last_lines"])
         return self._answer(context, job)
 
     def _answer(self, context: Context, job: RemoteJob) -> Any:
         if job.answer is not None:
             return job.answer
         paths = {**({"result": job.result} if job.result else {}), **job.fetch}
-        files = ask(remote_of(job.connection), "read_files", paths=paths)
+        files = ask_through(remote_of(job.connection), "read_files", paths=paths)
         if self.then:
             return self.then(context, files)
         return json.loads(files["result"]) if files.get("result") else None
@@ -155,8 +176,8 @@ class RemoteJobOperator(BaseOperator):
     def on_kill(self) -> None:
         """The task was ended while it ran: so is its job."""
         if stop := getattr(self, "_stop", None):
-            connection, root, name = stop
-            jobs.stop(remote_of(connection), root, name)
+            connection, root, name, owner = stop
+            jobs.stop(remote_of(connection), root, name, owner)
 
 
 def _name(context: Context) -> str:
@@ -165,57 +186,148 @@ def _name(context: Context) -> str:
 
 
 class RemoteJobTrigger(BaseTrigger):
-    """Watches a job: streams its log, and fires when it has ended or is gone."""
+    """Watches a job: streams its log, and fires when it has ended or is gone.
 
-    def __init__(self, connection: str, root: str, name: str) -> None:
+    ``owner`` is the task's try; ``ends_by`` (seconds since the epoch) is when its time is over.
+    """
+
+    def __init__(
+        self, connection: str, root: str, name: str, owner: str, ends_by: float | None = None
+    ) -> None:
         super().__init__()
         self.connection = connection
         self.root = root
         self.name = name
+        self.owner = owner
+        self.ends_by = ends_by
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        kwargs = {"connection": self.connection, "root": self.root, "name": self.name}
+        kwargs = {
+            "connection": self.connection,
+            "root": self.root,
+            "name": self.name,
+            "owner": self.owner,
+            "ends_by": self.ends_by,
+        }
         return ("remote_job.RemoteJobTrigger", kwargs)
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         clock = asyncio.get_running_loop().time
         answered = clock()
         seen: int | None = None
-        # a piece of the log may end inside a line, or inside a character
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        rest, last_lines = "", [""]
+        last_lines = [""]
+        waits_for = ""
         while True:
+            if self.ends_by and time.time() > self.ends_by:
+                await self.on_kill()
+                yield TriggerEvent({"timeout": f"job {self.name} took longer than the task may"})
+                return
             try:
                 remote = await sync_to_async(remote_of)(self.connection)
-                answer = await ask_async(remote, "poll", root=self.root, name=self.name, seen=seen)
+                answer = await _poll(remote, self.root, self.name, seen)
             except ConnectionLost as error:
                 self.log.warning("%s; asking again", error)
                 if clock() - answered > UNREACHABLE_S:
                     yield TriggerEvent({"unreachable": str(error)})
                     return
-                await asyncio.sleep(min(30.0, 5 * POLL_S))
+                await asyncio.sleep(5 * POLL_S)
                 continue
             except ClusterError as error:
                 yield TriggerEvent({"refused": str(error)})
                 return
             answered = clock()
-            piece = base64.b64decode(answer["log"])
-            seen = answer["seen"] + len(piece)
-            *lines, rest = (rest + decoder.decode(piece)).split("\n")
-            ended = answer["status"]["state"] not in jobs.ACTIVE and seen >= answer["size"]
-            if ended and rest:
-                lines.append(rest)
-            for line in lines:
-                # a progress bar rewrites its line: its last state is what counts
-                self.log.info("%s", line.rstrip("\r").rpartition("\r")[2])
+            status, piece = answer["status"], base64.b64decode(answer["log"])
+            all_read = answer["seen"] + len(piece) >= answer["size"]
+            ended = status["state"] not in jobs.ACTIVE
+            lines, taken = _lines(piece, whole=ended and all_read)
+            seen = answer["seen"] + taken
+            for number, line in enumerate(lines):
+                self.log.info("%s", line)
+                if number % 500 == 499:
+                    await asyncio.sleep(0)  # the triggerer watches other jobs too
             last_lines = [*last_lines, *lines][-LAST_LINES:]
-            if ended:
-                yield TriggerEvent({"status": answer["status"], "last_lines": last_lines})
+            if ended and all_read:
+                yield TriggerEvent({"status": status, "last_lines": last_lines})
                 return
-            if not piece or seen >= answer["size"]:
+            if status["state"] == "waiting" and status.get("why", "") != waits_for:
+                waits_for = status["why"]
+                self.log.info("waiting: %s", waits_for)
+            if not taken:
+                # what was shown is acknowledged at once: a restart repeats next to nothing
                 await asyncio.sleep(POLL_S)
 
     async def on_kill(self) -> None:
         """Marked failed, cleared or deleted while it waited: the job ends with it."""
         remote = await sync_to_async(remote_of)(self.connection)
-        await ask_async(remote, "stop", root=self.root, name=self.name)
+        for _ in range(3):
+            try:
+                await ask_async(remote, "stop", root=self.root, name=self.name, owner=self.owner)
+                return
+            except ConnectionLost as error:
+                self.log.warning("%s; asking again", error)
+                await asyncio.sleep(POLL_S)
+
+
+def _lines(piece: bytes, whole: bool) -> tuple[list[str], int]:
+    """The whole lines of a piece of log and how many bytes they are; all of it when ``whole``.
+
+    The rest is read again next time. A line longer than a piece may be is cut.
+    """
+    taken = len(piece) if whole else piece.rfind(b"\n") + 1
+    if not taken and len(piece) >= LONGEST_LINE:
+        taken = LONGEST_LINE
+        # not inside a character
+        while taken > LONGEST_LINE - 4 and taken < len(piece) and piece[taken] & 0xC0 == 0x80:
+            taken -= 1
+    if not taken:
+        return [], 0
+    shown = []
+    for line in piece[:taken].removesuffix(b"\n").split(b"\n"):
+        # a progress bar rewrites its line: its last state is what counts
+        text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
+        shown += [text[at : at + LONGEST_LINE] for at in range(0, len(text), LONGEST_LINE)] or [""]
+    return shown, taken
+
+
+# All jobs of a host are asked about in one request, one at a time: a hundred jobs cost as many
+# connections as one.
+_pending: dict[tuple[int, Remote, str], list[tuple[dict[str, Any], asyncio.Future[Any]]]] = {}
+_asking: set[asyncio.Task[None]] = set()
+
+
+async def _poll(remote: Remote, root: str, name: str, seen: int | None) -> dict[str, Any]:
+    loop = asyncio.get_running_loop()
+    key = (id(loop), remote, root)
+    answer = loop.create_future()
+    if key in _pending:
+        _pending[key].append(({"name": name, "seen": seen}, answer))
+    else:
+        _pending[key] = [({"name": name, "seen": seen}, answer)]
+        asking = loop.create_task(_ask_about(key))
+        _asking.add(asking)
+        asking.add_done_callback(_asking.discard)
+    found: dict[str, Any] = await answer
+    return found
+
+
+async def _ask_about(key: tuple[int, Remote, str]) -> None:
+    """Ask about what is pending until nothing is."""
+    _, remote, root = key
+    try:
+        while _pending[key]:
+            await asyncio.sleep(0.05)
+            batch, _pending[key] = _pending[key], []
+            requests = [request for request, _ in batch]
+            try:
+                answers = (await ask_async(remote, "poll", root=root, jobs=requests))["jobs"]
+            except Exception as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(type(error)(str(error)))
+            else:
+                for (_, future), answer in zip(batch, answers, strict=True):
+                    if not future.done():
+                        future.set_result(answer)
+    finally:
+        for _, future in _pending.pop(key):
+            future.cancel()

@@ -21,7 +21,7 @@ import local_sshd
 
 from fastcpt.cluster import environment, jobs
 from fastcpt.cluster.check import check_cluster
-from fastcpt.cluster.remote import Remote, ask
+from fastcpt.cluster.remote import Remote, ask, ask_through
 from fastcpt.cluster.transfer import files_of, send
 from fastcpt.files import digest_of, read_json, whole_file
 from fastcpt.recipe import Recipe, load_recipe
@@ -146,7 +146,8 @@ def run(remote: Remote, root: str, job: jobs.Job) -> None:
     seen: int | None = None
     last_lines = [""]
     while True:
-        answer = ask(remote, "poll", root=root, name=job.name, seen=seen)
+        asked = [{"name": job.name, "seen": seen}]
+        answer = ask_through(remote, "poll", root=root, jobs=asked)["jobs"][0]
         piece = base64.b64decode(answer["log"])
         seen = answer["seen"] + len(piece)
         text = piece.decode(errors="replace")

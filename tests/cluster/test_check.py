@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def test_more_ranks_than_cores_are_refused(remote: Remote, tmp_path: Path) -> No
 def test_a_host_without_rsync_is_refused(tmp_path: Path) -> None:
     bare = tmp_path / "bin"
     bare.mkdir()
-    for program in ("python3", "bash", "sh"):
+    (bare / "python3").symlink_to(Path(sys.executable).resolve())
+    for program in ("bash", "sh"):
         (bare / program).symlink_to(Path(shutil.which(program) or "").resolve())
     facts = local_sshd.start(tmp_path / "sshd", {"PATH": str(bare)})
     try:

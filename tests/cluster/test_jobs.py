@@ -77,7 +77,7 @@ def test_exit_code_78_is_not_to_be_tried_again(remote: Remote, tmp_path: Path) -
 
 def test_a_running_job_is_found_and_not_started_again(remote: Remote, tmp_path: Path) -> None:
     count = tmp_path / "count"
-    job = jobs.Job("d", [["bash", "-c", f"echo run >> {count}; sleep 2"]])
+    job = jobs.Job("d", [["bash", "-c", f"echo run >> {count}; sleep 6"]])
     assert jobs.submit(remote, str(tmp_path), job) == "started"
     wait(remote, tmp_path, "d", "running")
     assert jobs.submit(remote, str(tmp_path), job) == "running"

@@ -10,7 +10,8 @@ job's folder and started in a session of its own.
 The lock is held by the supervisor and inherited by the job: while anything of a job lives, it
 cannot be started again. ``status.json`` is written whole, with a heartbeat. A job that ends without
 saying so is seen by its supervisor's pid or the host's other boot id; what is left of it is ended
-before it is started again.
+before it is started again. Under Slurm the supervisor runs inside the allocation, and the queue
+answers for it while it waits or when it was ended.
 """
 
 import base64
@@ -19,17 +20,31 @@ import fcntl
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from typing import Any, Callable, Dict, List, Optional
 
 HEARTBEAT_S = 5.0
-# Training saves a checkpoint on SIGTERM; 25 s keep the promise that all has ended within 30.
-GRACE_S = 25.0
+# Training saves a checkpoint on SIGTERM; 20 s keep the promise that all has ended within 30.
+GRACE_S = 20.0
+# A host of several ends its part when it has not heard of the first one for so long.
+SILENCE_S = 60.0
+SSH_ALIVE = [
+    "-o",
+    "ServerAliveInterval=15",
+    "-o",
+    "ServerAliveCountMax=4",
+    "-o",
+    "ConnectTimeout=20",
+]
 LOG_PIECE = 256 * 1024
+ANSWER_PIECES = 16
+LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 PR_SET_CHILD_SUBREAPER = 36
 MARK = "FASTCPT_JOB"
 ACTIVE = ("starting", "waiting", "running")
@@ -143,7 +158,12 @@ def verify(folder: str, files: List[Answer]) -> Answer:
     ready = os.path.join(folder, "READY")
     if differ and os.path.exists(ready):
         os.unlink(ready)
-    return {"path": folder, "differ": differ, "free": shutil.disk_usage(folder).free}
+    return {
+        "path": folder,
+        "ready": os.path.exists(ready),
+        "differ": differ,
+        "free": shutil.disk_usage(folder).free,
+    }
 
 
 def ready(folder: str, digest: str) -> Answer:
@@ -221,6 +241,20 @@ def job_folder(root: str, name: str) -> str:
     return os.path.join(expand(root), "jobs", name)
 
 
+class Door:
+    """Held while a job is started or ended: two that come at once go in one after the other."""
+
+    def __init__(self, folder: str) -> None:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        self.lock = os.open(os.path.join(folder, "door"), os.O_RDWR | os.O_CREAT, 0o600)
+
+    def __enter__(self) -> None:
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.lock)
+
+
 def locked(folder: str) -> Optional[int]:
     """The lock's descriptor, or None while something of the job lives."""
     lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
@@ -240,51 +274,73 @@ def submit(
     secrets: Dict[str, str],
     result: Optional[str],
     shared_lock: Optional[str],
+    owner: str = "",
+    slurm: Optional[List[str]] = None,
+    extra_lines: Optional[List[str]] = None,
 ) -> Answer:
     """Start a job, or find it: running, or complete by its result file.
 
     ``digest`` names what the job does: a job that runs under the same name with another one is
     ended first. ``shared_lock`` names the lock that jobs on the same GPUs wait for in turn.
+    ``owner`` is the try that asks; it may later end what it started or found, and nothing else.
+    ``slurm`` are options of sbatch: with them Slurm runs the job and shares out the GPUs.
     """
     folder = job_folder(root, name)
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    lock = locked(folder)
-    if lock is None:
-        spec = read_json(os.path.join(folder, "spec.json")) or {}
-        status = read_json(os.path.join(folder, "status.json")) or {}
-        if spec.get("digest") == digest and lives(folder, name, status):
-            return {"found": "running", "folder": folder}
-        stop(root, name)
+    with Door(folder):
+        status = state_of(folder, name)
+        if status["state"] in ACTIVE:
+            spec = read_json(os.path.join(folder, "spec.json"))
+            if spec["digest"] == digest:
+                write_whole(
+                    os.path.join(folder, "owners.json"), json.dumps([*owners(folder), owner])
+                )
+                return {"found": "running", "folder": folder}
+            if not end(folder, name, owner):
+                return {"error": "job %s is running and could not be ended" % name}
+        if result and os.path.exists(expand(result)):
+            return {"found": "complete", "folder": folder}
+        end_strays(name)
         lock = locked(folder)
         if lock is None:
-            return {"error": "job %s is running and could not be ended" % name}
-    if result and os.path.exists(expand(result)):
-        os.close(lock)
-        return {"found": "complete", "folder": folder}
-    end_strays(name)
+            return {"error": "something of job %s lives and could not be ended" % name}
+        begin_folder(folder, owner)
+        write_whole(os.path.join(folder, "job.sh"), script)
+        write_whole(os.path.join(folder, "secrets.json"), json.dumps(secrets))
+        write_whole(os.path.join(folder, "supervisor.py"), SOURCE)
+        spec = {"name": name, "digest": digest, "shared_lock": shared_lock and expand(shared_lock)}
+        if slurm is not None:
+            os.close(lock)
+            return sbatch(folder, spec, slurm, extra_lines or [])
+        write_whole(os.path.join(folder, "spec.json"), json.dumps(spec))
+        write_status(folder, {"state": "starting", "boot_id": boot_id(), "started": time.time()})
+        complaints = os.open(os.path.join(folder, "supervisor.log"), LOG_FLAGS, 0o600)
+        subprocess.Popen(
+            [sys.executable, os.path.join(folder, "supervisor.py"), folder, str(lock)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=complaints,
+            start_new_session=True,
+            pass_fds=[lock],
+            env={**os.environ, MARK: name},
+            cwd=folder,
+        )
+    return {"found": "started", "folder": folder}
+
+
+def begin_folder(folder: str, owner: str) -> None:
+    """A new start: the log begins again, and nobody has asked for its end."""
     log = os.path.join(folder, "job.log")
     if os.path.exists(log):
         os.replace(log, log + ".1")
+    for name in ("stopped.json", "status.json"):
+        if os.path.exists(os.path.join(folder, name)):
+            os.unlink(os.path.join(folder, name))
     write_whole(os.path.join(folder, "seen"), "0")
-    write_whole(os.path.join(folder, "job.sh"), script)
-    write_whole(os.path.join(folder, "secrets.json"), json.dumps(secrets))
-    spec = {"name": name, "digest": digest, "shared_lock": shared_lock and expand(shared_lock)}
-    write_whole(os.path.join(folder, "spec.json"), json.dumps(spec))
-    write_whole(os.path.join(folder, "supervisor.py"), SOURCE)
-    write_status(folder, {"state": "starting", "boot_id": boot_id(), "started": time.time()})
-    environment = dict(os.environ)
-    environment[MARK] = name
-    subprocess.Popen(
-        [sys.executable, os.path.join(folder, "supervisor.py"), folder, str(lock)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        pass_fds=[lock],
-        env=environment,
-        cwd=folder,
-    )
-    return {"found": "started", "folder": folder}
+    write_whole(os.path.join(folder, "owners.json"), json.dumps([owner]))
+
+
+def owners(folder: str) -> List[str]:
+    return read_json(os.path.join(folder, "owners.json")) or []
 
 
 def write_status(folder: str, status: Answer) -> None:
@@ -292,39 +348,61 @@ def write_status(folder: str, status: Answer) -> None:
     write_whole(os.path.join(folder, "status.json"), json.dumps(status))
 
 
-def poll(root: str, name: str, seen: Optional[int] = None) -> Answer:
-    """The job's status and the next piece of its log after the byte ``seen``.
-
-    ``seen`` is kept here, so that a reader that was restarted goes on where the last one ended.
-    """
-    folder = job_folder(root, name)
-    status = read_json(os.path.join(folder, "status.json"))
+def state_of(folder: str, name: str, queue: Optional[Dict[str, List[str]]] = None) -> Answer:
+    """The job's status as it is: what it says of itself, checked against what is there."""
+    status: Optional[Answer] = read_json(os.path.join(folder, "status.json"))
     if status is None:
-        return {"status": {"state": "absent"}, "log": "", "seen": 0, "size": 0}
-    # first the state, then the log: what a job wrote before it ended is there
-    if status["state"] in ACTIVE and not lives(folder, name, status):
+        return {"state": "absent"}
+    spec = read_json(os.path.join(folder, "spec.json")) or {}
+    if spec.get("slurm_id"):
+        status = state_in_slurm(status, spec["slurm_id"], queue)
+    elif status["state"] in ACTIVE and not lives(folder, name, status):
         # it may have ended between the two looks
-        status = read_json(os.path.join(folder, "status.json"))
+        status = read_json(os.path.join(folder, "status.json")) or status
         if status["state"] in ACTIVE:
             rebooted = status.get("boot_id") != boot_id()
             status["state"] = "lost"
             status["why"] = "the host was rebooted" if rebooted else "its supervisor is gone"
-    if seen is None:
-        try:
-            with open(os.path.join(folder, "seen")) as file:
-                seen = int(file.read())
-        except (OSError, ValueError):
-            seen = 0
-    else:
-        write_whole(os.path.join(folder, "seen"), str(seen))
-    piece, size = b"", 0
-    log = os.path.join(folder, "job.log")
-    if os.path.exists(log):
-        size = os.path.getsize(log)
-        with open(log, "rb") as file:
-            file.seek(seen)
-            piece = file.read(LOG_PIECE)
-    return {"status": status, "log": base64.b64encode(piece).decode(), "seen": seen, "size": size}
+    stopped = read_json(os.path.join(folder, "stopped.json"))
+    if stopped and status["state"] not in ACTIVE:
+        status.update(stopped)
+    return status
+
+
+def poll(root: str, jobs: List[Answer]) -> Answer:
+    """Status and next piece of log of each of ``jobs`` ({name, seen}).
+
+    ``seen`` bytes of the log have arrived; None asks for what the reader before left. It is kept
+    here, so that a reader that was restarted goes on where the last one ended.
+    """
+    queue: Optional[Dict[str, List[str]]] = None
+    answers = []
+    budget = ANSWER_PIECES * LOG_PIECE
+    for job in jobs:
+        folder = job_folder(root, job["name"])
+        spec = read_json(os.path.join(folder, "spec.json")) or {}
+        if queue is None and spec.get("slurm_id"):
+            queue = squeue()
+        # first the state, then the log: what a job wrote before it ended is there
+        status = state_of(folder, job["name"], queue)
+        seen = job["seen"]
+        kept = os.path.join(folder, "seen")
+        before = read_json(kept) or 0
+        if seen is None:
+            seen = before
+        elif seen != before and status["state"] != "absent":
+            write_whole(kept, str(seen))
+        piece, size = b"", 0
+        log = os.path.join(folder, "job.log")
+        if os.path.exists(log):
+            size = os.path.getsize(log)
+            with open(log, "rb") as file:
+                file.seek(seen)
+                piece = file.read(min(LOG_PIECE, budget))
+        budget -= len(piece)
+        text = base64.b64encode(piece).decode()
+        answers.append({"status": status, "log": text, "seen": seen, "size": size})
+    return {"jobs": answers}
 
 
 def lives(folder: str, name: str, status: Answer) -> bool:
@@ -340,38 +418,67 @@ def lives(folder: str, name: str, status: Answer) -> bool:
     return False
 
 
-def stop(root: str, name: str) -> Answer:
-    """End a job: its process group, then whatever of it is left. True when nothing lives."""
+def stop(root: str, name: str, owner: Optional[str] = None) -> Answer:
+    """End a job: its process group, then whatever of it is left. True when nothing lives.
+
+    A job that ``owner`` neither started nor found is left alone: it is a later try's.
+    """
     folder = job_folder(root, name)
     if not os.path.isdir(folder):
         return {"ended": True}
-    status = read_json(os.path.join(folder, "status.json")) or {}
+    with Door(folder):
+        if owner is not None and owner not in owners(folder):
+            return {"ended": True, "left_alone": True}
+        return {"ended": end(folder, name, owner or "")}
+
+
+def end(folder: str, name: str, owner: str) -> bool:
+    status = state_of(folder, name)
+    if status["state"] in ACTIVE:
+        write_whole(
+            os.path.join(folder, "stopped.json"),
+            json.dumps({"state": "cancelled", "stopped_for": owner}),
+        )
+    spec = read_json(os.path.join(folder, "spec.json")) or {}
+    if spec.get("slurm_id"):
+        return scancel(folder, name, spec["slurm_id"])
     supervisor = status.get("supervisor")
     if supervisor and name in marks(supervisor):
         signal_quietly(os.kill, supervisor, signal.SIGTERM)
-    until = time.time() + GRACE_S + 3
+    until = time.time() + GRACE_S + 2
     while time.time() < until:
         lock = locked(folder)
         if lock is not None:
             os.close(lock)
             break
-        if not supervisor or name not in marks(supervisor):
+        if supervisor and name not in marks(supervisor):
             break
-        time.sleep(0.2)
+        if not supervisor:
+            # it has just been started and has not said its pid yet
+            supervisor = (read_json(os.path.join(folder, "status.json")) or {}).get("supervisor")
+            if supervisor and name in marks(supervisor):
+                signal_quietly(os.kill, supervisor, signal.SIGTERM)
+        time.sleep(0.1)
     end_strays(name)
     lock = locked(folder)
     if lock is None:
-        return {"ended": False}
+        return False
     os.close(lock)
+    forget_secrets(folder)
     status = read_json(os.path.join(folder, "status.json"))
     if status and status["state"] in ACTIVE:
         status["state"] = "cancelled"
         write_status(folder, status)
-    return {"ended": True}
+    return True
+
+
+def forget_secrets(folder: str) -> None:
+    if os.path.exists(os.path.join(folder, "secrets.json")):
+        os.unlink(os.path.join(folder, "secrets.json"))
 
 
 def marks(pid: int) -> List[str]:
-    """The job a process belongs to, by its environment."""
+    """The job a process belongs to, by its environment; nothing for one that has ended."""
     try:
         with open("/proc/%d/environ" % pid, "rb") as file:
             for entry in file.read().split(b"\0"):
@@ -406,32 +513,33 @@ def signal_quietly(send: Callable[[int, int], None], target: int, number: int) -
         pass
 
 
-def supervise(folder: str, lock: int) -> None:
-    """Run job.sh to its end: heartbeats while it runs, its exit code when it has ended."""
+def supervise(folder: str, lock: Optional[int]) -> None:
+    """Run job.sh to its end: heartbeats while it runs, its exit code when it has ended.
+
+    Without a ``lock`` it is Slurm that runs this, and that may run it again (a requeue).
+    """
     spec = read_json(os.path.join(folder, "spec.json"))
     status = read_json(os.path.join(folder, "status.json"))
-    status["supervisor"] = os.getpid()
+    status.update(supervisor=os.getpid(), boot_id=boot_id(), host=os.uname().nodename)
     ending: List[float] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.time()))
     if sys.platform.startswith("linux"):
         # orphans of the job become children of this process and end with it
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    locks = [lock]
+    locks = [] if lock is None else [lock]
     if spec["shared_lock"]:
         status["state"] = "waiting"
         write_status(folder, status)
         locks.append(wait_for(spec["shared_lock"], folder, status, ending))
     if ending:
-        status.update(state="cancelled", ended=time.time())
+        status.update(state="lost", why="ended from outside", ended=time.time())
         write_status(folder, status)
         return
     environment = dict(os.environ)
     environment.update(read_json(os.path.join(folder, "secrets.json")) or {})
-    os.unlink(os.path.join(folder, "secrets.json"))
-    with open(
-        os.open(os.path.join(folder, "job.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
-        "ab",
-    ) as log:
+    if lock is not None:
+        forget_secrets(folder)
+    with open(os.open(os.path.join(folder, "job.log"), LOG_FLAGS, 0o600), "ab") as log:
         job = subprocess.Popen(
             ["bash", os.path.join(folder, "job.sh")],
             stdin=subprocess.DEVNULL,
@@ -449,36 +557,270 @@ def supervise(folder: str, lock: int) -> None:
         if code is not None:
             break
         if time.time() - beat > HEARTBEAT_S:
-            write_status(folder, status)
             beat = time.time()
+            try:
+                write_status(folder, status)
+            except OSError:
+                pass  # a full disk: the job is what counts, and it may free some
         if ending:
-            asked = ending[0]
-            signal_quietly(os.killpg, job.pid, signal.SIGTERM)
-            while job.poll() is None and time.time() < asked + GRACE_S:
-                time.sleep(0.1)
-            signal_quietly(os.killpg, job.pid, signal.SIGKILL)
-            code = job.wait()
+            code = end_group(job, ending[0])
             break
         time.sleep(0.2)
     # whatever the job left behind in its group ends with it
     signal_quietly(os.killpg, job.pid, signal.SIGKILL)
-    state = "cancelled" if ending else "succeeded" if code == 0 else "failed"
-    status.update(state=state, exit_code=code, ended=time.time())
-    write_status(folder, status)
+    status.update(exit_code=code, ended=time.time())
+    if ending:
+        # `stop` says so in a file of its own; anything else may be a host going down
+        status.update(state="lost", why="ended from outside")
+    else:
+        status.update(state="succeeded" if code == 0 else "failed")
+        forget_secrets(folder)
+    while True:
+        try:
+            return write_status(folder, status)
+        except OSError:
+            time.sleep(HEARTBEAT_S)
+
+
+def end_group(job: "subprocess.Popen[bytes]", asked: float) -> int:
+    """SIGTERM to a process group, SIGKILL to what is left of it after the grace."""
+    signal_quietly(os.killpg, job.pid, signal.SIGTERM)
+    while job.poll() is None and time.time() < asked + GRACE_S:
+        time.sleep(0.1)
+    signal_quietly(os.killpg, job.pid, signal.SIGKILL)
+    return job.wait()
 
 
 def wait_for(path: str, folder: str, status: Answer, ending: List[float]) -> int:
-    """The shared lock's descriptor, once it is free; None when asked to end first."""
+    """The shared lock's descriptor, once it is free or the job is asked to end."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    beat = 0.0
     while not ending:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
+            break
         except OSError:
-            write_status(folder, status)
+            if time.time() - beat > HEARTBEAT_S:
+                beat = time.time()
+                write_status(folder, status)
             time.sleep(0.5)
     return lock
+
+
+# Slurm. The same supervisor runs inside the allocation; the queue tells what it cannot say itself.
+
+WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING")
+ENDED = {
+    "TIMEOUT": "Slurm ended it at its time limit (cluster.slurm.time_limit)",
+    "NODE_FAIL": "its node failed",
+    "PREEMPTED": "Slurm preempted it",
+    "OUT_OF_MEMORY": "it took more memory than Slurm gave it",
+    "BOOT_FAIL": "its node did not start",
+    "DEADLINE": "Slurm ended it at its deadline",
+}
+
+
+def sbatch(folder: str, spec: Answer, options: List[str], extra_lines: List[str]) -> Answer:
+    # a singleton: Slurm itself runs one job of a name at a time
+    fixed = [
+        *("--parsable", "--requeue", "--open-mode=append", "--dependency=singleton"),
+        *("--job-name=" + spec["name"], "--chdir=" + folder, "--output=slurm.log"),
+    ]
+    lines = ["#!/bin/bash"] + ["#SBATCH " + line for line in extra_lines]
+    lines.append("exec python3 ./supervisor.py . slurm")
+    write_whole(os.path.join(folder, "batch.sh"), "\n".join(lines) + "\n")
+    write_whole(os.path.join(folder, "spec.json"), json.dumps(spec))
+    write_status(folder, {"state": "waiting", "started": time.time()})
+    done = run_slurm(
+        ["sbatch", *fixed, *options, os.path.join(folder, "batch.sh")], {MARK: spec["name"]}
+    )
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        if "ontact" in said or "imed out" in said:
+            return {"unavailable": "Slurm's controller does not answer: " + said}
+        return {"error": "sbatch refused the job: " + said}
+    spec["slurm_id"] = done.stdout.decode().strip().split(";")[0]
+    write_whole(os.path.join(folder, "spec.json"), json.dumps(spec))
+    return {"found": "started", "folder": folder, "slurm_id": spec["slurm_id"]}
+
+
+def run_slurm(command: List[str], mark: Dict[str, str]) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **mark},
+        timeout=60,
+    )
+
+
+def squeue() -> Dict[str, List[str]]:
+    """State and reason of the login's jobs, by id; empty where the controller does not answer."""
+    command = [
+        "squeue",
+        "--noheader",
+        "--states=all",
+        "--user=%d" % os.getuid(),
+        "--format=%A|%T|%r",
+    ]
+    try:
+        done = run_slurm(command, {})
+    except subprocess.TimeoutExpired:
+        return {"": ["", ""]}
+    if done.returncode:
+        return {"": ["", ""]}
+    rows = [line.split("|") for line in done.stdout.decode().splitlines()]
+    return {row[0]: row[1:] for row in rows}
+
+
+def state_in_slurm(status: Answer, slurm_id: str, queue: Optional[Dict[str, List[str]]]) -> Answer:
+    if status["state"] in ("succeeded", "failed"):
+        return status
+    queue = squeue() if queue is None else queue
+    if "" in queue:
+        return {**status, "state": "running", "why": "Slurm's controller does not answer"}
+    state, reason = queue.get(slurm_id, ["", ""])
+    if state in WAITING:
+        return {**status, "state": "waiting", "why": "Slurm: %s, %s" % (state, reason)}
+    if state in RUNNING:
+        return {**status, "state": "running"}
+    if state == "CANCELLED":
+        return {**status, "state": "cancelled"}
+    why = ENDED.get(state, "Slurm: " + (state or "it is not in the queue any more"))
+    return {**status, "state": "lost", "why": why}
+
+
+def scancel(folder: str, name: str, slurm_id: str) -> bool:
+    """SIGTERM, then the end. True when Slurm has nothing of the job left."""
+    run_slurm(["scancel", "--batch", "--signal=TERM", slurm_id], {})
+    asked = time.time()
+    while time.time() < asked + GRACE_S + 7:
+        state = squeue().get(slurm_id, ["gone", ""])[0]
+        if state not in WAITING + RUNNING:
+            break
+        if state in WAITING or time.time() > asked + GRACE_S:
+            run_slurm(["scancel", slurm_id], {})
+        time.sleep(0.5)
+    end_strays(name)
+    forget_secrets(folder)
+    return squeue().get(slurm_id, ["gone", ""])[0] not in WAITING + RUNNING
+
+
+# Several hosts: one command on each, started over SSH or by srun, ended together.
+
+
+def on_hosts(gpus: int, hosts: List[str], command: List[str]) -> int:
+    """Run ``command`` on this host and on ``hosts`` (a Slurm allocation's own, where there is one).
+
+    ``{node_rank}``, ``{master_addr}`` and ``{hostfile}`` in the command are filled in; the host
+    file is DeepSpeed's. The hosts share the file system. The first that fails ends the others.
+    """
+    inside_slurm = "SLURM_JOB_ID" in os.environ
+    if inside_slurm:
+        listed = run_slurm(["scontrol", "show", "hostnames"], {}).stdout.decode().split()
+        names, master = listed, listed[0]
+    else:
+        master = address_towards(hosts[0]) if hosts else "127.0.0.1"
+        names = [master, *hosts]
+    if gpus % len(names):
+        print(
+            "ValueError: cluster.gpus (%d) must be a multiple of the %d hosts" % (gpus, len(names))
+        )
+        return 78
+    hostfile = os.path.abspath("hostfile")
+    slots = gpus // len(names)
+    write_whole(hostfile, "".join("%s slots=%d\n" % (name, slots) for name in names))
+    values = {"{master_addr}": master, "{hostfile}": hostfile}
+    command = [values.get(word, word) for word in command]
+    here = [sys.executable, os.path.abspath(__file__), "node"]
+    if inside_slurm:
+        srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--ntasks=%d" % len(names)]
+        return subprocess.call([*srun, *here, *command])
+    settings = {"cwd": os.getcwd(), "environment": dict(os.environ)}
+    nodes = []
+    for rank, host in enumerate(["", *hosts]):
+        far = "exec python3 '%s' node" % os.path.abspath(__file__).replace("'", "'\\''")
+        ssh = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", *SSH_ALIVE]
+        node = subprocess.Popen([*ssh, "--", host, far] if host else here, stdin=subprocess.PIPE)
+        words = [str(rank) if word == "{node_rank}" else word for word in command]
+        tell(node, json.dumps({**settings, "command": words}))
+        nodes.append(node)
+    ending: List[float] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.time()))
+    beat, code = time.time(), 0
+    while any(node.poll() is None for node in nodes):
+        failed = [node.returncode for node in nodes if node.returncode]
+        if (failed or ending) and nodes[0].stdin and not nodes[0].stdin.closed:
+            code = failed[0] if failed else 143
+            for node in nodes:
+                if node.stdin:
+                    node.stdin.close()
+        elif time.time() - beat > HEARTBEAT_S and not (failed or ending):
+            beat = time.time()
+            for node in nodes:
+                tell(node, "alive")
+        time.sleep(0.2)
+    return code or next((node.returncode for node in nodes if node.returncode), 0)
+
+
+def tell(node: "subprocess.Popen[bytes]", line: str) -> None:
+    try:
+        assert node.stdin is not None
+        node.stdin.write(line.encode() + b"\n")
+        node.stdin.flush()
+    except OSError:
+        pass  # it has ended: its exit code says so
+
+
+def node() -> int:
+    """One host's part of ``on_hosts``: ends with the connection, or when that falls silent."""
+    if "SLURM_NODEID" in os.environ:
+        rank = os.environ["SLURM_NODEID"]
+        command = [rank if word == "{node_rank}" else word for word in sys.argv[2:]]
+        os.execvp(command[0], command)
+    settings = json.loads(sys.stdin.buffer.readline())
+    # what says which host and login this is stays this host's own
+    own = ("HOSTNAME", "SSH_CONNECTION", "SSH_CLIENT", "SSH_AUTH_SOCK", "SSH_TTY")
+    environment = {key: value for key, value in settings["environment"].items() if key not in own}
+    job = subprocess.Popen(
+        settings["command"],
+        stdin=subprocess.DEVNULL,
+        cwd=settings["cwd"],
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+    heard = time.time()
+    ending: List[float] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.time()))
+    while job.poll() is None:
+        try:
+            readable, _, _ = select.select([sys.stdin.buffer], [], [], 0.2)
+        except InterruptedError:
+            continue
+        if readable:
+            heard = time.time()
+            if not os.read(0, 65536):
+                break
+        if ending or time.time() - heard > SILENCE_S:
+            break
+    if job.poll() is None:
+        return end_group(job, time.time()) and 143
+    signal_quietly(os.killpg, job.pid, signal.SIGKILL)
+    return job.returncode if job.returncode >= 0 else 128 - job.returncode
+
+
+def address_towards(host: str) -> str:
+    """This host's address as ``host`` (a name of the SSH configuration) sees it."""
+    known = subprocess.run(["ssh", "-G", "--", host], stdout=subprocess.PIPE, check=True)
+    pairs = [line.split(" ", 1) for line in known.stdout.decode().splitlines() if " " in line]
+    place = dict(reversed(pairs))["hostname"]
+    family, kind, _, _, address = socket.getaddrinfo(place, 22, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
 
 
 REQUESTS = {
@@ -486,5 +828,13 @@ REQUESTS = {
     for function in (check, verify, ready, listing, read_files, versions, submit, poll, stop)
 }
 
-if __name__ == "__main__" and len(sys.argv) == 3:
-    supervise(sys.argv[1], int(sys.argv[2]))
+if __name__ == "__main__" and len(sys.argv) > 1:
+    if sys.argv[1] == "on-hosts":
+        sys.exit(
+            on_hosts(int(sys.argv[2]), sys.argv[3].split(",") if sys.argv[3] else [], sys.argv[4:])
+        )
+    elif sys.argv[1] == "node":
+        sys.exit(node())
+    else:
+        place = os.path.abspath(sys.argv[1])
+        supervise(place, None if sys.argv[2] == "slurm" else int(sys.argv[2]))

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastcpt.cluster.remote import ClusterError, Remote, ask
+from fastcpt.cluster.remote import ClusterError, Remote, ask, ask_through
 from fastcpt.files import digest_of
 
 ACTIVE = ("starting", "waiting", "running")
@@ -25,12 +25,37 @@ class JobRefused(ValueError):
     """The job says that its input is wrong; the same again would end the same."""
 
 
+class JobCancelled(ValueError):
+    """Somebody ended the job on the cluster; it is not started again unasked."""
+
+
 class JobFailed(RuntimeError):
     """The job ended with an error; it goes on from its last checkpoint when it is tried again."""
 
 
 class JobLost(OSError):
     """The job vanished without a word (a reboot); trying again goes on from its last checkpoint."""
+
+
+@dataclass(frozen=True)
+class SlurmOptions:
+    """What sbatch is told beyond the job itself; ``extra_lines`` are #SBATCH options as written."""
+
+    account: str | None = None
+    partition: str | None = None
+    time_limit: str | None = None
+    extra_lines: Sequence[str] = ()
+    gpus: int = 0
+
+    @property
+    def arguments(self) -> list[str]:
+        given = {
+            "account": self.account,
+            "partition": self.partition,
+            "time": self.time_limit,
+            "gpus": self.gpus or None,
+        }
+        return [f"--{name}={value}" for name, value in given.items() if value is not None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +73,7 @@ class Job:
     result: str | None = None
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     uses_gpus: bool = True
+    slurm: SlurmOptions | None = None
 
     @property
     def script(self) -> str:
@@ -66,25 +92,33 @@ def job_name(*parts: object) -> str:
     return f"{readable[:120]}-{digest_of(*map(str, parts))[:8]}"
 
 
-def submit(remote: Remote, root: str, job: Job) -> str:
-    """Start the job or find it: ``started``, ``running`` or ``complete``."""
-    answer = ask(
+def submit(remote: Remote, root: str, job: Job, owner: str = "") -> str:
+    """Start the job or find it: ``started``, ``running`` or ``complete``.
+
+    ``owner`` names the try that asks: it may end later what it started or found here.
+    """
+    if bad := [line for line in (job.slurm.extra_lines if job.slurm else ()) if "\n" in line]:
+        raise ClusterError(f"cluster.slurm.extra_lines: {bad[0]!r} is more than one line")
+    answer = ask_through(
         remote,
         "submit",
         root=root,
         name=job.name,
         script=job.script,
-        digest=digest_of(job.script),
+        digest=digest_of(job.script, job.slurm and [job.slurm.arguments, *job.slurm.extra_lines]),
         secrets=dict(job.secrets),
         result=job.result,
-        shared_lock=f"{root}/gpus.lock" if job.uses_gpus else None,
+        shared_lock=f"{root}/gpus.lock" if job.uses_gpus and not job.slurm else None,
+        owner=owner,
+        slurm=job.slurm and job.slurm.arguments,
+        extra_lines=job.slurm and list(job.slurm.extra_lines),
     )
     return str(answer["found"])
 
 
-def stop(remote: Remote, root: str, name: str) -> None:
+def stop(remote: Remote, root: str, name: str, owner: str | None = None) -> None:
     """End the job and every process of it; ``ClusterError`` when one is left."""
-    if not ask(remote, "stop", root=root, name=name)["ended"]:
+    if not ask(remote, "stop", root=root, name=name, owner=owner)["ended"]:
         raise ClusterError(f"{remote.host}: job {name} could not be ended; end it there by hand")
 
 
@@ -103,7 +137,9 @@ def outcome(
             f"job {name} on {remote.host} ended with {status.get('exit_code')}:\n{said}"
         )
     if state == "cancelled":
-        raise JobFailed(f"job {name} on {remote.host} was cancelled there")
+        raise JobCancelled(
+            f"job {name} was ended on {remote.host} by somebody there: clear the task to start it again"
+        )
     raise JobLost(f"job {name} on {remote.host} is gone: {status.get('why', state)}")
 
 

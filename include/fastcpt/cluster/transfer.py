@@ -20,7 +20,7 @@ from fastcpt.cluster.remote import (
     ClusterError,
     ConnectionLost,
     Remote,
-    ask,
+    ask_through,
     connection_error,
     quoted_ssh,
 )
@@ -58,7 +58,7 @@ def send(
     """
     began = time.monotonic()
     listed = [{key: file[key] for key in ("file", "bytes", "sha256")} for file in files]
-    state = ask(remote, "verify", folder=folder, files=listed)
+    state = ask_through(remote, "verify", folder=folder, files=listed)
     sizes = {file["file"]: int(file["bytes"]) for file in files}
     differ, sent = state["differ"], list(state["differ"])
     total = sum(sizes[name] for name in differ)
@@ -74,13 +74,13 @@ def send(
         _rsync(
             remote, _shares(differ, sizes, streams), sizes, f"{local}/", f"HOST:{state['path']}/"
         )
-        differ = ask(remote, "verify", folder=folder, files=listed)["differ"]
+        differ = ask_through(remote, "verify", folder=folder, files=listed)["differ"]
     if differ:
         raise ClusterError(
             f"{remote.host}: {', '.join(differ[:3])} differ there after {ROUNDS} transfers: "
             "check that host's disk and memory"
         )
-    ask(remote, "ready", folder=folder, digest=digest_of(listed))
+    ask_through(remote, "ready", folder=folder, digest=digest_of(listed))
     seconds = time.monotonic() - began
     log.info("%s holds %d files; sent %d in %.1f s", state["path"], len(files), len(sent), seconds)
     return {
@@ -95,7 +95,7 @@ def send(
 def fetch(remote: Remote, folder: str, local: Path, streams: int = STREAMS) -> dict[str, Any]:
     """Bring a folder back from the cluster; the same promises as ``send``, digests verified here."""
     began = time.monotonic()
-    state = ask(remote, "listing", folder=folder)
+    state = ask_through(remote, "listing", folder=folder)
     files = state["files"]
     local.mkdir(parents=True, exist_ok=True)
     differ = _differ(local, files)
