@@ -3,8 +3,9 @@
 A citation is either a CELEX number itself (``32016R0679``, ``62012CJ0131``; consolidated versions
 ``02016R0679-20160504`` count as their act) or an act's or case's number in words: ``Regulation (EU)
 2016/679``, ``Directive 95/46/EC``, ``Council Regulation (EC) No 1/2003``, ``Directives 2001/83/EC
-and 2004/27/EC``, ``Case C-131/12``. All become base CELEX numbers, so that the same act named in
-two ways is one citation. docs/evaluation.md gives the rules in full.
+and 2004/27/EC``, ``Framework Decision 2008/977/JHA``, ``Case C-131/12``. All become base CELEX
+numbers, so that the same act named in two ways is one citation. docs/evaluation.md gives the rules
+in full.
 """
 
 from __future__ import annotations
@@ -14,24 +15,35 @@ from typing import NamedTuple
 
 _CELEX = re.compile(
     r"(?<![\w/])(?P<sector>[0-9CE])(?P<year>(?:19|20)\d\d)(?P<type>[A-Z]{1,2})(?P<number>\d{4})"
-    r"(?:R\(\d\d\))?(?:-\d{8})?(?![\w(])"
+    r"(?P<part>\(\d\d\))?(?:R\(\d\d\))?(?:-\d{8})?(?!\w)"
 )
 
-# One number of an act, with what may stand around it.
+# A kind of act, and its letter in CELEX; joint actions and common positions have two.
+_LETTER = {
+    "framework decision": "F",
+    "joint action": "E",
+    "common position": "E",
+    "regulation": "R",
+    "directive": "L",
+    "decision": "D",
+    "recommendation": "H",
+}
+# One number of an act, with what may stand around it: "(EU, Euratom) No 966/2012", "2010/88/CFSP".
+_BODY = r"(?:EU|EC|EEC|ECSC|CFSP|JHA|Euratom)\b"
 _NUMBER = (
-    r"(?:\((?:EU|EC|EEC|ECSC|CFSP|JHA|Euratom)(?:, ?Euratom)?\) ?)?"
-    r"(?:No\.? ?)?\d{1,4}/\d{1,4}(?:/(?:EU|EC|EEC|ECSC|CFSP|JHA|Euratom))?"
+    rf"(?:\(?{_BODY}(?:, ?{_BODY})*\)? ?)?(?:Nos?\.? ?)?"
+    rf"\d{{1,4}}/\d{{1,4}}(?:/[A-Z]{{2,8}}\b)*(?:, Euratom\b)?"
 )
 _ACTS = re.compile(
-    rf"\b(?P<kind>Regulation|Directive|Decision)s? (?P<numbers>{_NUMBER}(?:(?:, | and |, and | or )"
-    rf"{_NUMBER})*)(?![\d/])",
+    rf"\b(?P<kind>{'|'.join(_LETTER)})s? (?P<numbers>{_NUMBER}"
+    rf"(?:(?:, | and |, and | or |, or ){_NUMBER})*)(?![\d/])",
     re.IGNORECASE,
 )
 _ONE = re.compile(
-    r"(?P<no>No\.? ?)?(?P<first>\d{1,4})/(?P<second>\d{1,4})(?:/[A-Z]+)?", re.IGNORECASE
+    r"(?P<no>Nos?\.? ?)?(?P<first>\d{1,4})/(?P<second>\d{1,4})(?P<bodies>(?:/[A-Z]+)*)",
+    re.IGNORECASE,
 )
 _CASE = re.compile(r"\b(?P<court>[CTF])[-\u2010\u2011\u2013 ](?P<number>\d{1,4})/(?P<year>\d\d)\b")
-_LETTER = {"regulation": "R", "directive": "L", "decision": "D"}
 _COURT = {"C": "CJ", "T": "TJ", "F": "FJ"}  # judgments of the Court, General Court, Civil Service
 
 
@@ -42,7 +54,10 @@ def citations(text: str) -> set[str]:
     for acts in _ACTS.finditer(text):
         letter = _LETTER[acts["kind"].lower()]
         for one in _ONE.finditer(acts["numbers"]):
-            found.add(_act(letter, bool(one["no"]), one["first"], one["second"]))
+            # joint actions and the like on police and justice share the framework decisions' F
+            justice = letter == "E" and "JHA" in one["bodies"].upper()
+            letter_of_one = "F" if justice else letter
+            found.add(_act(letter_of_one, bool(one["no"]), one["first"], one["second"]))
     for case in _CASE.finditer(text):
         year = int(case["year"])
         century = 1900 if year >= 50 else 2000
@@ -53,22 +68,30 @@ def citations(text: str) -> set[str]:
 def _base(match: re.Match[str]) -> str:
     # sector 0 holds consolidated versions of the acts of sector 3
     sector = "3" if match["sector"] == "0" else match["sector"]
-    return f"{sector}{match['year']}{match['type']}{match['number']}"
+    return f"{sector}{match['year']}{match['type']}{match['number']}{match['part'] or ''}"
 
 
 def _act(letter: str, no: bool, first: str, second: str) -> str:
     """The CELEX number of "first/second"; empty where neither part can be a year.
 
     Since 2015 every act is year/number. Before, regulations were number/year, and so was whatever
-    stands after "No"; directives and decisions year/number, with two digits until 1998.
+    stands after "No"; directives and others year/number, with two digits until 1998. A part that
+    can be no year is none, whatever the rule: "Decision No 87/209/EEC" is of 1987.
     """
+    years = (_year(first), _year(second))
     number_first = no or (letter == "R" and not (len(first) == 4 and 2015 <= int(first) <= 2100))
-    year, number = (second, first) if number_first else (first, second)
-    if len(year) == 2:
-        year = f"19{year}"
-    if len(year) != 4 or not 1950 <= int(year) <= 2100:
-        return ""
-    return f"3{year}{letter}{int(number):04}"
+    if letter == "L":
+        number_first = False
+    if years[number_first] is None:
+        number_first = not number_first
+    year, number = years[number_first], (first if number_first else second)
+    return "" if year is None else f"3{year}{letter}{int(number):04}"
+
+
+def _year(digits: str) -> int | None:
+    """The year that two (until 1999) or four digits stand for; None where they cannot."""
+    year = int(digits) + (1900 if len(digits) == 2 else 0)
+    return year if 1952 <= year <= 2100 else None
 
 
 class Checked(NamedTuple):
