@@ -1,23 +1,27 @@
 """A trained model -> a folder to hand on: safetensors, tokenizer, model card.
 
-Adapters are merged into the plain weights of their base model: each product is computed in 32-bit
-floats and rounded once to the recipe's type. The card tells only what the run's record holds, and
-no place on any machine. The folder is complete or absent; published again from the same inputs it
-is left as it is.
+Adapters are merged into the plain weights of their base model, whatever precision they were
+trained beside: each sum is taken in 32-bit floats and rounded once to the recipe's type. The card
+tells only what the run's record holds, and no place on any machine. The folder is complete or
+absent; published again from the same inputs it is left as it is.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
+from fastcpt.files import digest_of, read_json, write_json
 from fastcpt.recipe import Recipe
 from fastcpt.training.inference import identity
 from fastcpt.training.model import load_model
@@ -25,6 +29,7 @@ from fastcpt.training.sft import Chat
 
 FORMAT = 1
 SHARD = "5GB"
+SILENCE = 20.0  # seconds without a line of progress
 FACTS = "publication.json"
 TRAININGS = {
     "train_cpt": "continued pre-training",
@@ -41,8 +46,9 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
     """Write the folder ``output``; returns what its ``publication.json`` holds.
 
     ``model`` is a training's ``final`` folder, ``record`` the run's record (or what of it there
-    is). ``publication.json``: ``made_from``, ``base``, ``parameters``, ``merged``, ``files``
-    ([{file, bytes, sha256}], of the others). Raises ``ValueError`` kinds.
+    is). ``publication.json``: ``made_from`` (a digest of all inputs), ``base`` (its hub name or
+    None), ``parameters`` and ``merged`` (whether there were adapters). Raises ``PublishError``,
+    ``ModelError`` where the model cannot be loaded, ``InstructionError`` for its tokenizer.
     """
     if not model.is_dir():
         raise PublishError(f"--model {model}: no such folder")
@@ -56,39 +62,64 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
         print(f"{output} is complete", flush=True)
         return dict(read_json(output / FACTS))
     logging.disable_progress_bar()
-    causal, _ = load_model(model, "sdpa", recipe.model.dtype)
+    with _signs_of_life(f"loading {model.name}"):
+        causal, _ = load_model(model, "sdpa", recipe.model.dtype)
     merged = hasattr(causal, "merge_and_unload")
     if merged:
-        print("merging the adapter into its base model", flush=True)
-        causal = causal.merge_and_unload(safe_merge=True)  # refuses what is not finite
+        with _signs_of_life("merging the adapter into its base model"):
+            # not safe_merge, which would round the product before it is added
+            causal = causal.merge_and_unload()
+    _check_finite(causal)
     causal.config.use_cache = True  # training turns it off
+    if facts["train_sft/training"]:
+        chat = Chat(model)
+        causal.generation_config.eos_token_id = sorted({chat.end_id, chat.tokenizer.eos_token_id})
+    parameters = causal.num_parameters()
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    print(f"writing {_parameters(causal):,} parameters", flush=True)
-    causal.save_pretrained(str(partial), max_shard_size=SHARD)
-    chat = Chat(model)  # a base model's tokenizer gets the plain template, as in fine-tuning
-    if facts["train_sft/training"]:
-        chat.tokenizer.save_pretrained(str(partial))
-    else:
-        for file in model.iterdir():
-            if "token" in file.name or file.suffix in {".txt", ".jinja"}:
-                shutil.copyfile(file, partial / file.name)
-    card = model_card(recipe, facts, name=output.name, parameters=_parameters(causal))
+    with _signs_of_life(f"writing {parameters:,} parameters"):
+        causal.save_pretrained(str(partial), max_shard_size=SHARD)
+    AutoTokenizer.from_pretrained(str(model)).save_pretrained(str(partial))
+    card = model_card(recipe, facts, name=output.name, parameters=parameters)
     (partial / "README.md").write_text(card, encoding="utf-8")
     result = {
         "made_from": made_from,
         "base": _base_name(recipe),
-        "parameters": _parameters(causal),
+        "parameters": parameters,
         "merged": merged,
-        "files": [
-            {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
-            for file in sorted(partial.iterdir())
-        ],
     }
     write_json(partial / FACTS, result)
     _put_in_place(partial, output)
     print(f"published {output}", flush=True)
     return result
+
+
+def _check_finite(model: Any) -> None:
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise PublishError(
+                f"{name} holds values that are not finite: the training broke the model; take an "
+                "earlier checkpoint"
+            )
+
+
+@contextmanager
+def _signs_of_life(what: str) -> Iterator[None]:
+    """Says that ``what`` begins, and now and then that it goes on."""
+    ended, begin = threading.Event(), time.monotonic()
+
+    def speak() -> None:
+        while not ended.wait(SILENCE):
+            print(f"{what}, {time.monotonic() - begin:.0f} s so far", flush=True)
+
+    print(what, flush=True)
+    speaker = threading.Thread(target=speak, daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        speaker.join()
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
@@ -103,10 +134,6 @@ def _put_in_place(partial: Path, output: Path) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     return dict(read_json(file)) if file.is_file() else {}
-
-
-def _parameters(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _base_name(recipe: Recipe) -> str | None:
@@ -187,14 +214,13 @@ def _trainings(recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
     for training, words in TRAININGS.items():
         totals = facts[f"{training}/training"]
         if totals:
-            loss = totals.get("final_loss", totals.get("loss"))
             rows.append(
                 (
                     words,
                     f"{totals['steps']:,}",
                     f"{totals['tokens']:,}",
                     f"{settings[training].learning_rate:g}",
-                    "" if loss is None else f"{loss:.3f}",
+                    f"{totals['loss']:.3f}",
                     f"{totals['seconds'] / 3600:,.2f} h",
                 )
             )
@@ -214,9 +240,10 @@ def _trainings(recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
 def _perplexity(facts: Mapping[str, Any]) -> list[str]:
     evaluation = facts["evaluation_stage2"] or facts["evaluation"]
     rows = []
-    for name, figures in evaluation.items():
+    for name in ("random", "newest"):
+        figures = evaluation.get(name, {})
         for who, words in (("base", "base model"), ("model", "after continued pre-training")):
-            found = figures.get(who) if isinstance(figures, dict) else None
+            found = figures.get(who)
             if found:
                 rows.append(
                     (
@@ -231,8 +258,7 @@ def _perplexity(facts: Mapping[str, Any]) -> list[str]:
         return []
     parts = [
         _table(("validation set", "model", "perplexity", "bits per byte", "tokens"), rows),
-        "Each token counts once, in a strided window "
-        f"of {evaluation.get('window', 0):,} tokens. `random`: acts held out at random; `newest`: "
+        "Each token counts once, in strided windows. `random`: acts held out at random; `newest`: "
         "the newest acts. No version of a held-out act was trained on.",
     ]
     gate = facts["gate_stage2"] or facts["gate"]
