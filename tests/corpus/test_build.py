@@ -18,7 +18,7 @@ import pytest
 
 from corpus.made import Record, act, record, text_of
 from fastcpt.corpus import build as build_module
-from fastcpt.corpus.build import BuildError, LeakError, build
+from fastcpt.corpus.build import BuildError, LeakError, build, tokenize
 from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import select
@@ -178,6 +178,25 @@ def test_a_corpus_that_grew_tokenizes_only_what_is_new(
     grown = made(recipe_for(documents(new, "part-01.jsonl")), home)
     assert not grown["reused"]
     assert tokenized == [("part-00.jsonl", 0), ("part-01.jsonl", 6)]
+
+
+def test_tokenizing_can_be_spread_over_workers(
+    documents: Writer, recipe_for: Recipes, home: Path, tmp_path: Path
+) -> None:
+    records = acts()
+    for n in range(3):
+        documents(records[n::3], f"part-{n}.jsonl")
+    recipe = recipe_for(tmp_path / "documents")
+    parts = list_parts(recipe.documents)
+    scores = score_parts(parts, recipe, home, 1)
+    selection = select([score["path"] for score in scores], recipe, home)["path"]
+    done = [tokenize(selection, [part], recipe, home)["documents"] for part in parts]
+    assert sum(done) == 40
+    ids = {path: path.stat().st_mtime_ns for path in home.glob("tokens/*/*")}
+    spread = build(selection, recipe, home, 1)
+    assert {path: path.stat().st_mtime_ns for path in home.glob("tokens/*/*")} == ids
+    alone = build(selection, recipe, tmp_path / "alone", 1)
+    assert bytes_of(Path(spread["path"])) == bytes_of(Path(alone["path"]))
 
 
 KILLED = """

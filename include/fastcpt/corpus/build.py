@@ -109,6 +109,27 @@ def build(
     return {**manifest, "path": str(folder), "reused": False}
 
 
+def tokenize(selection: str, parts: Sequence[str], recipe: Recipe, home: Path) -> dict[str, Any]:
+    """Tokenize a selection's documents of some parts, which ``build`` then finds done.
+
+    Mapped over groups of parts, this spreads the tokenizing over workers that share ``home``.
+    Returns ``{documents, tokens}`` that were new. A tokenizer that the recipe trains on the
+    documents does not exist before ``build``: then there is nothing to do yet.
+    """
+    tokenizer = find_tokenizer(recipe)
+    if tokenizer is None:
+        return {"documents": 0, "tokens": 0}
+    chosen = read_json(Path(selection) / "manifest.json")
+    documents = _Documents.of_selection(Path(selection), chosen, recipe.documents.fields)
+    tokenizer = faster(tokenizer, _training_texts(documents, PROBE_CHARACTERS), home)
+    done = {"documents": 0, "tokens": 0}
+    for part, source, positions in documents.by_part(np.arange(len(documents.split))):
+        if part in parts:
+            result = tokenize_part(part, source, documents.fields, tokenizer, positions, home)
+            done = {key: done[key] + result[key] for key in done}
+    return done
+
+
 @dataclass
 class _Documents:
     """The selection's documents as columns, one entry each; what is dropped here keeps its row."""
