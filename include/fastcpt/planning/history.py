@@ -138,3 +138,32 @@ def record_run(
     with whole_file(path) as aside:
         aside.write_text("".join(json.dumps(asdict(row)) + "\n" for row in kept), encoding="utf-8")
     return measured
+
+
+Row = tuple[str, float, float, float | None, bool]
+
+
+def compare(plan: Mapping[str, Any], training: Mapping[str, Any], gpus: int) -> list[Row]:
+    """A plan beside what its training took: (what, planned low, planned high, actual, inside).
+
+    ``plan`` is ``plan.json``, ``training`` the ``training.json`` of the run on ``gpus`` GPUs. Rows
+    whose plan is unknown are left out; ``inside`` says whether the actual figure is in the range
+    (memory: at most what was planned).
+    """
+    rows: list[Row] = []
+    rate = training.get("tokens_per_s_per_gpu")
+    actual = {
+        "tokens_per_s": rate * gpus if rate else None,
+        "hours": training["seconds"] / 3600 if "seconds" in training else None,
+    }
+    for what, value in actual.items():
+        promised = plan.get(what)
+        if promised:
+            low, high = float(promised["low"]), float(promised["high"])
+            rows.append((what, low, high, value, value is not None and low <= value <= high))
+    memory = plan.get("memory_gb")
+    if memory:
+        peak = training.get("peak_memory_gb")
+        total = float(memory["total"])
+        rows.append(("memory_gb", 0.0, total, peak, peak is not None and peak <= total))
+    return rows

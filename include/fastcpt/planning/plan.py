@@ -33,10 +33,11 @@ from fastcpt.planning.costs import (
 from fastcpt.planning.hardware import Hardware, hardware_of, prices_source
 from fastcpt.planning.history import Measured, last_run
 from fastcpt.planning.shapes import KNOWN, Shape, known_name, shape_of
-from fastcpt.recipe import Lora, Recipe, Training
+from fastcpt.recipe import CONFIGS, Lora, Recipe, Training
 
 MEASURED = Path(__file__).with_name("measured.yaml")
 OFFLOAD_FILE = "ds_config_zero3_offload.json"
+NO_OFFLOAD = f" (needs include/configs/{OFFLOAD_FILE}, which is not there)"
 CHARACTERS_PER_TOKEN = 4.4  # running legal text, Llama's and dolma2's vocabularies
 BYTES_PER_TOKEN_ON_DISK = 1.1  # of the shards: zstd over int32 ids
 STARTUP_SECONDS = 300.0  # packages imported, kernels built, NCCL up; without loading weights
@@ -174,7 +175,10 @@ class Plan:
         if not self.fits_money and self.cost:
             yield f"money: ${self.cost.words(0)}, budget ${self.budget_money:,.0f}"
         if not self.fits_disk:
-            yield f"disk: the checkpoints take {self.checkpoint_disk_gb:,.0f} GB there"
+            yield (
+                f"disk: checkpoints and models take {self.checkpoint_disk_gb:,.0f} GB there, more than "
+                "is free; free some, or keep fewer checkpoints (training.save_total_limit)"
+            )
 
     def text(self) -> str:
         """The whole plan, to read."""
@@ -269,13 +273,18 @@ def _alternative_words(choice: Alternative) -> str:
 
 
 def estimated_tokens(document_bytes: int, recipe: Recipe) -> int:
-    """Corpus tokens of documents of so many bytes, before any is read.
+    """Corpus tokens of documents of so many (uncompressed) bytes, before any is read.
 
-    4.4 characters a token; then the recipe's share and budget of tokens. Thresholds, duplicates
-    and held-out acts are not known yet, so this is what there is at most.
+    4.4 characters a token, then the recipe's selection. Thresholds, duplicates and held-out acts
+    are not known yet, so this is what there is at most.
     """
-    tokens = document_bytes / CHARACTERS_PER_TOKEN * (recipe.selection.top_share or 1.0)
-    return int(min(tokens, recipe.selection.target_tokens or tokens))
+    return selected_tokens(round(document_bytes / CHARACTERS_PER_TOKEN), recipe)
+
+
+def selected_tokens(tokens: int, recipe: Recipe) -> int:
+    """What a recipe takes of so many tokens: its share, and at most its budget of tokens."""
+    share = round(tokens * (recipe.selection.top_share or 1.0))
+    return min(share, recipe.selection.target_tokens or share)
 
 
 def plan(
@@ -292,7 +301,7 @@ def plan(
     that a recipe does not fit is an answer, not an error (``require_fit``).
     """
     hardware = hardware_of(recipe.cluster, cluster)
-    found = _figures(recipe, tokens, hardware, history)
+    found = plan_on(recipe, tokens, hardware, history)
     if found.fits or hardware.gpu is None:
         return found
     return replace(found, alternatives=tuple(alternatives(recipe, tokens, hardware, history)))
@@ -304,8 +313,8 @@ def require_fit(plan: Plan) -> None:
         raise PlanRefused(plan.message())
 
 
-def _figures(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None) -> Plan:
-    """The plan without its alternatives."""
+def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None) -> Plan:
+    """The plan on given machines, without its alternatives."""
     training, shape = recipe.training, shape_of(recipe)
     sequence = recipe.corpus.max_seq_length
     name = recipe.model.name_or_path
@@ -341,7 +350,7 @@ def _figures(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pa
         # planned in bf16, which is what would run there
         bf16 = changed(recipe, {"training.use_fp8": False})
         reason = f"precision: {hardware.gpu.name} has no FP8; the figures are those of bf16"
-        return replace(_figures(bf16, tokens, hardware, history), problems=(reason,))
+        return replace(plan_on(bf16, tokens, hardware, history), problems=(reason,))
     job = job_of(recipe, shape, hardware, micro)
     return _gpu_plan(plain, recipe, job, hardware, before)
 
@@ -638,13 +647,13 @@ def alternatives(
     planned = recipe.training.max_steps * recipe.global_batch_size * recipe.corpus.max_seq_length
     for order, (what, changes, count) in enumerate(_changes(recipe, hardware)):
         machines = hardware.with_count(count)
-        figures = _figures(changed(recipe, changes), tokens, machines, history)
+        figures = plan_on(changed(recipe, changes), tokens, machines, history)
         if not figures.fits and not figures.problems and figures.fits_memory:
             cut = cut_to_budget(changed(recipe, changes), figures)
             if cut is not None and count == hardware.count:
                 what = f"{what}, fewer tokens" if what else "fewer tokens"
                 changes = {**changes, **cut}
-                figures = _figures(changed(recipe, changes), tokens, machines, history)
+                figures = plan_on(changed(recipe, changes), tokens, machines, history)
         if not what or figures.hours is None or figures.memory_gb is None:
             continue
         choice = Alternative(
@@ -681,7 +690,7 @@ def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str
         or tokens_per_second(best, hardware) > (1 + WORTH_IT) * tokens_per_second(own, hardware)
     ):
         words = f"micro-batch {best.micro_batch}, checkpointing {best.checkpointing}"
-        yield words, {**precision, **_of_job(best)}, count
+        yield words, {**precision, **job_changes(best)}, count
     else:
         yield "", precision, count  # the recipe itself, on fewer tokens
     if gpu.fp8 is not None and not recipe.training.use_fp8:
@@ -692,7 +701,8 @@ def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str
     offload = {**precision, "training.deepspeed": OFFLOAD_FILE}
     tuned = None if recipe.lora else _tuned(recipe, offload, hardware)
     if tuned is not None:
-        yield "optimizer offloaded to the hosts", tuned, count
+        there = (CONFIGS / OFFLOAD_FILE).is_file()
+        yield f"optimizer offloaded to the hosts{'' if there else NO_OFFLOAD}", tuned, count
     smaller = [name for name in KNOWN if KNOWN[name].parameters < 0.9 * shape.parameters]
     for name in reversed(smaller[-2:]):
         model = {**precision, "model.name_or_path": f"meta-llama/{name}", "model.config": None}
@@ -716,7 +726,7 @@ def _called(recipe: Recipe, shape: Shape) -> str:
     return (known_name(name) if name else None) or f"{shape.parameters / 1e9:.0f}B"
 
 
-def _of_job(job: Job) -> dict[str, Any]:
+def job_changes(job: Job) -> dict[str, Any]:
     return {
         "training.per_device_train_batch_size": job.micro_batch,
         "training.gradient_accumulation_steps": job.accumulation,
@@ -731,7 +741,7 @@ def _tuned(recipe: Recipe, changes: dict[str, Any], hardware: Hardware) -> dict[
     job = best_job(other, shape, hardware) if shape else None
     if job is None or not host_has_memory(job, hardware):
         return None
-    return {**changes, **_of_job(job)}
+    return {**changes, **job_changes(job)}
 
 
 def _enough_gpus(
@@ -749,9 +759,9 @@ def _enough_gpus(
         if job is None or not host_has_memory(job, machines):
             continue
         gpus = {"cluster.gpus": count, "cluster.gpu": hardware.gpu.name}
-        changes = {**precision, **gpus, **_of_job(job)}
+        changes = {**precision, **gpus, **job_changes(job)}
         choice = (f"{count} GPUs in place of {hardware.count}", changes, count)
-        if _figures(changed(recipe, changes), None, machines, None).fits_time:
+        if plan_on(changed(recipe, changes), None, machines, None).fits_time:
             yield choice
             return
         first = first or choice
@@ -772,9 +782,11 @@ def cut_to_budget(recipe: Recipe, figures: Plan) -> dict[str, Any] | None:
     allowed = recipe.budget.hours if recipe.budget.hours is not None else float("inf")
     if recipe.budget.money is not None and figures.cost:
         allowed = min(allowed, recipe.budget.money / (figures.cost.high / figures.hours.high))
+    if allowed >= figures.hours.high:
+        return None
     a_step = (figures.hours.high - fixed) / steps
-    steps = min(steps, int((allowed - fixed) / a_step * 0.999))
-    if steps < 1 or steps >= recipe.training.max_steps:
+    steps = int((allowed - fixed) / a_step * 0.999)
+    if steps < 1:
         return None
     return {
         "training.max_steps": steps,

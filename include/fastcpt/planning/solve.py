@@ -1,0 +1,130 @@
+"""Given hours and money: the most tokens, or the fewest GPUs; as a recipe ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastcpt.planning.costs import Job
+from fastcpt.planning.hardware import Hardware, hardware_of
+from fastcpt.planning.plan import (
+    MORE_GPUS,
+    Plan,
+    PlanRefused,
+    alternatives,
+    best_job,
+    changed,
+    host_has_memory,
+    job_changes,
+    plan_on,
+)
+from fastcpt.planning.shapes import shape_of
+from fastcpt.recipe import Recipe
+
+MOST_STEPS = 10_000_000  # the recipe's own limit
+
+
+def most_tokens(
+    recipe: Recipe,
+    tokens: int | None = None,
+    cluster: Mapping[str, Any] | str | None = None,
+    history: Path | None = None,
+) -> tuple[Recipe, Plan]:
+    """The recipe with as many steps as its budget allows on the cluster, and its plan.
+
+    ``recipe.budget`` must have hours or money. Micro-batch and recomputation become the fastest
+    that fit. Raises ``PlanRefused`` where no step fits, with what would.
+    """
+    _require_budget(recipe)
+    hardware = _gpus_of(recipe, cluster)
+    other = changed(recipe, {**_machines(hardware), **job_changes(_best(recipe, hardware))})
+
+    def with_steps(steps: int) -> tuple[Recipe, Plan]:
+        warmup = min(recipe.training.warmup_steps, steps // 10)
+        cut = changed(other, {"training.max_steps": steps, "training.warmup_steps": warmup})
+        return cut, plan_on(cut, tokens, hardware, history)
+
+    if not with_steps(1)[1].fits:
+        raise _refused(other, tokens, hardware, history, with_steps(1)[1])
+    # hours and money only grow with the steps: the last number that fits, by halving
+    low, high = 1, MOST_STEPS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if with_steps(middle)[1].fits else (low, middle - 1)
+    return with_steps(low)
+
+
+def fewest_gpus(
+    recipe: Recipe,
+    tokens: int | None = None,
+    cluster: Mapping[str, Any] | str | None = None,
+    history: Path | None = None,
+) -> tuple[Recipe, Plan]:
+    """The recipe on the fewest GPUs of the cluster's kind that keep its budget, tokens unchanged.
+
+    Raises ``PlanRefused`` where no number of them does, with what would.
+    """
+    _require_budget(recipe)
+    given = _gpus_of(recipe, cluster)
+    for count in MORE_GPUS:
+        hardware = given.with_count(count)
+        if recipe.global_batch_size % count:
+            continue
+        shape = shape_of(recipe)
+        job = best_job(recipe, shape, hardware) if shape else None
+        if job is None or not host_has_memory(job, hardware):
+            continue
+        other = changed(recipe, {**_machines(hardware), **job_changes(job)})
+        found = plan_on(other, tokens, hardware, history)
+        if found.fits:
+            return other, found
+    raise _refused(recipe, tokens, given, history, plan_on(recipe, tokens, given, history))
+
+
+def _require_budget(recipe: Recipe) -> None:
+    if recipe.budget.hours is None and recipe.budget.money is None:
+        raise ValueError("nothing to solve for: give hours (--hours), money (--budget) or both")
+
+
+def _gpus_of(recipe: Recipe, cluster: Mapping[str, Any] | str | None) -> Hardware:
+    hardware = hardware_of(recipe.cluster, cluster)
+    if hardware.gpu is None:
+        raise ValueError(
+            "on CPUs nothing is known to solve with: name a cluster (--cluster 4xB200)"
+        )
+    return hardware
+
+
+def _best(recipe: Recipe, hardware: Hardware) -> Job:
+    shape = shape_of(recipe)
+    if shape is None:
+        raise ValueError(plan_on(recipe, None, hardware, None).notes[0])
+    # on the machines at hand the global batch may be split anew
+    batch = _divisible(recipe, hardware)
+    job = best_job(batch, shape, hardware)
+    if job is None:
+        raise _refused(recipe, None, hardware, None, plan_on(recipe, None, hardware, None))
+    return job
+
+
+def _divisible(recipe: Recipe, hardware: Hardware) -> Recipe:
+    if recipe.global_batch_size % hardware.count == 0:
+        return recipe
+    raise ValueError(
+        f"a step's {recipe.global_batch_size} sequences cannot be split over {hardware.count} GPUs: "
+        "change gradient_accumulation_steps"
+    )
+
+
+def _machines(hardware: Hardware) -> dict[str, Any]:
+    assert hardware.gpu is not None
+    return {"cluster.gpus": hardware.count, "cluster.gpu": hardware.gpu.name}
+
+
+def _refused(
+    recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None, found: Plan
+) -> PlanRefused:
+    others = tuple(alternatives(recipe, tokens, hardware, history))
+    return PlanRefused(replace(found, alternatives=others).message())

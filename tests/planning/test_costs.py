@@ -1,0 +1,132 @@
+"""The formulas against published numbers and against each other."""
+
+from dataclasses import replace
+
+import pytest
+
+from fastcpt.planning.costs import (
+    Job,
+    activation_bytes,
+    attention_flops,
+    checkpoint_bytes,
+    communication_seconds,
+    host_bytes,
+    memory_parts,
+    model_flops,
+    recomputed_flops,
+    seconds_parts,
+    tokens_per_second,
+)
+from fastcpt.planning.hardware import named_hardware
+from fastcpt.planning.shapes import KNOWN
+from fastcpt.recipe import Lora
+
+EIGHT, SEVENTY = KNOWN["Llama-3.1-8B"], KNOWN["Llama-3.1-70B"]
+JOB = Job(EIGHT, 3072, micro_batch=2, accumulation=16, ranks=2)
+
+
+def test_8b_at_8192_takes_51_and_a_half_gflop_a_token():
+    assert model_flops(EIGHT, 8192) / 1e9 == pytest.approx(51.5, abs=0.05)
+
+
+def test_the_published_hybrid_takes_2e21_flop():
+    tokens = 12_000 * 128 * 3072
+    assert model_flops(SEVENTY, 3072) * tokens == pytest.approx(2.0e21, rel=0.02)
+
+
+def test_attention_counts_the_causal_half():
+    # 32 layers, two products of 4096 x 8192 multiply-adds a token, half of them masked
+    assert attention_flops(EIGHT, 8192) == 32 * 2 * 2 * 4096 * 8192 / 2
+
+
+def test_lora_needs_no_gradients_of_frozen_weights():
+    lora = Lora()
+    full, adapted = model_flops(EIGHT, 3072), model_flops(EIGHT, 3072, lora)
+    saved = 2 * EIGHT.matrix_parameters - 6 * EIGHT.lora_parameters(lora)
+    assert full - adapted == pytest.approx(saved)
+
+
+def test_full_recomputation_is_the_blocks_forward_again():
+    blocks = 2 * 32 * EIGHT.block_parameters + attention_flops(EIGHT, 3072)
+    assert recomputed_flops(replace(JOB, checkpointing="full")) == blocks
+    assert recomputed_flops(JOB) == 0
+
+
+def test_states_take_16_bytes_a_parameter_over_the_ranks():
+    parts = memory_parts(replace(JOB, shape=SEVENTY, ranks=4))
+    states = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    assert states == 16 * SEVENTY.parameters / 4
+    assert states / 1e9 == pytest.approx(282, abs=0.5)  # of a B200's 192
+
+
+def test_lora_keeps_frozen_weights_in_two_bytes():
+    parts = memory_parts(replace(JOB, lora=Lora()))
+    trained = EIGHT.lora_parameters(Lora())
+    assert parts["weights"] == 2 * (EIGHT.parameters + trained) / 2
+    assert parts["gradients"] + parts["optimizer"] == 14 * trained / 2
+
+
+def test_offload_moves_gradients_and_optimizer_to_the_hosts():
+    job = replace(JOB, offload=True)
+    assert memory_parts(job)["optimizer"] == memory_parts(job)["gradients"] == 0
+    assert host_bytes(job) == 16 * EIGHT.parameters
+    assert host_bytes(JOB) == 0
+
+
+def test_a_checkpointed_block_keeps_its_input_alone():
+    # 2 L h T, the notes' count
+    assert 32 * 6144 * activation_bytes(JOB, "full") == 2 * 32 * 4096 * 6144
+    none, some = activation_bytes(JOB, "none"), activation_bytes(JOB, "selective")
+    assert none > some > activation_bytes(JOB, "full")
+
+
+def test_whole_logits_take_6_bytes_an_entry_and_chunked_ones_do_not_grow_with_them():
+    whole = memory_parts(replace(JOB, whole_logits=True))["logits"]
+    assert whole == 6 * 128_256 * 6144
+    more = memory_parts(replace(JOB, micro_batch=8))["logits"] - memory_parts(JOB)["logits"]
+    assert more == 2 * 4096 * 6 * 3072  # the hidden states' gradient alone
+
+
+def test_one_rank_gathers_nothing():
+    alone = replace(JOB, ranks=1)
+    assert memory_parts(alone)["gather_buffers"] == 0
+    assert communication_seconds(alone, named_hardware("1xH200")) == 0
+
+
+def test_zero3_moves_weights_twice_and_gradients_once():
+    # 3 x 2 B x 8.03e9 x half through 28 % of 450 GB/s
+    seconds = communication_seconds(JOB, named_hardware("2xH200"))
+    assert seconds == pytest.approx(3 * 8_030_261_248 / (0.28 * 450e9))
+
+
+def test_the_network_between_hosts_is_what_binds_two_hosts():
+    job = replace(JOB, ranks=16)
+    inside = communication_seconds(job, replace(named_hardware("16xH200"), per_host=16))
+    assert communication_seconds(job, named_hardware("16xH200")) > 3 * inside
+
+
+def test_a_checkpoint_holds_weights_master_and_moments():
+    assert checkpoint_bytes(JOB) == 14 * EIGHT.parameters
+
+
+def test_accumulation_spreads_the_optimizer_step():
+    hardware = named_hardware("2xH200")
+    once = seconds_parts(replace(JOB, accumulation=1), hardware)["optimizer"]
+    assert seconds_parts(JOB, hardware)["optimizer"] == pytest.approx(once / 16)
+
+
+@pytest.mark.parametrize(
+    ("slower", "faster"),
+    [
+        (JOB, replace(JOB, fp8=True)),
+        (replace(JOB, checkpointing="full"), JOB),
+        (replace(JOB, sdpa=True), JOB),
+        (JOB, replace(JOB, lora=Lora())),
+        (replace(JOB, offload=True), JOB),
+        (JOB, replace(JOB, micro_batch=4)),
+    ],
+    ids=["fp8", "checkpointing", "attention", "lora", "offload", "micro-batch"],
+)
+def test_what_is_faster(slower, faster):
+    hardware = named_hardware("2xH200")
+    assert tokens_per_second(faster, hardware) > tokens_per_second(slower, hardware)

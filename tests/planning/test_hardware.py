@@ -1,0 +1,79 @@
+import pytest
+
+from fastcpt.planning.hardware import (
+    HardwareError,
+    find_gpu,
+    gpu_table,
+    hardware_of,
+    named_hardware,
+    prices_source,
+)
+from fastcpt.recipe import Cluster
+
+FACTS = {
+    "gpus": [{"name": "NVIDIA H100 80GB HBM3", "memory_gb": 85.52, "driver": "580"}] * 2,
+    "memory_gb": 128.0,
+    "disk_free_gb": 64.0,
+    "cores": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "count", "hosts"),
+    [("4xB200", "B200", 4, 1), ("16xB200", "B200", 16, 2), ("1 x h100", "H100", 1, 1)],
+)
+def test_a_name_gives_the_cluster(name, gpu, count, hosts):
+    hardware = named_hardware(name)
+    assert (hardware.gpu.name, hardware.count, hardware.hosts) == (gpu, count, hosts)
+
+
+@pytest.mark.parametrize("name", ["B200", "0xB200", "4xB200; rm -rf /", "fourxB200"])
+def test_what_is_no_cluster_is_refused(name):
+    with pytest.raises(HardwareError):
+        named_hardware(name)
+
+
+def test_an_unknown_gpu_says_where_to_add_it():
+    with pytest.raises(HardwareError, match=r"'MI300X' is not in gpus.yaml"):
+        named_hardware("8xMI300X")
+
+
+@pytest.mark.parametrize(
+    ("nvidia_smi", "known"),
+    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"),
+     ("NVIDIA GB200", "GB200"), ("NVIDIA B200", "B200"), ("NVIDIA L40S", "L40S")],
+)  # fmt: skip
+def test_nvidia_smis_names_are_known(nvidia_smi, known):
+    assert find_gpu(nvidia_smi).name == known
+
+
+def test_what_was_seen_takes_the_place_of_the_table():
+    hardware = hardware_of(Cluster(gpus=2), FACTS)
+    assert (hardware.name, hardware.gpu.memory_gb) == ("2xH100", 85.52)
+    assert (hardware.host_memory_gb, hardware.disk_free_gb) == (128.0, 64.0)
+
+
+def test_the_recipe_says_how_many_hosts_more():
+    assert hardware_of(Cluster(gpus=4, hosts=["second"]), FACTS).hosts == 2
+
+
+def test_unequal_gpus_are_refused():
+    mixed = {**FACTS, "gpus": [FACTS["gpus"][0], {"name": "NVIDIA H200", "memory_gb": 150.7}]}
+    with pytest.raises(HardwareError, match="mixes NVIDIA H100 80GB HBM3 and NVIDIA H200"):
+        hardware_of(Cluster(gpus=2), mixed)
+
+
+def test_a_login_host_without_gpus_is_planned_by_the_recipes_word():
+    facts = {**FACTS, "gpus": []}
+    assert hardware_of(Cluster(gpus=8, gpu="H200", launcher="slurm"), facts).name == "8xH200"
+
+
+def test_cpus():
+    assert hardware_of(Cluster(gpus=2, cpu_only=True), FACTS).gpu is None
+
+
+def test_peaks_and_prices_carry_their_date():
+    table = gpu_table()
+    assert (table["H100"].bf16, table["H100"].fp8, table["B200"].fp8) == (0.989, 1.979, 4.5)
+    assert table["A100"].fp8 is None
+    assert "2026-03-10" in prices_source()

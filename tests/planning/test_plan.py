@@ -1,0 +1,217 @@
+"""What a user learns from a plan, on the published recipes and on changed ones."""
+
+import json
+
+import pytest
+
+from fastcpt.planning.plan import (
+    PlanRefused,
+    changed,
+    estimated_tokens,
+    plan,
+    require_fit,
+)
+from fastcpt.recipe import load_recipe
+
+SMALL = {
+    "model.name_or_path": "meta-llama/Llama-3.2-1B",
+    "budget.hours": None,
+    "budget.money": None,
+}
+
+
+@pytest.fixture
+def hybrid():
+    return load_recipe("cpt_config_fast")
+
+
+def test_the_published_hybrid_cannot_be(hybrid):
+    found = plan(hybrid, cluster="4xB200")
+    assert found.tokens == 12_000 * 128 * 3072
+    assert found.flops == pytest.approx(2.0e21, rel=0.02)
+    assert found.passes == pytest.approx(2.36, abs=0.01)
+    # 31 h at four chips' FP8 peak, of six hours
+    assert found.peak_hours == pytest.approx(31, abs=0.5)
+    assert found.peak_hours > 5 * found.budget_hours
+    # 282 GB of states alone, of 192
+    assert found.memory_gb["total"] > 282 > found.available_gb
+    verdicts = [found.fits_memory, found.fits_time, found.fits_money, found.fits]
+    assert not any(verdicts)
+    # the best published rate of a 70B needs about 73 h
+    assert 65 < found.hours.low < 90
+
+
+def test_its_message_says_why_and_what_would(hybrid):
+    message = plan(hybrid, cluster="4xB200").message()
+    first, *rest = message.splitlines()
+    assert first == "'cpt_config_fast' (Llama-3.1-70B, full, FP8) on 4xB200 does not fit:"
+    assert rest[0].startswith("  - memory: 307 GB a GPU of 186 (optimizer 212, weights 35")
+    assert "5.2 times the budget" in message
+    assert "What would fit, best first:" in message
+    with pytest.raises(PlanRefused, match="does not fit"):
+        require_fit(plan(hybrid, cluster="4xB200"))
+
+
+def test_every_alternative_is_a_recipe_that_takes_what_it_says(hybrid):
+    found = plan(hybrid, cluster="4xB200")
+    assert len(found.alternatives) >= 5
+    verdicts = [choice.fits for choice in found.alternatives]
+    assert verdicts == sorted(verdicts, reverse=True)  # what fits comes first
+    kinds = " | ".join(choice.what for choice in found.alternatives)
+    for kind in ("8B", "LoRA", "offload", "GPUs", "fewer tokens"):
+        assert kind in kinds
+    for choice in found.alternatives:
+        gpus = choice.changes.get("cluster.gpus", 4)
+        again = plan(changed(hybrid, choice.changes), cluster=f"{gpus}xB200")
+        assert again.hours == choice.hours
+        assert again.fits == choice.fits
+        if choice.fits:
+            assert choice.hours.high <= 6
+            assert choice.cost.high <= 180
+
+
+def test_five_hours_on_four_b200_do_what_is_known_of_them(hybrid):
+    """1.1-2.4 B tokens of 8B, 0.2-0.45 B of 70B LoRA, from the published rates."""
+    eight = plan(changed(hybrid, {"model.name_or_path": "meta-llama/Llama-3.1-8B"}))
+    per_five_hours = [
+        rate * 5 * 3600 / 1e9 for rate in (eight.tokens_per_s.low, eight.tokens_per_s.high)
+    ]
+    assert 0.9 < per_five_hours[0] < per_five_hours[1] < 2.6
+    lora = plan(load_recipe("cpt_lora_config"))
+    per_five_hours = [
+        rate * 5 * 3600 / 1e9 for rate in (lora.tokens_per_s.low, lora.tokens_per_s.high)
+    ]
+    assert 0.14 < per_five_hours[0] < per_five_hours[1] < 0.5
+
+
+def test_what_fits_says_so_in_one_line(hybrid):
+    found = plan(changed(hybrid, SMALL), cluster="8xH100")
+    assert found.fits
+    assert found.alternatives == ()
+    assert found.message() == "'cpt_config_fast' (Llama-3.2-1B, full, FP8) on 8xH100: fits."
+    require_fit(found)
+
+
+def test_fits_time_is_a_promise_of_the_slow_end(hybrid):
+    recipe = changed(hybrid, SMALL)
+    hours = plan(recipe, cluster="8xH100").hours
+    assert plan(changed(recipe, {"budget.hours": hours.high + 0.01}), cluster="8xH100").fits_time
+    between = (hours.low + hours.high) / 2
+    assert not plan(changed(recipe, {"budget.hours": between}), cluster="8xH100").fits_time
+
+
+def test_money_is_hours_times_gpus_times_price(hybrid):
+    recipe = changed(hybrid, {**SMALL, "budget.price_per_gpu_hour": 2.0})
+    found = plan(recipe, cluster="8xH100")
+    assert found.cost.high == pytest.approx(found.hours.high * 8 * 2.0)
+    assert found.price_source == "price of the recipe"
+    assert sum(found.hours_parts.values()) == pytest.approx(
+        (found.hours.low + found.hours.high) / 2
+    )
+
+
+def test_a_chip_without_a_price_costs_something_unknown(hybrid):
+    found = plan(changed(hybrid, {**SMALL, "budget.money": 5.0}), cluster="4xGB200")
+    assert found.cost is None
+    assert found.fits_money
+    assert "no price for GB200" in found.notes[0]
+
+
+def test_recomputation_comes_only_where_memory_needs_it(hybrid):
+    eight = changed(hybrid, {"model.name_or_path": "meta-llama/Llama-3.1-8B"})
+    eight = changed(eight, {"training.per_device_train_batch_size": 4})
+    assert plan(eight, cluster="4xH200").checkpointing == "none"
+    assert plan(eight, cluster="4xH100").checkpointing == "full"
+    kept = changed(eight, {"training.gradient_checkpointing": False})
+    refused = plan(kept, cluster="4xH100")
+    assert not refused.fits_memory
+    assert "micro-batch" in refused.alternatives[0].what
+    assert plan(changed(kept, refused.alternatives[0].changes), cluster="4xH100").fits_memory
+
+
+def test_fp8_where_there_is_none_is_planned_in_bf16(hybrid):
+    found = plan(changed(hybrid, SMALL), cluster="8xA100")
+    assert not found.fits
+    assert found.precision == "bfloat16"
+    assert "A100 has no FP8" in found.message()
+    assert found.alternatives[0].changes == {"training.use_fp8": False}
+    assert found.alternatives[0].fits
+
+
+def test_a_batch_that_cannot_be_split_is_a_problem(hybrid):
+    found = plan(changed(hybrid, SMALL), cluster="6xH100")
+    assert not found.fits
+    assert "128 sequences cannot be split over 6 GPUs" in found.message()
+
+
+def test_a_time_budget_of_the_trainer_bounds_hours_and_tokens(hybrid):
+    free = plan(changed(hybrid, SMALL), cluster="8xH100")
+    bound = plan(changed(hybrid, {**SMALL, "training.time_budget_hours": 1.0}), cluster="8xH100")
+    assert bound.hours_parts["training"] <= 1.0
+    assert bound.tokens < free.tokens
+    assert "time_budget_hours" in bound.notes[0]
+
+
+def test_disk_there_holds_one_checkpoint_more_than_are_kept(hybrid):
+    found = plan(changed(hybrid, SMALL), cluster="8xH100")
+    # two kept, one being written, 14 B a parameter; base model and final one, 2 B each
+    assert found.checkpoint_disk_gb == pytest.approx((3 * 14 + 4) * 1.2358, rel=1e-3)
+    facts = {"gpus": [{"name": "NVIDIA H100", "memory_gb": 85.5}] * 8, "memory_gb": 2000.0}
+    recipe = changed(hybrid, {**SMALL, "cluster.gpus": 8})
+    assert plan(recipe, cluster={**facts, "disk_free_gb": 60.0}).fits_disk
+    full = plan(recipe, cluster={**facts, "disk_free_gb": 50.0})
+    assert not full.fits
+    assert "disk: checkpoints and models take 57 GB there" in full.message()
+
+
+def test_transfer_is_the_shards_there_and_the_model_back(hybrid):
+    recipe = changed(hybrid, SMALL)
+    back = plan(recipe, 1_000_000_000, "8xH100").transfer_gb
+    assert back == pytest.approx(1.1 + 2 * 1.2358, rel=1e-3)
+    stay = changed(recipe, {"publish.destination": "leave_on_cluster"})
+    assert plan(stay, 1_000_000_000, "8xH100").transfer_gb == pytest.approx(1.1)
+
+
+def test_a_model_that_only_the_cluster_knows_is_not_guessed():
+    found = plan(load_recipe("cpt_stage2_deep"))
+    assert found.hours is None
+    assert found.fits
+    assert "shape of 'output/cpt_stage1_fast/final' is not known here" in found.notes[0]
+    assert "rate            unknown" in found.text()
+
+
+@pytest.mark.parametrize("name", ["sample", "local"])
+def test_on_cpus_nothing_is_promised(name):
+    found = plan(load_recipe(name))
+    assert found.fits
+    assert (found.hours, found.cost, found.memory_gb) == (None, None, None)
+    assert "unknown" in found.text()
+
+
+def test_tokens_are_estimated_from_bytes(hybrid):
+    # 4.4 characters a token, then the hybrid's 40 %
+    assert estimated_tokens(440_000_000, hybrid) == 40_000_000
+    assert estimated_tokens(10**12, hybrid) == 2_000_000_000
+    assert estimated_tokens(4_400, load_recipe("local")) == 1000
+
+
+def test_json_has_the_promised_fields(hybrid):
+    content = json.loads(json.dumps(plan(hybrid).to_json()))
+    for name in ("tokens", "passes", "flops", "memory_gb", "fits_memory", "tokens_per_s", "hours",
+                 "fits_time", "cost", "alternatives", "rate_source", "transfer_hours",
+                 "checkpoint_disk_gb", "micro_batch", "checkpointing", "message"):  # fmt: skip
+        assert content[name] is not None, name
+    assert set(content["hours"]) == {"low", "high"}
+    parts = content["memory_gb"]
+    assert sum(parts.values()) - parts["total"] == pytest.approx(parts["total"])
+    assert {"weights", "gradients", "optimizer", "activations", "logits", "gather_buffers"} < set(
+        parts
+    )
+
+
+def test_the_source_of_a_rate_is_named(hybrid):
+    eight = changed(hybrid, {"model.name_or_path": "meta-llama/Llama-3.1-8B"})
+    measured = plan(eight, cluster="2xH200")
+    assert measured.rate_source.startswith("this project's measurements on H200")
+    assert measured.tokens_per_s.high / measured.tokens_per_s.low == pytest.approx(1.15 / 0.85)
+    assert "30,624 tokens/s a GPU on B200" in plan(eight, cluster="4xB200").rate_source
