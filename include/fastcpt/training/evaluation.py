@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +26,14 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
 from fastcpt.recipe import Recipe
 from fastcpt.training.inference import (
     Progress,
+    base_of,
+    final_of,
     identity,
     model_for_inference,
     rank,
@@ -71,17 +76,26 @@ def evaluate(
     base: str | None = None,
     recipe: Recipe | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    in_parts: bool | None = None,
 ) -> dict[str, Any]:
     """Write ``output`` (evaluation.json) and return its content; called by every rank.
 
-    ``checkpoint`` and ``base`` are folders or hub names (adapters too), ``validation`` is a corpus
+    ``checkpoint`` and ``base`` are folders or hub names (adapters too; a training's output folder
+    stands for its final model), ``validation`` is a corpus
     folder or the folder of one validation set. For each set (``random``, ``newest``) and each of
     ``model`` and ``base``: ``perplexity``, ``bits_per_byte``, ``loss`` (nats a token), ``tokens``,
     ``documents``, and the same ``by_area`` and ``by_year``. Without a recipe the window is the
     corpus's own sequence length, and the weights are bfloat16. An evaluation of
     the same inputs is not done again. Raises ``EvaluationError``.
     """
+    checkpoint = final_of(checkpoint)
     files = validation_files(validation)
+    gate_set = recipe.gate.validation_set if recipe else next(iter(files))
+    if gate_set not in files:
+        raise EvaluationError(
+            f"--validation_data {validation} has no {gate_set} set, which gate.validation_set asks "
+            f"for; it has {', '.join(files)}"
+        )
     window = recipe.corpus.max_seq_length if recipe else _sequence_length(validation)
     dtype = recipe.model.dtype if recipe else "bfloat16"
     attention = recipe.model.attn_implementation if recipe else "auto"
@@ -99,15 +113,17 @@ def evaluate(
     sets = {name: read_documents(files[name]) for name in files}
     result: dict[str, Any] = {name: {} for name in sets}
     with ranks() as device:
-        for label, path in (("model", checkpoint), ("base", base)):
-            if path is None:
-                continue
-            model = model_for_inference(path, attention, dtype, device)
-            for name, documents in sets.items():
+        for path, labels in _to_load(checkpoint, base):
+            scorer, _ = model_for_inference(
+                path, attention, dtype, device, wrap=Scorer, in_parts=in_parts
+            )
+            for label, (name, documents) in product(labels, sets.items()):
                 begin = time.monotonic()
-                losses = document_losses(
-                    model, documents, window, device, batch_tokens, f"{label}, {name}"
-                )
+                plain = label == "base" and path != base
+                with scorer.model.disable_adapter() if plain else nullcontext():
+                    losses = document_losses(
+                        scorer, documents, window, device, batch_tokens, f"{label}, {name}"
+                    )
                 figures = figures_of(documents, losses, f"{label} on the {name} validation set")
                 result[name][label] = figures
                 Progress().say(
@@ -116,11 +132,11 @@ def evaluate(
                     f"in {time.monotonic() - begin:.1f} s",
                     now=True,
                 )
-            del model  # the base model takes its place
+            del scorer  # the next model takes its place
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         result |= {
-            "validation_set": recipe.gate.validation_set if recipe else next(iter(sets)),
+            "validation_set": gate_set,
             "window": window,
             "stride": window // 2,
             "made_from": made_from,
@@ -128,6 +144,13 @@ def evaluate(
         if rank() == 0:
             write_json(output, result)
     return result
+
+
+def _to_load(checkpoint: str, base: str | None) -> list[tuple[str, list[str]]]:
+    """Models, each with what it is evaluated as; adapters can be switched off to give their base."""
+    if base is not None and base == base_of(checkpoint) != checkpoint:
+        return [(checkpoint, ["model", "base"])]
+    return [(checkpoint, ["model"])] + ([(base, ["base"])] if base is not None else [])
 
 
 def validation_files(folder: Path) -> dict[str, list[Path]]:
@@ -201,8 +224,38 @@ def windows_of(lengths: Iterable[int], size: int) -> list[Window]:
     return windows
 
 
+class Scorer(nn.Module):  # type: ignore[misc]
+    """A model that answers with losses."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, row_T: torch.Tensor, place_T: torch.Tensor, chunks: int
+    ) -> torch.Tensor:
+        """The loss (float64 ``[T]``) of each token ``input_ids[row, place]`` of ``[B, S]``.
+
+        Rows are padded at their end: causal attention never sees what stands behind a token. The
+        output layer is called ``chunks`` times, so that no more than a part's logits exist.
+        """
+        causal = self.model
+        causal = causal.get_base_model() if hasattr(causal, "get_base_model") else causal
+        hidden = causal.model(input_ids=input_ids, use_cache=False)[0]  # [B, S, H]
+        # the state before a token predicts it
+        wanted, targets_T = hidden[row_T, place_T - 1], input_ids[row_T, place_T]
+        del hidden
+        losses = [
+            nn.functional.cross_entropy(causal.lm_head(states).float(), asked, reduction="none")
+            for states, asked in zip(
+                wanted.tensor_split(chunks), targets_T.tensor_split(chunks), strict=True
+            )
+        ]
+        return torch.cat(losses).double()
+
+
 def document_losses(
-    model: Any,
+    scorer: Scorer,
     documents: list[Document],
     size: int,
     device: torch.device,
@@ -214,26 +267,23 @@ def document_losses(
     Every rank gets the whole answer. ``EvaluationError`` where the model's vocabulary or context
     is too small.
     """
-    _check_fit(model, documents, size)
+    _check_fit(scorer.model, documents, size)
     windows = windows_of([len(document.input_ids) for document in documents], size)
     windows.sort(key=lambda window: window.begin - window.end)  # the longest first
     batches = list(_batches(windows, batch_tokens))
-    sums = torch.zeros(len(documents), dtype=torch.float64)
+    sums = torch.zeros(len(documents), dtype=torch.float64, device=device)
     progress = Progress()
     done = 0
-    for batch in batches[rank() :: world_size()]:
-        ids = np.zeros((len(batch), batch[0].end - batch[0].begin), np.int64)
-        for row, window in enumerate(batch):
-            ids[row, : window.end - window.begin] = documents[window.document].input_ids[
-                window.begin : window.end
-            ]
-        losses = _window_losses(model, torch.from_numpy(ids).to(device), batch)
-        for window, loss in zip(batch, losses, strict=True):
-            sums[window.document] += loss
-        done += len(batch)
-        progress.say(f"evaluated {what}: {done * world_size():,} of {len(windows):,} windows")
+    for start in range(0, len(batches), world_size()):
+        # A batch a rank. Of a model in parts all ranks call all layers, the output layer as often
+        # as the largest batch needs, also those that have no batch left.
+        together = batches[start : start + world_size()]
+        most = max(sum(window.end - window.first for window in batch) for batch in together)
+        batch = together[rank()] if rank() < len(together) else []
+        sums += _losses(scorer, documents, batch, math.ceil(most / CHUNK), device)
+        done += sum(map(len, together))
+        progress.say(f"evaluated {what}: {done:,} of {len(windows):,} windows")
     if dist.is_initialized():
-        sums = sums.to(device)
         dist.all_reduce(sums)
     answer: npt.NDArray[np.float64] = sums.cpu().numpy()
     return answer
@@ -249,29 +299,31 @@ def _batches(windows: list[Window], batch_tokens: int) -> Iterable[list[Window]]
         begin += many
 
 
-@torch.inference_mode()  # type: ignore[untyped-decorator]
-def _window_losses(model: Any, input_ids: torch.Tensor, batch: list[Window]) -> list[float]:
-    """The summed loss of each window of a batch (``input_ids [B, S]``, padded at the end)."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # No mask: causal attention never sees the padding behind a token.
-    hidden = causal.model(input_ids=input_ids, use_cache=False)[0]  # [B, S, H]
-    # The state of token t predicts token t + 1; only those asked for go through the output layer.
-    rows = np.concatenate([np.full(window.end - window.first, n) for n, window in enumerate(batch)])
-    places = np.concatenate(
-        [np.arange(window.first, window.end) - window.begin - 1 for window in batch]
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _losses(
+    scorer: Scorer,
+    documents: list[Document],
+    batch: list[Window],
+    chunks: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """What a batch of windows (the longest first) adds to each document's sum, float64."""
+    longest = batch[0].end - batch[0].begin if batch else 1
+    input_ids = np.zeros((max(1, len(batch)), longest), np.int64)
+    rows, places, owners = ([np.empty(0, np.int64)] for _ in range(3))
+    for row, window in enumerate(batch):
+        tokens = documents[window.document].input_ids[window.begin : window.end]
+        input_ids[row, : len(tokens)] = tokens
+        counted = window.end - window.first
+        rows.append(np.full(counted, row))
+        places.append(np.arange(window.first, window.end) - window.begin)
+        owners.append(np.full(counted, window.document))
+    row_T, place_T, owner_T = (
+        torch.from_numpy(np.concatenate(parts)).to(device) for parts in (rows, places, owners)
     )
-    row_t = torch.from_numpy(rows).to(input_ids.device)
-    place_t = torch.from_numpy(places).to(input_ids.device)
-    wanted, targets = hidden[row_t, place_t], input_ids[row_t, place_t + 1]
-    del hidden
-    losses = torch.empty(len(targets), dtype=torch.float64, device=input_ids.device)
-    for begin in range(0, len(targets), CHUNK):
-        part = slice(begin, begin + CHUNK)
-        logits = causal.lm_head(wanted[part]).float()
-        losses[part] = torch.nn.functional.cross_entropy(logits, targets[part], reduction="none")
-    sums = torch.zeros(len(batch), dtype=torch.float64, device=input_ids.device)
-    answer: list[float] = sums.index_add(0, row_t, losses).tolist()
-    return answer
+    losses = scorer(torch.from_numpy(input_ids).to(device), row_T, place_T, chunks)
+    sums = torch.zeros(len(documents), dtype=torch.float64, device=device)
+    return sums.index_add_(0, owner_T, losses)
 
 
 def _check_fit(model: Any, documents: list[Document], size: int) -> None:

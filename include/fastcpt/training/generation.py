@@ -23,6 +23,7 @@ from fastcpt.recipe import Recipe
 from fastcpt.training.citations import check
 from fastcpt.training.inference import (
     Progress,
+    final_of,
     identity,
     model_for_inference,
     rank,
@@ -40,15 +41,21 @@ SHOWN = 2000  # characters of each of their texts
 
 
 def evaluate_sft(
-    recipe: Recipe, model: str, instructions: Path, output: Path, batch: int = BATCH
+    recipe: Recipe,
+    model: str,
+    instructions: Path,
+    output: Path,
+    batch: int = BATCH,
+    in_parts: bool | None = None,
 ) -> dict[str, Any]:
     """Write ``output`` (evaluation_sft.json) and return its content; called by every rank.
 
     ``rouge_l``: mean F-measure; ``citation_accuracy``: share of the citations in the answers that
     the reference answers have too, ``beyond_prompt`` the same without citations that the prompt
-    itself names. Each ``value`` (None where nothing is counted) with ``low`` and ``high``.
-    An evaluation of the same inputs is not done again. Raises ``ValueError`` kinds.
+    itself names, ``recall`` the share of the references' citations that the answers have. Each
+    ``value`` (None where nothing is counted) with ``low`` and ``high``. An evaluation of the same inputs is not done again. Raises ``ValueError`` kinds.
     """
+    model = final_of(model)
     held_out = instructions / "held_out.jsonl"
     asked = read_instructions(held_out)
     made_from = digest_of(
@@ -70,11 +77,13 @@ def evaluate_sft(
         )
     chat = Chat(model)
     with ranks() as device:
-        causal = model_for_inference(
-            model, recipe.model.attn_implementation, recipe.model.dtype, device
+        causal, in_parts = model_for_inference(
+            model, recipe.model.attn_implementation, recipe.model.dtype, device, in_parts=in_parts
         )
         prompts = [chat.prompt_ids(instruction.prompt, room) for instruction in asked]
-        answers = generate(causal, chat, prompts, recipe.sft.max_new_tokens, device, batch)
+        answers = generate(
+            causal, chat, prompts, recipe.sft.max_new_tokens, device, batch, in_parts
+        )
         result = {**figures_of(asked, answers), "made_from": made_from}
         if rank() == 0:
             write_json(output, result)
@@ -94,11 +103,14 @@ def generate(
     max_new_tokens: int,
     device: torch.device,
     batch: int = BATCH,
+    in_parts: bool = False,
 ) -> list[str]:
     """The answer to each prompt (token ids), in their order; every rank gets all of them."""
     by_length = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     batches = [by_length[begin : begin + batch] for begin in range(0, len(prompts), batch)]
     mine = batches[rank() :: world_size()]
+    if in_parts and len(mine) * world_size() < len(batches):
+        mine.append(batches[0])  # of a model in parts all ranks have to take part as often
     padding = chat.tokenizer.pad_token_id
     config = GenerationConfig(
         do_sample=False,
@@ -120,7 +132,7 @@ def generate(
             ids[row, longest - len(prompts[number]) :] = torch.tensor(prompts[number])
             mask[row, longest - len(prompts[number]) :] = 1
         sign_of_life = _SignOfLife(progress, longest, done * world_size(), len(prompts))
-        with torch.inference_mode():
+        with torch.no_grad():
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
@@ -163,6 +175,7 @@ def figures_of(asked: Sequence[Instruction], answers: Sequence[str]) -> dict[str
     pairs = list(zip(asked, answers, strict=True))
     rouge = np.array([scorer.score(one.response, text)["rougeL"].fmeasure for one, text in pairs])
     checked = np.array([check(text, one.response) for one, text in pairs])
+    recalled = np.array([check(one.response, text) for one, text in pairs])
     beyond = np.array([check(text, one.response, given=one.prompt) for one, text in pairs])
     return {
         "rouge_l": _with_interval(rouge, np.ones(len(rouge))),
@@ -172,6 +185,10 @@ def figures_of(asked: Sequence[Instruction], answers: Sequence[str]) -> dict[str
             "beyond_prompt": {
                 **_with_interval(beyond[:, 1], beyond[:, 0]),
                 "counted": int(beyond[:, 0].sum()),
+            },
+            "recall": {
+                **_with_interval(recalled[:, 1], recalled[:, 0]),
+                "counted": int(recalled[:, 0].sum()),
             },
         },
         "examples": len(asked),

@@ -1,14 +1,15 @@
 """What evaluation, generation and publishing share: ranks, models without an optimizer, progress.
 
-A script runs as one process, or as several started by DeepSpeed's launcher, each with a whole
-copy of the model on its own GPU.
+A script runs as one process, or as several started by DeepSpeed's launcher. A model that fits one
+GPU stands whole on each; one that does not is partitioned over all of them by ZeRO-3, whose ranks
+have to make the same calls in the same order.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from fastcpt.files import digest_of, read_json, sha256_of_file
-from fastcpt.training.model import load_model
+from fastcpt.training.model import ModelError, load_model
 
 SILENCE = 20.0  # seconds without a progress line
+ROOM = 0.8  # of a GPU's memory that weights may take; the rest is for activations
 SMALL = 10**6  # bytes; larger files of a model are known by size and time alone
 
 
@@ -52,10 +54,90 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def model_for_inference(path: str | Path, attention: str, dtype: str, device: torch.device) -> Any:
-    """The model of ``load_model`` on ``device``, without dropout."""
+def model_for_inference(
+    path: str | Path,
+    attention: str,
+    dtype: str,
+    device: torch.device,
+    *,
+    wrap: Callable[[Any], torch.nn.Module] | None = None,
+    in_parts: bool | None = None,
+) -> tuple[Any, bool]:
+    """The model of ``load_model`` on ``device``, without dropout, and whether it is in parts.
+
+    ``wrap`` puts a module around it first, which is then what is returned. ``in_parts`` None
+    partitions only what does not fit one GPU. Raises ``ModelError`` where there is no such model,
+    or the GPUs of all ranks cannot hold it.
+    """
+    if in_parts is None:
+        in_parts = not _fits(str(path), dtype, device)
+    if in_parts:
+        return _partitioned(path, attention, dtype, wrap), True
+    with device:  # weights are read straight to where they are used
+        model, _ = load_model(path, attention, dtype)
+    module = wrap(model) if wrap else model
+    return module.to(device).eval(), False
+
+
+def _fits(path: str, dtype: str, device: torch.device) -> bool:
+    if device.type == "cpu":
+        return True
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base_of(path))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"model '{base_of(path)}' cannot be loaded: {error}") from error
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(config)
+    needed = sum(parameter.numel() for parameter in shape.parameters())
+    needed *= getattr(torch, dtype).itemsize
+    room = ROOM * torch.cuda.get_device_properties(device).total_memory
+    if needed > room * world_size():
+        raise ModelError(
+            f"{path} has {needed / 1e9:,.0f} GB of weights, which {world_size()} GPU(s) of "
+            f"{room / ROOM / 1e9:,.0f} GB cannot hold; launch with `deepspeed --num_gpus N`, on "
+            "enough of them"
+        )
+    return bool(needed <= room)
+
+
+def _partitioned(
+    path: str | Path, attention: str, dtype: str, wrap: Callable[[Any], torch.nn.Module] | None
+) -> Any:
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": {"stage": 3},
+        "steps_per_print": 10**9,
+    }
+    deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+    partitioned = HfDeepSpeedConfig(config)  # while it lives, from_pretrained loads only a part
     model, _ = load_model(path, attention, dtype)
-    return model.to(device).eval()
+    engine, *_ = deepspeed.initialize(model=wrap(model) if wrap else model, config=config)
+    del partitioned
+    return engine.module.eval()
+
+
+def base_of(path: str | Path) -> str:
+    """The model whose weights ``path`` uses: its own, or those that its adapters are put on."""
+    reference = Path(path) / "base.json"
+    return str(read_json(reference)["base"]) if reference.is_file() else str(path)
+
+
+def final_of(path: str | Path) -> str:
+    """``path``, or the ``final`` folder in it where it is the output folder of a training."""
+    if (Path(path) / "final").is_dir():
+        return str(Path(path) / "final")
+    if (Path(path) / "state.json").is_file():
+        raise ModelError(
+            f"{path} is for resuming its training: its weights are in parts. Give the output "
+            "folder of a training that has ended, or its final/"
+        )
+    return str(path)
 
 
 def identity(model: str | Path) -> Any:
@@ -75,9 +157,8 @@ def identity(model: str | Path) -> Any:
             if facts.st_size <= SMALL and file.suffix != ".safetensors"
             else [facts.st_size, facts.st_mtime_ns]
         )
-    reference = folder / "base.json"
-    base = identity(read_json(reference)["base"]) if reference.is_file() else None
-    return digest_of(files, base)
+    base = base_of(model)
+    return digest_of(files, identity(base) if base != str(model) else None)
 
 
 class Progress:

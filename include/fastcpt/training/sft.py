@@ -129,10 +129,11 @@ class Chat:
 def example(chat: Chat, instruction: Instruction, size: int) -> Row:
     """One conversation of at most ``size`` tokens, labelled with -100 on the prompt.
 
-    The answer gets at most half of ``size``, the prompt what the answer leaves.
+    Where both are too long, the prompt keeps half of ``size``; the answer gets what it leaves.
     """
-    answer = chat.answer_ids(instruction.prompt, instruction.response, size // 2)
-    prompt = chat.prompt_ids(instruction.prompt, size - len(answer))
+    answer = chat.answer_ids(instruction.prompt, instruction.response, size)
+    prompt = chat.prompt_ids(instruction.prompt, max(size // 2, size - len(answer)))
+    answer = answer[: size - len(prompt)]
     ids = np.array(prompt + answer, np.int32)
     labels = ids.copy()
     labels[: len(prompt)] = NO_LOSS
