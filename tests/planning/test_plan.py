@@ -119,7 +119,8 @@ def test_a_chip_without_a_price_costs_something_unknown(hybrid):
 
 def test_recomputation_comes_only_where_memory_needs_it(hybrid):
     eight = changed(hybrid, {"model.name_or_path": "meta-llama/Llama-3.1-8B"})
-    eight = changed(eight, {"training.per_device_train_batch_size": 4})
+    twice = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}
+    eight = changed(eight, {f"training.{key}": value for key, value in twice.items()})
     assert plan(eight, cluster="4xH200").checkpointing == "none"
     assert plan(eight, cluster="4xH100").checkpointing == "full"
     kept = changed(eight, {"training.gradient_checkpointing": False})

@@ -639,8 +639,8 @@ def alternatives(
 ) -> list[Alternative]:
     """Changed recipes with their own figures, best first.
 
-    What fits comes first; of that, what keeps a tenth of the tokens or more; of that, what gives
-    least up: another micro-batch, FP8, more GPUs, offload, a smaller model, LoRA. Each is cut to
+    What fits comes first; of that, what keeps a twentieth of the tokens; of that, what gives least
+    up: another micro-batch, FP8, more GPUs, offload, a smaller model, LoRA. Each is cut to
     the tokens that the budgets allow where it is too much.
     """
     found: list[tuple[tuple[bool, int, int], Alternative]] = []
@@ -666,7 +666,7 @@ def alternatives(
             figures.fits,
         )
         kept = choice.tokens / planned
-        rank = (not choice.fits, (kept < 0.1) + (kept < 0.01), order)
+        rank = (not choice.fits, (kept < 0.05) + (kept < 0.01), order)
         found.append((rank, choice))
     return [choice for _, choice in sorted(found, key=lambda item: item[0])]
 
