@@ -221,7 +221,7 @@ def _trainings(recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
                     f"{totals['tokens']:,}",
                     f"{settings[training].learning_rate:g}",
                     f"{totals['loss']:.3f}",
-                    f"{totals['seconds'] / 3600:,.2f} h",
+                    _duration(totals["seconds"]),
                 )
             )
     if not rows:
@@ -235,6 +235,10 @@ def _trainings(recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
     )
     header = ("training", "steps", "tokens", "learning rate", "last loss", "time")
     return [how, _table(header, rows)]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def _perplexity(facts: Mapping[str, Any]) -> list[str]:
