@@ -172,3 +172,17 @@ def test_an_excerpt_is_part_of_its_text() -> None:
         text = text_of(number, 1000)
         row = score_document(document(text, id=f"d{number}"), Score())
         assert row["excerpt"] is None or row["excerpt"] in text
+
+
+def test_progress_counts_the_bytes_of_every_format(tmp_path: Path) -> None:
+    from fastcpt.corpus.documents import list_parts, read_documents, size_of
+    from fastcpt.corpus.processes import Progress
+    from fastcpt.corpus.sample import generate_sample
+    from fastcpt.recipe import Documents, Fields
+
+    generate_sample(tmp_path, documents=40)
+    for part in list_parts(Documents(path=str(tmp_path / "parsed"))):
+        progress = Progress("read", "bytes", size_of(part))
+        assert list(read_documents(part, Fields(), progress))
+        assert progress.done == pytest.approx(progress.total)
+        assert progress.total == Path(part).stat().st_size

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from fastcpt.corpus.processes import Progress
 from fastcpt.recipe import Documents, Fields
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -114,10 +115,21 @@ def identity(part: str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_documents(part: str, fields: Fields) -> Iterator[Document | Unreadable]:
-    """Every record of a part, in its order. ``OSError`` where the file itself cannot be opened."""
+def size_of(part: str) -> int:
+    """Bytes of a part, as it lies there (packed); 0 where its store does not say."""
+    system, name = fsspec.url_to_fs(part)
+    return int(system.size(name) or 0)
+
+
+def read_documents(
+    part: str, fields: Fields, progress: Progress | None = None
+) -> Iterator[Document | Unreadable]:
+    """Every record of a part, in its order. ``OSError`` where the file itself cannot be opened.
+
+    ``progress`` counts the bytes read, as they lie in the file.
+    """
     records = _parquet_records if part.endswith(".parquet") else _json_records
-    for position, record in enumerate(records(part, fields)):
+    for position, record in enumerate(records(part, fields, progress)):
         if record is _BLANK:
             continue
         if isinstance(record, Unreadable):
@@ -139,23 +151,23 @@ class WrongFieldError(ValueError):
     pass
 
 
-def _json_records(part: str, fields: Fields) -> Iterator[Any]:
-    if ".json" in part and ".jsonl" not in part:
-        yield from _json_file(part)
+def _json_records(part: str, fields: Fields, progress: Progress | None) -> Iterator[Any]:
+    if part.removesuffix(".gz").removesuffix(".zst").endswith(".json"):
+        yield from _json_file(part, progress)
         return
     with fsspec.open(part, "rb") as stream:
         line = 0
         try:
-            for line, content in enumerate(_lines(_unpacked(part, stream)), start=1):
+            for line, content in enumerate(_lines(_unpacked(part, stream, progress)), start=1):
                 yield _parsed(content, part, line) if content.strip() else _BLANK
         except (EOFError, zlib.error, gzip.BadGzipFile, _CutShortError) as error:
             yield Unreadable(part, line + 1, f"file is cut short or damaged here: {error}")
 
 
-def _json_file(part: str) -> Iterator[Any]:
+def _json_file(part: str, progress: Progress | None) -> Iterator[Any]:
     try:
         with fsspec.open(part, "rb") as stream:
-            content = b"".join(_unpacked(part, stream))
+            content = b"".join(_unpacked(part, stream, progress))
     except (EOFError, zlib.error, gzip.BadGzipFile, _CutShortError) as error:
         yield Unreadable(part, None, f"file is cut short or damaged: {error}")
         return
@@ -177,7 +189,21 @@ def _parsed(content: bytes, part: str, line: int, of_file: bool = False) -> Any:
         return Unreadable(part, line, "broken JSON: nested too deeply")
 
 
-def _unpacked(part: str, stream: BinaryIO) -> Iterator[bytes]:
+class _Counted:
+    """A stream whose reads are counted."""
+
+    def __init__(self, stream: BinaryIO, progress: Progress):
+        self.stream, self.progress = stream, progress
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.stream.read(size)
+        self.progress.add(len(content))
+        return content
+
+
+def _unpacked(part: str, stream: Any, progress: Progress | None) -> Iterator[bytes]:
+    if progress:
+        stream = _Counted(stream, progress)
     if part.endswith(".zst"):
         yield from _zstd_chunks(stream)
         return
@@ -190,7 +216,7 @@ class _CutShortError(Exception):
     pass
 
 
-def _zstd_chunks(stream: BinaryIO) -> Iterator[bytes]:
+def _zstd_chunks(stream: Any) -> Iterator[bytes]:
     """The frames of a .zst file, one after another.
 
     The package's own stream reader takes the end of a truncated file for the end of the content.
@@ -226,7 +252,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join(pieces)
 
 
-def _parquet_records(part: str, fields: Fields) -> Iterator[Any]:
+def _parquet_records(part: str, fields: Fields, progress: Progress | None) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -245,6 +271,8 @@ def _parquet_records(part: str, fields: Fields) -> Iterator[Any]:
                 for record in rows:
                     yield record
                     row += 1
+                if progress:
+                    progress.add(progress.total * len(rows) / file.metadata.num_rows)
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
                 raise
@@ -353,6 +381,6 @@ def unreadable_message(unreadable: int, total: int, limit: float, first: Unreada
 
 def open_lines(path: str) -> Iterator[tuple[int, Any]]:
     """Line numbers (from 1) and records (or ``Unreadable``) of a JSONL file (.gz, .zst)."""
-    for line, record in enumerate(_json_records(path, Fields()), start=1):
+    for line, record in enumerate(_json_records(path, Fields(), None), start=1):
         if record is not _BLANK:
             yield line, record

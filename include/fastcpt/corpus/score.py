@@ -25,7 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastcpt.corpus.celex import Celex, cited_works, parse_celex
-from fastcpt.corpus.documents import Document, Unreadable, identity, read_documents
+from fastcpt.corpus.documents import (
+    Document,
+    Unreadable,
+    identity,
+    read_documents,
+    size_of,
+)
 from fastcpt.corpus.fingerprint import BINS, Fingerprint, fingerprint
 from fastcpt.corpus.processes import Progress, in_processes
 from fastcpt.files import digest_of, read_json, whole_file, write_json
@@ -136,12 +142,12 @@ def _score_into(folder: Path, part: str, recipe: Recipe) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     unreadable: list[Unreadable] = []
     documents = set_aside = characters = 0
-    progress = Progress(f"score {part.rsplit('/', 1)[-1]}", "documents", math.nan)
+    progress = Progress(f"score {part.rsplit('/', 1)[-1]}", "bytes", size_of(part))
     with (
         whole_file(folder / "scores.parquet") as aside,
         pq.ParquetWriter(aside, schema, compression="zstd") as writer,
     ):
-        for document in read_documents(part, recipe.documents.fields):
+        for document in read_documents(part, recipe.documents.fields, progress):
             if isinstance(document, Unreadable):
                 set_aside += 1
                 if len(unreadable) < SHOWN_UNREADABLE:
@@ -150,7 +156,6 @@ def _score_into(folder: Path, part: str, recipe: Recipe) -> dict[str, Any]:
             rows.append(score_document(document, recipe.score))
             documents += 1
             characters += len(document.text)
-            progress.add(1)
             if len(rows) == ROW_GROUP:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 rows.clear()
