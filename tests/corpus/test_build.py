@@ -148,6 +148,18 @@ def test_the_same_bytes_for_any_number_of_processes(
     assert folders[0].name == folders[1].name
 
 
+def test_the_same_bytes_from_tiktoken(
+    documents: Writer, recipe_for: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_for(documents(acts()))
+    slow = made(recipe, tmp_path / "slow")
+    monkeypatch.setattr(build_module, "SMALL", 0)
+    fast = made(recipe, tmp_path / "fast")
+    (outcome,) = (tmp_path / "fast" / "tokenizers").glob("*.json")
+    assert outcome.read_text() == '{\n  "ranked": true\n}\n'
+    assert bytes_of(Path(slow["path"])) == bytes_of(Path(fast["path"]))
+
+
 def test_twice_is_free(
     corpus: dict[str, Any], documents: Writer, recipe_for: Recipes, home: Path
 ) -> None:

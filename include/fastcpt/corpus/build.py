@@ -63,6 +63,7 @@ VALIDATION_SCHEMA = pa.schema(
 )
 HELD_OUT = ("validation", "validation_newest")  # splits, and the names of their folders
 MOST_OVERLAPS = 20
+SMALL = 4_000_000  # characters: less is done sooner than processes start and tokenizers compare
 PROBE_CHARACTERS = 300_000  # compared before tiktoken is trusted with the corpus
 
 
@@ -121,7 +122,7 @@ def tokenize(selection: str, parts: Sequence[str], recipe: Recipe, home: Path) -
         return {"documents": 0, "tokens": 0}
     chosen = read_json(Path(selection) / "manifest.json")
     documents = _Documents.of_selection(Path(selection), chosen, recipe.documents.fields)
-    tokenizer = faster(tokenizer, _training_texts(documents, PROBE_CHARACTERS), home)
+    tokenizer = _compared(tokenizer, documents, home)
     done = {"documents": 0, "tokens": 0}
     for part, source, positions in documents.by_part(np.arange(len(documents.split))):
         if part in parts:
@@ -186,7 +187,9 @@ def _build_into(
     processes: int | None,
 ) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = faster(tokenizer, _training_texts(documents, PROBE_CHARACTERS), home)
+    if documents.characters.sum() < SMALL:
+        processes = processes or 1
+    tokenizer = _compared(tokenizer, documents, home)
     overlaps = _overlaps(documents, folder, processes)
     _drop_overlapping(documents, overlaps)
     ids = _tokenized(documents, tokenizer, home, processes)
@@ -241,6 +244,12 @@ def _trained(documents: _Documents, selection: str, recipe: Recipe, home: Path) 
         return describe(folder / "tokenizer.json")
     log.info("training a tokenizer of %d entries", size)
     return train_tokenizer(_training_texts(documents, TRAINING_CHARACTERS), size, folder)
+
+
+def _compared(tokenizer: CorpusTokenizer, documents: _Documents, home: Path) -> CorpusTokenizer:
+    if documents.characters.sum() < SMALL:
+        return tokenizer
+    return faster(tokenizer, _training_texts(documents, PROBE_CHARACTERS), home)
 
 
 def _training_texts(documents: _Documents, characters: int) -> Iterator[str]:
