@@ -37,11 +37,12 @@ from fastcpt.recipe import CONFIGS, Lora, Recipe, Training
 
 MEASURED = Path(__file__).with_name("measured.yaml")
 OFFLOAD_FILE = "ds_config_zero3_offload.json"
-NO_OFFLOAD = f" (needs include/configs/{OFFLOAD_FILE}, which is not there)"
+OFFLOADED = "optimizer offloaded to the hosts"
 CHARACTERS_PER_TOKEN = 4.4  # running legal text, Llama's and dolma2's vocabularies
 BYTES_PER_TOKEN_ON_DISK = 1.1  # of the shards: zstd over int32 ids
 STARTUP_SECONDS = 300.0  # packages imported, kernels built, NCCL up; without loading weights
 OF_LAST_RUN, OF_MEASUREMENTS, SLOWER = 0.07, 0.15, 0.25  # half-widths of a rate's range
+MARGIN = 0.1
 WORTH_IT = 0.03  # less than this is no reason to change a recipe
 MORE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -490,9 +491,10 @@ def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
     return job if fits else replace(job, checkpointing="full")
 
 
-def fits_memory(job: Job, hardware: Hardware) -> bool:
+def fits_memory(job: Job, hardware: Hardware, margin: float = 0.0) -> bool:
+    """Whether a GPU holds the job and leaves the share ``margin`` free."""
     assert hardware.gpu is not None
-    return memory_gb(job)["total"] <= USABLE * hardware.gpu.memory_gb
+    return memory_gb(job)["total"] <= (1 - margin) * USABLE * hardware.gpu.memory_gb
 
 
 def host_has_memory(job: Job, hardware: Hardware) -> bool:
@@ -510,8 +512,10 @@ def best_job(recipe: Recipe, shape: Shape, hardware: Hardware) -> Job | None:
         job = job_of(recipe, shape, hardware, micro)
         levels: tuple[Checkpointing, ...] = ("none", "full")
         choices += [replace(job, checkpointing=level) for level in levels]
-    choices = [job for job in choices if fits_memory(job, hardware)]
-    return max(choices, key=lambda job: tokens_per_second(job, hardware), default=None)
+    fitting = [job for job in choices if fits_memory(job, hardware)]
+    # memory is predicted to a tenth: what is suggested keeps that much free where it can
+    roomy = [job for job in fitting if fits_memory(job, hardware, MARGIN)]
+    return max(roomy or fitting, key=lambda job: tokens_per_second(job, hardware), default=None)
 
 
 def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
@@ -699,10 +703,10 @@ def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str
             yield "FP8", tuned, count
     yield from _enough_gpus(recipe, hardware, shape, precision)
     offload = {**precision, "training.deepspeed": OFFLOAD_FILE}
-    tuned = None if recipe.lora else _tuned(recipe, offload, hardware)
-    if tuned is not None:
-        there = (CONFIGS / OFFLOAD_FILE).is_file()
-        yield f"optimizer offloaded to the hosts{'' if there else NO_OFFLOAD}", tuned, count
+    offloaded = None if recipe.lora else _tuned(recipe, offload, hardware)
+    can_offload = (CONFIGS / OFFLOAD_FILE).is_file()
+    if offloaded is not None and can_offload:
+        yield OFFLOADED, offloaded, count
     smaller = [name for name in KNOWN if KNOWN[name].parameters < 0.9 * shape.parameters]
     for name in reversed(smaller[-2:]):
         model = {**precision, "model.name_or_path": f"meta-llama/{name}", "model.config": None}
@@ -716,6 +720,10 @@ def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str
         tuned = _tuned(recipe, lora, hardware)
         if tuned is not None:
             yield "LoRA on all linear layers", tuned, count
+    if offloaded is not None and not can_offload:
+        # its figures are of interest, but it cannot be run as it is
+        needs = f"needs include/configs/{OFFLOAD_FILE}, which is not there"
+        yield f"{OFFLOADED} ({needs})", offloaded, count
 
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

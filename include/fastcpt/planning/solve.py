@@ -101,21 +101,15 @@ def _best(recipe: Recipe, hardware: Hardware) -> Job:
     shape = shape_of(recipe)
     if shape is None:
         raise ValueError(plan_on(recipe, None, hardware, None).notes[0])
-    # on the machines at hand the global batch may be split anew
-    batch = _divisible(recipe, hardware)
-    job = best_job(batch, shape, hardware)
+    if recipe.global_batch_size % hardware.count:
+        raise ValueError(
+            f"a step's {recipe.global_batch_size} sequences cannot be split over {hardware.count} "
+            "GPUs: change gradient_accumulation_steps"
+        )
+    job = best_job(recipe, shape, hardware)
     if job is None:
         raise _refused(recipe, None, hardware, None, plan_on(recipe, None, hardware, None))
     return job
-
-
-def _divisible(recipe: Recipe, hardware: Hardware) -> Recipe:
-    if recipe.global_batch_size % hardware.count == 0:
-        return recipe
-    raise ValueError(
-        f"a step's {recipe.global_batch_size} sequences cannot be split over {hardware.count} GPUs: "
-        "change gradient_accumulation_steps"
-    )
 
 
 def _machines(hardware: Hardware) -> dict[str, Any]:
