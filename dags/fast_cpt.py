@@ -2,6 +2,7 @@
 
     plan -> list_documents -> score (a task a group of files) -> select -> build -> sync -> train_cpt
     plan -> check_cluster -> prepare_environment -> sync
+    build, check_cluster -> approve_plan -> train_cpt
     train_cpt -> evaluate_cpt -> gate -> train_sft -> evaluate_sft -> publish -> report
     gate -> train_cpt_stage2 -> evaluate_stage2 -> gate_stage2 -> train_sft
 
@@ -22,6 +23,7 @@ from airflow.sdk import ExceptionRetryPolicy, Param, RetryRule, TriggerRule, dag
 from airflow.sdk.definitions.retry_policy import RetryAction
 
 import steps
+from approval import ApprovePlan
 from fastcpt.recipe import DEFAULT_RECIPE, FORM, form_schema, recipe_names
 from remote_job import RemoteJobOperator
 
@@ -92,7 +94,14 @@ def fast_cpt() -> None:
     def on_gpus(
         step: Callable[..., Any], then: Callable[..., Any], **options: Any
     ) -> RemoteJobOperator:
-        return RemoteJobOperator(task_id=step.__name__, job=step, then=then, pool="gpus", **options)
+        return RemoteJobOperator(
+            task_id=step.__name__,
+            job=step,
+            then=then,
+            secrets=steps.secrets,
+            pool="gpus",
+            **options,
+        )
 
     train_cpt = on_gpus(steps.train_cpt, steps.keep_training)
     evaluate_cpt = on_gpus(steps.evaluate_cpt, steps.keep_evaluation)
@@ -110,8 +119,11 @@ def fast_cpt() -> None:
     publish = on_gpus(steps.publish, steps.keep_published)
     report = task(steps.report)()
 
+    approve_plan = ApprovePlan(task_id="approve_plan", retries=0)
+
     cluster >> environment
-    places >> train_cpt >> evaluate_cpt >> gate >> [train_sft, train_cpt_stage2]
+    [corpus, cluster] >> approve_plan
+    [places, approve_plan] >> train_cpt >> evaluate_cpt >> gate >> [train_sft, train_cpt_stage2]
     train_cpt_stage2 >> evaluate_stage2 >> gate_stage2 >> train_sft
     # a teardown: it runs whatever happened, and does not make a failed run a success
     train_sft >> evaluate_sft >> publish >> report.as_teardown()

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import Context, get_current_context
+from airflow.sdk import Context, Variable, get_current_context
 
 from fastcpt.files import digest_of, read_json
 from fastcpt.recipe import Recipe, RecipeError, Training, form_overrides, load_recipe
@@ -47,7 +47,10 @@ def _brief(facts: Facts) -> Facts:
 def plan() -> Facts:
     """Resolve recipe, form and connection; look at the documents; begin the run's record."""
     from fastcpt.corpus.documents import list_parts
-    from fastcpt.reporting.record import open_record
+    from fastcpt.planning.history import FILE as HISTORY
+    from fastcpt.planning.plan import estimated_tokens, require_fit
+    from fastcpt.planning.plan import plan as make_plan
+    from fastcpt.reporting.record import add, open_record
 
     context = get_current_context()
     values = dict(context["params"])
@@ -65,12 +68,48 @@ def plan() -> Facts:
             "No instructions (sft.instructions): a model that passes the gate is published as it is."
         )
     record = open_record(HOME, context["run_id"], context["dag"].dag_id, recipe)
+    found = make_plan(recipe, estimated_tokens(_text_bytes(parts), recipe), None, HOME / HISTORY)
+    add(record, "plan.json", found.to_json())
+    print(found.message())
+    if not values["run_even_if_plan_says_no"]:
+        require_fit(found)
     groups = min(MOST_GROUPS, len(parts))
     return {
         "recipe": str(record / "recipe.yaml"),
         "record": str(record),
         "parts": [parts[group::groups] for group in range(groups)],
     }
+
+
+# Bytes of text in a byte of file, about: for a plan before any document is read.
+PACKED = {".gz": 4, ".zst": 6, ".parquet": 4}
+
+
+def _text_bytes(parts: list[str]) -> int:
+    import fsspec
+
+    total = 0
+    for part in parts:
+        system, name = fsspec.url_to_fs(part)
+        total += system.size(name) * PACKED.get(Path(name).suffix, 1)
+    return total
+
+
+def final_plan(context: Context) -> Facts:
+    """The plan again, now with the corpus that was built and the cluster that was found."""
+    from fastcpt.planning.history import FILE as HISTORY
+    from fastcpt.planning.plan import plan as make_plan
+    from fastcpt.planning.plan import require_fit
+    from fastcpt.reporting.record import add
+
+    first, cluster = _result(context, "plan"), _result(context, "check_cluster")
+    tokens = _result(context, "build")["corpus"]["tokens"]
+    found = make_plan(recipe_of(first), tokens, cluster, HOME / HISTORY)
+    path = add(Path(first["record"]), "plan.json", found.to_json())
+    print(found.message())
+    if not context["params"]["run_even_if_plan_says_no"]:
+        require_fit(found)
+    return {"path": str(path), "text": found.message()}
 
 
 def list_documents(plan: Facts) -> list[list[str]]:
@@ -202,7 +241,15 @@ def _job(context: Context, commands: list[list[str]], result: str, **fetch: str)
         environment=training.environment(recipe, _host(places)),
         result=result,
         fetch=fetch,
+        slurm=_slurm(recipe),
     )
+
+
+def _slurm(recipe: Recipe) -> Facts | None:
+    if recipe.cluster.launcher != "slurm":
+        return None
+    gpus = 0 if recipe.cluster.cpu_only else recipe.cluster.gpus
+    return {**recipe.cluster.slurm.model_dump(), "gpus": gpus}
 
 
 def _host(places: Facts) -> Any:
@@ -397,6 +444,12 @@ def publish(context: Context) -> RemoteJob:
     return _job(context, [merge], f"{output}/README.md")
 
 
+def secrets(context: Context) -> dict[str, str]:
+    """The hub token (Airflow variable ``hf_token``), for gated base models; reaches the job alone."""
+    token = Variable.get("hf_token", default=None)
+    return {"HF_TOKEN": token} if token else {}
+
+
 # What a remote task answers, and what it leaves in the record
 
 
@@ -489,6 +542,7 @@ def gate_stage2() -> Facts:
 
 def report() -> Facts:
     """Close the run's record, whatever became of the run, and write its report."""
+    from fastcpt.planning.history import record_run
     from fastcpt.reporting.record import add_cost, close_record
     from fastcpt.reporting.report import write_report
 
@@ -501,6 +555,20 @@ def report() -> Facts:
     states = context["ti"].get_task_states(context["dag"].dag_id, run_ids=[run])[run]
     failed = any(state in ("failed", "upstream_failed") for state in states.values())
     record, recipe = Path(plan["record"]), recipe_of(plan)
-    add_cost(record, recipe.cluster.gpus, recipe.budget.price_per_gpu_hour)
+    cluster = _result(context, "check_cluster")
+    for training in ("train_cpt", "train_cpt_stage2"):
+        if totals := _result(context, training):
+            record_run(HOME, f"{run}/{training}", recipe, cluster, totals)
+    add_cost(record, recipe.cluster.gpus, _price(recipe, cluster))
     close_record(record, "failed" if failed else "success")
     return {"report": str(write_report(record)), "state": "failed" if failed else "success"}
+
+
+def _price(recipe: Recipe, cluster: Facts | None) -> float | None:
+    """USD for a GPU hour: the recipe's, or the table's for the GPUs that were found."""
+    from fastcpt.planning.hardware import hardware_of
+
+    if recipe.cluster.cpu_only or recipe.budget.price_per_gpu_hour is not None:
+        return recipe.budget.price_per_gpu_hour
+    gpu = hardware_of(recipe.cluster, cluster).gpu
+    return gpu.usd_hour if gpu else None

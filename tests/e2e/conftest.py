@@ -58,7 +58,9 @@ class Stack:
             if outcome in ("success", "failed"):
                 return Run(self, run_id, outcome)
             time.sleep(0.5)
-        raise AssertionError(f"{run_id} did not end in {seconds} s: {Run(self, run_id, '').states()}")
+        raise AssertionError(
+            f"{run_id} did not end in {seconds} s: {Run(self, run_id, '').states()}"
+        )
 
 
 @dataclass

@@ -34,19 +34,29 @@ def environment(recipe: Recipe, host: Host) -> dict[str, str]:
         "NVTE_FP8_DPA_BWD": "1",
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1",
     }
+    if recipe.model.config is not None:
+        values["HF_HUB_OFFLINE"] = "1"  # nothing of such a run is on a hub
     if recipe.cluster.cpu_only:
         values |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return values
 
 
 def launch(recipe: Recipe, host: Host, port: int) -> Command:
-    """DeepSpeed's launcher over the recipe's GPUs: of one host, or of all in the host file."""
-    folder = host.python.rpartition("/")[0]
-    command = [host.python, f"{folder}/deepspeed", "--master_port", str(port)]
-    hosts = recipe.cluster.hosts
-    if not hosts:
-        return [*command, "--num_gpus", str(recipe.cluster.gpus)]
-    return [*command, "--hostfile", "hostfile", "--launcher", "pdsh"]
+    """DeepSpeed's launcher over the recipe's GPUs: of one host, or started on each of several.
+
+    Several hosts, and Slurm's, are the far side's ``on-hosts``: it fills in the words in braces.
+    """
+    deepspeed = [host.python, f"{host.python.rpartition('/')[0]}/deepspeed"]
+    cluster = recipe.cluster
+    if not cluster.hosts and cluster.launcher == "process":
+        return [*deepspeed, "--master_port", str(port), "--num_gpus", str(cluster.gpus)]
+    on_hosts = ["python3", "supervisor.py", "on-hosts", str(cluster.gpus), ",".join(cluster.hosts)]
+    return [
+        *on_hosts,
+        *deepspeed,
+        *("--hostfile", "{hostfile}", "--no_ssh", "--node_rank", "{node_rank}"),
+        *("--master_addr", "{master_addr}", "--master_port", str(port)),
+    ]
 
 
 def initialise(recipe: Recipe, host: Host, corpus: str, base: str) -> list[Command]:

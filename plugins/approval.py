@@ -1,0 +1,30 @@
+"""The plan, with the corpus and the cluster as they are, and a person's word on it where wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airflow.providers.standard.operators.hitl import ApprovalOperator
+from airflow.sdk import Context
+from airflow.sdk.definitions.param import ParamsDict
+
+import steps
+
+
+class ApprovePlan(ApprovalOperator):
+    """Refuse a run that does not fit, or wait for approval in the UI (``require_approval``).
+
+    Without ``require_approval`` the task ends at once with the plan's figures.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(subject="Approve the plan of this run", fail_on_reject=True, **kwargs)
+
+    def execute(self, context: Context) -> Any:
+        plan = steps.final_plan(context)
+        if not context["params"]["require_approval"]:
+            return {"plan": plan["path"]}
+        self.body = plan["text"]
+        # the form asks for a word on the plan; the run's own values were given before
+        self.params = ParamsDict({})
+        return super().execute(context)
