@@ -367,3 +367,36 @@ def test_progress_is_logged_with_rate_and_time_left(
     for _ in range(3):
         progress.add(12)
     assert caplog.messages == ["tokenize: 24 of 100 documents, 2 documents/s, 38 s left"]
+
+
+def test_replay_does_not_bring_back_what_is_held_out(
+    documents: Writer, recipe_for: Recipes, home: Path, tmp_path: Path
+) -> None:
+    records = acts(40)
+    newest = record("newest", text_of(1, 300), date="2025-01-01")
+    folder = documents([*records, newest])
+    general = tmp_path / "general"
+    general.mkdir()
+    import json
+
+    copies = [{"full_text": "A copy: " + text_of(1, 300)}, {"full_text": text_of(99, 300)}]
+    (general / "a.jsonl").write_text("".join(json.dumps(item) + "\n" for item in copies))
+    recipe = recipe_for(
+        folder,
+        documents__replay={"path": str(general), "share": 0.5},
+        corpus__newest_share=0.01,
+        corpus__validation_share=0.01,
+    )
+    assert made(recipe, home)["replay"]["documents"] == 1
+
+
+def test_documents_by_url(recipe_for: Recipes, home: Path) -> None:
+    import json
+
+    import fsspec
+
+    with fsspec.open("memory://acts-by-url/a.jsonl.gz", "wb", compression="gzip") as file:
+        file.write("".join(json.dumps(item) + "\n" for item in acts()).encode())
+    recipe = recipe_for("memory://acts-by-url")
+    assert made(recipe, home)["documents"] > 30
+    assert made(recipe, home)["reused"]

@@ -63,6 +63,7 @@ VALIDATION_SCHEMA = pa.schema(
 )
 HELD_OUT = ("validation", "validation_newest")  # splits, and the names of their folders
 MOST_OVERLAPS = 20
+MOST_CHARACTERS_A_TOKEN = 8  # more than running text has: enough documents are tokenized for replay
 SMALL = 4_000_000  # characters: less is done sooner than processes start and tokenizers compare
 PROBE_CHARACTERS = 300_000  # compared before tiktoken is trusted with the corpus
 
@@ -190,14 +191,16 @@ def _build_into(
     if documents.characters.sum() < SMALL:
         processes = processes or 1
     tokenizer = _compared(tokenizer, documents, home)
-    overlaps = _overlaps(documents, folder, processes)
+    held_out = folder / ".held_out.npz"
+    overlaps = _overlaps(documents, held_out, processes)
     _drop_overlapping(documents, overlaps)
     ids = _tokenized(documents, tokenizer, home, processes)
     _cut_at_budget(documents, ids, chosen["target_tokens"])
     train = documents.rows("train")
     _check_splits(documents, overlaps)
     legal = ids.of(train)
-    general = _replay(replay, int(legal.length.sum()), tokenizer, recipe, home, processes)
+    general = _replay(replay, int(legal.length.sum()), held_out, tokenizer, recipe, home)
+    held_out.unlink()
     training = legal.and_(general)
     plan = _planned(training, recipe)
     shards = _write_shards(folder, plan, training, recipe.corpus.num_shards, processes)
@@ -271,8 +274,11 @@ def _texts(part: str, fields: Fields, positions: Ints) -> Iterator[str]:
 # Overlaps with what is held out
 
 
-def _overlaps(documents: _Documents, folder: Path, processes: int | None) -> list[tuple[int, int]]:
-    """(training row, held-out row) of all pairs that overlap too much, from the texts."""
+def _overlaps(documents: _Documents, table: Path, processes: int | None) -> list[tuple[int, int]]:
+    """(training row, held-out row) of all pairs that overlap too much, from the texts.
+
+    Leaves the held-out documents' sequences in ``table``.
+    """
     held_out = documents.rows(*HELD_OUT)
     calls = [
         (part, documents.fields, positions) for part, _, positions in documents.by_part(held_out)
@@ -281,7 +287,6 @@ def _overlaps(documents: _Documents, folder: Path, processes: int | None) -> lis
         (number, result)
         for number, result in in_processes(leakage.held_out_sequences, calls, processes)
     )
-    table = folder / ".held_out.npz"
     leakage.write_table(table, [item for _, (_, items) in found for item in items])
     parts = list(documents.by_part(documents.rows("train", "reserve")))
     progress = Progress("overlaps with held-out documents", "documents", len(documents.split))
@@ -293,7 +298,6 @@ def _overlaps(documents: _Documents, folder: Path, processes: int | None) -> lis
         rows = documents.rows_at(numbers[part], result.position)
         pairs += zip(rows.tolist(), held_out[result.held_out].tolist(), strict=True)
         progress.add(len(positions))
-    table.unlink()
     return sorted(pairs)
 
 
@@ -421,12 +425,15 @@ def _replay_parts(recipe: Recipe) -> list[tuple[str, str]]:
 def _replay(
     parts: list[tuple[str, str]],
     legal_tokens: int,
+    held_out: Path,
     tokenizer: CorpusTokenizer,
     recipe: Recipe,
     home: Path,
-    processes: int | None,
 ) -> _Ids:
-    """General documents of the recipe's share of all training tokens, from as few files."""
+    """General documents of the recipe's share of all training tokens, from as few files.
+
+    Those that overlap with a held-out legal document are left out.
+    """
     nothing = np.empty(0, dtype=np.int64)
     chosen = _Ids([], nothing, nothing, nothing)
     if recipe.documents.replay is None:
@@ -435,14 +442,13 @@ def _replay(
     budget = math.floor(legal_tokens * share / (1 - share))
     fields = recipe.documents.fields
     for part, source in parts:
-        positions = [
-            document.position
-            for document in read_documents(part, fields)
-            if isinstance(document, Document)
-        ]
-        tokenize_part(part, source, fields, tokenizer, np.array(positions), home)
+        positions = _first_positions(part, fields, budget * MOST_CHARACTERS_A_TOKEN)
+        copied = leakage.overlaps(part, fields, positions, held_out).position
+        positions = np.setdiff1d(positions, copied)
+        tokenize_part(part, source, fields, tokenizer, positions, home)
         found = read_index(token_folder(source, fields, tokenizer, home))
         order = np.argsort(found.position)
+        order = order[np.isin(found.position[order], positions)]
         taken = order[take_within(found.length[order], budget)]
         chosen = chosen.and_(
             _Ids(found.files, found.file[taken], found.offset[taken], found.length[taken])
@@ -451,6 +457,18 @@ def _replay(
         if len(taken) < len(order):
             break
     return chosen
+
+
+def _first_positions(part: str, fields: Fields, characters: int) -> Ints:
+    """Positions of a part's first documents, as many as have so many characters together."""
+    positions: list[int] = []
+    for document in read_documents(part, fields):
+        if isinstance(document, Document):
+            positions.append(document.position)
+            characters -= len(document.text)
+        if characters < 0:
+            break
+    return np.array(positions, dtype=np.int64)
 
 
 # Shards
