@@ -12,14 +12,22 @@ import shutil
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def start(folder: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
+def start(
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    address: str = "127.0.0.1",
+    port: int | None = None,
+    inside: Sequence[str] = (),
+) -> dict[str, Any]:
     """Start the server; returns ``{pid, port, host, user, key_file, known_hosts}``.
 
     Keys stay in ``folder`` from one start to the next. The process leads a group of its own.
+    ``inside`` is a command that runs the server somewhere else (``ip netns exec ...``).
     """
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if sshd is None:
@@ -32,15 +40,16 @@ def start(folder: Path, environment: dict[str, str] | None = None) -> dict[str, 
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     shutil.copyfile(folder / "client_key.pub", folder / "authorized_keys")
     (folder / "authorized_keys").chmod(0o600)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            port = int(probe.getsockname()[1])
     key = (folder / "host_key.pub").read_text().split()
-    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {key[0]} {key[1]}\n")
+    (folder / "known_hosts").write_text(f"[{address}]:{port} {key[0]} {key[1]}\n")
     user = getpass.getuser()
     settings = {
         "Port": port,
-        "ListenAddress": "127.0.0.1",
+        "ListenAddress": address,
         "HostKey": folder / "host_key",
         "AuthorizedKeysFile": folder / "authorized_keys",
         "PidFile": "none",
@@ -65,7 +74,7 @@ def start(folder: Path, environment: dict[str, str] | None = None) -> dict[str, 
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     log = folder / "sshd.log"
     process = subprocess.Popen(
-        [sshd, "-D", "-f", str(folder / "sshd_config"), "-E", str(log)],
+        [*inside, sshd, "-D", "-f", str(folder / "sshd_config"), "-E", str(log)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=log.open("ab"),
@@ -76,11 +85,11 @@ def start(folder: Path, environment: dict[str, str] | None = None) -> dict[str, 
         if process.poll() is not None:
             break
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            if probe.connect_ex((address, port)) == 0:
                 return {
                     "pid": process.pid,
                     "port": port,
-                    "host": "127.0.0.1",
+                    "host": address,
                     "user": user,
                     "key_file": str(folder / "client_key"),
                     "known_hosts": str(folder / "known_hosts"),

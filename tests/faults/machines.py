@@ -1,0 +1,396 @@
+"""Hosts that can be rebooted and cut off, and an Airflow whose processes can be killed one by one.
+
+A host is an OpenSSH server in namespaces of its own: processes, network, and a boot id of its
+own, so that killing it is what a reboot is to those that depend on it. Needs root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import local_sshd
+
+from fastcpt.cluster.remote import Remote
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = REPOSITORY / "include" / "scripts"
+
+# A training stand-in: counts steps, saves every fifth, goes on from the last one saved, and tells
+# when another one runs at the same time.
+TRAINER = """
+import fcntl, json, os, sys, time
+folder, steps, pace = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+def add(name, text):
+    with open(os.path.join(folder, name), "a") as file:
+        file.write(text + "\\n")
+gpu = open(os.path.join(folder, "gpu"), "w")
+try:
+    fcntl.flock(gpu, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except OSError:
+    add("twice", "two trainings at once")
+saved = os.path.join(folder, "checkpoint")
+at = int(open(saved).read()) if os.path.exists(saved) else 0
+add("starts", str(at))
+add("pids", str(os.getpid()))
+for step in range(at + 1, steps + 1):
+    time.sleep(pace)
+    print("step", step, flush=True)
+    add("steps", str(step))
+    if step % 5 == 0:
+        with open(saved + ".new", "w") as file:
+            file.write(str(step))
+        os.replace(saved + ".new", saved)
+with open(os.path.join(folder, "result.json.new"), "w") as file:
+    json.dump({"steps": steps}, file)
+os.replace(file.name, os.path.join(folder, "result.json"))
+"""
+
+
+class Training:
+    """What a stand-in for a training has left in its folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "trainer.py").write_text(TRAINER)
+
+    def command(self, steps: int, pace: float) -> list[str]:
+        program = str(self.folder / "trainer.py")
+        return ["python3", program, str(self.folder), str(steps), str(pace)]
+
+    @property
+    def result(self) -> str:
+        return str(self.folder / "result.json")
+
+    def numbers(self, name: str) -> list[int]:
+        file = self.folder / name
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+        eventually(lambda: max(self.numbers("steps"), default=0) >= step, seconds)
+
+    @property
+    def never_twice(self) -> bool:
+        return not (self.folder / "twice").exists()
+
+
+def eventually(holds: Callable[[], Any], seconds: float, pause: float = 0.2) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if holds():
+            return
+        time.sleep(pause)
+    raise AssertionError(f"not within {seconds} s")
+
+
+_numbers = itertools.count(1)
+
+
+class Host:
+    """A machine: an SSH server with processes, network and boot id of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        number = os.getpid() % 200 * 100 + next(_numbers)
+        self.folder, self.namespace = folder, f"fastcpt{number}"
+        self.link, far = f"fch{number}", f"fcg{number}"
+        subnet = f"10.{200 + number // 250 % 50}.{number % 250}"
+        self.address = f"{subnet}.2"
+        self._call("ip", "netns", "add", self.namespace)
+        self._call("ip", "link", "add", self.link, "type", "veth", "peer", "name", far)
+        self._call("ip", "link", "set", far, "netns", self.namespace)
+        self._call("ip", "addr", "add", f"{subnet}.1/24", "dev", self.link)
+        self._call("ip", "link", "set", self.link, "up")
+        inside = ("ip", "netns", "exec", self.namespace, "ip")
+        self._call(*inside, "addr", "add", f"{self.address}/24", "dev", far)
+        self._call(*inside, "link", "set", far, "up")
+        self._call(*inside, "link", "set", "lo", "up")
+        self.boot()
+
+    @staticmethod
+    def _call(*command: str) -> None:
+        subprocess.run(command, check=True, capture_output=True)
+
+    def boot(self) -> None:
+        """Start the machine, with a new boot id."""
+        (self.folder / "boot_id").write_text(f"{uuid.uuid4()}\n")
+        mount = f"mount --bind {self.folder}/boot_id /proc/sys/kernel/random/boot_id"
+        machine = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self.facts = local_sshd.start(
+            self.folder / "sshd",
+            address=self.address,
+            port=2222,
+            inside=[
+                *("ip", "netns", "exec", self.namespace),
+                *machine,
+                *("bash", "-c", f'{mount} && "$@" & wait', "init"),
+            ],
+        )
+
+    def power_off(self) -> None:
+        """Every process of it is gone at once."""
+        os.killpg(self.facts["pid"], signal.SIGKILL)
+        os.waitpid(self.facts["pid"], 0)
+
+    def cut(self) -> None:
+        """Packets vanish in both directions; nothing is closed."""
+        self._call("ip", "link", "set", self.link, "down")
+
+    def join(self) -> None:
+        self._call("ip", "link", "set", self.link, "up")
+
+    @property
+    def remote(self) -> Remote:
+        facts = self.facts
+        return Remote(
+            facts["host"], facts["user"], facts["port"], facts["key_file"], facts["known_hosts"]
+        )
+
+    def away(self) -> None:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            self.power_off()
+        self._call("ip", "netns", "del", self.namespace)
+
+
+def remote_of(facts: dict[str, Any]) -> Remote:
+    return Remote(
+        facts["host"], facts["user"], facts["port"], facts["key_file"], facts["known_hosts"]
+    )
+
+
+# Airflow
+
+DAGS = '''
+import os, time
+from datetime import timedelta
+from airflow.sdk import dag
+from remote_job import RemoteJob, RemoteJobOperator
+
+def job(context):
+    conf = context["dag_run"].conf
+    return RemoteJob(
+        "local_cluster", conf["root"], conf["commands"], result=conf["result"],
+        environment={"STARTED_FOR": conf.get("note", "")},
+    )
+
+def secrets(context):
+    return {"HF_TOKEN": context["dag_run"].conf.get("secret", "none")}
+
+class DiesBeforeItWaits(RemoteJobOperator):
+    """Gives a test the time to kill the worker between starting the job and waiting for it."""
+    def defer(self, **options):
+        note = os.path.join(os.path.dirname(self.result), "worker")
+        if not os.path.exists(note):
+            with open(note + ".new", "w") as file:
+                file.write(f"{os.getpid()} {os.getppid()}")
+            os.rename(note + ".new", note)
+            time.sleep(300)
+        super().defer(**options)
+    def execute(self, context):
+        self.result = context["dag_run"].conf["result"]
+        return super().execute(context)
+
+def one(dag_id, operator=RemoteJobOperator, **options):
+    @dag(dag_id=dag_id, schedule=None, max_active_runs=16)
+    def build():
+        operator(task_id="train", job=job, secrets=secrets, retries=3,
+                 retry_delay=timedelta(seconds=2), **options)
+    return build()
+
+one("training", pool="gpus")
+one("anywhere")
+one("timed", execution_timeout=timedelta(seconds=15))
+one("interrupted", DiesBeforeItWaits)
+'''
+
+
+class Airflow:
+    """The four processes on SQLite, each of which can be killed and started again."""
+
+    names = ("api-server", "scheduler", "dag-processor", "triggerer")
+
+    def __init__(self, home: Path, cluster: dict[str, Any]) -> None:
+        os.environ["FASTCPT_HOME"] = str(home)
+        spec = importlib.util.spec_from_file_location("faults_stack", SCRIPTS / "local_stack.py")
+        assert spec is not None
+        assert spec.loader is not None
+        stack = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(stack)
+        self.home, self.stack = home, stack
+        (home / "dags").mkdir(parents=True)
+        (home / "logs").mkdir()
+        (home / "dags" / "faults.py").write_text(DAGS)
+        (home / "passwords.json").write_text(json.dumps({"admin": "admin"}))
+        self.url = f"http://127.0.0.1:{(port := stack.free_port())}"
+        self.settings = stack.environment(cluster, port) | {
+            "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "15",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
+            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "3",
+            "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "2",
+            "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
+            "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "10",
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
+        }
+        self.program = str(REPOSITORY / ".env/airflow/bin/airflow")
+        for command in (
+            ("db", "migrate"),
+            ("pools", "set", "gpus", "1", "One at a time.", "--include-deferred"),
+        ):
+            subprocess.run(
+                [self.program, *command], env=self.settings, check=True, capture_output=True
+            )
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        for name in self.names:
+            self.start(name)
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        eventually(self._ready, 180, 0.5)
+
+    def _ready(self) -> bool:
+        try:
+            health = self.client.get("/api/v2/monitor/health").json()
+            if any(
+                health[part]["status"] != "healthy"
+                for part in ("scheduler", "triggerer", "dag_processor")
+            ):
+                return False
+            answer = self.client.post(
+                "/auth/token", json={"username": "admin", "password": "admin"}
+            )
+            self.client.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
+            return bool(self.client.get("/api/v2/dags/interrupted").status_code == 200)
+        except (httpx.HTTPError, KeyError):
+            return False
+
+    def start(self, name: str) -> None:
+        with (self.home / "logs" / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [self.program, name],
+                env=self.settings,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.home,
+            )
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to the process and all that it started: the machine it ran on is gone."""
+        process = self.processes[name]
+        for pid in [process.pid, *_descendants(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+    def end(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for process in self.processes.values():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+            time.sleep(3 if number == signal.SIGTERM else 0)
+        for process in self.processes.values():
+            process.wait()
+        self.client.close()
+
+    def trigger(self, dag: str, conf: dict[str, Any]) -> Run:
+        answer = self.client.post(
+            f"/api/v2/dags/{dag}/dagRuns", json={"logical_date": None, "conf": conf}
+        )
+        answer.raise_for_status()
+        return Run(self, dag, answer.json()["dag_run_id"])
+
+    def train(
+        self, dag: str, training: Training, steps: int, pace: float = 0.5, **conf: Any
+    ) -> Run:
+        """Trigger a DAG that runs the stand-in for a training on the cluster."""
+        commands = [training.command(steps, pace)]
+        root = str(conf.pop("root", training.folder.parent / "cluster"))
+        values = {"root": root, "commands": commands, "result": training.result}
+        return self.trigger(dag, {**values, **conf})
+
+
+class Run:
+    def __init__(self, airflow: Airflow, dag: str, run: str) -> None:
+        self.airflow, self.run = airflow, run
+        self.path = f"/api/v2/dags/{dag}/dagRuns/{run}"
+        self.dag = dag
+
+    @property
+    def task(self) -> dict[str, Any]:
+        answer = self.airflow.client.get(f"{self.path}/taskInstances/train")
+        answer.raise_for_status()
+        return dict(answer.json())
+
+    def wait(self, *states: str, seconds: float = 180) -> dict[str, Any]:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with contextlib.suppress(httpx.HTTPError):
+                task = self.task
+                if task["state"] in states:
+                    return task
+            time.sleep(0.5)
+        raise AssertionError(f"the task is {self.task['state']}, wanted {states}:\n{self.log()}")
+
+    def log(self, attempt: int | None = None) -> list[str]:
+        attempt = attempt or self.task["try_number"]
+        answer = self.airflow.client.get(
+            f"{self.path}/taskInstances/train/logs/{attempt}",
+            params={"full_content": True},
+            headers={"Accept": "application/json"},
+        )
+        if answer.status_code != 200:
+            return []
+        return [str(event.get("event", event)) for event in answer.json()["content"]]
+
+    def steps_in_log(self, attempt: int | None = None) -> list[int]:
+        lines = self.log(attempt)
+        return [int(line.split()[1]) for line in lines if line.startswith("step ")]
+
+    def mark_failed(self) -> None:
+        answer = self.airflow.client.patch(
+            f"{self.path}/taskInstances/train", json={"new_state": "failed"}
+        )
+        answer.raise_for_status()
+
+    def clear(self) -> None:
+        answer = self.airflow.client.post(
+            f"/api/v2/dags/{self.dag}/clearTaskInstances",
+            json={
+                "dry_run": False,
+                "dag_run_id": self.run,
+                "task_ids": ["train"],
+                "only_failed": False,
+                "only_running": False,
+            },
+        )
+        answer.raise_for_status()
+
+    def delete(self) -> None:
+        self.airflow.client.delete(self.path).raise_for_status()
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                children.setdefault(int(stat[1]), []).append(int(entry.name))
+    found = []
+    waiting = [pid]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            found.append(child)
+            waiting.append(child)
+    return found

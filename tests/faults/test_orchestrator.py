@@ -1,0 +1,143 @@
+"""Airflow's own processes die, or its user changes their mind, while a job runs on the cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from faults.machines import Airflow, Training, eventually
+
+pytestmark = pytest.mark.faults
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+def test_a_killed_triggerer_loses_nothing(airflow: Airflow, training: Training) -> None:
+    run = airflow.train("anywhere", training, steps=60)
+    training.wait_for_step(15)
+    airflow.kill("triggerer")
+    training.wait_for_step(30)
+    airflow.start("triggerer")
+    assert run.wait("success", "failed")["state"] == "success"
+    assert training.numbers("starts") == [0]
+    # in order, each once
+    assert run.steps_in_log() == list(range(1, 61))
+    assert run.task["try_number"] == 1
+
+
+def test_a_killed_scheduler_loses_nothing(airflow: Airflow, training: Training) -> None:
+    run = airflow.train("anywhere", training, steps=40)
+    training.wait_for_step(5)
+    run.wait("deferred")
+    airflow.kill("scheduler")
+    training.wait_for_step(25)
+    airflow.start("scheduler")
+    assert run.wait("success", "failed")["state"] == "success"
+    assert training.numbers("starts") == [0]
+
+
+def test_a_killed_worker_leaves_the_job_to_the_next_try(
+    airflow: Airflow, training: Training
+) -> None:
+    run = airflow.train("interrupted", training, steps=120)
+    note = training.folder / "worker"
+    eventually(note.exists, 60)
+    training.wait_for_step(3)
+    for pid in note.read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+    assert run.wait("success", "failed", seconds=240)["state"] == "success"
+    assert run.task["try_number"] == 2
+    # the retry came while the job still ran: it found it
+    assert training.numbers("starts") == [0]
+    assert training.never_twice
+
+
+def test_a_killed_training_resumes_from_its_last_checkpoint(
+    airflow: Airflow, training: Training
+) -> None:
+    run = airflow.train("anywhere", training, steps=40)
+    training.wait_for_step(18)
+    os.kill(training.numbers("pids")[0], signal.SIGKILL)
+    assert run.wait("success", "failed")["state"] == "success"
+    first, second = training.numbers("starts")
+    assert (first, second) == (0, max(training.numbers("steps")[:-22]) // 5 * 5)
+    steps = training.numbers("steps")
+    # what was trained twice is less than the interval of five
+    assert len(steps) - len(set(steps)) < 5
+    assert training.never_twice
+
+
+@pytest.mark.parametrize("action", ["mark_failed", "delete"])
+def test_ending_the_task_ends_the_job(airflow: Airflow, training: Training, action: str) -> None:
+    run = airflow.train("anywhere", training, steps=1000)
+    training.wait_for_step(3)
+    run.wait("deferred")
+    (pid,) = training.numbers("pids")
+    getattr(run, action)()
+    eventually(lambda: gone(pid), 30)
+    time.sleep(5)
+    assert training.numbers("starts") == [0]
+
+
+def test_a_cleared_task_ends_its_job_and_starts_again(airflow: Airflow, training: Training) -> None:
+    run = airflow.train("anywhere", training, steps=60)
+    training.wait_for_step(12)
+    run.wait("deferred")
+    (pid,) = training.numbers("pids")
+    run.clear()
+    eventually(lambda: gone(pid), 30)
+    assert run.wait("success", seconds=120)["state"] == "success"
+    assert len(training.numbers("starts")) == 2
+    assert training.never_twice
+
+
+def test_a_task_whose_time_is_over_ends_its_job(airflow: Airflow, training: Training) -> None:
+    run = airflow.train("timed", training, steps=1000)
+    training.wait_for_step(3)
+    (pid,) = training.numbers("pids")[:1]
+    eventually(lambda: gone(pid), 15 + 30)
+    run.wait("up_for_retry", "failed", "queued", "running", "deferred")
+    assert any("took longer than the task may" in line for line in run.log(1))
+    run.mark_failed()
+
+
+def test_of_two_runs_the_second_waits(airflow: Airflow, training: Training) -> None:
+    others = Training(training.folder.parent / "other")
+    # one GPU: both tell when the other one runs at the same time
+    (others.folder / "gpu").symlink_to(training.folder / "gpu")
+    runs = [
+        airflow.train("training", one, steps=15, root=training.folder.parent / "cluster")
+        for one in (training, others)
+    ]
+    for run in runs:
+        assert run.wait("success", "failed")["state"] == "success"
+    assert training.never_twice
+    assert others.never_twice
+
+
+def test_a_secret_is_in_no_log_no_xcom_and_no_file(airflow: Airflow, training: Training) -> None:
+    secret = "hf_" + "k7" * 20
+    program = (
+        "import os, sys; print(len(os.environ['HF_TOKEN'])); open(sys.argv[1], 'w').write('{}')"
+    )
+    conf = {
+        "root": str(training.folder.parent / "cluster"),
+        "commands": [["python3", "-c", program, training.result]],
+        "result": training.result,
+    }
+    # the value is handed to the worker alone, as a connection or a variable would
+    run = airflow.trigger("anywhere", {**conf, "secret": secret})
+    assert run.wait("success", "failed")["state"] == "success"
+    assert "43" in run.log()
+    assert not any(secret in line for line in run.log())
+    folders = [training.folder.parent, airflow.home / "airflow" / "logs"]
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file() and "airflow.db" not in path.name:
+                assert secret.encode() not in path.read_bytes(), path
