@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "include" / "scripts"))
 import local_sshd
 
-from faults.machines import Airflow, Host, Training
+from faults.machines import Airflow, Host, Slurm, Training
 
 
 @pytest.fixture
@@ -54,3 +54,10 @@ def airflow(tmp_path_factory: pytest.TempPathFactory, cluster: dict[str, Any]) -
     stack = Airflow(tmp_path_factory.mktemp("airflow"), cluster)
     yield stack
     stack.end()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    cluster = Slurm(tmp_path_factory.mktemp("slurm") / "cluster")
+    yield cluster
+    cluster.end()

@@ -12,7 +12,9 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -84,6 +86,14 @@ class Training:
     @property
     def never_twice(self) -> bool:
         return not (self.folder / "twice").exists()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def eventually(holds: Callable[[], Any], seconds: float, pause: float = 0.2) -> None:
@@ -351,7 +361,11 @@ class Run:
         )
         if answer.status_code != 200:
             return []
-        return [str(event.get("event", event)) for event in answer.json()["content"]]
+        lines = []
+        for event in answer.json()["content"]:
+            lines.append(str(event.get("event", event)))
+            lines += [str(detail["exc_value"]) for detail in event.get("error_detail") or []]
+        return lines
 
     def steps_in_log(self, attempt: int | None = None) -> list[int]:
         lines = self.log(attempt)
@@ -377,6 +391,8 @@ class Run:
         answer.raise_for_status()
 
     def delete(self) -> None:
+        """As the UI does it: Airflow deletes no run that goes on, so its state is set first."""
+        self.airflow.client.patch(self.path, json={"state": "failed"}).raise_for_status()
         self.airflow.client.delete(self.path).raise_for_status()
 
 
@@ -394,3 +410,100 @@ def _descendants(pid: int) -> list[int]:
             found.append(child)
             waiting.append(child)
     return found
+
+
+class Slurm:
+    """A Slurm cluster of two nodes on this machine, and an SSH server as its login host."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(mode=0o700)
+        for name in ("state", "spool/n1", "spool/n2"):
+            (folder / name).mkdir(parents=True)
+        (folder / "munge.key").write_bytes(os.urandom(1024))
+        (folder / "munge.key").chmod(0o600)
+        here = socket.gethostname().partition(".")[0]
+        # a socket's name must be short
+        self.sockets = Path(tempfile.mkdtemp(prefix="munge-"))
+        ports = [free_port() for _ in range(3)]
+        settings = {
+            "ClusterName": "fastcpt",
+            "SlurmctldHost": f"{here}(127.0.0.1)",
+            "SlurmUser": "root",
+            "SlurmdUser": "root",
+            "AuthType": "auth/munge",
+            "AuthInfo": f"socket={self.sockets}/munge",
+            "SlurmctldPort": ports[0],
+            "StateSaveLocation": folder / "state",
+            "SlurmdSpoolDir": f"{folder}/spool/%n",
+            "SlurmctldPidFile": folder / "slurmctld.pid",
+            "SlurmdPidFile": f"{folder}/%n.pid",
+            "SlurmctldLogFile": folder / "slurmctld.log",
+            "SlurmdLogFile": f"{folder}/%n.log",
+            "ProctrackType": "proctrack/linuxproc",
+            "TaskPlugin": "task/none",
+            "MpiDefault": "none",
+            "SelectType": "select/cons_tres",
+            "SelectTypeParameters": "CR_Core",
+            "JobAcctGatherType": "jobacct_gather/none",
+            "ReturnToService": 2,
+            "KillWait": 10,
+            "OverTimeLimit": 0,
+            "SchedulerParameters": "sched_interval=2,batch_sched_delay=0",
+        }
+        lines = [f"{name}={value}" for name, value in settings.items()]
+        lines += [
+            f"NodeName=n1,n2 NodeHostname={here} NodeAddr=127.0.0.1 Port={ports[1]},{ports[2]} "
+            "CPUs=1 State=UNKNOWN",
+            "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
+        ]
+        self.configuration = folder / "slurm.conf"
+        self.configuration.write_text("\n".join(lines) + "\n")
+        self.processes = [
+            self._start("munged", "--foreground", "--force", *self._munge()),
+        ]
+        eventually((self.sockets / "munge").exists, 20)
+        self.processes += [
+            self._start("slurmctld", "-D", "-f", str(self.configuration)),
+            self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "n1"),
+            self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "n2"),
+        ]
+        eventually(lambda: "idle" in self.call("sinfo", "-h", "-o", "%T"), 60)
+        self.login = local_sshd.start(
+            folder / "sshd", {"SLURM_CONF": str(self.configuration), "PATH": os.environ["PATH"]}
+        )
+
+    def _munge(self) -> list[str]:
+        names = {"key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log"}
+        options = [f"--{name}={self.folder}/{file}" for name, file in names.items()]
+        return [*options, f"--seed-file={self.folder}/seed", f"--socket={self.sockets}/munge"]
+
+    @staticmethod
+    def _start(*command: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def call(self, *command: str) -> str:
+        settings = {**os.environ, "SLURM_CONF": str(self.configuration)}
+        done = subprocess.run(command, env=settings, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    @property
+    def remote(self) -> Remote:
+        return remote_of(self.login)
+
+    def end(self) -> None:
+        self.call("scancel", "--user=root")
+        time.sleep(1)
+        os.killpg(self.login["pid"], signal.SIGTERM)
+        os.waitpid(self.login["pid"], 0)
+        for process in reversed(self.processes):
+            process.terminate()
+            process.wait(20)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

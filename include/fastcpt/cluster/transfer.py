@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcpt.cluster.remote import (
+    OUTAGE_S,
     ClusterError,
     ConnectionLost,
     Remote,
@@ -67,14 +68,15 @@ def send(
             f"{remote.host}: {total / 1e9:.2f} GB to send, {state['free'] / 1e9:.2f} GB free in "
             f"{state['path']}: free some there, or choose another cluster.root"
         )
-    for _ in range(ROUNDS):
-        if not differ:
-            break
-        log.info("sending %d files, %.1f MB", len(differ), sum(map(sizes.get, differ)) / 1e6)  # type: ignore[arg-type]
-        _rsync(
-            remote, _shares(differ, sizes, streams), sizes, f"{local}/", f"HOST:{state['path']}/"
-        )
-        differ = ask_through(remote, "verify", folder=folder, files=listed)["differ"]
+    by_name = {file["file"]: file for file in listed}
+
+    def still_differ(names: Sequence[str]) -> list[str]:
+        asked = [by_name[name] for name in names]
+        return list(ask_through(remote, "verify", folder=folder, files=asked)["differ"])
+
+    differ = _move(
+        remote, differ, sizes, streams, f"{local}/", f"HOST:{state['path']}/", still_differ
+    )
     if differ:
         raise ClusterError(
             f"{remote.host}: {', '.join(differ[:3])} differ there after {ROUNDS} transfers: "
@@ -101,13 +103,16 @@ def fetch(remote: Remote, folder: str, local: Path, streams: int = STREAMS) -> d
     differ = _differ(local, files)
     sizes = {file["file"]: int(file["bytes"]) for file in files}
     fetched = list(differ)
-    for _ in range(ROUNDS):
-        if not differ:
-            break
-        _rsync(
-            remote, _shares(differ, sizes, streams), sizes, f"HOST:{state['path']}/", f"{local}/"
-        )
-        differ = _differ(local, files)
+    by_name = {file["file"]: file for file in files}
+    differ = _move(
+        remote,
+        differ,
+        sizes,
+        streams,
+        f"HOST:{state['path']}/",
+        f"{local}/",
+        lambda names: _differ(local, [by_name[name] for name in names]),
+    )
     if differ:
         raise ClusterError(
             f"{', '.join(differ[:3])} differ here after {ROUNDS} transfers: check the disk"
@@ -119,6 +124,41 @@ def fetch(remote: Remote, folder: str, local: Path, streams: int = STREAMS) -> d
         "seconds": round(time.monotonic() - began, 2),
         "reused": not fetched,
     }
+
+
+def _move(
+    remote: Remote,
+    differ: list[str],
+    sizes: dict[str, int],
+    streams: int,
+    source: str,
+    target: str,
+    still_differ: Callable[[Sequence[str]], list[str]],
+) -> list[str]:
+    """Transfer the files ``differ`` until none does; returns those that arrive damaged each time.
+
+    A line that breaks is waited for (``OUTAGE_S`` without a file arriving), then it goes on.
+    """
+    rounds, moved_last = 0, time.monotonic()
+    while differ and rounds < ROUNDS:
+        log.info(
+            "%d files to transfer, %.1f MB", len(differ), sum(map(sizes.__getitem__, differ)) / 1e6
+        )
+        lost = None
+        try:
+            _rsync(remote, _shares(differ, sizes, streams), sizes, source, target)
+            rounds += 1
+        except ConnectionLost as error:
+            lost = error
+        before, differ = differ, still_differ(differ)
+        if len(differ) < len(before):
+            moved_last = time.monotonic()
+        elif lost and time.monotonic() - moved_last > OUTAGE_S:
+            raise lost
+        if lost:
+            log.warning("%s; going on", lost)
+            time.sleep(2)
+    return differ
 
 
 def _differ(local: Path, files: Sequence[File]) -> list[str]:

@@ -1,0 +1,252 @@
+"""The GPU host, its SSH server or the network between die while a job runs: what the watcher sees.
+
+The trigger is the one that runs in Airflow's triggerer; here it runs in the test's own loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import local_sshd
+import pytest
+
+import remote_job
+from fastcpt.cluster import jobs, remote
+from fastcpt.cluster.remote import Remote
+from faults.machines import Host, Training, eventually
+
+pytestmark = pytest.mark.faults
+
+
+class Watch:
+    """A trigger that runs in a thread of its own, and the lines it logs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, to: Remote, root: Path, name: str) -> None:
+        monkeypatch.setattr(remote_job, "remote_of", lambda connection: to)
+        trigger = remote_job.RemoteJobTrigger("cluster", str(root), name, "one")
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+        self.event: dict[str, Any] = {}
+        logger = logging.Logger("watch")
+        logger.handle = self._keep  # type: ignore[method-assign]
+        trigger._log = logger
+
+        async def first() -> None:
+            async for event in trigger.run():
+                self.event = event.payload
+
+        self.thread = threading.Thread(target=lambda: asyncio.run(first()), daemon=True)
+        self.thread.start()
+
+    def _keep(self, record: logging.LogRecord) -> None:
+        kept = self.lines if record.levelno < logging.WARNING else self.warnings
+        kept.append(record.getMessage())
+
+    def wait(self, seconds: float) -> dict[str, Any]:
+        self.thread.join(seconds)
+        assert self.event, (
+            f"nothing after {seconds} s; last lines {self.lines[-3:]}, {self.warnings[-3:]}"
+        )
+        return self.event
+
+    @property
+    def steps(self) -> list[int]:
+        return [int(line.split()[1]) for line in self.lines if line.startswith("step ")]
+
+
+def job_of(training: Training, steps: int, pace: float = 0.5) -> jobs.Job:
+    return jobs.Job("train", [training.command(steps, pace)], result=training.result)
+
+
+def test_a_rebooted_host_costs_less_than_one_checkpoint_interval(
+    host: Host, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = job_of(training, 40)
+    jobs.submit(host.remote, str(tmp_path), job, "one")
+    watch = Watch(monkeypatch, host.remote, tmp_path, "train")
+    training.wait_for_step(13)
+    host.power_off()
+    reached = max(training.numbers("steps"))
+    time.sleep(3)
+    host.boot()
+    event = watch.wait(60)
+    assert event["status"]["state"] == "lost"
+    with pytest.raises(jobs.JobLost, match="the host was rebooted"):
+        jobs.outcome(host.remote, "train", event["status"], event["last_lines"])
+    # what Airflow's retry does
+    assert jobs.submit(host.remote, str(tmp_path), job, "two") == "started"
+    again = Watch(monkeypatch, host.remote, tmp_path, "train")
+    assert again.wait(60)["status"]["state"] == "succeeded"
+    assert training.numbers("starts") == [0, reached // 5 * 5]
+    assert again.steps == list(range(reached // 5 * 5 + 1, 41))
+    assert training.never_twice
+
+
+def test_sshd_killed_and_back_after_a_minute(
+    server: dict[str, Any], training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = Remote(
+        "127.0.0.1", server["user"], server["port"], server["key_file"], server["known_hosts"]
+    )
+    jobs.submit(to, str(tmp_path), job_of(training, 180), "one")
+    watch = Watch(monkeypatch, to, tmp_path, "train")
+    training.wait_for_step(10)
+    # the listener and every connection it has accepted
+    os.killpg(server["pid"], signal.SIGKILL)
+    for pid in sshd_sessions(server["port"]):
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(server["pid"], 0)
+    time.sleep(60)
+    server.update(local_sshd.start(Path(server["key_file"]).parent, port=server["port"]))
+    assert watch.wait(120)["status"]["state"] == "succeeded"
+    assert watch.steps == list(range(1, 181))
+    assert training.numbers("starts") == [0]
+
+
+def sshd_sessions(port: int) -> list[int]:
+    """The processes of a server that hold a connection to ``port`` on the loopback."""
+    wanted = f":{port:04X}"
+    inodes = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1].endswith(wanted):
+            inodes.add(f"socket:[{fields[9]}]")
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                links = {os.readlink(descriptor) for descriptor in (entry / "fd").iterdir()}
+                if links & inodes:
+                    found.append(int(entry.name))
+    return found
+
+
+def test_a_network_cut_of_three_minutes(
+    host: Host, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.submit(host.remote, str(tmp_path), job_of(training, 500), "one")
+    watch = Watch(monkeypatch, host.remote, tmp_path, "train")
+    eventually(lambda: len(watch.steps) > 5, 30)
+    host.cut()
+    time.sleep(180)
+    before = len(watch.steps)
+    host.join()
+    # the job went on all the while, and what it wrote arrives
+    eventually(lambda: len(watch.steps) > before + 300, 90)
+    assert watch.wait(200)["status"]["state"] == "succeeded"
+    assert watch.steps == list(range(1, 501))
+    assert training.numbers("starts") == [0]
+
+
+def test_a_connection_that_hangs_without_closing(
+    server: dict[str, Any], training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = Remote(
+        "127.0.0.1", server["user"], server["port"], server["key_file"], server["known_hosts"]
+    )
+    jobs.submit(to, str(tmp_path), job_of(training, 240), "one")
+    watch = Watch(monkeypatch, to, tmp_path, "train")
+    eventually(lambda: len(watch.steps) > 5, 30)
+    # the sessions stand still and answer nothing; the listener takes new connections
+    hanging = [pid for pid in sshd_sessions(server["port"]) if "sshd" in name_of(pid)]
+    hanging.remove(server["pid"])
+    assert hanging
+    for pid in hanging:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert watch.wait(240)["status"]["state"] == "succeeded"
+    finally:
+        for pid in hanging:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert watch.steps == list(range(1, 241))
+    assert training.numbers("starts") == [0]
+
+
+def name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
+
+
+def test_a_host_that_stays_away_fails_the_try_and_not_the_job(
+    host: Host, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_job, "UNREACHABLE_S", 5.0)
+    monkeypatch.setattr(remote, "CONNECT_TIMEOUT_S", 3)
+    monkeypatch.setitem(remote.ASK_TIMEOUT_S, "poll", 5)
+    job = job_of(training, 100)
+    jobs.submit(host.remote, str(tmp_path), job, "one")
+    watch = Watch(monkeypatch, host.remote, tmp_path, "train")
+    training.wait_for_step(3)
+    host.cut()
+    assert "unreachable" in watch.wait(60)
+    host.join()
+    # the next try finds the job of the first
+    assert jobs.submit(host.remote, str(tmp_path), job, "two") == "running"
+    again = Watch(monkeypatch, host.remote, tmp_path, "train")
+    assert again.wait(90)["status"]["state"] == "succeeded"
+    assert training.numbers("starts") == [0]
+
+
+def test_two_orchestrators_share_one_cluster(
+    server: dict[str, Any], training: Training, tmp_path: Path
+) -> None:
+    to = Remote(
+        "127.0.0.1", server["user"], server["port"], server["key_file"], server["known_hosts"]
+    )
+    # the same run of two orchestrators at the same instant: one job
+    answers: list[str] = []
+    job = job_of(training, 10, 0.2)
+
+    def submit(owner: str) -> None:
+        answers.append(jobs.submit(to, str(tmp_path), job, owner))
+
+    threads = [threading.Thread(target=submit, args=(name,)) for name in ("one", "two", "three")]
+    for thread in threads:
+        thread.start()
+    # and another run of theirs: it waits for the GPUs
+    other = Training(tmp_path / "other")
+    (other.folder / "gpu").symlink_to(training.folder / "gpu")
+    second = jobs.Job("other", [other.command(10, 0.2)], result=other.result)
+    assert jobs.submit(to, str(tmp_path), second, "four") == "started"
+    for thread in threads:
+        thread.join()
+    assert sorted(answers) == ["running", "running", "started"]
+    eventually(lambda: Path(training.result).exists() and Path(other.result).exists(), 60)
+    assert training.numbers("starts") == [0]
+    assert training.never_twice
+    assert other.never_twice
+
+
+def test_a_log_of_100_mb_without_ends_of_lines_and_in_no_encoding(
+    server: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = Remote(
+        "127.0.0.1", server["user"], server["port"], server["key_file"], server["known_hosts"]
+    )
+    program = """if True:
+        import os
+        line = b'x' * 99 + bytes([10])
+        for number in range(500_000):
+            os.write(1, line)
+        os.write(1, b'y' * 50_000_000)
+        os.write(1, bytes([10, 255, 254, 195, 10]) + b'the end')
+    """
+    jobs.submit(to, str(tmp_path), jobs.Job("noisy", [["python3", "-c", program]]), "one")
+    watch = Watch(monkeypatch, to, tmp_path, "noisy")
+    event = watch.wait(300)
+    assert event["status"]["state"] == "succeeded"
+    assert watch.lines.count("x" * 99) == 500_000
+    assert sum(len(line) for line in watch.lines if line.startswith("y")) == 50_000_000
+    assert max(map(len, watch.lines)) <= remote_job.LONGEST_LINE
+    assert watch.lines[-2:] == ["\ufffd\ufffd\ufffd", "the end"]
