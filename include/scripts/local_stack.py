@@ -274,12 +274,15 @@ def _is_ours(pid: int, state: dict[str, Any]) -> bool:
 
 def end(state: dict[str, Any]) -> None:
     """End every process group of the stack: politely, then for sure."""
+    # a second signal (make and the shell send one each) must not leave half of it running
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.SIG_IGN)
     groups = [pid for pid in state["pids"] if _group_lives(pid)]
     for number in (signal.SIGTERM, signal.SIGKILL):
         for group in groups:
             with suppress(ProcessLookupError, ChildProcessError):
                 os.killpg(group, number)
-        for _ in range(100):
+        for _ in range(60):
             if not any(_group_lives(group) for group in groups):
                 break
             time.sleep(0.1)
