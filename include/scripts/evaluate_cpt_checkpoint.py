@@ -20,13 +20,24 @@ def main() -> None:
     parser.add_argument("--base_model", help="evaluated too, to compare")
     parser.add_argument("--output", type=Path, default=Path("evaluation.json"))
     parser.add_argument("--config", help="the recipe (YAML)")
+    parser.add_argument(
+        "--in_parts",
+        action="store_true",
+        default=None,
+        help="partition the model over all GPUs even where it fits one",
+    )
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     args = parser.parse_args()
     recipe = load_recipe(args.config) if args.config else None
     from fastcpt.training.evaluation import evaluate
 
     evaluate(
-        args.checkpoint, args.validation_data, args.output, base=args.base_model, recipe=recipe
+        args.checkpoint,
+        args.validation_data,
+        args.output,
+        base=args.base_model,
+        recipe=recipe,
+        in_parts=args.in_parts,
     )
 
 

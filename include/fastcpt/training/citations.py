@@ -79,7 +79,7 @@ def _act(letter: str, no: bool, first: str, second: str) -> str:
     can be no year is none, whatever the rule: "Decision No 87/209/EEC" is of 1987.
     """
     years = (_year(first), _year(second))
-    number_first = no or (letter == "R" and not (len(first) == 4 and 2015 <= int(first) <= 2100))
+    number_first = no or (letter == "R" and not (len(first) == 4 and 2015 <= int(first) < 2100))
     if letter == "L":
         number_first = False
     if years[number_first] is None:
@@ -91,7 +91,7 @@ def _act(letter: str, no: bool, first: str, second: str) -> str:
 def _year(digits: str) -> int | None:
     """The year that two (until 1999) or four digits stand for; None where they cannot."""
     year = int(digits) + (1900 if len(digits) == 2 else 0)
-    return year if 1952 <= year <= 2100 else None
+    return year if 1952 <= year < 2100 else None
 
 
 class Checked(NamedTuple):

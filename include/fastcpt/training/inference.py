@@ -108,13 +108,15 @@ def _partitioned(
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
+    from fastcpt.training.trainer import start_ranks
+
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == "bfloat16"},
         "zero_optimization": {"stage": 3},
         "steps_per_print": 10**9,
     }
-    deepspeed.init_distributed(verbose=False)  # takes the process group that is there
+    start_ranks()  # takes the process group that is there
     partitioned = HfDeepSpeedConfig(config)  # while it lives, from_pretrained loads only a part
     model, _ = load_model(path, attention, dtype)
     engine, *_ = deepspeed.initialize(model=wrap(model) if wrap else model, config=config)
