@@ -1,0 +1,62 @@
+"""What is wrong with an input is said once, by the step that meets it, and is not tried again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Stack
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("values", "task", "message"),
+    [
+        ({"documents": "/nowhere/law"}, "plan", "documents.path: '/nowhere/law' does not exist"),
+        ({"documents": "EMPTY"}, "plan", "documents.path: no JSON, JSONL"),
+        ({"connection": "nobody"}, "plan", "no Airflow connection 'nobody': add it"),
+        ({"num_shards": 2, "gpus": 64}, "check_cluster", "the recipe wants 64 ranks"),
+        ({"quality_threshold": 999.0}, "select", "quality_threshold"),
+        ({"tokenizer": "/nowhere/tokenizer"}, "ANY", "/nowhere/tokenizer"),
+        ({"instructions": "/nowhere/i.jsonl"}, "ANY", "sft.instructions"),
+        ({"recipe": "cpt_config_fast"}, "plan", "does not fit"),
+    ],
+    ids=lambda value: str(next(iter(value), "")) if isinstance(value, dict) else None,
+)
+def test_a_wrong_value_ends_the_run_with_one_clear_message(
+    stack: Stack, tmp_path: Path, values: dict[str, Any], task: str, message: str
+) -> None:
+    if values.get("documents") == "EMPTY":
+        values = {**values, "documents": str(tmp_path)}
+    if values.get("recipe") == "cpt_config_fast":
+        values = {**values, "connection": "local_cluster"}
+    run = stack.run(**values)
+    assert run.outcome == "failed"
+    failed = [entry for entry in run.tasks() if entry["state"] == "failed"]
+    assert len(failed) == 1, [entry["task_id"] for entry in failed]
+    assert task in ("ANY", failed[0]["task_id"])
+    assert failed[0]["try_number"] == 1
+    assert message in run.error(failed[0]["task_id"])
+    assert "train_cpt" not in {t for t, state in run.states().items() if state == "success"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gpus": 0}, "0 is less than the minimum of 1"),
+        ({"perplexity_threshold": 1}, "1 is less than or equal to the minimum of 1"),
+        ({"recipe": "cpt_config_fats"}, "is not one of"),
+        ({"max_seq_length": "long"}, "is not of type 'integer', 'null'"),
+        ({"connection": "a; rm -rf /"}, "does not match"),
+    ],
+)
+def test_the_form_refuses_what_is_out_of_its_limits(
+    stack: Stack, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match="refused") as refused:
+        stack.api.trigger(values)
+    assert message in str(refused.value)
