@@ -89,7 +89,7 @@ class LegalWeights(Section):
 
 class Score(Section):
     method: Literal["legal", "published"] = Field(
-        "legal", description="The project's own score, or the published one (docs/scoring.md)."
+        "legal", description="The project's own score, or the published one (docs/corpus.md)."
     )
     weights: LegalWeights = LegalWeights()
     subjects: dict[str, float] = Field(
