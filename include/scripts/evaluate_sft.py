@@ -17,12 +17,26 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the fine-tuned model (or adapter)")
     parser.add_argument("--instructions", required=True, type=Path, help="folder of held_out.jsonl")
     parser.add_argument("--output", type=Path, default=Path("evaluation_sft.json"))
+    parser.add_argument("--batch", type=int, help="prompts answered together on a device")
+    parser.add_argument(
+        "--in_parts",
+        action="store_true",
+        default=None,
+        help="partition the model over all GPUs even where it fits one",
+    )
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     args = parser.parse_args()
     recipe = load_recipe(args.config)
-    from fastcpt.training.generation import evaluate_sft
+    from fastcpt.training.generation import BATCH, evaluate_sft
 
-    evaluate_sft(recipe, args.model, args.instructions, args.output)
+    evaluate_sft(
+        recipe,
+        args.model,
+        args.instructions,
+        args.output,
+        batch=args.batch or BATCH,
+        in_parts=args.in_parts,
+    )
 
 
 if __name__ == "__main__":
