@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 import local_sshd
 
+from fastcpt.cluster import far_side
 from fastcpt.corpus.sample import generate_sample
 from fastcpt.files import write_json
 from fastcpt.reporting.record import record_folder, summary_text
@@ -277,6 +278,9 @@ def end(state: dict[str, Any]) -> None:
     # a second signal (make and the shell send one each) must not leave half of it running
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.SIG_IGN)
+    # jobs outlive their connection, but not the machine that plays their host
+    for job in sorted((HOME / "cluster" / "jobs").glob("*")):
+        far_side.stop(str(HOME / "cluster"), job.name)
     groups = [pid for pid in state["pids"] if _group_lives(pid)]
     for number in (signal.SIGTERM, signal.SIGKILL):
         for group in groups:
