@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fastcpt.files import read_json, write_json
+from fastcpt.training.layers import plain_weights
 from fastcpt.training.model import Trainee
 
 TAG = "deepspeed"
@@ -77,11 +78,20 @@ def save_final(engine: Any, target: Path, tokenizer: Path, base: str) -> None:
     """Write the folder that transformers (or peft, for adapters) loads; whole or not at all."""
     trainee: Trainee = engine.module
     adapters = _has_frozen(engine)
-    weights = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapters)
+    if engine.zero_optimization_stage() == 3:
+        weights = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=adapters)
+    else:
+        weights = {
+            name: parameter.detach()
+            for name, parameter in trainee.named_parameters()
+            if parameter.requires_grad or not adapters
+        }
     if dist.get_rank() == 0:
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         named = {name.removeprefix("model."): value for name, value in weights.items()}
+        if trainee.packing is not None:
+            named = plain_weights(named, trainee.causal.config)
         trainee.model.save_pretrained(partial, state_dict=named)
         if adapters:
             (partial / "base.json").write_text(json.dumps({"base": base}) + "\n")

@@ -11,6 +11,7 @@ output layer's own forward: under ZeRO-3 its weight is then gathered once a micr
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shutil
 from pathlib import Path
@@ -23,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from fastcpt.files import read_json
 from fastcpt.recipe import Lora, Recipe
 from fastcpt.training.data import NO_LOSS, Batch
+from fastcpt.training.layers import Packing, autocast
 
-CHUNK = 1024  # tokens whose logits exist at one time
+CHUNK = 4096  # tokens whose logits exist at one time: 1 GB for 128,000 words
 
 
 class ModelError(ValueError):
@@ -32,19 +34,26 @@ class ModelError(ValueError):
 
 
 def load_model(
-    path: str | Path, attention: str = "auto", dtype: str = "bfloat16"
+    path: str | Path,
+    attention: str = "auto",
+    dtype: str = "bfloat16",
+    device: torch.device | None = None,
 ) -> tuple[Any, str]:
     """A causal language model and the name of the attention it uses.
 
     ``path`` is a folder that transformers loads, a hub name, or the ``final`` folder of a LoRA
     training (its base is then loaded and the adapter put on it). Raises ``ModelError`` where
-    there is no model, or the asked-for attention is not installed.
+    there is no model, or the asked-for attention is not installed. Weights are read straight to
+    ``device`` where one is given.
     """
     attention = choose_attention(attention)
     base, adapted = base_of(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=getattr(torch, dtype), attn_implementation=attention
+            base,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            device_map=None if device is None else {"": device},
         )
     except (ValueError, OSError) as error:
         raise ModelError(f"model '{base}' cannot be loaded: {error}") from error
@@ -123,6 +132,7 @@ def add_lora(model: Any, lora: Lora) -> Any:
                 lora_dropout=lora.lora_dropout,
                 target_modules=lora.target_modules,
             ),
+            autocast_adapter_dtype=False,  # the optimizer keeps them in float32
         )
     except ValueError as error:
         raise ModelError(f"lora: {error}") from error
@@ -139,33 +149,6 @@ def require_fp8() -> None:
         )
 
 
-def with_fp8_layers(model: Any) -> None:
-    """Replace the blocks' linear layers by transformer-engine's, in place; the output layer stays.
-
-    The parameters themselves move over, so that partitioned ones (ZeRO-3) stay so. Layers whose
-    sides are no multiples of 16 stay as they are, as FP8 matrix products need that.
-    """
-    import transformer_engine.pytorch as te
-
-    for block in model.model.layers:
-        for module in list(block.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is nn.Linear and not (
-                    child.in_features % 16 or child.out_features % 16
-                ):
-                    layer = te.Linear(
-                        child.in_features,
-                        child.out_features,
-                        bias=child.bias is not None,
-                        params_dtype=child.weight.dtype,
-                        device="meta",
-                    )
-                    layer.weight = child.weight
-                    if child.bias is not None:
-                        layer.bias = child.bias
-                    setattr(module, name, layer)
-
-
 class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
     """Summed cross entropy of ``hidden [T, H] @ weight.T [H, V]`` against ``targets [T]``.
 
@@ -179,36 +162,47 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
     ) -> torch.Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.empty_like(weight) if needs_weight else None
+        slopes = _compiled_slopes() if hidden.is_cuda else _slopes
         for begin in range(0, len(hidden), CHUNK):
             part = slice(begin, begin + CHUNK)
-            logits = (hidden[part] @ weight.T).float()
-            asked = targets[part] != NO_LOSS
-            index = targets[part].clamp(min=0)[:, None]
-            log_total = logits.logsumexp(dim=-1, keepdim=True)
-            loss += ((log_total - logits.gather(1, index))[:, 0] * asked).sum()
-            if not needs_hidden and not needs_weight:
-                continue
-            slope = logits.sub_(log_total).exp_()
-            slope.scatter_add_(1, index, -torch.ones_like(index, dtype=slope.dtype))
-            slope_low = (slope * asked[:, None]).to(hidden.dtype)
+            part_loss, slope = slopes(hidden[part] @ weight.T, targets[part])
+            loss += part_loss
             if grad_hidden is not None:
-                grad_hidden[part] = slope_low @ weight
-            if grad_weight is not None:
-                grad_weight += slope_low.T @ hidden[part]
-        kept = grad_weight.to(weight.dtype) if grad_weight is not None else None
-        ctx.save_for_backward(grad_hidden, kept)
+                torch.mm(slope, weight, out=grad_hidden[part])
+            if grad_weight is not None:  # added up inside the product
+                beta = 1.0 if begin else 0.0
+                torch.addmm(grad_weight, slope.T, hidden[part], beta=beta, out=grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
-            None if grad_hidden is None else (grad_hidden * grad).to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * grad).to(grad_weight.dtype),
+            None if grad_hidden is None else grad_hidden.mul_(grad),
+            None if grad_weight is None else grad_weight.mul_(grad),
             None,
         )
+
+
+def _slopes(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of ``logits [T, V]`` and its slope, of the logits' shape and type."""
+    wide = logits.float()
+    asked = targets != NO_LOSS
+    index = targets.clamp(min=0)[:, None]
+    log_total = wide.logsumexp(dim=-1, keepdim=True)
+    loss = ((log_total - wide.gather(1, index))[:, 0] * asked).sum()
+    words = torch.arange(wide.shape[1], device=wide.device)
+    slope = ((wide - log_total).exp() - (words == index).float()) * asked[:, None]
+    return loss, slope.to(logits.dtype)
+
+
+@functools.cache
+def _compiled_slopes() -> Any:
+    """Two passes over the logits instead of ten."""
+    return torch.compile(_slopes, dynamic=False)
 
 
 class LossHead(nn.Linear):  # type: ignore[misc]
@@ -225,32 +219,38 @@ class LossHead(nn.Linear):  # type: ignore[misc]
 class Trainee(nn.Module):  # type: ignore[misc]
     """What DeepSpeed trains: a batch in, the sum of its targets' negative log likelihoods out."""
 
-    def __init__(self, model: Any, attention: str, fp8: bool) -> None:
+    def __init__(self, model: Any, attention: str, packing: Packing | None) -> None:
+        """``packing`` is what fused blocks share; None for transformers' own layers."""
         super().__init__()
         self.model = model
-        self.attention, self.fp8 = attention, fp8
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.attention, self.packing = attention, packing
         # the same parameter and name, another forward: saved models know nothing of it
-        causal.lm_head.__class__ = LossHead
+        self.causal.lm_head.__class__ = LossHead
+
+    @property
+    def causal(self) -> Any:
+        """The model inside of peft's wrapper."""
+        model = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def forward(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        model = self.model
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        inputs = packed_inputs(batch, self.attention, device)
-        with _fp8_autocast(self.fp8):
+        causal = self.causal
+        if self.packing is None:
+            inputs = packed_inputs(batch, self.attention, device)
             hidden = causal.model(**inputs, use_cache=False)[0]
+        else:
+            self.packing.show(batch, device)
+            words = batch.input_ids.to(device, non_blocking=True).reshape(-1)
+            hidden = causal.model.embed_tokens(words)
+            if not hidden.requires_grad:  # DeepSpeed's hooks wait for a gradient of the input
+                hidden.requires_grad_()
+            with autocast(self.packing.fp8):
+                for block in causal.model.layers:
+                    hidden = block(hidden)
+            self.packing.fresh = False
+            hidden = causal.model.norm(hidden)
         loss: torch.Tensor = causal.lm_head(hidden, batch.targets.to(device, non_blocking=True))
         return loss
-
-
-def _fp8_autocast(enabled: bool) -> Any:
-    if not enabled:
-        from contextlib import nullcontext
-
-        return nullcontext()
-    import transformer_engine.pytorch as te
-
-    return te.fp8_autocast(enabled=True)
 
 
 def packed_inputs(batch: Batch, attention: str, device: torch.device) -> dict[str, Any]:

@@ -32,6 +32,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_z3_leaf_modules
 from transformers import AutoConfig
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging
@@ -41,13 +42,14 @@ from fastcpt.recipe import Recipe, Training
 from fastcpt.training import checkpoints
 from fastcpt.training.data import NO_LOSS, Order, Rows, make_batch, targets_of
 from fastcpt.training.exits import Stopped
+from fastcpt.training.layers import Block, can_fuse, with_fused_blocks
 from fastcpt.training.model import (
+    CHUNK,
     Trainee,
     add_lora,
     base_of,
     load_model,
     require_fp8,
-    with_fp8_layers,
 )
 
 WINDOW = 128  # steps that the guard remembers; it judges from half of them on
@@ -70,6 +72,8 @@ def start_ranks() -> torch.device:
         deepspeed.init_distributed("gloo", verbose=False)
         return torch.device("cpu")
     accelerator.set_device(local_rank)
+    # the step's large buffers and the activations use the same memory in turn
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     deepspeed.init_distributed(verbose=False)
     return torch.device(accelerator.device_name(local_rank))
 
@@ -164,12 +168,13 @@ class GuardedAdamW(torch.optim.AdamW):  # type: ignore[misc]
 
 
 def deepspeed_config(
-    file: Path, training: Training, dtype: str, hidden: int, accumulation: int
+    file: Path, training: Training, dtype: str, block: int, accumulation: int, world: int
 ) -> dict[str, Any]:
     """The DeepSpeed file with its "auto" values filled in from the recipe.
 
-    Bucket sizes follow transformers' rule for ZeRO-3 (multiples of the hidden size). A value the
-    file fixes has to agree with the recipe: ``TrainingError`` otherwise.
+    ``block`` is the number of weights of one layer: the next one is fetched while one computes. A
+    value the file fixes has to agree with the recipe: ``TrainingError`` otherwise. On a single
+    rank there is nothing to partition, and ZeRO-3's copies would only cost: stage 1 is used.
     """
     try:
         config: dict[str, Any] = read_json(file)
@@ -183,9 +188,10 @@ def deepspeed_config(
         (config, "gradient_accumulation_steps", accumulation, True),
         (config, "gradient_clipping", training.max_grad_norm, True),
         (config.setdefault("bf16", {}), "enabled", dtype == "bfloat16", True),
-        (zero, "reduce_bucket_size", hidden * hidden, False),
-        (zero, "stage3_prefetch_bucket_size", int(0.9 * hidden * hidden), False),
-        (zero, "stage3_param_persistence_threshold", 10 * hidden, False),
+        (zero, "reduce_bucket_size", min(block, 50_000_000), False),
+        (zero, "stage3_prefetch_bucket_size", block, False),
+        (zero, "stage3_max_live_parameters", 4 * block + 10**9, False),
+        (zero, "stage3_param_persistence_threshold", 100_000, False),
     ]
     for section, key, value, must_agree in ours:
         given = section.get(key, "auto")
@@ -195,6 +201,8 @@ def deepspeed_config(
             raise TrainingError(
                 f"{file}: {key} is {given}, the recipe asks for {value}; write auto"
             )
+    if world == 1:
+        zero["stage"] = 1
     config["steps_per_print"] = 10**9
     config["zero_allow_untested_optimizer"] = True  # GuardedAdamW
     return config
@@ -276,27 +284,52 @@ def _engine(
         shape = AutoConfig.from_pretrained(base)
     except (ValueError, OSError) as error:
         raise TrainingError(f"--model {base}: {error}") from error
-    dtype = recipe.model.dtype
-    config = deepspeed_config(deepspeed_file, training, dtype, shape.hidden_size, accumulation)
+    dtype, world, size = recipe.model.dtype, dist.get_world_size(), recipe.corpus.max_seq_length
+    targets = recipe.lora.target_modules if recipe.lora else []
+    fused = device.type == "cuda" and can_fuse(shape, dtype, targets)
+    if use_fp8 and not fused:
+        raise TrainingError(
+            "FP8 is made for Llama models in bfloat16 with adapters on q, k, v, o or none: leave "
+            "out --use_fp8 and use_fp8"
+        )
+    memory = _Memory(shape, training, size, device, lora=bool(targets), fp8=use_fp8)
+    config = deepspeed_config(deepspeed_file, training, dtype, memory.block, accumulation, world)
+    if memory.gathered:  # weights stay whole between steps
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**12
     if device.type == "cuda":
         _use_liger(shape.model_type)
-    partitioned = HfDeepSpeedConfig(config)  # while it lives, from_pretrained loads only a part
+    # while it lives, from_pretrained loads only a part
+    partitioned = HfDeepSpeedConfig(config) if world > 1 else None
     torch.manual_seed(training.seed)
-    causal, attention = load_model(path, recipe.model.attn_implementation, dtype)
-    if use_fp8:
-        with_fp8_layers(causal)
+    place = device if device.type == "cuda" and world == 1 else None
+    causal, attention = load_model(path, recipe.model.attn_implementation, dtype, place)
     if adapted:  # a second training of the adapters
         for name, parameter in causal.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif recipe.lora is not None:
         causal = add_lora(causal, recipe.lora)
-    checkpointing = training.gradient_checkpointing
-    if checkpointing == "auto":
-        checkpointing = _needs_checkpointing(shape, training, recipe.corpus.max_seq_length, device)
-    if checkpointing:
+    packing = None
+    if fused:
+        inside = causal.get_base_model() if hasattr(causal, "get_base_model") else causal
+        packing = with_fused_blocks(
+            inside,
+            size,
+            attention,
+            use_fp8,
+            memory.keep_fp8,
+            config if world > 1 else None,
+            device,
+        )
+        for n, block in enumerate(inside.model.layers):
+            block.recompute(
+                "all" if n < memory.recomputed else "mlp" if n < memory.mlp_recomputed else "none"
+            )
+        set_z3_leaf_modules(causal, [Block])
+        attention = f"{attention} in fused blocks"
+    elif memory.recomputed:
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     causal.train()
-    trainee = Trainee(causal, attention, use_fp8)
+    trainee = Trainee(causal, attention, packing)
     engine, *_ = deepspeed.initialize(
         model=trainee, optimizer=_optimizer(trainee, training), config=config
     )
@@ -304,8 +337,8 @@ def _engine(
     if dist.get_rank() == 0:
         print(
             f"model {base}: {_parameters(trainee):,} parameters, attention {attention}, {dtype}"
-            f"{', FP8' if use_fp8 else ''}{', LoRA' if recipe.lora else ''}, activations "
-            f"{'recomputed' if checkpointing else 'kept'}, {dist.get_world_size()} ranks",
+            f"{', FP8' if use_fp8 else ''}{', LoRA' if recipe.lora else ''}, {memory}, "
+            f"{world} ranks",
             flush=True,
         )
     return engine, base
@@ -320,20 +353,75 @@ def _use_liger(model_type: str) -> None:
     _apply_liger_kernel(model_type, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def _needs_checkpointing(shape: Any, training: Training, size: int, device: torch.device) -> bool:
-    """Whether states (16 bytes a parameter, over the ranks) and kept activations do not fit.
+class _Memory:
+    """What stays on the GPU and what is computed or fetched again, from what fits.
 
-    A Llama block keeps about 2 bytes x (8 hidden + 4 intermediate) a token.
+    Bytes: 2 a weight, over the ranks; 14 a trained weight (gradient, float32 copy, two moments),
+    over the ranks. For each token and layer the fused block keeps its inputs, q, k, v before and
+    after rotation, the attention's output and the gate and up products; in FP8 a second, 1-byte
+    form of what enters a product.
     """
-    if device.type == "cpu":
-        return False
-    hidden, layers, inner = shape.hidden_size, shape.num_hidden_layers, shape.intermediate_size
-    parameters = layers * (4 * hidden * hidden + 3 * hidden * inner)
-    parameters += 2 * shape.vocab_size * hidden
-    tokens = training.per_device_train_batch_size * size
-    activations = 2 * layers * tokens * (8 * hidden + 4 * inner)
-    states = 16 * parameters / dist.get_world_size() + 4 * shape.vocab_size * hidden
-    return bool(states + activations > 0.8 * torch.cuda.get_device_properties(device).total_memory)
+
+    SHARE = 0.90  # of the GPU's memory; the rest is for fragments and kernels
+
+    def __init__(
+        self,
+        shape: Any,
+        training: Training,
+        size: int,
+        device: torch.device,
+        lora: bool,
+        fp8: bool,
+    ) -> None:
+        h, inner, self.layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
+        q = shape.num_attention_heads * shape.head_dim
+        kv = shape.num_key_value_heads * shape.head_dim
+        self.block = h * (q + 2 * kv) + q * h + 3 * h * inner + 2 * h
+        vocabulary = shape.vocab_size * h
+        self.recomputed = self.mlp_recomputed = 0
+        self.keep_fp8 = self.gathered = False
+        wanted = training.gradient_checkpointing
+        if device.type == "cpu" or wanted is True:
+            self.recomputed = self.layers if wanted is True else 0
+            return
+        tokens = training.per_device_train_batch_size * size
+        world = dist.get_world_size()
+        weights = self.layers * self.block + vocabulary * (1 if shape.tie_word_embeddings else 2)
+        entering = 1 if fp8 else 2
+        attention = (
+            2 * h + 2 * (q + 2 * kv) + 2 * (q + kv) + 2 * q + (entering * h if not lora else 2 * h)
+        )
+        if fp8 and not lora:
+            attention += q
+        mlp = 4 * inner + 2 * h + (0 if lora else entering * (inner + h))
+        states = 2 * weights / world + (0 if lora else 14 * weights / world)
+        head = min(tokens, CHUNK) * shape.vocab_size * 8 + 2 * vocabulary * (1 if lora else 2)
+        fp8_weights = 2 * self.layers * self.block if fp8 else 0
+        room = self.SHARE * torch.cuda.get_device_properties(device).total_memory
+        room -= states + head + 4 * 2 * self.block + tokens * 4 * inner * 2
+        room -= self.layers * tokens * 2 * h  # the input of each block stays in any case
+        kept = tokens * (attention + mlp - 2 * h)
+        fp8_a_block = fp8_weights / self.layers
+        if room >= self.layers * (kept + fp8_a_block) or wanted is False:
+            room -= self.layers * (kept + fp8_a_block)
+            self.keep_fp8 = fp8
+        elif room >= self.layers * (kept - tokens * mlp + fp8_a_block):
+            saved = self.layers * (kept + fp8_a_block) - room
+            self.mlp_recomputed = min(self.layers, math.ceil(saved / (tokens * mlp)))
+            room = 0.0
+            self.keep_fp8 = fp8
+        else:
+            whole = max(0.0, room) // (kept + fp8_a_block)
+            self.recomputed = self.layers - min(self.layers, int(whole))
+            room = 0.0
+        self.gathered = world > 1 and room >= 2 * weights
+
+    def __str__(self) -> str:
+        if self.recomputed:
+            return f"activations of {self.recomputed}/{self.layers} layers recomputed"
+        mlp = f"{self.mlp_recomputed}/{self.layers} feed-forward layers recomputed"
+        kept = mlp if self.mlp_recomputed else "activations kept"
+        return kept + (", weights kept gathered" if self.gathered else "")
 
 
 def _optimizer(trainee: Trainee, training: Training) -> GuardedAdamW:
@@ -492,6 +580,9 @@ class _Loop:
         # dropout of a step is the same after a resume
         torch.manual_seed(hash((self.training.seed, self.step, self.rank)))
         total = torch.zeros((), device=self.device)
+        packing = self.engine.module.packing
+        if packing is not None:
+            packing.fresh = True
         for turn in range(self.accumulation):
             own = (turn * self.world + self.rank) * micro
             loss = self.engine(make_batch(samples[own : own + micro], self.data.size), self.device)
@@ -523,6 +614,8 @@ class _Loop:
         def allowed() -> bool:
             if not asked:  # the optimizer asks once a group of parameters
                 self.norm = float(zero._global_grad_norm)
+                if self.norm < 0:  # how DeepSpeed says "not finite"
+                    self.norm = math.nan
                 asked.append(not (self.guard.refuses(self.norm, self.guard.norms) or loss_refused))
             return asked[0]
 

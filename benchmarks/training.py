@@ -1,0 +1,262 @@
+"""Tokens a second of the trainer on this host's GPUs, beside the figures to reach.
+
+    python benchmarks/training.py [--cases 8b-lora-bf16,8b-lora-fp8] [--steps 2] [--profile]
+
+Each case runs the product's own engine and step (``fastcpt.training.trainer``) in processes of its
+own: Llama shapes with random weights, random tokens in whole sequences of 3072, accumulation 16,
+one step to warm up. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 3072
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SHAPES = {
+    "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, vocab_size=1024),
+    "150m": dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+                 num_attention_heads=12, num_key_value_heads=4, vocab_size=100352),
+    "3b": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+               num_attention_heads=24, num_key_value_heads=8, vocab_size=128256,
+               tie_word_embeddings=True),
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+               num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
+    "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                num_attention_heads=64, num_key_value_heads=8, vocab_size=128256),
+}  # fmt: skip
+# name: shape, LoRA, FP8, GPUs, micro-batch, tokens/s a GPU to reach, on what
+CASES: dict[str, tuple[str, bool, bool, int, int, int, str]] = {
+    "8b-lora-bf16": ("8b", True, False, 1, 2, 12_500, "H100"),
+    "8b-lora-fp8": ("8b", True, True, 1, 2, 16_000, "H100"),
+    "3b-full-fp8": ("3b", False, True, 1, 2, 30_000, "H100"),
+    "8b-full-fp8": ("8b", False, True, 2, 4, 15_200, "H200"),
+    "8b-full-bf16": ("8b", False, False, 2, 2, 10_300, "H200"),
+    "70b-lora-fp8": ("70b", True, True, 2, 2, 1_600, "H200"),
+    "tiny": ("tiny", False, False, 1, 2, 0, "CPU"),
+}
+PEAK = 989e12  # dense bf16 FLOP/s of H100 and H200
+
+
+def flop_per_token(shape: dict[str, Any], lora: bool) -> float:
+    """Forward and backward, the causal half of attention, frozen weights without their gradient."""
+    h, layers, inner = shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]
+    kv = h // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    matrices = layers * (2 * h * h + 2 * h * kv + 3 * h * inner) + shape["vocab_size"] * h
+    adapters = layers * 64 * (2 * (h + h) + 2 * (h + kv)) if lora else 0
+    return (4 if lora else 6) * matrices + 3 * 2 * layers * h * SIZE + 6 * adapters
+
+
+def worker(args: argparse.Namespace) -> None:
+    """One rank of one case; rank 0 prints the result."""
+    import numpy as np
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers.initialization import no_init_weights
+
+    from fastcpt.recipe import Recipe
+    from fastcpt.training import layers, trainer
+    from fastcpt.training.data import ListRows, Row
+
+    name, lora, fp8, gpus, micro, _, _ = CASES[args.worker]
+    shape = SHAPES[name]
+    folder = Path(args.folder)
+    # beyond 2^31 the mask of positions is longer than any row here
+    config = LlamaConfig(**shape, max_position_embeddings=131072, rope_parameters=LLAMA3)
+    if os.environ["RANK"] == "0":
+        config.save_pretrained(folder)
+    while not (folder / "config.json").is_file():
+        time.sleep(0.1)
+
+    def random_model(path: str, attention: str, dtype: str, device: Any) -> tuple[Any, str]:
+        attention = trainer_attention or trainer_choose(attention)
+        known = "sdpa" if attention == "transformer_engine" else attention
+        shape = AutoConfig.from_pretrained(path)
+        with no_init_weights(), torch.device(device or "cpu"):
+            model = AutoModelForCausalLM.from_config(
+                shape, dtype=getattr(torch, dtype), attn_implementation=known
+            )
+        model.tie_weights()
+        model.config.use_cache = False
+        for words, parameter in model.named_parameters():
+            part = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+            part.data.fill_(1.0) if "norm" in words else part.data.normal_(0.0, 0.02)
+        return model, attention
+
+    from fastcpt.training.model import choose_attention as trainer_choose
+
+    trainer_attention = args.attention
+    trainer.load_model = random_model
+    if args.scaling == "delayed":
+        from transformer_engine.common.recipe import DelayedScaling
+
+        layers.fp8_recipe = lambda: DelayedScaling(amax_history_len=16, reduce_amax=False)
+    micro = args.micro or micro
+    recipe = Recipe.model_validate(
+        {
+            "name": "benchmark",
+            "corpus": {"max_seq_length": SIZE},
+            "model": {"name_or_path": str(folder), "dtype": args.dtype},
+            "training": {
+                "per_device_train_batch_size": micro,
+                "gradient_accumulation_steps": args.accumulation,
+                "max_steps": 1000,
+                "warmup_steps": 100,
+                "use_fp8": fp8,
+            },
+            "lora": {"lora_dropout": args.dropout} if lora else None,
+            "cluster": {"gpus": gpus},
+        }
+    )
+    drawn = np.random.default_rng(0)
+    rows = ListRows(
+        [
+            Row(
+                drawn.integers(0, shape["vocab_size"], SIZE).astype(np.int32),
+                np.array([SIZE], np.int32),
+            )
+            for _ in range(64)
+        ],
+        SIZE,
+    )
+    begin = time.monotonic()
+    device = trainer.start_ranks()
+    if args.share:
+        trainer._Memory.SHARE = args.share
+    file = ROOT / "include/configs/ds_config_zero3.json"
+    engine, _ = trainer._engine(
+        recipe, recipe.training, str(folder), file, args.accumulation, fp8, device
+    )
+    loop = trainer._Loop(
+        recipe.training, rows, engine, folder, args.accumulation, device, trainer._StopSignal()
+    )
+    ready = time.monotonic()
+    times = []
+    for step in range(args.steps + 1):
+        started = time.monotonic()
+        loop._one_step(1e-5, started, 0.0)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - started)
+        if loop.rank == 0:
+            print(f"step {step}: {times[-1]:.2f} s, loss {loop.loss:.4f}", flush=True)
+    if args.profile:
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+            loop._one_step(1e-5, time.monotonic(), 0.0)
+            torch.cuda.synchronize()
+        if loop.rank == 0:
+            from collections import defaultdict
+
+            spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+            for event in seen.events():
+                if event.device_type == torch.autograd.DeviceType.CUDA:
+                    spent[event.name[:110]][0] += event.time_range.elapsed_us() / 1000
+                    spent[event.name[:110]][1] += 1
+            total = sum(ms for ms, _ in spent.values())
+            print(f"profile of one step: {total:.0f} ms in kernels")
+            for kernel, (ms, count) in sorted(spent.items(), key=lambda x: -x[1][0])[:32]:
+                print(f"{ms:9.1f} ms {100 * ms / total:5.1f} % {int(count):6d} x {kernel}")
+    tokens = micro * SIZE * args.accumulation
+    median = sorted(times[1:])[(len(times) - 1) // 2] if args.steps else times[0]
+    rate = tokens / median
+    if loop.rank == 0:
+        result = {
+            "case": args.worker,
+            "tokens_per_s_per_gpu": round(rate),
+            "mfu": round(rate * flop_per_token(shape, lora) / PEAK, 3),
+            "memory_gb": round(trainer._memory_gb(device), 1),
+            "micro_batch": micro,
+            "accumulation": args.accumulation,
+            "start_s": round(ready - begin, 1),
+            "first_step_s": round(times[0], 1),
+            "loss": loop.loss,
+        }
+        (folder / "result.json").write_text(json.dumps(result))
+        print(json.dumps(result), flush=True)
+    torch.distributed.destroy_process_group()
+
+
+def run(case: str, options: list[str], seconds: float) -> dict[str, Any] | None:
+    """A case in processes of its own; None where it fails."""
+    gpus = CASES[case][3]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", str(gpus), __file__, "--worker", case, "--folder", folder),
+            *options,
+        ]
+        path = f"{ROOT / 'include'}:{os.environ.get('PYTHONPATH', '')}"
+        try:
+            subprocess.run(
+                command,
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "4"},
+                timeout=seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{case}: longer than {seconds} s", flush=True)
+        result = Path(folder) / "result.json"
+        return json.loads(result.read_text()) if result.is_file() else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", help="names, separated by commas; those for this host if left")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=16)
+    parser.add_argument("--micro", type=int)
+    parser.add_argument("--attention", choices=("flash_attention_2", "transformer_engine"))
+    parser.add_argument("--scaling", choices=("current", "delayed"), default="current")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--share", type=float, help="of the memory that the plan may fill")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=300.0, help="at most for one case")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker(args)
+        return
+    import torch
+
+    gpus = torch.cuda.device_count()
+    cases = (
+        args.cases.split(",")
+        if args.cases
+        else [name for name, case in CASES.items() if case[3] == gpus and case[5]]
+    )
+    results = [(case, run(case, sys.argv[1:], args.seconds)) for case in cases]
+    print(f"{'case':16} {'tokens/s/GPU':>12} {'to reach':>9} {'MFU':>6} {'GB':>6}")
+    for case, result in results:
+        if result is None:
+            print(f"{case:16} {'failed':>12}")
+        else:
+            print(
+                f"{case:16} {result['tokens_per_s_per_gpu']:>12,} {CASES[case][5]:>9,} "
+                f"{result['mfu']:>6.1%} {result['memory_gb']:>6}"
+            )
+    print(json.dumps({"benchmark": "training", "results": [r for _, r in results]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Llama blocks made of transformer-engine's fused layers, in bf16 and FP8.
+
+A block keeps the four matrix products of a Llama layer apart no further than it must: one for
+queries, keys and values, one after attention, and the feed-forward network as one fused module.
+The RMSNorms run inside the products that follow them. Weights are laid one after another
+(``FUSED``), never rounded or permuted, so that ``plain_weights`` gives transformers' own back bit
+for bit.
+
+**ZeRO-3.** A block is one unit (a "leaf") to DeepSpeed: its weights are gathered before its
+forward and before its backward as a whole. Recomputation of activations happens inside the block,
+between those two moments, and so finds its weights there; around the layers it would not.
+
+**LoRA.** The adapters are peft's, with its names, so that they are saved by it. Base products see
+the frozen, fused weights; adapters of products that share an input share one pair of small
+products, and their sum needs no pass of its own (``addmm``).
+
+**FP8.** Per-tensor scaling; the weights are quantized once a step, not once a micro-batch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fastcpt.training.data import Batch
+
+# a fused weight: transformers' weights in it, first rows first
+FUSED = {
+    "qkv.layer_norm_weight": ["input_layernorm.weight"],
+    "qkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "proj.weight": ["self_attn.o_proj.weight"],
+    "mlp.layer_norm_weight": ["post_attention_layernorm.weight"],
+    "mlp.fc1_weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "mlp.fc2_weight": ["mlp.down_proj.weight"],
+}
+ADAPTABLE = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+class Packing:
+    """What all blocks have to know of the micro-batch that is on its way."""
+
+    def __init__(self, frequencies: torch.Tensor, fp8: Any | None, keep_fp8_weights: bool) -> None:
+        """``frequencies`` [S, D / 2] float32: the rotary angle of each position; S the longest row.
+
+        ``fp8`` is transformer-engine's recipe or None. ``keep_fp8_weights``: quantized weights stay
+        for all micro-batches of a step (2 bytes a weight).
+        """
+        self.size = len(frequencies)
+        self.angles = torch.cat([frequencies, frequencies], dim=-1)[:, None, None, :].contiguous()
+        self.fp8, self.keep_fp8_weights = fp8, keep_fp8_weights
+        self.fresh = True  # weights have changed since the last micro-batch
+        self.ends = torch.empty(0, dtype=torch.int32)
+
+    def show(self, batch: Batch, device: torch.device) -> None:
+        """``ends`` [pieces + 1] int32: where pieces end in the micro-batch seen as one long row."""
+        # a multiple of 32 pieces, the last ones empty: kernels are not planned anew for each count
+        ends = torch.zeros(-(-len(batch.lengths) // 32) * 32 + 1, dtype=torch.int32)
+        ends[1 : len(batch.lengths) + 1] = torch.tensor(batch.lengths, dtype=torch.int32).cumsum(0)
+        ends[len(batch.lengths) + 1 :] = ends[len(batch.lengths)]
+        self.ends = ends.to(device, non_blocking=True)
+
+    @property
+    def first(self) -> bool | None:
+        """transformer-engine's ``is_first_microbatch``."""
+        return self.fresh if self.fp8 is not None and self.keep_fp8_weights else None
+
+
+class Block(nn.Module):  # type: ignore[misc]
+    """A Llama layer; built from transformers' own, whose weights it takes."""
+
+    def __init__(self, layer: Any, config: Any, packing: Packing, attention: str) -> None:
+        """``layer`` may carry peft's adapters on the linear layers of ``ADAPTABLE``."""
+        super().__init__()
+        import transformer_engine.pytorch as te
+
+        self.packing, self.attention = packing, attention
+        self.recomputed = False
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        hidden, self.width = config.hidden_size, config.head_dim
+        self.split = [heads * self.width, groups * self.width, groups * self.width]
+        attn = layer.self_attn
+        self.self_attn = nn.Module()  # adapters under peft's names; their base weights are fused
+        for name, linear in list(attn.named_children()):
+            if hasattr(linear, "base_layer"):
+                self.self_attn.add_module(name, linear)
+        adapted = bool(self.self_attn._modules)
+        weights = {
+            name.replace(".base_layer.", "."): parameter
+            for name, parameter in layer.named_parameters()
+        }
+        norm = weights["input_layernorm.weight"]
+        made = {"bias": False, "params_dtype": norm.dtype, "device": norm.device}
+        normed = {**made, "normalization": "RMSNorm", "eps": config.rms_norm_eps}
+        self.qkv = te.LayerNormLinear(
+            hidden, sum(self.split), return_layernorm_output=adapted, **normed
+        )
+        self.proj = te.Linear(heads * self.width, hidden, **made)
+        self.mlp = te.LayerNormMLP(hidden, config.intermediate_size, activation="swiglu", **normed)
+        if attention == "transformer_engine":
+            self.core = te.DotProductAttention(
+                heads,
+                self.width,
+                num_gqa_groups=groups,
+                qkv_format="thd",
+                attn_mask_type="padding_causal",
+                layer_number=attn.layer_idx + 1,
+            )
+        for name, parts in FUSED.items():
+            fused = self.get_parameter(name)
+            taken = [weights[part] for part in parts]
+            with torch.no_grad():
+                fused.copy_(torch.cat(taken))
+            fused.requires_grad_(taken[0].requires_grad)
+        for linear in self.self_attn.children():
+            linear.base_layer = nn.Identity()
+
+    def recompute(self, what: Literal["all", "mlp", "none"]) -> None:
+        """What the backward computes again instead of keeping it."""
+        self.recomputed = what == "all"
+        self.mlp.checkpoint = what == "mlp"
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> [T, H]: T tokens of a whole micro-batch."""
+        if self.recomputed and torch.is_grad_enabled():
+            import transformer_engine.pytorch as te
+
+            out: torch.Tensor = te.checkpoint(self._forward, hidden, use_reentrant=False)
+            return out
+        return self._forward(hidden)
+
+    def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        first = self.packing.first
+        adapted = bool(self.self_attn._modules)
+        qkv = self.qkv(hidden, is_first_microbatch=first)
+        if adapted:
+            qkv, normed = qkv
+            qkv = self._adapt(qkv, normed, ["q_proj", "k_proj", "v_proj"], self.split)
+        context = self._attend(qkv)
+        out = self.proj(context, is_first_microbatch=first)
+        if adapted:
+            out = self._adapt(out, context, ["o_proj"], [out.shape[-1]])
+        hidden = hidden + out
+        return hidden + self.mlp(hidden, is_first_microbatch=first)
+
+    def _attend(self, qkv_TD: torch.Tensor) -> torch.Tensor:
+        from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
+
+        ends, size = self.packing.ends, self.packing.size
+        q, k, v = (
+            part.view(len(qkv_TD), -1, self.width) for part in qkv_TD.split(self.split, dim=-1)
+        )
+        turned = {"tensor_format": "thd", "fused": True, "cu_seqlens": ends}
+        q = apply_rotary_pos_emb(q, self.packing.angles, **turned)
+        k = apply_rotary_pos_emb(k, self.packing.angles, **turned)
+        if self.attention == "transformer_engine":
+            context: torch.Tensor = self.core(
+                q,
+                k,
+                v.contiguous(),
+                cu_seqlens_q=ends,
+                cu_seqlens_kv=ends,
+                max_seqlen_q=size,
+                max_seqlen_kv=size,
+            )
+            return context
+        from flash_attn import flash_attn_varlen_func
+
+        context = flash_attn_varlen_func(q, k, v, ends, ends, size, size, causal=True)
+        return context.flatten(1)
+
+    def _adapt(
+        self, base: torch.Tensor, inputs: torch.Tensor, names: list[str], widths: list[int]
+    ) -> torch.Tensor:
+        """``base`` [T, sum(widths)] plus what the adapters of ``names`` make of ``inputs``."""
+        present = self.self_attn._modules
+        found = [present[name] for name in names if name in present]
+        if not found:
+            return base
+        (adapter,) = found[0].active_adapters
+        dropped = found[0].lora_dropout[adapter](inputs)  # the same for adapters side by side
+        down = [linear.lora_A[adapter].weight for linear in found]
+        small = dropped @ (torch.cat(down) if len(down) > 1 else down[0]).T
+        up = [
+            present[name].lora_B[adapter].weight * present[name].scaling[adapter]
+            if name in present
+            else base.new_zeros(width, 0)
+            for name, width in zip(names, widths, strict=True)
+        ]
+        return torch.addmm(base, small, (torch.block_diag(*up) if len(up) > 1 else up[0]).T)
+
+
+def with_fused_blocks(
+    causal: Any,
+    size: int,
+    attention: str,
+    fp8: bool,
+    keep_fp8_weights: bool,
+    zero3: Any | None,
+    device: torch.device,
+) -> Packing:
+    """Replace a Llama's layers by ``Block``s, in place; returns what they share.
+
+    ``size`` is the length of the longest row.
+
+    ``zero3`` is DeepSpeed's configuration where weights are partitioned: each layer is gathered,
+    fused and partitioned again before the next one.
+    """
+    config = causal.config
+    rotary = causal.model.rotary_emb
+    positions = torch.arange(size, device=device, dtype=torch.float32)
+    frequencies = positions[:, None] * rotary.inv_freq.to(device, torch.float32)
+    if rotary.attention_scaling != 1.0:
+        raise ValueError(
+            f"rope type {rotary.rope_type} scales attention: not made for fused blocks"
+        )
+    packing = Packing(frequencies, fp8_recipe() if fp8 else None, keep_fp8_weights)
+    layers = causal.model.layers
+    for n, layer in enumerate(layers):
+        with _whole(list(layer.parameters()), zero3):
+            block = Block(layer, config, packing, attention)
+        layers[n] = block
+        if zero3 is not None:
+            import deepspeed
+
+            deepspeed.zero.Init(module=block, config_dict_or_path=zero3)
+    return packing
+
+
+def can_fuse(config: Any, dtype: str, targets: list[str]) -> bool:
+    """Whether fused blocks can be made of a model; ``targets`` are the layers with adapters."""
+    return (
+        importlib.util.find_spec("transformer_engine") is not None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= (8, 0)
+        and dtype == "bfloat16"
+        and config.model_type == "llama"
+        and config.hidden_act == "silu"
+        and not (config.attention_bias or config.mlp_bias)
+        and not any(side % 16 for side in (config.hidden_size, config.intermediate_size))
+        and set(targets) <= ADAPTABLE
+    )
+
+
+@contextmanager
+def _whole(parameters: list[Any], zero3: Any | None) -> Iterator[None]:
+    if zero3 is None:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def fp8_recipe() -> Any:
+    """Scales from the largest value of the tensor itself: nothing to remember between steps."""
+    from transformer_engine.common.recipe import Float8CurrentScaling
+
+    return Float8CurrentScaling()
+
+
+def autocast(fp8: Any | None) -> Any:
+    """transformer-engine's FP8 context for a recipe; does nothing without one."""
+    if fp8 is None:
+        return nullcontext()
+    import transformer_engine.pytorch as te
+
+    return te.autocast(enabled=True, recipe=fp8)
+
+
+def plain_weights(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """Fused weights under transformers' names again; other weights as they are. Exact."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    rows = {
+        "qkv.weight": [heads * config.head_dim] + 2 * [groups * config.head_dim],
+        "mlp.fc1_weight": 2 * [config.intermediate_size],
+    }
+    plain: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        place = re.fullmatch(r"(.*layers\.\d+\.)(.+)", name)
+        if not place or place[2] not in FUSED:
+            plain[name] = weight
+            continue
+        parts = weight.split(rows.get(place[2], [len(weight)]))
+        for part, piece in zip(FUSED[place[2]], parts, strict=True):
+            plain[place[1] + part] = piece.clone() if len(parts) > 1 else piece
+    return plain
