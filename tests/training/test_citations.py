@@ -37,6 +37,8 @@ from fastcpt.training.citations import check, citations
         ("Framework Decision 2008/977/JHA", ["32008F0977"]),
         ("Joint Action 96/277/JHA", ["31996F0277"]),
         ("Joint Action 2008/124/CFSP", ["32008E0124"]),
+        ("Common position 97/661/JHA", ["31997F0661"]),
+        ("Common Position 2005/69/JHA", ["32005E0069"]),
         ("Commission Recommendation 2003/361/EC", ["32003H0361"]),
         ("Case C-131/12 Google Spain", ["62012CJ0131"]),
         ("Case T-201/04", ["62004TJ0201"]),

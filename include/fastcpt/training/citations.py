@@ -18,7 +18,7 @@ _CELEX = re.compile(
     r"(?P<part>\(\d\d\))?(?:R\(\d\d\))?(?:-\d{8})?(?!\w)"
 )
 
-# A kind of act, and its letter in CELEX; joint actions and common positions have two.
+# A kind of act, and its letter in CELEX.
 _LETTER = {
     "framework decision": "F",
     "joint action": "E",
@@ -52,12 +52,12 @@ def citations(text: str) -> set[str]:
     text = re.sub(r"\s+", " ", text)  # no-break spaces and line ends among them
     found = {_base(match) for match in _CELEX.finditer(text)}
     for acts in _ACTS.finditer(text):
-        letter = _LETTER[acts["kind"].lower()]
+        kind = _LETTER[acts["kind"].lower()]
         for one in _ONE.finditer(acts["numbers"]):
-            # joint actions and the like on police and justice share the framework decisions' F
-            justice = letter == "E" and "JHA" in one["bodies"].upper()
-            letter_of_one = "F" if justice else letter
-            found.add(_act(letter_of_one, bool(one["no"]), one["first"], one["second"]))
+            # those on police and justice before 1999 have the framework decisions' letter
+            justice = kind == "E" and len(one["first"]) == 2 and "JHA" in one["bodies"].upper()
+            letter = "F" if justice else kind
+            found.add(_act(letter, bool(one["no"]), one["first"], one["second"]))
     for case in _CASE.finditer(text):
         year = int(case["year"])
         century = 1900 if year >= 50 else 2000
