@@ -8,8 +8,6 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / folder) for folder in ("include", "plugins", "dags")]
 
-from fastcpt.reporting.pictures import dag_picture
-
 LABELS = {
     ("gate", "train_sft"): "below the threshold",
     ("gate", "train_cpt_stage2"): "otherwise",
@@ -19,8 +17,12 @@ LABELS = {
 def main() -> None:
     import fast_cpt
 
+    from fastcpt.reporting.pictures import dag_picture
+
     dag = fast_cpt.fast_cpt()
-    edges = [(task.task_id, after) for task in dag.tasks for after in sorted(task.downstream_task_ids)]
+    edges = [
+        (task.task_id, after) for task in dag.tasks for after in sorted(task.downstream_task_ids)
+    ]
     target = REPOSITORY / "docs" / "dag.svg"
     dag_picture([task.task_id for task in dag.topological_sort()], edges, target, LABELS)
     print(target)
