@@ -750,15 +750,14 @@ def on_hosts(gpus: int, hosts: List[str], command: List[str]) -> int:
         nodes.append(node)
     ending: List[float] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.time()))
-    beat, code = time.time(), 0
-    while any(node.poll() is None for node in nodes):
+    beat, code, told = time.time(), 0, False
+    while None in [node.poll() for node in nodes]:
         failed = [node.returncode for node in nodes if node.returncode]
-        if (failed or ending) and nodes[0].stdin and not nodes[0].stdin.closed:
-            code = failed[0] if failed else 143
+        if (failed or ending) and not told:
+            told, code = True, failed[0] if failed else 143
             for node in nodes:
-                if node.stdin:
-                    node.stdin.close()
-        elif time.time() - beat > HEARTBEAT_S and not (failed or ending):
+                hang_up(node)
+        elif time.time() - beat > HEARTBEAT_S and not told:
             beat = time.time()
             for node in nodes:
                 tell(node, "alive")
@@ -773,6 +772,14 @@ def tell(node: "subprocess.Popen[bytes]", line: str) -> None:
         node.stdin.flush()
     except OSError:
         pass  # it has ended: its exit code says so
+
+
+def hang_up(node: "subprocess.Popen[bytes]") -> None:
+    try:
+        assert node.stdin is not None
+        node.stdin.close()
+    except OSError:
+        pass
 
 
 def node() -> int:
@@ -807,7 +814,8 @@ def node() -> int:
         if ending or time.time() - heard > SILENCE_S:
             break
     if job.poll() is None:
-        return end_group(job, time.time()) and 143
+        end_group(job, time.time())
+        return 143
     signal_quietly(os.killpg, job.pid, signal.SIGKILL)
     return job.returncode if job.returncode >= 0 else 128 - job.returncode
 
