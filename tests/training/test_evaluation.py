@@ -261,6 +261,7 @@ def test_adapters_are_evaluated_on_their_base_and_without(
     assert again["random"]["model"] == both["random"]["model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_two_ranks_give_the_figure_of_one(
     in_parts: bool, trained: Path, base: Path, corpus: Path, recipe: Path, tmp_path: Path

@@ -173,6 +173,7 @@ def test_an_evaluation_is_written_whole_and_once(
     assert evaluate_sft(settings, str(model), instructions, output) == result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_two_ranks_answer_as_one(
     in_parts: bool, model: Path, instructions: Path, recipe: Path, tmp_path: Path
