@@ -387,6 +387,13 @@ class Api:
         answer.raise_for_status()
         return str(answer.json()["dag_run_id"])
 
+    def end_unfinished_runs(self) -> None:
+        """Fail what an interrupted ``make run`` left: it would go on, and hold the GPUs."""
+        for state in ("running", "queued"):
+            for run in self.get("dagRuns", state=state, limit=100)["dag_runs"]:
+                path = f"/api/v2/dags/{DAG}/dagRuns/{run['dag_run_id']}"
+                self.client.patch(path, json={"state": "failed"}).raise_for_status()
+
     def get(self, path: str, **query: Any) -> Any:
         answer = self.client.get(f"/api/v2/dags/{DAG}/{path}", params=query)
         answer.raise_for_status()
@@ -414,6 +421,7 @@ def run_once(conf: dict[str, Any]) -> int:
     try:
         with Api(state) as api:
             api.log_in()
+            api.end_unfinished_runs()
             run = api.trigger(conf)
             print(f"{_clock(began)}  run {run}: {json.dumps(conf)}", flush=True)
             outcome = watch(api, run, began)

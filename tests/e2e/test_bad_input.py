@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
         ({"documents": "EMPTY"}, "plan", "documents.path: no JSON, JSONL"),
         ({"connection": "nobody"}, "plan", "no Airflow connection 'nobody': add it"),
         ({"num_shards": 2, "gpus": 64}, "check_cluster", "the recipe wants 64 ranks"),
-        ({"quality_threshold": 999.0}, "select", "quality_threshold"),
+        ({"quality_threshold": 999.0}, "select", "the selection is empty"),
         ({"tokenizer": "/nowhere/tokenizer"}, "ANY", "/nowhere/tokenizer"),
         ({"instructions": "/nowhere/i.jsonl"}, "ANY", "sft.instructions"),
         ({"recipe": "cpt_config_fast"}, "plan", "does not fit"),
