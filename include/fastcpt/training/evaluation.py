@@ -42,7 +42,8 @@ from fastcpt.training.inference import (
 )
 
 FORMAT = 1
-BATCH_TOKENS = 16_384  # of a batch, padding included; enough to keep a GPU busy
+# Tokens of a batch, padding included: enough to keep a GPU busy; what a CPU's caches hold.
+GPU_BATCH, CPU_BATCH = 16_384, 2_048
 CHUNK = 2048  # tokens whose logits exist at one time
 COLUMNS = ("id", "input_ids", "bytes", "year", "areas")
 
@@ -75,7 +76,7 @@ def evaluate(
     *,
     base: str | None = None,
     recipe: Recipe | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     in_parts: bool | None = None,
 ) -> dict[str, Any]:
     """Write ``output`` (evaluation.json) and return its content; called by every rank.
@@ -259,7 +260,7 @@ def document_losses(
     documents: list[Document],
     size: int,
     device: torch.device,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     what: str = "",
 ) -> npt.NDArray[np.float64]:
     """The summed negative log likelihood (nats) of each document's tokens but the first.
@@ -270,7 +271,8 @@ def document_losses(
     _check_fit(scorer.model, documents, size)
     windows = windows_of([len(document.input_ids) for document in documents], size)
     windows.sort(key=lambda window: window.begin - window.end)  # the longest first
-    batches = list(_batches(windows, batch_tokens))
+    fast = GPU_BATCH if device.type == "cuda" else CPU_BATCH
+    batches = list(_batches(windows, batch_tokens or fast))
     sums = torch.zeros(len(documents), dtype=torch.float64, device=device)
     progress = Progress()
     done = 0
