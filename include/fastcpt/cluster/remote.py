@@ -32,6 +32,8 @@ LONGEST_ASK_S = 6 * 3600
 # So long a task goes on asking a host that stopped answering, before it fails and is tried again.
 OUTAGE_S = 300.0
 
+FAST_CIPHERS = "aes128-gcm@openssh.com,aes256-gcm@openssh.com"
+
 log = logging.getLogger(__name__)
 
 
@@ -214,5 +216,9 @@ def connection_error(remote: Remote, said: str) -> Exception:
 
 
 def quoted_ssh(remote: Remote) -> str:
-    """The ssh command as rsync's ``-e`` takes it: connections of its own, one a process."""
-    return shlex.join(remote.ssh(shared=False))
+    """The ssh command as rsync's ``-e`` takes it: connections of its own, one a process.
+
+    AES-GCM comes first: the processor's own instructions make it faster than OpenSSH's default.
+    """
+    command = [*remote.ssh(shared=False), "-o", f"Ciphers=^{FAST_CIPHERS}"]
+    return shlex.join(command)

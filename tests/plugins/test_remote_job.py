@@ -1,0 +1,173 @@
+"""What the operator and its trigger make of a log, and that nothing typed reaches a shell."""
+
+from __future__ import annotations
+
+import base64
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import remote_job
+from fastcpt.cluster import jobs
+from fastcpt.recipe import FORM, RecipeError, load_recipe
+from fastcpt.training import commands
+
+HOSTILE = [
+    "$(touch pwned)",
+    "`touch pwned`",
+    "; touch pwned #",
+    "' && touch pwned && '",
+    '" ; touch pwned ; "',
+    "a\ntouch pwned\n",
+    "-oProxyCommand=touch pwned",
+    "${IFS}touch${IFS}pwned",
+    "|| touch pwned",
+    "> pwned",
+    "$'\\x0atouch pwned'",
+]
+text = st.one_of(
+    st.sampled_from(HOSTILE),
+    st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=60),
+)
+
+
+@given(words=st.lists(text, min_size=1, max_size=4), value=text, folder=text)
+@example(words=HOSTILE, value=HOSTILE[0], folder=HOSTILE[3])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_words_and_values_of_a_job_are_never_interpreted(
+    tmp_path: Path, words: list[str], value: str, folder: str
+) -> None:
+    place = tmp_path / "here"
+    place.mkdir(exist_ok=True)
+    program = (
+        "import os, sys; sys.stdout.buffer.write(repr((sys.argv[1:], os.environ['V'])).encode())"
+    )
+    job = jobs.Job("j", [["python3", "-c", program, *words]], {"V": value})
+    done = subprocess.run(
+        ["bash", "-c", job.script],
+        cwd=place,
+        capture_output=True,
+        env={**os.environ, "LC_ALL": "C.UTF-8"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == repr((words, value))
+    assert not list(place.iterdir())
+    # the folder to start in is a name too
+    entered = jobs.Job("k", [["true"]], folder=folder or "/").script
+    subprocess.run(["bash", "-c", entered], cwd=place, capture_output=True)
+    assert not list(place.iterdir())
+
+
+TEXT_FIELDS = ["documents", "instructions", "tokenizer", "connection"]
+
+
+def test_every_text_field_of_the_form_is_thrown_at() -> None:
+    from fastcpt.recipe import form_schema
+
+    typed = [name for name in FORM if "string" in form_schema(name)["type"]]
+    assert sorted(typed) == sorted(TEXT_FIELDS)
+
+
+@given(field=st.sampled_from(TEXT_FIELDS), value=text)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_what_is_typed_into_the_form_is_data_or_refused(
+    tmp_path: Path, field: str, value: str
+) -> None:
+    overrides = {FORM[field]: value}
+    if field == "tokenizer":
+        overrides["tokenizer.train_vocab_size"] = None
+    try:
+        recipe = load_recipe("sample", overrides)
+    except RecipeError:
+        return
+    host = commands.Host("/e/bin/python", "/code", "/run/recipe.yaml")
+    train = commands.train_cpt(
+        recipe, host, 29500, corpus="/c", model="/m", output="/o", stage="stage1"
+    )
+    initialise = commands.initialise(recipe, host, "/c", "/m")
+    script = jobs.Job("j", [*initialise, train], commands.environment(recipe, host)).script
+    # the commands are the same whatever is typed there: it travels in the recipe's file
+    plain = load_recipe("sample")
+    expected = commands.train_cpt(
+        plain, host, 29500, corpus="/c", model="/m", output="/o", stage="stage1"
+    )
+    assert train == expected
+    assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
+    if field == "connection":
+        # Airflow's name of a connection: letters, digits and a few signs
+        assert set(value) <= set("_.-") | {c for c in value if c.isalnum() and c.isascii()}
+
+
+@pytest.mark.parametrize("name", ["../../etc", "a/b", "$(id)", "a b\n"])
+def test_a_job_is_a_folder_of_its_own_whatever_the_run_is_called(name: str) -> None:
+    folder = jobs.job_name("fast_cpt", name, "train_cpt", -1)
+    assert "/" not in folder
+    assert ".." not in folder
+    assert folder.isprintable()
+    assert " " not in folder
+
+
+def test_a_line_is_shown_when_it_is_whole_and_counted_then() -> None:
+    assert remote_job._lines(b"one\ntwo\nthr", whole=False) == (["one", "two"], 8)
+    assert remote_job._lines(b"thr", whole=False) == ([], 0)
+    assert remote_job._lines(b"three", whole=True) == (["three"], 5)
+    assert remote_job._lines(b"", whole=True) == ([], 0)
+
+
+def test_a_progress_bar_is_its_last_state() -> None:
+    assert remote_job._lines(b"10 %\r20 %\r30 %\n", whole=False)[0] == ["30 %"]
+    assert remote_job._lines(b"dos\r\n", whole=False)[0] == ["dos"]
+
+
+def test_bytes_that_are_no_text_are_marked_and_lose_nothing_else() -> None:
+    assert remote_job._lines(b"\xff ok\n", whole=False)[0] == ["\ufffd ok"]
+
+
+def test_a_line_without_end_is_cut_between_characters() -> None:
+    endless = "é".encode() * 100_000
+    lines, taken = remote_job._lines(b"x" + endless, whole=False)
+    assert taken in (remote_job.LONGEST_LINE - 1, remote_job.LONGEST_LINE)
+    assert "\ufffd" not in lines[0]
+
+
+@given(
+    st.binary(max_size=2000),
+    st.lists(st.integers(1, 300), min_size=1, max_size=8),
+)
+@settings(max_examples=150, deadline=None)
+def test_however_a_log_arrives_each_line_comes_once(log: bytes, pieces: list[int]) -> None:
+    """What is not taken is read again, as the trigger does it, by pieces of any size."""
+    seen, size, shown = 0, 0, []
+    for step in range(10_000):
+        size = min(len(log), size + pieces[step % len(pieces)])
+        piece = log[seen:size]
+        whole = size == len(log)
+        lines, taken = remote_job._lines(piece, whole=whole)
+        shown += lines
+        seen += taken
+        if whole and seen == len(log):
+            break
+    everything, _ = remote_job._lines(log, whole=True)
+    assert shown == everything
+
+
+def test_the_trigger_tells_how_it_is_made_again() -> None:
+    trigger = remote_job.RemoteJobTrigger("c", "/r", "n", "o", 12.5)
+    path, values = trigger.serialize()
+    assert path == "remote_job.RemoteJobTrigger"
+    assert remote_job.RemoteJobTrigger(**values).serialize() == trigger.serialize()
+
+
+def test_secrets_are_in_no_script_and_no_text_of_a_job() -> None:
+    job = jobs.Job("j", [["true"]], secrets={"HF_TOKEN": "hf_secret"})
+    assert "hf_secret" not in job.script
+    assert "hf_secret" not in repr(job)
+    assert base64.b64encode(b"hf_secret").decode() not in job.script
