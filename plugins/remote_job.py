@@ -271,14 +271,15 @@ class RemoteJobTrigger(BaseTrigger):
 def _lines(piece: bytes, whole: bool) -> tuple[list[str], int]:
     """The whole lines of a piece of log and how many bytes they are; all of it when ``whole``.
 
-    The rest is read again next time. A line longer than a piece may be is cut.
+    The rest is read again next time. A line longer than ``LONGEST_LINE`` is cut.
     """
     taken = len(piece) if whole else piece.rfind(b"\n") + 1
     if not taken and len(piece) >= LONGEST_LINE:
-        taken = LONGEST_LINE
+        taken = len(piece)
         # not inside a character
-        while taken > LONGEST_LINE - 4 and taken < len(piece) and piece[taken] & 0xC0 == 0x80:
+        while taken > len(piece) - 4 and piece[taken - 1] & 0xC0 == 0x80:
             taken -= 1
+        taken -= piece[taken - 1] >= 0xC0
     if not taken:
         return [], 0
     shown = []

@@ -17,8 +17,6 @@ from fastcpt.cluster import transfer
 from fastcpt.cluster.remote import ClusterError
 from faults.machines import Host, _descendants, remote_of
 
-pytestmark = pytest.mark.faults
-
 
 def shards(folder: Path, count: int, size: int) -> list[dict[str, Any]]:
     folder.mkdir()
@@ -31,6 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
 
 
+@pytest.mark.slow
 def test_a_killed_rsync_goes_on_where_it_stopped(
     server: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +60,7 @@ def test_a_killed_rsync_goes_on_where_it_stopped(
     assert not [path for path in target.rglob("*") if "partial" in path.name]
 
 
+@pytest.mark.slow
 def test_a_shard_altered_there_is_sent_again_and_only_that(
     server: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -90,6 +90,7 @@ def small_disk(tmp_path: Path) -> Any:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.faults
 def test_a_full_disk_is_named_before_anything_is_sent(
     server: dict[str, Any], tmp_path: Path, small_disk: Path
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_full_disk_is_named_before_anything_is_sent(
     assert not list((small_disk / "to").glob("shard*"))
 
 
+@pytest.mark.faults
 def test_a_disk_that_fills_up_under_way_is_named_and_not_ready(
     server: dict[str, Any], tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +121,7 @@ def test_a_disk_that_fills_up_under_way_is_named_and_not_ready(
     assert contents(small_disk / "to") == contents(tmp_path / "from")
 
 
+@pytest.mark.faults
 def test_a_cut_network_delays_a_transfer_and_nothing_else(host: Host, tmp_path: Path) -> None:
     files = shards(tmp_path / "from", 4, 100_000_000)
     target = tmp_path / "to"
@@ -140,6 +143,7 @@ def test_a_cut_network_delays_a_transfer_and_nothing_else(host: Host, tmp_path: 
     assert contents(target) == contents(tmp_path / "from")
 
 
+@pytest.mark.slow
 def test_a_model_comes_back_whole(server: dict[str, Any], tmp_path: Path) -> None:
     shards(tmp_path / "there", 3, 1_000_000)
     here = tmp_path / "here"

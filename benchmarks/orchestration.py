@@ -1,0 +1,187 @@
+"""What orchestration costs: a run of tasks that do nothing, a wait of hours, a hundred waits at once.
+
+    .env/airflow/bin/python benchmarks/orchestration.py [--jobs 100] [--watch 60]
+
+Starts an Airflow (SQLite) and an OpenSSH server of its own. ``overhead_s`` is the time from
+triggering to the end of a run of as many tasks as the main DAG has, none of which does anything.
+``triggerer_cpu_s_per_hour`` is the processor time of the triggerer and its ssh processes while one
+job is watched, less that of the idle triggerer, scaled to an hour. ``jobs_watched`` is how many of
+``--jobs`` jobs were seen to their end by one triggerer at once. Last line: one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY / part) for part in ("include", "include/scripts", "tests")]
+
+import local_sshd  # noqa: E402
+
+from faults import machines  # noqa: E402
+
+TASKS = 17
+DAGS = f"""
+from airflow.sdk import dag, task
+from remote_job import RemoteJob, RemoteJobOperator
+
+@dag(schedule=None)
+def interrupted():  # the name that the stack waits for
+    @task
+    def nothing():
+        pass
+    before = None
+    for number in range({TASKS}):
+        one = nothing.override(task_id="nothing_%d" % number)()
+        if before is not None:
+            before >> one
+        before = one
+interrupted()
+
+def job(context):
+    conf = context["dag_run"].conf
+    number = context["task_instance"].map_index
+    command = ["bash", "-c", "for i in $(seq %d); do echo step $i; sleep 1; done" % conf["seconds"]]
+    return RemoteJob("local_cluster", conf["root"], [command], uses_gpus=False)
+
+class Watched(RemoteJobOperator):
+    def __init__(self, *, number=0, **options):
+        super().__init__(job=job, **options)
+
+@dag(schedule=None, max_active_tasks=1000)
+def watched():
+    Watched.partial(task_id="train").expand_kwargs(numbers())
+
+@task
+def numbers(params=None, dag_run=None):
+    return [{{"number": number}} for number in range(dag_run.conf["jobs"])]
+
+watched()
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=100)
+    parser.add_argument("--watch", type=int, default=60, help="seconds one job is watched")
+    arguments = parser.parse_args()
+    machines.DAGS = DAGS
+    with tempfile.TemporaryDirectory(prefix="fast_cpt-orchestration-") as folder:
+        server = local_sshd.start(Path(folder) / "sshd")
+        airflow = machines.Airflow(Path(folder) / "home", server)
+        try:
+            measure(airflow, Path(folder) / "cluster", arguments)
+        finally:
+            airflow.end()
+            os.killpg(server["pid"], signal.SIGTERM)
+
+
+def measure(airflow: machines.Airflow, root: Path, arguments: argparse.Namespace) -> None:
+    overheads = []
+    for _ in range(2):
+        began = time.monotonic()
+        run = airflow.trigger("interrupted", {})
+        ended(run, 300)
+        overheads.append(time.monotonic() - began)
+        print(f"{TASKS} tasks that do nothing: {overheads[-1]:.1f} s", flush=True)
+
+    idle = watched_cpu(airflow, arguments.watch)
+    print(f"idle triggerer: {idle:.2f} s of CPU in {arguments.watch} s", flush=True)
+    conf = {"root": str(root), "jobs": 1, "seconds": arguments.watch + 90}
+    run = airflow.trigger("watched", conf)
+    states(run, "deferred", 1, 120)
+    time.sleep(5)
+    busy = watched_cpu(airflow, arguments.watch)
+    print(f"one job watched: {busy:.2f} s of CPU in {arguments.watch} s", flush=True)
+    ended(run, 300)
+
+    seconds = 240
+    run = airflow.trigger("watched", {**conf, "jobs": arguments.jobs, "seconds": seconds})
+    at_once = states(run, "deferred", arguments.jobs, 600)
+    lag = watched_cpu(airflow, 20)
+    print(f"{at_once} jobs watched at once: {lag:.2f} s of CPU in 20 s", flush=True)
+    ended(run, 900)
+    instances = tasks(run)
+    succeeded = sum(task["state"] == "success" for task in instances if task["map_index"] >= 0)
+    complete = sum(
+        [line for line in log(run, number) if line.startswith("step ")]
+        == [f"step {step}" for step in range(1, seconds + 1)]
+        for number in range(0, arguments.jobs, max(1, arguments.jobs // 10))
+    )
+    print(
+        json.dumps(
+            {
+                "overhead_s": round(min(overheads), 1),
+                "triggerer_cpu_s_per_hour": round((busy - idle) * 3600 / arguments.watch, 1),
+                "jobs_watched": min(at_once, succeeded),
+                "logs_complete_of_10": complete,
+                "tasks": TASKS,
+                "cores": os.cpu_count(),
+                "load": round(os.getloadavg()[1], 1),
+            }
+        )
+    )
+
+
+def tasks(run: machines.Run) -> list[dict[str, Any]]:
+    answer = run.airflow.client.get(f"{run.path}/taskInstances", params={"limit": 1000})
+    answer.raise_for_status()
+    return list(answer.json()["task_instances"])
+
+
+def log(run: machines.Run, number: int) -> list[str]:
+    answer = run.airflow.client.get(
+        f"{run.path}/taskInstances/train/logs/1",
+        params={"full_content": True, "map_index": number},
+        headers={"Accept": "application/json"},
+    )
+    return [str(event.get("event", "")) for event in answer.json()["content"]]
+
+
+def ended(run: machines.Run, seconds: float) -> None:
+    machines.eventually(
+        lambda: run.airflow.client.get(run.path).json()["state"] in ("success", "failed"),
+        seconds,
+        0.3,
+    )
+
+
+def states(run: machines.Run, state: str, count: int, seconds: float) -> int:
+    """The most tasks that were in ``state`` at the same time, until ``count`` are."""
+    most, until = 0, time.monotonic() + seconds
+    while most < count and time.monotonic() < until:
+        most = max(most, sum(task["state"] == state for task in tasks(run)))
+        time.sleep(1)
+    return most
+
+
+def watched_cpu(airflow: machines.Airflow, seconds: float) -> float:
+    """Processor seconds of the triggerer and all it started, over ``seconds``."""
+    before = cpu(airflow)
+    time.sleep(seconds)
+    return cpu(airflow) - before
+
+
+def cpu(airflow: machines.Airflow) -> float:
+    pid = airflow.processes["triggerer"].pid
+    ticks = 0
+    for one in [pid, *machines._descendants(pid)]:
+        try:
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        # its own, and that of its children that have ended
+        ticks += sum(int(field) for field in fields[11:15])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+if __name__ == "__main__":
+    main()
