@@ -23,6 +23,9 @@ from fastcpt.cluster import jobs
 from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask_async, ask_through
 
 POLL_S = 2.0
+# A job that runs for longer than this is asked less often: hours of waiting cost little.
+SHORT_S = 120.0
+LONG_POLL_S = 5.0
 # A line that does not end is shown in pieces of this many bytes.
 LONGEST_LINE = 64 * 1024
 # So long the triggerer goes on asking a host that does not answer, before the task is tried again.
@@ -213,7 +216,7 @@ class RemoteJobTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         clock = asyncio.get_running_loop().time
-        answered = clock()
+        began = answered = clock()
         seen: int | None = None
         last_lines = [""]
         waits_for = ""
@@ -254,7 +257,7 @@ class RemoteJobTrigger(BaseTrigger):
                 self.log.info("waiting: %s", waits_for)
             if not taken:
                 # what was shown is acknowledged at once: a restart repeats next to nothing
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(POLL_S if clock() - began < SHORT_S else LONG_POLL_S)
 
     async def on_kill(self) -> None:
         """Marked failed, cleared or deleted while it waited: the job ends with it."""
