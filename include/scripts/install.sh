@@ -43,7 +43,7 @@ missing=()
 command -v rsync >/dev/null || missing+=(rsync)
 command -v ssh >/dev/null || missing+=(openssh-client)
 command -v sshd >/dev/null || missing+=(openssh-server)
-"$python" -c 'import ensurepip' 2>/dev/null || missing+=("$([ "$(id -u)" = 0 ] && echo python3-venv || echo python3-pip-whl)")
+[ -x .env/cluster/bin/python ] || "$python" -c 'import ensurepip' 2>/dev/null || ls "$tools"/root/usr/share/python-wheels/pip-*.whl >/dev/null 2>&1 || missing+=("$([ "$(id -u)" = 0 ] && echo python3-venv || echo python3-pip-whl)")
 if [ "${1:-}" = dev ]; then
   command -v chromium >/dev/null || missing+=(chromium)
   command -v ip >/dev/null || missing+=(iproute2)
