@@ -74,6 +74,7 @@ def worker(args: argparse.Namespace) -> None:
     from fastcpt.recipe import Recipe
     from fastcpt.training import layers, trainer
     from fastcpt.training.data import ListRows, Row
+    from fastcpt.training.model import choose_attention
 
     name, lora, fp8, gpus, micro, _, _ = CASES[args.worker]
     shape = SHAPES[name]
@@ -86,12 +87,11 @@ def worker(args: argparse.Namespace) -> None:
         time.sleep(0.1)
 
     def random_model(path: str, attention: str, dtype: str, device: Any) -> tuple[Any, str]:
-        attention = trainer_attention or trainer_choose(attention)
-        known = "sdpa" if attention == "transformer_engine" else attention
+        attention = choose_attention(attention)
         shape = AutoConfig.from_pretrained(path)
         with no_init_weights(), torch.device(device or "cpu"):
             model = AutoModelForCausalLM.from_config(
-                shape, dtype=getattr(torch, dtype), attn_implementation=known
+                shape, dtype=getattr(torch, dtype), attn_implementation=attention
             )
         model.tie_weights()
         model.config.use_cache = False
@@ -100,9 +100,6 @@ def worker(args: argparse.Namespace) -> None:
             part.data.fill_(1.0) if "norm" in words else part.data.normal_(0.0, 0.02)
         return model, attention
 
-    from fastcpt.training.model import choose_attention as trainer_choose
-
-    trainer_attention = args.attention
     trainer.load_model = random_model
     if args.scaling == "delayed":
         from transformer_engine.common.recipe import DelayedScaling
@@ -113,7 +110,11 @@ def worker(args: argparse.Namespace) -> None:
         {
             "name": "benchmark",
             "corpus": {"max_seq_length": SIZE},
-            "model": {"name_or_path": str(folder), "dtype": args.dtype},
+            "model": {
+                "name_or_path": str(folder),
+                "dtype": args.dtype,
+                "attn_implementation": args.attention,
+            },
             "training": {
                 "per_device_train_batch_size": micro,
                 "gradient_accumulation_steps": args.accumulation,
@@ -126,16 +127,13 @@ def worker(args: argparse.Namespace) -> None:
         }
     )
     drawn = np.random.default_rng(0)
-    rows = ListRows(
-        [
-            Row(
-                drawn.integers(0, shape["vocab_size"], SIZE).astype(np.int32),
-                np.array([SIZE], np.int32),
-            )
-            for _ in range(64)
-        ],
-        SIZE,
-    )
+
+    def row() -> Row:
+        ends = np.sort(drawn.choice(np.arange(1, SIZE), args.pieces - 1, replace=False))
+        lengths = np.diff(np.concatenate([[0], ends, [SIZE]])).astype(np.int32)
+        return Row(drawn.integers(0, shape["vocab_size"], SIZE).astype(np.int32), lengths)
+
+    rows = ListRows([row() for _ in range(64)], SIZE)
     begin = time.monotonic()
     device = trainer.start_ranks()
     if args.share:
@@ -224,8 +222,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=16)
     parser.add_argument("--micro", type=int)
-    parser.add_argument("--attention", choices=("flash_attention_2", "transformer_engine"))
+    parser.add_argument("--attention", default="auto", choices=("auto", "flash_attention_2"))
     parser.add_argument("--scaling", choices=("current", "delayed"), default="current")
+    parser.add_argument("--pieces", type=int, default=1, help="documents packed into a row")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--share", type=float, help="of the memory that the plan may fill")

@@ -214,9 +214,9 @@ def test_one_rank_draws_the_same_curve_as_two(
     assert one == pytest.approx(two, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_training_goes_on_with_the_same_curve(
-    trained: Path, corpus: Path, model: Path, tmp_path: Path, kind: signal.Signals
+@pytest.mark.parametrize(("kind", "ranks"), [(signal.SIGTERM, 2), (signal.SIGKILL, 1)])
+def test_a_stopped_training_goes_on_with_the_same_curve_on_any_number_of_ranks(
+    trained: Path, corpus: Path, model: Path, tmp_path: Path, kind: signal.Signals, ranks: int
 ) -> None:
     out = tmp_path / "out"
     arguments = train_arguments(write_recipe(tmp_path), corpus, out, "--model", model)
@@ -234,13 +234,13 @@ def test_a_stopped_training_goes_on_with_the_same_curve(
     assert not (out / "training.json").exists()
     with (out / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 9, "lo')
-    code, output = finish(launch("train_cpt.py", *arguments))
+    code, output = finish(launch("train_cpt.py", *arguments, ranks=ranks))
     assert code == 0, output
     assert f"going on from checkpoints/{found[0]}" in output
     resumed, whole = metrics(out), metrics(trained / "out")
     assert [line["step"] for line in resumed] == list(range(1, 13))
     for key in ("loss", "learning_rate", "tokens"):
-        assert [x[key] for x in resumed] == pytest.approx([x[key] for x in whole], rel=1e-5)
+        assert [x[key] for x in resumed] == pytest.approx([x[key] for x in whole], rel=1e-4)
 
 
 def test_adapters_are_trained_and_saved_with_their_base(

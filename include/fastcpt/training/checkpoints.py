@@ -1,8 +1,11 @@
 """Checkpoints that are complete or absent, and the final model.
 
-DeepSpeed writes one file a rank into ``.step_N.partial``; when all have, the folder gets the
-trainer's own state and its name. On hosts that share no file system a checkpoint cannot be
-renamed for all at once: the output folder has to be shared.
+A checkpoint holds what the optimizer knows: the float32 weights and Adam's two moments (12 bytes a
+trained weight; frozen ones come from the base model again). Each rank writes its own slices under
+the weights' names, and reads those it needs from whichever files have them: a training goes on with
+another number of ranks. Ranks write into ``.step_N.partial``, which gets its name when all have.
+On hosts that share no file system a checkpoint cannot be renamed for all at once: the output folder
+has to be shared.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from fastcpt.files import read_json, write_json
 from fastcpt.training.layers import plain_weights
 from fastcpt.training.model import Trainee
 
-TAG = "deepspeed"
+PARTS = (None, "exp_avg", "exp_avg_sq")  # None: the float32 weights
 
 
 class CheckpointError(ValueError):
@@ -44,10 +48,7 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int)
             shutil.rmtree(left_over)
         partial.mkdir(parents=True)
     dist.barrier()
-    # adapters: the base model is not saved again and again
-    engine.save_checkpoint(
-        str(partial), tag=TAG, save_latest=False, exclude_frozen_parameters=_has_frozen(engine)
-    )
+    torch.save(_own_state(engine), partial / f"rank_{dist.get_rank()}.pt")
     dist.barrier()
     if dist.get_rank() == 0:
         write_json(partial / "state.json", {**state, "ranks": dist.get_world_size()})
@@ -60,18 +61,90 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int)
 
 
 def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
-    """Put the newest checkpoint into the engine; returns its state, None where there is none."""
+    """Put the newest checkpoint into the engine; returns its state, None where there is none.
+
+    Called once before the first step, also where there is no checkpoint.
+    """
+    _make_moments(engine)
     found = checkpoints(folder)
     if not found:
         return None
     state: dict[str, Any] = read_json(found[-1] / "state.json")
-    if state["ranks"] != dist.get_world_size():
+    files = [
+        torch.load(found[-1] / f"rank_{rank}.pt", map_location="cpu", mmap=True)
+        for rank in range(state["ranks"])
+    ]
+    ours = {name for name, parameter in _trained(engine)}
+    theirs = set(files[0]["slices"])
+    if ours != theirs:
         raise CheckpointError(
-            f"{found[-1]} was written by {state['ranks']} ranks, this training has "
-            f"{dist.get_world_size()}; use as many GPUs as before, or another output folder"
+            f"{found[-1]} is of another model or other layers ({len(theirs)} weights, this "
+            f"training has {len(ours)}); use another output folder"
         )
-    engine.load_checkpoint(str(found[-1]), tag=TAG, load_module_strict=not _has_frozen(engine))
+    with torch.no_grad():
+        for name, parameter in _trained(engine):
+            for n, part in enumerate(PARTS):
+                _put(engine, parameter, part, [file["slices"][name][n] for file in files])
+    zero = engine.optimizer
+    for moments in zero.optimizer.state.values():
+        moments["step"].fill_(files[0]["adam_step"])
+    if engine.zero_optimization_stage() == 3 and zero.persistent_parameters:
+        # gathered again, with the new values, by their first use
+        zero.persistent_parameters[0].partition(zero.persistent_parameters)
     return state
+
+
+def _make_moments(engine: Any) -> None:
+    """Adam's state as its first step would make it, so that there is something to fill."""
+    zero = engine.optimizer
+    stage3 = engine.zero_optimization_stage() == 3
+    flat = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+    for weights in flat:
+        zero.optimizer.state[weights] = {
+            "step": torch.zeros((), dtype=torch.float32, device=weights.device),
+            "exp_avg": torch.zeros_like(weights),
+            "exp_avg_sq": torch.zeros_like(weights),
+        }
+    if not stage3:
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _trained(engine: Any) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def _own_state(engine: Any) -> dict[str, Any]:
+    """This rank's slices of every trained weight, flat, in the order of ``PARTS``."""
+    return {
+        "slices": {
+            name: [_slice(engine, parameter, part) for part in PARTS]
+            for name, parameter in _trained(engine)
+        },
+        "adam_step": float(next(iter(engine.optimizer.optimizer.state.values()))["step"]),
+    }
+
+
+def _slice(engine: Any, parameter: Any, part: str | None) -> torch.Tensor:
+    """A view of this rank's slice; on a single rank (stage 1) the whole."""
+    if engine.zero_optimization_stage() == 3:
+        own: torch.Tensor = engine.optimizer.get_local_fp32_param(parameter, part)
+    else:
+        own = parameter._hp_mapping.get_hp_fragment(part)
+    return own.view(-1)
+
+
+def _put(engine: Any, parameter: Any, part: str | None, slices: list[torch.Tensor]) -> None:
+    """Fill this rank's slice from those of the checkpoint's ranks; the last may be padded."""
+    own = _slice(engine, parameter, part)
+    begin = dist.get_rank() * len(own)
+    for n, piece in enumerate(slices):
+        offset = n * len(slices[0])
+        low, high = max(begin, offset), min(begin + len(own), offset + len(piece))
+        if low < high:
+            own[low - begin : high - begin] = piece[low - offset : high - offset].to(own.device)
+    if part is None:
+        low_precision = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+        low_precision.data.copy_(own.view_as(low_precision))
 
 
 def save_final(engine: Any, target: Path, tokenizer: Path, base: str) -> None:

@@ -222,9 +222,15 @@ def with_fused_blocks(
     packing = Packing(frequencies, fp8_recipe() if fp8 else None, keep_fp8_weights)
     layers = causal.model.layers
     for n, layer in enumerate(layers):
-        with _whole(list(layer.parameters()), zero3):
+        before = list(layer.parameters())
+        with _whole(before, zero3):
             block = Block(layer, config, packing, attention)
         layers[n] = block
+        kept = {id(parameter) for parameter in block.parameters()}
+        for parameter in before:  # DeepSpeed's own references would hold them
+            if id(parameter) not in kept:
+                whole = parameter if zero3 is None else parameter.ds_tensor
+                whole.data = whole.data.new_empty(0)
         if zero3 is not None:
             import deepspeed
 

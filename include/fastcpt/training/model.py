@@ -78,13 +78,14 @@ def base_of(path: str | Path) -> tuple[str, bool]:
 def initialise_model(recipe: Recipe, tokenizer: Path, target: Path) -> None:
     """Write a Llama of the recipe's ``model.config`` with random weights; whole or not at all.
 
-    The vocabulary and its special tokens are the tokenizer's, the seed is ``training.seed``.
+    The vocabulary and its special tokens are the tokenizer's, the seed is ``training.seed``. The
+    output layer is rounded up to 64 words: products over odd sizes take several times as long.
     """
     if recipe.model.config is None:
         raise ModelError("the recipe has a base model (model.name_or_path): nothing to initialise")
     words = AutoTokenizer.from_pretrained(str(tokenizer))
     given = {
-        "vocab_size": len(words),
+        "vocab_size": -(-len(words) // 64) * 64,
         "bos_token_id": words.bos_token_id,
         "eos_token_id": words.eos_token_id,
         "pad_token_id": words.pad_token_id,

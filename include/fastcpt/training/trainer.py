@@ -40,7 +40,7 @@ from transformers.utils import logging
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe, Training
 from fastcpt.training import checkpoints
-from fastcpt.training.data import NO_LOSS, Order, Rows, make_batch, targets_of
+from fastcpt.training.data import NO_LOSS, Order, Row, Rows, make_batch, targets_of
 from fastcpt.training.exits import Stopped
 from fastcpt.training.layers import Block, can_fuse, with_fused_blocks
 from fastcpt.training.model import (
@@ -237,13 +237,17 @@ def train(
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.disable_progress_bar()
     device = start_ranks()
+    _same_gpus(device)
     world = dist.get_world_size()
     accumulation = _accumulation(recipe, training, world)
     data = rows()
     if not len(data):
         raise TrainingError("there are no rows to train on")
     engine, base = _engine(recipe, training, model, deepspeed_file, accumulation, use_fp8, device)
-    loop = _Loop(training, data, engine, output, accumulation, device, stop)
+    if dist.get_rank() == 0:
+        _check_disk(engine, training, output)
+    price = recipe.budget.price_per_gpu_hour
+    loop = _Loop(training, data, engine, output, accumulation, device, stop, price)
     loop.run()
     checkpoints.save_final(engine, output / "final", tokenizer, base)
     result = loop.result()
@@ -286,7 +290,8 @@ def _engine(
         raise TrainingError(f"--model {base}: {error}") from error
     dtype, world, size = recipe.model.dtype, dist.get_world_size(), recipe.corpus.max_seq_length
     targets = recipe.lora.target_modules if recipe.lora else []
-    fused = device.type == "cuda" and can_fuse(shape, dtype, targets)
+    wanted = recipe.model.attn_implementation
+    fused = wanted in ("auto", "flash_attention_2") and can_fuse(shape, dtype, targets)
     if use_fp8 and not fused:
         raise TrainingError(
             "FP8 is made for Llama models in bfloat16 with adapters on q, k, v, o or none: leave "
@@ -302,7 +307,9 @@ def _engine(
     partitioned = HfDeepSpeedConfig(config) if world > 1 else None
     torch.manual_seed(training.seed)
     place = device if device.type == "cuda" and world == 1 else None
-    causal, attention = load_model(path, recipe.model.attn_implementation, dtype, place)
+    causal, attention = load_model(path, wanted, dtype, place)
+    if fused and wanted == "auto":  # cuDNN's kernels: faster than flash-attn 2 on Hopper
+        attention = "transformer_engine"
     if adapted:  # a second training of the adapters
         for name, parameter in causal.named_parameters():
             parameter.requires_grad_("lora_" in name)
@@ -325,7 +332,6 @@ def _engine(
                 "all" if n < memory.recomputed else "mlp" if n < memory.mlp_recomputed else "none"
             )
         set_z3_leaf_modules(causal, [Block])
-        attention = f"{attention} in fused blocks"
     elif memory.recomputed:
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     causal.train()
@@ -336,12 +342,45 @@ def _engine(
     del partitioned
     if dist.get_rank() == 0:
         print(
-            f"model {base}: {_parameters(trainee):,} parameters, attention {attention}, {dtype}"
+            f"model {base}: {_parameters(trainee):,} parameters, "
+            f"{'fused' if fused else 'plain'} layers, attention {attention}, {dtype}"
             f"{', FP8' if use_fp8 else ''}{', LoRA' if recipe.lora else ''}, {memory}, "
             f"{world} ranks",
             flush=True,
         )
     return engine, base
+
+
+def _same_gpus(device: torch.device) -> None:
+    """``TrainingError`` where the ranks' GPUs differ: all would wait for the slowest."""
+    if device.type == "cpu":
+        return
+    facts = torch.cuda.get_device_properties(device)
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (socket.gethostname(), facts.name, facts.total_memory))
+    if len({rank[1:] for rank in ranks}) > 1:
+        seen = ", ".join(f"{name} of {size / 1e9:.0f} GB on {host}" for host, name, size in ranks)
+        raise TrainingError(f"the GPUs are not the same: {seen}; leave the odd one out")
+
+
+def _check_disk(engine: Any, training: Training, output: Path) -> None:
+    """``TrainingError`` unless the checkpoints (12 bytes a trained weight) and the model fit."""
+    sizes = [
+        (int(getattr(p, "ds_numel", p.numel())), p.requires_grad)
+        for p in engine.module.parameters()
+    ]
+    trained = sum(size for size, trains in sizes if trains)
+    checkpoint, final = 12 * trained, 2 * trained
+    needed = (training.save_total_limit + 1) * checkpoint + final
+    output.mkdir(parents=True, exist_ok=True)
+    there = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    free = shutil.disk_usage(output).free
+    if free + there < needed:
+        raise TrainingError(
+            f"{output}: {free / 1e9:.1f} GB are free, {training.save_total_limit} checkpoints, the "
+            f"next one and the model need {needed / 1e9:.1f} GB; make room, or lower "
+            "save_total_limit"
+        )
 
 
 def _use_liger(model_type: str) -> None:
@@ -362,7 +401,7 @@ class _Memory:
     form of what enters a product.
     """
 
-    SHARE = 0.90  # of the GPU's memory; the rest is for fragments and kernels
+    SHARE = 0.94  # of the GPU's memory; the rest is for fragments and kernels
 
     def __init__(
         self,
@@ -447,6 +486,34 @@ def _parameters(trainee: Trainee) -> int:
     return sum(int(getattr(p, "ds_numel", p.numel())) for p in trainee.parameters())
 
 
+class _Work:
+    """FLOP of the model's own mathematics, for the share of the GPU's peak (MFU) it reaches.
+
+    Per token 6 for each weight of a matrix product (4 where it is frozen: no gradient of its own)
+    and for each document 6 x layers x heads x width x length squared: attention, its causal half.
+    """
+
+    # dense bf16 FLOP/s (NVIDIA's datasheets), by a word of the GPU's name
+    PEAKS = (("H100", 989e12), ("H200", 989e12), ("B200", 2250e12), ("A100", 312e12))
+
+    def __init__(self, trainee: Trainee, device: torch.device) -> None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = next((peak for word, peak in self.PEAKS if word in name), None)
+        shape = trainee.causal.config
+        self.per_token = 0.0
+        for words, parameter in trainee.named_parameters():
+            sides = getattr(parameter, "ds_shape", parameter.shape)
+            if len(sides) == 2 and ("embed" not in words or shape.tie_word_embeddings):
+                self.per_token += (6 if parameter.requires_grad else 4) * math.prod(sides)
+        self.attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+        self.flop = 0.0
+
+    def add(self, rows: list[Row]) -> None:
+        for row in rows:
+            lengths = row.lengths.astype(float)
+            self.flop += self.per_token * lengths.sum() + self.attention * (lengths**2).sum()
+
+
 class _StopSignal:
     """Set by SIGTERM; looked at after every step."""
 
@@ -470,7 +537,9 @@ class _Loop:
         accumulation: int,
         device: torch.device,
         stop: _StopSignal,
+        price: float | None = None,
     ) -> None:
+        self.price, self.work = price, _Work(engine.module, device)
         self.training, self.data, self.engine = training, data, engine
         self.folder = output / "checkpoints"
         self.accumulation, self.device, self.stop = accumulation, device, stop
@@ -528,7 +597,7 @@ class _Loop:
         training = self.training
         first, begin, said = self.step, time.monotonic(), time.monotonic()
         before = self.seconds
-        logged_tokens, logged_at = self.tokens, begin
+        logged_tokens, logged_at, logged_flop = self.tokens, begin, self.work.flop
         while self.progress() < 1.0:
             rate = learning_rate(training, self.step, self.progress())
             stopping = self._one_step(rate, begin, before)
@@ -550,15 +619,22 @@ class _Loop:
                 )
                 said = now
                 if due and self.log:
-                    self.log.write(self.step, self._metrics(rate, per_gpu, left))
-                    logged_tokens, logged_at = self.tokens, now
+                    flop = (self.work.flop - logged_flop) / max(now - logged_at, 1e-9) / self.world
+                    self.log.write(self.step, self._metrics(rate, per_gpu, left, flop))
+                    logged_tokens, logged_at, logged_flop = self.tokens, now, self.work.flop
             if stopping or last or self.step % training.save_steps == 0:
                 self._save(last)
                 said = time.monotonic()
             if stopping and not last:
                 raise Stopped(f"stopped by SIGTERM; checkpoints/step_{self.step} is saved")
 
-    def _metrics(self, rate: float, per_gpu: float, left: float) -> dict[str, Any]:
+    def _metrics(self, rate: float, per_gpu: float, left: float, flop: float) -> dict[str, Any]:
+        """``per_gpu`` tokens/s, ``left`` seconds, ``flop`` FLOP/s of a GPU."""
+        known: dict[str, float] = {}
+        if self.work.peak:
+            known["mfu"] = round(flop / self.work.peak, 4)
+        if self.price is not None:
+            known["cost"] = round(self.seconds / 3600 * self.world * self.price, 2)
         return {
             "step": self.step,
             "loss": self.loss,
@@ -569,6 +645,7 @@ class _Loop:
             "memory_gb": round(self.peak_gb, 3),
             "hours_left": round(left / 3600, 4),
             "skipped_steps": self.guard.skipped,
+            **known,
         }
 
     def _one_step(self, rate: float, begin: float, before: float) -> bool:
@@ -602,6 +679,7 @@ class _Loop:
         self._update(rate)
         self.step += 1
         self.tokens += sum(len(row.input_ids) for row in samples)
+        self.work.add(samples)
         self.peak_gb = max(self.peak_gb, _memory_gb(self.device))
         return bool(stopping > 0)
 

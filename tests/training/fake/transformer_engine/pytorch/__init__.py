@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ class DotProductAttention(nn.Module):
         **_: Any,
     ) -> torch.Tensor:
         ends, out = cu_seqlens_q.tolist(), []
-        for a, b in zip(ends, ends[1:], strict=False):
+        for a, b in pairwise(ends):
             q_, k_, v_ = (part[a:b].transpose(0, 1) for part in (q, k, v))
             k_, v_ = (part.repeat_interleave(self.repeats, 0) for part in (k_, v_))
             seen = nn.functional.scaled_dot_product_attention(q_, k_, v_, is_causal=True)

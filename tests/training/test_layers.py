@@ -1,0 +1,127 @@
+"""Fused blocks: the same function as transformers' layers, the same weights back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastcpt.recipe import Lora
+from fastcpt.training.data import Row, make_batch
+from fastcpt.training.layers import plain_weights, with_fused_blocks
+from fastcpt.training.model import Trainee, add_lora
+
+CPU = torch.device("cpu")
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def fake_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformer-engine's layers in plain torch (the real ones: benchmarks/correctness.py)."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "fake"))
+
+
+def llama(tied: bool, rope: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+        tie_word_embeddings=tied,
+        rope_parameters=rope,
+        max_position_embeddings=128,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def batch(size: int = 40) -> Any:
+    drawn = np.random.default_rng(0)
+    rows = [
+        Row(drawn.integers(0, 96, sum(lengths)).astype(np.int32), np.array(lengths, np.int32))
+        for lengths in ([7, 20, 10], [40])
+    ]
+    return make_batch(rows, size)
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    ("tied", "rope"), [(True, {"rope_type": "default", "rope_theta": 1e4}), (False, LLAMA3)]
+)
+def test_a_fused_model_has_the_loss_and_the_gradients_of_the_plain_one(
+    tied: bool, rope: dict[str, Any], adapted: bool, recompute: Any
+) -> None:
+    plain = llama(tied, rope)
+    if adapted:
+        plain = add_lora(plain, Lora(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]))
+        for name, parameter in plain.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, 0.0, 0.1)
+    fused = copy.deepcopy(plain)
+    inside = fused.get_base_model() if adapted else fused
+    packing = with_fused_blocks(inside, 40, "transformer_engine", False, False, None, CPU)
+    for block in inside.model.layers:
+        block.recompute(recompute)
+    expected = Trainee(plain, "sdpa", None)(batch(), CPU)
+    got = Trainee(fused, "transformer_engine", packing)(batch(), CPU)
+    torch.testing.assert_close(got, expected)
+    expected.backward()
+    got.backward()
+    gradients = {n: p.grad for n, p in fused.named_parameters() if p.grad is not None}
+    named = plain_weights(gradients, inside.config)
+    wanted = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+    assert named.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(named[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_come_back_bit_for_bit() -> None:
+    plain = llama(False, LLAMA3)
+    before = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    with_fused_blocks(plain, 40, "transformer_engine", False, False, None, CPU)
+    assert "model.layers.0.self_attn.q_proj.weight" not in plain.state_dict()
+    after = plain_weights(plain.state_dict(), plain.config)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_other_documents_of_a_row_change_nothing() -> None:
+    model = llama(True, LLAMA3)
+    packing = with_fused_blocks(model, 40, "transformer_engine", False, False, None, CPU)
+    first, second, other = np.arange(7), np.arange(30, 50), np.arange(60, 67)
+
+    def hidden(*pieces: Any) -> torch.Tensor:
+        row = Row(
+            np.concatenate(pieces).astype(np.int32),
+            np.array([len(piece) for piece in pieces], np.int32),
+        )
+        made = make_batch([row], 40)
+        packing.show(made, CPU)
+        states = model.model.embed_tokens(made.input_ids.reshape(-1))
+        for block in model.model.layers:
+            states = block(states)
+        return states
+
+    together = hidden(first, second)[7:27]
+    torch.testing.assert_close(hidden(other, second)[7:27], together, rtol=0, atol=0)
+    torch.testing.assert_close(hidden(second)[:20], together)
