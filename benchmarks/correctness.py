@@ -1,0 +1,135 @@
+"""Fused blocks against transformers' layers on this GPU: loss and gradients, in bf16 and FP8.
+
+    python benchmarks/correctness.py
+
+Errors are relative (norm of the difference over norm) to transformers' own model in float32, which
+its bf16 form misses by about 0.008. Weights have to come back bit for bit. The last line is one
+JSON object; ends with an error where bf16 is further off than 1.3 times transformers' bf16.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "include"))
+
+from fastcpt.recipe import Lora
+from fastcpt.training.data import Row, make_batch
+from fastcpt.training.layers import fp8_recipe, plain_weights, with_fused_blocks
+from fastcpt.training.model import Trainee, add_lora
+
+GPU = torch.device("cuda")
+SIZE = 256
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "llama3": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
+               "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192},
+}  # fmt: skip
+
+
+def llama(tied: bool, rope: str) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=2048,
+        tie_word_embeddings=tied,
+        max_position_embeddings=131072,
+        rope_parameters=ROPES[rope],
+        attn_implementation="flash_attention_2",
+    )
+    return LlamaForCausalLM(config).to(GPU, torch.bfloat16)
+
+
+def gradients(model: Any, config: Any) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for parameter in model.parameters():
+        parameter.grad = None
+    return plain_weights(found, config)
+
+
+def error(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    flat = [
+        torch.cat([grads[name].flatten().double() for name in wanted]) for grads in (got, wanted)
+    ]
+    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def main() -> None:
+    drawn = np.random.default_rng(0)
+    lengths = np.array([60, 128, 61], np.int32)
+    batch = make_batch(
+        [Row(drawn.integers(0, 2048, lengths.sum()).astype(np.int32), lengths) for _ in range(2)],
+        SIZE,
+    )
+    results = []
+    cases = itertools.product(
+        ((False, "llama3"), (True, "default")),
+        ("transformer_engine", "flash_attention_2"),
+        (False, True),
+        ("none", "mlp", "all"),
+    )
+    for (tied, rope), attention, adapted, recompute in cases:
+        plain = llama(tied, rope)
+        if adapted:
+            plain = add_lora(plain, Lora(r=8, lora_alpha=16, lora_dropout=0.0))
+            for name, parameter in plain.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, 0.0, 0.05)
+        wide, fused = copy.deepcopy(plain).float(), copy.deepcopy(plain)
+        wide.config._attn_implementation = "sdpa"
+        inside = fused.get_base_model() if adapted else fused
+        before = {name: weight.clone() for name, weight in inside.named_parameters()}
+        packing = with_fused_blocks(inside, SIZE, attention, False, False, None, GPU)
+        after = plain_weights(dict(inside.named_parameters()), inside.config)
+        exact = adapted or all(torch.equal(after[name], w) for name, w in before.items())
+        for block in inside.model.layers:
+            block.recompute(recompute)
+        config, found, losses = inside.config, {}, {}
+        for kind, model, packed in (
+            ("float32", Trainee(wide, "sdpa", None), None),
+            ("transformers", Trainee(plain, "flash_attention_2", None), None),
+            ("fused", Trainee(fused, attention, packing), None),
+            ("fp8", None, fp8_recipe()),
+        ):
+            trainee = model or Trainee(fused, attention, packing)
+            packing.fp8 = packed
+            loss = trainee(batch, GPU)
+            loss.backward()
+            losses[kind], found[kind] = loss.item(), gradients(trainee.model, config)
+        errors = {kind: error(found[kind], found["float32"]) for kind in list(found)[1:]}
+        results.append(
+            {
+                "case": f"{rope} rope, {'tied' if tied else 'untied'}, {attention}, "
+                f"{'LoRA' if adapted else 'full'}, recompute {recompute}",
+                "exact_weights": exact,
+                "loss": losses,
+                "gradient_error": errors,
+            }
+        )
+        shown = " ".join(f"{kind} {value:.4f}" for kind, value in errors.items())
+        print(f"{results[-1]['case']:70} exact {exact} {shown}", flush=True)
+    passed = all(
+        r["exact_weights"]
+        and r["gradient_error"]["fused"] < 1.3 * r["gradient_error"]["transformers"]
+        for r in results
+    )
+    print(json.dumps({"benchmark": "correctness", "passed": passed, "results": results}))
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()
