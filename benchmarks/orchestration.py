@@ -140,9 +140,17 @@ def measure(airflow: machines.Airflow, root: Path, arguments: argparse.Namespace
 
 
 def tasks(run: machines.Run) -> list[dict[str, Any]]:
-    answer = run.airflow.client.get(f"{run.path}/taskInstances", params={"limit": 1000})
-    answer.raise_for_status()
-    return list(answer.json()["task_instances"])
+    """Every task of a run; Airflow hands out a hundred at a time."""
+    found: list[dict[str, Any]] = []
+    while True:
+        answer = run.airflow.client.get(
+            f"{run.path}/taskInstances", params={"limit": 100, "offset": len(found)}
+        )
+        answer.raise_for_status()
+        page = answer.json()
+        found += page["task_instances"]
+        if len(found) >= page["total_entries"]:
+            return found
 
 
 def log(run: machines.Run, number: int) -> list[str]:
