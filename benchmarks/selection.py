@@ -69,6 +69,7 @@ def generate(folder: Path, part: int, rows: int, documents: int) -> Path:
         "doc_type": pa.array(KINDS).take(pa.array(rng.integers(0, 4, rows))),
         "title": pa.array(["An act"] * rows),
         "subjects": pa.ListArray.from_arrays(offsets, pa.array(SUBJECTS).take(pa.array(chosen))),
+        "directory_code": pa.nulls(rows, pa.string()),
         "areas": pa.array([[]] * rows, pa.list_(pa.string())),
         "language": pa.array(["en"] * rows),
         "characters": pieces * 5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -108,6 +109,51 @@ def test_what_a_validation_row_holds(documents: Writer, recipe_for: Recipes, hom
     assert row["id"] == "ä"
     assert row["bytes"] == len(("Ünïcode " + text_of(1)).encode())
     assert (row["year"], row["doc_type"], row["areas"]) == (2024, "regulation", ["consumer"])
+
+
+def test_each_piece_of_a_row_has_its_areas(
+    documents: Writer, recipe_for: Recipes, home: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    topics = {1: (["Consumers"], ["consumer"]), 2: (["Fishing quotas"], ["fishing quota"])}
+    records, areas_of = [], {}
+    for n in range(1, 41):
+        subjects, areas = topics.get(n % 3, ([], []))
+        records.append(act(n, subject_matter=subjects))
+        areas_of[records[-1]["full_text"]] = areas
+    general = [record(f"story {n}", text_of(7000 + n)) for n in range(40)]
+    areas_of |= dict.fromkeys((item["full_text"] for item in general), None)
+    (tmp_path / "general").mkdir()
+    lines = "".join(json.dumps(item) + "\n" for item in general)
+    (tmp_path / "general" / "a.jsonl").write_text(lines)
+    recipe = recipe_for(
+        documents(records),
+        documents__replay={"path": str(tmp_path / "general"), "share": 0.2},
+        lora={"areas": {"sea": ["fishing quota"], "market": ["consumer", "competition"]}},
+    )
+    corpus = made(recipe, home)
+    tokenizer = describe(tokenizer_folder / "tokenizer.json").load()
+    seen = set()
+    for row in rows_of(corpus):
+        at = 0
+        for length, areas in zip(row["lengths"], row["areas"], strict=True):
+            piece = tokenizer.decode(row["input_ids"][at : at + length])
+            at += length
+            if length > 8:  # enough words to tell which document it is of
+                (expected,) = [own for text, own in areas_of.items() if piece in text]
+                assert areas == expected
+                seen.add(None if areas is None else tuple(areas))
+    assert seen == {None, (), ("consumer",), ("fishing quota",)}
+    for row in rows_of(corpus, "validation*/*.parquet"):
+        number = next(n for n in range(1, 41) if act(n)["id"] == row["id"])
+        assert row["areas"] == topics.get(number % 3, ([], []))[1]
+
+
+def test_an_adapter_without_documents_is_refused(
+    documents: Writer, recipe_for: Recipes, home: Path
+) -> None:
+    recipe = recipe_for(documents(acts()), lora={"areas": {"air": ["air transport"]}})
+    with pytest.raises(BuildError, match=r"lora\.areas\.air: no training document names air"):
+        made(recipe, home)
 
 
 def test_the_manifest_lists_every_file_with_its_digest(corpus: dict[str, Any]) -> None:
@@ -377,8 +423,6 @@ def test_replay_does_not_bring_back_what_is_held_out(
     folder = documents([*records, newest])
     general = tmp_path / "general"
     general.mkdir()
-    import json
-
     copies = [{"full_text": "A copy: " + text_of(1, 300)}, {"full_text": text_of(99, 300)}]
     (general / "a.jsonl").write_text("".join(json.dumps(item) + "\n" for item in copies))
     recipe = recipe_for(
@@ -391,8 +435,6 @@ def test_replay_does_not_bring_back_what_is_held_out(
 
 
 def test_documents_by_url(recipe_for: Recipes, home: Path) -> None:
-    import json
-
     import fsspec
 
     with fsspec.open("memory://acts-by-url/a.jsonl.gz", "wb", compression="gzip") as file:

@@ -44,13 +44,20 @@ from fastcpt.recipe import Fields, Recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 ROWS_OF_GROUP = 256  # sequences read at once when the order is random
 MANIFEST = "corpus_manifest.json"
 
 Ints = npt.NDArray[np.int64]
 
-SHARD_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("lengths", pa.list_(pa.int32()))])
+AREAS = pa.list_(pa.string())
+SHARD_SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("lengths", pa.list_(pa.int32())),
+        ("areas", pa.list_(AREAS)),
+    ]
+)
 VALIDATION_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -58,7 +65,7 @@ VALIDATION_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("year", pa.int32()),
         ("doc_type", pa.string()),
-        ("areas", pa.list_(pa.string())),
+        ("areas", AREAS),
     ]
 )
 HELD_OUT = ("validation", "validation_newest")  # splits, and the names of their folders
@@ -81,9 +88,9 @@ def build(
 ) -> dict[str, Any]:
     """Build the corpus of a selection (the ``path`` that ``select`` returned).
 
-    Writes ``home/corpora/<digest>``: ``cpt_train_shard_NN.parquet`` (``input_ids``, and
-    ``lengths`` of the documents' pieces in them), ``validation/`` and ``validation_newest/`` (a
-    row a document), ``tokenizer/``, ``funnel.md`` and ``corpus_manifest.json``, which lists every
+    Writes ``home/corpora/<digest>``: ``cpt_train_shard_NN.parquet`` (``input_ids``, ``lengths`` of
+    the documents' pieces in them and each piece's ``areas``, null where it is general text),
+    ``validation/`` and ``validation_newest/`` (a row a document), ``tokenizer/``, ``funnel.md`` and ``corpus_manifest.json``, which lists every
     file with its SHA-256. Returns the manifest with ``path`` and ``reused``.
     """
     chosen = read_json(Path(selection) / "manifest.json")
@@ -202,8 +209,10 @@ def _build_into(
     general = _replay(replay, int(legal.length.sum()), held_out, tokenizer, recipe, home)
     held_out.unlink()
     training = legal.and_(general)
+    areas = _Areas.of(documents, train, len(general.length))
+    _check_adapters(areas, recipe)
     plan = _planned(training, recipe)
-    shards = _write_shards(folder, plan, training, recipe.corpus.num_shards, processes)
+    shards = _write_shards(folder, plan, training, areas, recipe.corpus.num_shards, processes)
     validation = [_write_validation(folder, documents, ids, split) for split in HELD_OUT]
     write_tokenizer(tokenizer, folder / "tokenizer")
     tokens = int(training.length.sum())
@@ -474,6 +483,34 @@ def _first_positions(part: str, fields: Fields, characters: int) -> Ints:
 # Shards
 
 
+@dataclass
+class _Areas:
+    """The areas of the training documents: ``of[code[n]]`` are document n's."""
+
+    names: list[list[str] | None]
+    code: Ints
+
+    @classmethod
+    def of(cls, documents: _Documents, train: Ints, general: int) -> _Areas:
+        """Those of the legal documents; None for the general ones after them."""
+        found = documents.about["areas"].take(pa.array(train)).to_pylist()
+        names = [list(areas) for areas in sorted({tuple(areas) for areas in found})]
+        number = {tuple(areas): n for n, areas in enumerate(names)}
+        codes = [number[tuple(areas)] for areas in found]
+        return cls([*names, None], np.array(codes + [len(names)] * general, dtype=np.int64))
+
+
+def _check_adapters(areas: _Areas, recipe: Recipe) -> None:
+    """Fail where an adapter of ``lora.areas`` has nothing to be trained on."""
+    there = {subject for names in areas.names for subject in names or ()}
+    for adapter, subjects in recipe.lora.areas.items() if recipe.lora else ():
+        if there.isdisjoint(subjects):
+            raise BuildError(
+                f"lora.areas.{adapter}: no training document names {' or '.join(subjects) or 'it'}; "
+                "give subject matters that the documents have, or take more documents"
+            )
+
+
 def _planned(training: _Ids, recipe: Recipe) -> Packed:
     """The packing with its rows in an order drawn from the seed."""
     size, shards = recipe.corpus.max_seq_length, recipe.corpus.num_shards
@@ -493,7 +530,12 @@ def _planned(training: _Ids, recipe: Recipe) -> Packed:
 
 
 def _write_shards(
-    folder: Path, plan: Packed, training: _Ids, shards: int, processes: int | None
+    folder: Path,
+    plan: Packed,
+    training: _Ids,
+    areas: _Areas,
+    shards: int,
+    processes: int | None,
 ) -> list[dict[str, Any]]:
     calls = []
     for shard in range(shards):
@@ -507,6 +549,8 @@ def _write_shards(
                 training.offset[document] + plan.begin[pieces],
                 plan.length[pieces],
                 plan.row[pieces],
+                areas.code[document],
+                areas.names,
             )
         )
     progress = Progress("write", "shards", shards)
@@ -518,13 +562,23 @@ def _write_shards(
 
 
 def write_shard(
-    path: Path, files: list[str], file: Ints, offset: Ints, length: Ints, row: Ints
+    path: Path,
+    files: list[str],
+    file: Ints,
+    offset: Ints,
+    length: Ints,
+    row: Ints,
+    area: Ints,
+    areas: list[list[str] | None],
 ) -> dict[str, Any]:
     """Write one shard from pieces of token files, in order; ``row`` groups them into sequences.
+
+    ``area`` is each piece's place in ``areas``.
 
     A shard that is there is complete: only its figures are taken again.
     """
     firsts = np.flatnonzero(np.diff(row, prepend=-1))
+    names = pa.array(areas, AREAS)
     if not path.exists():
         ends = np.append(firsts[1:], len(row))
         with (
@@ -541,8 +595,9 @@ def write_shard(
                 writer.write_table(
                     pa.table(
                         [
-                            _lists(np.append(tokens_before[rows], len(values)), values),
-                            _lists(np.append(rows, len(pieces)), pieces),
+                            _lists(np.append(tokens_before[rows], len(values)), pa.array(values)),
+                            _lists(np.append(rows, len(pieces)), pa.array(pieces)),
+                            _lists(np.append(rows, len(pieces)), names.take(pa.array(area[some]))),
                         ],
                         schema=SHARD_SCHEMA,
                     )
@@ -556,8 +611,8 @@ def write_shard(
     }
 
 
-def _lists(offsets: Ints, values: npt.NDArray[np.int32]) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values))
+def _lists(offsets: Ints, values: pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
@@ -625,7 +680,7 @@ def _write_validation(folder: Path, documents: _Documents, ids: _Ids, split: str
             year = facts["year"].cast(pa.int32())
             columns = [
                 facts["id"],
-                _lists(offsets, values),
+                _lists(offsets, pa.array(values)),
                 facts["bytes"],
                 pc.if_else(pc.equal(year, 0), pa.scalar(None, pa.int32()), year),
                 pc.if_else(pc.equal(facts["doc_type"], ""), None, facts["doc_type"]),

@@ -16,7 +16,7 @@ import math
 import re
 import shutil
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from fastcpt.recipe import Recipe, Score
 log = logging.getLogger(__name__)
 
 # Raised when a column's meaning changes: old tables are then scored again.
-FORMAT = 1
+FORMAT = 2
 ROW_GROUP = 4096
 SHOWN_UNREADABLE = 1000  # of a part, in its file; all are counted
 EXCERPT = 2000  # characters
@@ -71,6 +71,7 @@ _COLUMNS = {
     "doc_type": pa.string(),
     "title": pa.string(),
     "subjects": pa.list_(pa.string()),
+    "directory_code": pa.string(),
     "areas": pa.list_(pa.string()),  # the recipe's subjects that it matches
     "language": pa.string(),
     "characters": pa.int32(),
@@ -201,6 +202,7 @@ def score_document(document: Document, settings: Score) -> dict[str, Any]:
         "doc_type": _plain(document.doc_type),
         "title": document.title[:500],
         "subjects": list(document.subjects),
+        "directory_code": document.directory_code,
         "areas": areas_of(document, settings),
         "language": language,
         "characters": len(document.text),
@@ -342,18 +344,25 @@ _CHAPTERS = {
 
 
 def areas_of(document: Document, settings: Score) -> list[str]:
-    """The recipe's subjects that the document's subject matters, title or directory code name.
+    """The recipe's subjects that the document's subject matters, title or directory code name."""
+    named = naming(document.subjects, document.title[:500], document.directory_code)
+    return named_in(named, settings.subjects)
+
+
+def naming(subjects: Sequence[str], title: str, directory_code: str | None) -> str:
+    """What a document says that it is about, worded for ``named_in``."""
+    code = directory_code or ""
+    chapters = [_CHAPTERS[key] for key in _CHAPTERS if code.startswith(key)]
+    return f" {' | '.join(map(wording, (*subjects, *chapters, title)))} "
+
+
+def named_in(named: str, subjects: Iterable[str]) -> list[str]:
+    """Those of ``subjects`` that a document names.
 
     Compared by whole words, whatever their case, with and without a plural's s: "consumer" is
     named by "Consumers" and not by "consumerism".
     """
-    code = document.directory_code or ""
-    chapters = [_CHAPTERS[key] for key in _CHAPTERS if code.startswith(key)]
-    named = " | ".join(
-        wording(text) for text in (*document.subjects, *chapters, document.title[:500])
-    )
-    padded = f" {named} "
-    return [subject for subject in settings.subjects if f" {wording(subject)} " in padded]
+    return [subject for subject in subjects if f" {wording(subject)} " in named]
 
 
 @lru_cache(maxsize=65_536)

@@ -33,14 +33,14 @@ from fastcpt.corpus.documents import DocumentsError, Unreadable, unreadable_mess
 from fastcpt.corpus.duplicates import SignatureStore, groups_of
 from fastcpt.corpus.fingerprint import BINS, pieces_of
 from fastcpt.corpus.processes import Progress
-from fastcpt.corpus.score import LEGAL_COMPONENTS, PUBLISHED_COMPONENTS, wording
+from fastcpt.corpus.score import LEGAL_COMPONENTS, PUBLISHED_COMPONENTS, named_in, naming
 from fastcpt.corpus.tokenizer import CorpusTokenizer, find_tokenizer
 from fastcpt.files import digest_of, read_json, whole_file, write_json
 from fastcpt.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 BATCH = 65_536
 HALF_LIFE_YEARS = 15.0  # an act this much older than the corpus's newest has half its recency
 TOKENS_PER_PIECE = 1.15  # where there is no tokenizer yet
@@ -118,6 +118,7 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> dict[str, Any]:
         recipe.selection.model_dump(),
         recipe.corpus.model_dump(include={"validation_share", "newest_share", "seed"}),
         tokenizer.sha256 if tokenizer else "untrained",
+        _subjects_of_adapters(recipe),
     )
     folder = home / "selections" / digest
     if (folder / "manifest.json").exists():
@@ -167,7 +168,8 @@ def _select_into(
     if not np.any(corpus.split == SPLITS.index("train")):
         raise SelectionError(_why_empty(corpus))
     funnel = _funnel(tables, corpus, ratio)
-    _write(folder / "documents.parquet", tables, corpus, duplicate_of, ratio)
+    of_adapters = _subjects_of_adapters(recipe)
+    _write(folder / "documents.parquet", tables, corpus, duplicate_of, ratio, of_adapters)
     kept = corpus.reason == 0
     return {
         "parts": [
@@ -269,7 +271,8 @@ _NUMBERS: dict[str, Any] = {
     "characters": np.int32,
     "pieces": np.int32,
 }
-_WANTED = ("doc_type", "title", "subjects", "signature")
+_NAMING = ("subjects", "title", "directory_code")
+_WANTED = ("doc_type", "signature", *_NAMING)
 
 
 def _components(recipe: Recipe) -> list[str]:
@@ -317,23 +320,14 @@ def _of_wanted_subject(batch: pa.RecordBatch, recipe: Recipe) -> Bools:
     subjects = recipe.selection.subjects
     if not subjects:
         return np.ones(batch.num_rows, dtype=bool)
-    # the same comparison as of the score's subjects: whole words, with or without a plural s
-    wanted = [f" {wording(subject)} " for subject in subjects]
-    return np.fromiter(
-        (
-            any(subject in named for subject in wanted)
-            for named in (
-                f" {' | '.join(map(wording, [*(subjects or []), title]))} "
-                for subjects, title in zip(
-                    batch.column("subjects").to_pylist(),
-                    batch.column("title").to_pylist(),
-                    strict=True,
-                )
-            )
-        ),
-        dtype=bool,
-        count=batch.num_rows,
-    )
+    return np.array([bool(named_in(named, subjects)) for named in _namings(batch)], dtype=bool)
+
+
+def _namings(batch: pa.RecordBatch) -> Iterator[str]:
+    """What each document of a batch says that it is about."""
+    columns = (batch.column(name).to_pylist() for name in _NAMING)
+    for subjects, title, directory_code in zip(*columns, strict=True):
+        yield naming(subjects, title, directory_code)
 
 
 # Duplicates
@@ -702,14 +696,15 @@ def _write(
     corpus: _Corpus,
     duplicate_of: Ints,
     ratio: float,
+    of_adapters: Sequence[str],
 ) -> None:
     tokens = corpus.tokens(ratio)
     names = _ids_of(tables, np.unique(duplicate_of[duplicate_of >= 0]))
-    copied = ["id", "work", "bytes", "doc_type", "areas"]
+    copied = ["id", "work", "bytes", "doc_type"]
     row = 0
     with whole_file(path) as aside, pq.ParquetWriter(aside, SELECTION_SCHEMA) as writer:
         for table in tables:
-            for batch in _batches(table, copied):
+            for batch in _batches(table, [*copied, "areas", *_NAMING]):
                 rows = slice(row, row + batch.num_rows)
                 row += batch.num_rows
                 columns = {
@@ -725,10 +720,27 @@ def _write(
                     "tokens": tokens[rows],
                     "characters": corpus.characters[rows],
                     "year": corpus.year[rows],
+                    "areas": _areas(batch, of_adapters),
                     **{name: batch.column(name) for name in copied},
                 }
                 arrays = [columns[name] for name in SELECTION_SCHEMA.names]
                 writer.write_table(pa.table(arrays, schema=SELECTION_SCHEMA))
+
+
+def _subjects_of_adapters(recipe: Recipe) -> list[str]:
+    """What ``lora.areas`` names beyond the score's own subjects."""
+    areas = recipe.lora.areas.values() if recipe.lora else ()
+    named = {subject for subjects in areas for subject in subjects}
+    return sorted(named - recipe.score.subjects.keys())
+
+
+def _areas(batch: pa.RecordBatch, of_adapters: Sequence[str]) -> pa.Array:
+    areas = batch.column("areas")
+    if not of_adapters:
+        return areas
+    added = (named_in(named, of_adapters) for named in _namings(batch))
+    both = [[*own, *more] for own, more in zip(areas.to_pylist(), added, strict=True)]
+    return pa.array(both, areas.type)
 
 
 def _words(codes: npt.NDArray[np.int8], words: Sequence[str]) -> pa.Array:
