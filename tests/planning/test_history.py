@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastcpt.planning.history import FILE, compare, read_history, record_run
-from fastcpt.planning.measured import check_rows
+from fastcpt.planning.measured import measured_rows
 from fastcpt.planning.plan import changed, plan
 from fastcpt.recipe import load_recipe
 
@@ -19,6 +19,7 @@ TOOK = {
     "seconds": 3600.0,
     "tokens_per_s_per_gpu": 11_000.0,
     "peak_memory_gb": 101.5,
+    "startup_seconds": 60.0,
 }
 
 
@@ -31,7 +32,7 @@ def recipe():
 
 def test_the_next_plan_uses_the_last_run(recipe, tmp_path):
     before = plan(recipe)
-    record_run(tmp_path, "run_1", recipe, None, TOOK, startup_seconds=60.0, evaluation_seconds=30.0)
+    record_run(tmp_path, "run_1", recipe, None, TOOK, evaluation_seconds=30.0)
     after = plan(recipe, history=tmp_path / FILE)
     assert after.rate_source.startswith("last run here, run_1 of 2")
     assert (after.tokens_per_s.low + after.tokens_per_s.high) / 2 == pytest.approx(22_000)
@@ -92,30 +93,86 @@ def test_a_broken_line_says_which(tmp_path):
 
 def test_plan_beside_actual(recipe):
     content = json.loads(json.dumps(plan(recipe).to_json()))
-    hours = (content["hours"]["low"] + content["hours"]["high"]) / 2
-    took = {"seconds": hours * 3600, "tokens_per_s_per_gpu": 1000.0, "peak_memory_gb": 99.0}
-    rows = {what: inside for what, *_, inside in compare(content, took, gpus=2)}
-    assert rows == {"tokens_per_s": False, "hours": True, "memory_gb": True}
+    took = {
+        "hours": content["hours"]["high"] * 1.1,
+        "training_hours": content["training_hours"]["low"],
+        "tokens_per_s": content["tokens_per_s"]["low"] / 2,
+        "memory_gb": 99.0,
+        "cost": None,
+    }
+    rows = {row["what"]: row for row in compare(content, took)}
+    assert rows["hours on the GPUs, without stage 2"]["off"] == pytest.approx(0.1)
+    assert rows["hours of training steps"]["off"] == 0
+    assert rows["tokens/s, all GPUs"]["off"] == pytest.approx(-0.5)
+    memory = rows["memory a GPU (GB, torch's)"]
+    assert memory["low"] == memory["high"] == content["memory_gb"]["total"] - 1.5
+    assert memory["off"] == pytest.approx(99.0 / memory["high"] - 1)
+    # what the run has not got to stands there with its plan alone
+    assert rows["cost (USD)"]["actual"] is None
+    assert rows["cost (USD)"]["low"] == content["cost"]["low"]
+    assert rows["hours of evaluation"]["off"] is None
 
 
-def test_replay_of_recorded_runs(tmp_path):
-    """Every measured full-training row, planned before it ran: the plan held in all of them.
+def test_what_was_not_planned_is_shown_as_it_was():
+    sample = plan(load_recipe("sample")).to_json()
+    (row,) = compare(sample, {"training_hours": 0.02})
+    assert (row["low"], row["high"], row["actual"], row["off"]) == (None, None, 0.02, None)
 
-    And planned again after it, from the run itself: the range is about that figure.
+
+RECORDED = [row for row in measured_rows() if row[2]["what"].startswith("trainer")]
+
+
+@pytest.mark.parametrize(
+    ("job", "hardware", "facts"), RECORDED, ids=[facts["what"] for *_, facts in RECORDED]
+)
+def test_replay_of_recorded_runs(job, hardware, facts, tmp_path):
+    """Every recorded run of the trainer: planned before it ran, compared, and planned after it.
+
+    The first plan's range holds the rate, its memory is within a tenth where the run kept and
+    recomputed the same; the next plan is about the run's own figures.
     """
-    full = [row for row in check_rows() if "DeepSpeed" in row.what]
-    assert len(full) == 2
-    for number, row in enumerate(full):
-        fp8 = "FP8" in row.what
-        recipe = changed(
-            load_recipe("cpt_config_fast"),
-            {**EIGHT, "training.use_fp8": fp8, "training.gradient_accumulation_steps": 1,
-             "training.gradient_checkpointing": False, "cluster.gpus": 2, "cluster.gpu": "H200"},
-        )  # fmt: skip
-        training = {"tokens_per_s_per_gpu": row.rate, "seconds": 12_000 * 4 * 3072 / row.rate / 2}
-        rows = compare(plan(recipe).to_json(), training, gpus=2)
-        assert rows[0][-1], rows[0]
-        home = tmp_path / str(number)
-        record_run(home, "replayed", recipe, None, training)
-        after = plan(recipe, history=home / FILE)
-        assert after.tokens_per_s.low < 2 * row.rate < after.tokens_per_s.high
+    attention = {"cudnn": "auto", "flash": "flash_attention_2"}[job.attention]
+    recipe = changed(
+        load_recipe("cpt_config_fast"),
+        {
+            "model.name_or_path": f"meta-llama/{facts['model']}",
+            "model.attn_implementation": attention,
+            "lora": job.lora and job.lora.model_dump(),
+            "training.use_fp8": job.fp8,
+            "training.per_device_train_batch_size": job.micro_batch,
+            "training.gradient_accumulation_steps": job.accumulation,
+            "cluster.gpus": job.ranks,
+            "cluster.gpu": hardware.gpu.name,
+        },
+    )
+    before = plan(recipe)
+    assert before.rate_source.startswith("this project's measurements")
+    everyone = job.ranks * facts["rate"]
+    took = {
+        "tokens_per_s": everyone,
+        "training_hours": before.tokens / everyone / 3600,
+        "memory_gb": facts["memory_gb"],
+    }
+    rows = {row["what"]: row for row in compare(before.to_json(), took)}
+    if job.attended is None:  # documents much shorter than a row are faster than any plan says
+        assert rows["tokens/s, all GPUs"]["off"] == 0
+        assert rows["hours of training steps"]["off"] == 0
+    if before.checkpointing == job.recomputation:
+        assert abs(rows["memory a GPU (GB, torch's)"]["off"]) < 0.1
+
+    training = {
+        "tokens_per_s_per_gpu": facts["rate"],
+        "peak_memory_gb": facts["memory_gb"],
+        "startup_seconds": 75.0,
+        "checkpointing": job.checkpointing,
+        "layers_recomputed": job.layers_again or 0,
+    }
+    record_run(tmp_path, "replayed", recipe, None, training, evaluation_seconds=900.0)
+    after = plan(recipe, history=tmp_path / FILE)
+    assert after.rate_source.startswith("last run here, replayed of 2")
+    assert after.tokens_per_s.low == pytest.approx(0.93 * everyone)
+    assert after.tokens_per_s.high == pytest.approx(1.07 * everyone)
+    assert after.hours_parts["start-up"] == 75 / 3600
+    assert after.hours_parts["evaluation"] == 900 / 3600
+    if before.checkpointing == job.recomputation:
+        assert after.memory_gb["total"] == pytest.approx(facts["memory_gb"] + 1.5)

@@ -45,7 +45,7 @@ def test_its_message_says_why_and_what_would(hybrid):
     message = plan(hybrid, cluster="4xB200").message()
     first, *rest = message.splitlines()
     assert first == "'cpt_config_fast' (Llama-3.1-70B, full, FP8) on 4xB200 does not fit:"
-    assert rest[0].startswith("  - memory: 307 GB a GPU of 186 (optimizer 212, weights 35")
+    assert rest[0].startswith("  - memory: 308 GB a GPU of 186 (optimizer 212, weights 35")
     assert "5.2 times the budget" in message
     assert "What would fit, best first:" in message
     with pytest.raises(PlanRefused, match="does not fit"):
@@ -122,7 +122,10 @@ def test_recomputation_comes_only_where_memory_needs_it(hybrid):
     twice = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}
     eight = changed(eight, {f"training.{key}": value for key, value in twice.items()})
     assert plan(eight, cluster="4xH200").checkpointing == "none"
-    assert plan(eight, cluster="4xH100").checkpointing == "full"
+    assert plan(eight, cluster="4xH100").checkpointing == "mlp of 27/32 layers"
+    # the trainer's own choice; the recipe may ask for all or nothing
+    whole = changed(eight, {"training.gradient_checkpointing": True})
+    assert plan(whole, cluster="4xH100").checkpointing == "full"
     kept = changed(eight, {"training.gradient_checkpointing": False})
     refused = plan(kept, cluster="4xH100")
     assert not refused.fits_memory
@@ -135,7 +138,9 @@ def test_fp8_where_there_is_none_is_planned_in_bf16(hybrid):
     assert not found.fits
     assert found.precision == "bfloat16"
     assert "A100 has no FP8" in found.message()
-    assert found.alternatives[0].changes == {"training.use_fp8": False}
+    assert found.alternatives[0].what == "bf16"
+    sections = ("training", "stage2", "sft.training")
+    assert found.alternatives[0].changes == {f"{name}.use_fp8": False for name in sections}
     assert found.alternatives[0].fits
 
 
@@ -155,14 +160,63 @@ def test_a_time_budget_of_the_trainer_bounds_hours_and_tokens(hybrid):
 
 def test_disk_there_holds_one_checkpoint_more_than_are_kept(hybrid):
     found = plan(changed(hybrid, SMALL), cluster="8xH100")
-    # two kept, one being written, 14 B a parameter; base model and final one, 2 B each
-    assert found.checkpoint_disk_gb == pytest.approx((3 * 14 + 4) * 1.2358, rel=1e-3)
+    # two kept, one being written, 12 B a parameter; base, trained and published model, 2 B each;
+    # 2 B tokens at 1.1 B in the shards and 4 B as the trainer reads them
+    assert found.checkpoint_disk_gb == pytest.approx((3 * 12 + 6) * 1.2358 + 5.1 * 2, rel=1e-3)
+    tuned = plan(changed(hybrid, {**SMALL, "sft.instructions": "i.jsonl"}), cluster="8xH100")
+    more = tuned.checkpoint_disk_gb - found.checkpoint_disk_gb
+    assert more == pytest.approx((3 * 12 + 2) * 1.2358, rel=1e-3)
     facts = {"gpus": [{"name": "NVIDIA H100", "memory_gb": 85.5}] * 8, "memory_gb": 2000.0}
     recipe = changed(hybrid, {**SMALL, "cluster.gpus": 8})
-    assert plan(recipe, cluster={**facts, "disk_free_gb": 60.0}).fits_disk
+    assert plan(recipe, cluster={**facts, "disk_free_gb": 63.0}).fits_disk
     full = plan(recipe, cluster={**facts, "disk_free_gb": 50.0})
     assert not full.fits
-    assert "disk: checkpoints and models take 57 GB there" in full.message()
+    assert "disk: shards, checkpoints and models take 62 GB there" in full.message()
+
+
+def test_fine_tuning_is_in_the_hours_where_there_are_instructions(hybrid):
+    recipe = changed(hybrid, SMALL)
+    alone = plan(recipe, cluster="8xH100")
+    with_sft = plan(changed(recipe, {"sft.instructions": "i.jsonl"}), cluster="8xH100")
+    parts = with_sft.hours_parts
+    assert set(parts) - set(alone.hours_parts) == {"fine-tuning", "its evaluation"}
+    # 500 steps of 128 rows of 3072 tokens at the training's rate, and a start-up
+    rate = (with_sft.tokens_per_s.low + with_sft.tokens_per_s.high) / 2
+    steps = 500 * 128 * 3072 / rate / 3600
+    assert parts["fine-tuning"] == pytest.approx(steps + parts["start-up"])
+    added = parts["fine-tuning"] + parts["its evaluation"]
+    assert with_sft.hours.high == pytest.approx(alone.hours.high + added)
+    assert with_sft.cost.high > alone.cost.high
+
+
+def test_the_evaluation_reads_the_held_out_tokens_in_overlapping_windows(hybrid):
+    found = plan(changed(hybrid, SMALL), 1_000_000_000, "8xH100")
+    rate = (found.tokens_per_s.low + found.tokens_per_s.high) / 2
+    # 1 % at random and 0.5 % of the newest, twice over, by model and base, a third of a step each;
+    # two minutes to begin and two models of 2.47 GB at 2 GB/s
+    seconds = 15e6 * 2 * 2 / 3 / rate + 120 + 2 * 2.4716 / 2
+    assert found.hours_parts["evaluation"] * 3600 == pytest.approx(seconds, rel=1e-3)
+
+
+def test_an_alternative_keeps_every_trainings_batch(hybrid):
+    found = plan(
+        changed(hybrid, {"model.name_or_path": "meta-llama/Llama-3.1-8B"}), cluster="8xH100"
+    )
+    first = next(choice for choice in found.alternatives if choice.fits)
+    there = changed(hybrid, first.changes)
+    assert there.cluster.gpus == 8
+    for training in (there.training, there.stage2, there.sft.training):
+        a_gpu = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        assert 8 * a_gpu == hybrid.global_batch_size == 128
+
+
+def test_fp8_that_the_trainer_cannot_do_is_a_problem(hybrid):
+    adapted = {"lora": {"target_modules": ["q_proj", "up_proj"]}}
+    found = plan(changed(hybrid, {**SMALL, **adapted}), cluster="8xH100")
+    assert not found.fits
+    assert "the trainer does FP8 in bfloat16 with adapters on q, k, v, o" in found.message()
+    assert found.alternatives[0].what == "bf16"
+    assert found.alternatives[0].fits
 
 
 def test_transfer_is_the_shards_there_and_the_model_back(hybrid):

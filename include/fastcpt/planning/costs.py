@@ -15,6 +15,7 @@ part scales to another model, sequence or chip by what it is made of.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,13 +23,19 @@ from fastcpt.planning.hardware import Hardware
 from fastcpt.planning.shapes import Shape
 from fastcpt.recipe import Lora
 
-Checkpointing = Literal["none", "selective", "full"]
+# What the backward computes again: nothing, every second matrix product (torchtitan), the
+# feed-forward products (the trainer's fused blocks), all of a block.
+Checkpointing = Literal["none", "selective", "mlp", "full"]
 # Who does the work between the matrix products: transformers as it is, liger's kernels in it,
-# torch.compile over each layer, transformer-engine's whole layer.
-Kernels = Literal["plain", "liger", "compile", "te"]
+# torch.compile over each layer, transformer-engine's whole layer, the trainer's fused blocks.
+Kernels = Literal["plain", "liger", "compile", "te", "fused"]
+Attention = Literal["sdpa", "flash", "cudnn"]
 
-CHUNK = 1024  # tokens whose logits exist at once (fastcpt.training.model)
+CHUNK = 4096  # tokens whose logits exist at once (fastcpt.training.model)
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+SUB_GROUP = 1_000_000_000  # DeepSpeed's sub_group_size
+FILL = 0.94  # of the memory that the trainer plans to fill before it recomputes
+UNSEEN = 0.55e9  # bytes of what nvidia-smi gives that torch does not see
 RUNTIME_GB = 1.5  # CUDA context and NCCL, outside of torch's memory
 USABLE = 0.97  # of a GPU's memory; the rest goes to fragmentation
 BYTES_BF16, BYTES_FP32 = 2, 4
@@ -46,9 +53,12 @@ class Job:
     lora: Lora | None = None
     fp8: bool = False
     checkpointing: Checkpointing = "none"
+    layers_again: int | None = None  # of so many layers, where it is not of all
+    gathered: bool = False  # ZeRO-3's weights stay whole between steps
     offload: bool = False  # gradients and optimizer on the host
-    sdpa: bool = False  # torch's attention in place of flash-attn
-    kernels: Kernels = "liger"
+    attention: Attention = "flash"
+    attended: float | None = None  # sum(len^2) / sum(len) of packed documents; else the sequence
+    kernels: Kernels = "fused"
     fp32_master: bool = True  # False: AdamW on bf16 alone, as some bare measurements do
     whole_logits: bool = False  # not chunked or fused
 
@@ -61,6 +71,21 @@ class Job:
     def trained(self) -> int:
         """Parameters that have gradients."""
         return self.shape.lora_parameters(self.lora) if self.lora else self.shape.parameters
+
+    @property
+    def again(self) -> float:
+        """Share of the layers that are recomputed."""
+        if self.checkpointing == "none":
+            return 0.0
+        layers = self.shape.num_hidden_layers
+        return 1.0 if self.layers_again is None else self.layers_again / layers
+
+    @property
+    def recomputation(self) -> str:
+        """``checkpointing`` in words, with the layers where it is not all of them."""
+        if self.layers_again is None:
+            return self.checkpointing
+        return f"{self.checkpointing} of {self.layers_again}/{self.shape.num_hidden_layers} layers"
 
     @property
     def method(self) -> str:
@@ -93,12 +118,18 @@ def model_flops(shape: Shape, sequence: float, lora: Lora | None = None) -> floa
 
 
 def recomputed_flops(job: Job) -> float:
-    """What checkpointing adds a token: all blocks forward again (``2 (N_mm - V h) + att``), or
-    for ``selective`` every second matrix product of them."""
-    blocks = 2.0 * (job.shape.matrix_parameters - job.shape.head_parameters)
-    if job.checkpointing == "full":
-        return blocks + attention_flops(job.shape, job.sequence)
-    return blocks / 2 if job.checkpointing == "selective" else 0.0
+    """What checkpointing adds a token: all blocks forward again (``2 (N_mm - V h) + att``), for
+    ``selective`` every second matrix product of them, for ``mlp`` gate and up; of the layers that
+    are recomputed."""
+    shape = job.shape
+    blocks = 2.0 * (shape.matrix_parameters - shape.head_parameters)
+    added = {
+        "none": 0.0,
+        "selective": blocks / 2,
+        "mlp": 4.0 * shape.num_hidden_layers * shape.hidden_size * shape.intermediate_size,
+        "full": blocks + attention_flops(shape, job.attended or job.sequence),
+    }
+    return added[job.checkpointing] * job.again
 
 
 # Memory
@@ -110,12 +141,15 @@ def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
     ``none``: two norms' inputs (2 h each), rotated queries, keys, values, attention's output,
     gate and up (2 f each) and the inputs of the linear layers, 2 B each; in FP8 these inputs are
     1 B, kept by every layer for itself unless fused. ``full``: the block's input, ``2 h``.
-    ``selective``: that, and every second matrix product's output.
+    ``selective``: that, and every second matrix product's output. The trainer's fused blocks keep
+    queries and keys before and after rotation too, and ``mlp`` drops their feed-forward half.
     """
     h, f = job.shape.hidden_size, job.shape.intermediate_size
     q, k = job.shape.queries, job.shape.keys
     if checkpointing == "full":
         return 2 * h
+    if job.kernels == "fused":
+        return sum(_fused_halves(job)) if checkpointing == "none" else _fused_halves(job)[0]
     if checkpointing == "selective":
         return 2 * (h + q + k + f)
     between = 2 * (h + q + 2 * k + q + h + 2 * f)
@@ -129,6 +163,19 @@ def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
     return between + ((2 * h if fused else 5 * h) + q + f)
 
 
+def _fused_halves(job: Job) -> tuple[int, int]:
+    """Bytes a token that a fused block keeps in its attention and in its feed-forward half."""
+    h, f = job.shape.hidden_size, job.shape.intermediate_size
+    q, k = job.shape.queries, job.shape.keys
+    entering = 1 if job.fp8 else 2  # bytes of what enters a product whose weight is trained
+    attention = 2 * h + 2 * (q + 2 * k) + 2 * (q + k) + 2 * q
+    if job.lora:
+        # the adapters' inputs; with dropout its mask, and the dropped copy of attention's output
+        attention += 2 * h + (h + 3 * q if job.lora.lora_dropout else 0)
+        return attention, 4 * f + 2 * h
+    return attention + entering * h + (q if job.fp8 else 0), 4 * f + 2 * h + entering * (f + h)
+
+
 def memory_parts(job: Job) -> dict[str, float]:
     """Bytes a GPU, by part.
 
@@ -139,34 +186,97 @@ def memory_parts(job: Job) -> dict[str, float]:
     layers, block = shape.num_hidden_layers, shape.block_parameters
     on_host = job.offload
     frozen = job.trained if job.lora else 0
-    kept = layers * tokens * activation_bytes(job, job.checkpointing)
-    # the block at work holds everything it needs, whatever is kept of the others
-    kept += tokens * activation_bytes(job, "none")
+    whole, less = activation_bytes(job, "none"), activation_bytes(job, job.checkpointing)
+    kept = layers * tokens * (job.again * less + (1 - job.again) * whole)
+    if job.kernels != "fused":
+        # the block at work holds everything it needs, whatever is kept of the others
+        kept += tokens * whole
     parts = {
         "weights": BYTES_BF16 * (shape.parameters + frozen) / ranks,
-        "gradients": 0.0 if on_host else BYTES_BF16 * job.trained / ranks,
+        # a single rank keeps its gradients on the GPU also where the optimizer is on the host
+        "gradients": 0.0 if on_host and ranks > 1 else BYTES_BF16 * job.trained / ranks,
         "optimizer": 0.0 if on_host else (12 if job.fp32_master else 4) * job.trained / ranks,
         "activations": kept,
         "logits": _logit_bytes(job),
         "gather_buffers": 0.0,
     }
-    if ranks > 1:
-        live = min(layers * block, max(LIVE_PARAMETERS, 2 * block))
-        parts["gather_buffers"] = BYTES_BF16 * (live + shape.head_parameters)
+    if ranks > 1 and job.gathered:
+        parts["gather_buffers"] = BYTES_BF16 * shape.parameters
+    elif ranks > 1:
+        # DeepSpeed's own limit; a fused block is gathered whole: one at work, one coming, and the
+        # gradients of both
+        live = 4 * block if job.kernels == "fused" else max(LIVE_PARAMETERS, 2 * block)
+        parts["gather_buffers"] = BYTES_BF16 * (min(layers * block, live) + shape.head_parameters)
     if job.fp8 and job.kernels != "compile":
-        # transformer-engine keeps the FP8 copy, unsharded, for the backward of what is not recomputed
-        parts["fp8_weights"] = block * (1 if job.checkpointing == "full" else layers)
+        # transformer-engine keeps FP8 copies, unsharded, for the backward of what is not
+        # recomputed; a fused block keeps each turned both ways, as Hopper's products want them
+        copies = 2 if job.kernels == "fused" else 1
+        recomputed = job.again if job.checkpointing == "full" else 0.0
+        parts["fp8_weights"] = copies * block * max(1.0, layers * (1 - recomputed))
+    if job.kernels == "fused":
+        _add_moments(job, parts)
     return parts
+
+
+def _add_moments(job: Job, parts: dict[str, float]) -> None:
+    """What of a step's other moments goes beyond the moment of the logits.
+
+    A block's backward: gradients of its feed-forward products, and all it keeps where it is computed
+    again. The optimizer's step: gradients flat once more and in float32, activations gone (read in
+    DeepSpeed 0.19: stage 1 takes all at once, stage 3 ``sub_group_size`` weights).
+    """
+    shape, tokens = job.shape, job.tokens
+    backward = 8.0 * shape.intermediate_size * tokens
+    if job.checkpointing == "full":
+        backward += tokens * activation_bytes(job, "none")
+    parts["block"] = max(0.0, backward - 4.0 * shape.vocab_size * min(tokens, CHUNK))
+    if not job.offload:
+        at_once = job.trained if job.ranks == 1 else min(SUB_GROUP, job.trained / job.ranks)
+        gone = ("activations", "logits", "gather_buffers", "block")
+        step = 6.0 * at_once - sum(parts[name] for name in gone)
+        parts["optimizer_step"] = max(0.0, step)
 
 
 def _logit_bytes(job: Job) -> float:
     shape = job.shape
     if job.whole_logits:
         return 6.0 * shape.vocab_size * job.tokens  # bf16 and the fp32 of the loss
-    # a chunk in bf16 and fp32 with its gradient; the output layer's gradient in fp32 and bf16
-    chunk = 10.0 * shape.vocab_size * min(job.tokens, CHUNK)
-    weight = 0 if job.lora else (BYTES_FP32 + BYTES_BF16) * shape.head_parameters
+    # a chunk and its slopes in bf16; the output layer's gradient
+    chunk = 2.0 * BYTES_BF16 * shape.vocab_size * min(job.tokens, CHUNK)
+    weight = 0 if job.lora else BYTES_BF16 * shape.head_parameters
     return chunk + weight + BYTES_BF16 * shape.hidden_size * job.tokens
+
+
+def as_the_trainer_runs(job: Job, gpu_bytes: float, fill: float = FILL) -> Job:
+    """The job with what the trainer recomputes and keeps by itself (``gradient_checkpointing: auto``).
+
+    The same rule as ``fastcpt.training.trainer._Memory``: nothing recomputed where all fits into
+    ``fill`` of the memory that torch sees; else feed-forward halves of as many layers as it takes;
+    else as many whole layers. With room to spare ZeRO-3's weights stay whole.
+    """
+    shape, tokens = job.shape, job.tokens
+    block, head = shape.block_parameters, shape.head_parameters
+    layers = shape.num_hidden_layers
+    attention, mlp = _fused_halves(job)
+    on_gpu = 14 if not job.offload else 2 if job.ranks == 1 else 0
+    trained = 0 if job.lora else on_gpu * shape.parameters / job.ranks
+    room = fill * (gpu_bytes - UNSEEN)
+    room -= 2 * shape.parameters / job.ranks + trained
+    room -= 8 * shape.vocab_size * min(tokens, CHUNK) + 2 * head * (1 if job.lora else 2)
+    room -= 8 * block + 8 * tokens * shape.intermediate_size
+    room -= layers * tokens * 2 * shape.hidden_size  # each block's input stays in any case
+    fp8 = 2 * block if job.fp8 else 0
+    kept = tokens * (attention + mlp - 2 * shape.hidden_size)
+    if room >= layers * (kept + fp8):
+        spare = room - layers * (kept + fp8)
+        gathered = job.ranks > 1 and spare >= 2 * shape.parameters
+        return replace(job, checkpointing="none", layers_again=None, gathered=gathered)
+    if room >= layers * (kept - tokens * mlp + fp8):
+        short = layers * (kept + fp8) - room
+        some = min(layers, math.ceil(short / (tokens * mlp)))
+        return replace(job, checkpointing="mlp", layers_again=some)
+    whole = min(layers, int(max(0.0, room) // (kept + fp8)))
+    return replace(job, checkpointing="full", layers_again=layers - whole if whole else None)
 
 
 def host_bytes(job: Job) -> float:
@@ -175,11 +285,16 @@ def host_bytes(job: Job) -> float:
 
 
 def checkpoint_bytes(job: Job) -> float:
-    """Disk of one checkpoint: bf16 weights, fp32 master and moments of what is trained."""
-    return 14.0 * job.trained
+    """Disk of one checkpoint: float32 weights and two moments of what is trained."""
+    return 12.0 * job.trained
 
 
 # Seconds
+
+# transformers' own layers (5.17, read): forward, norms move 84 h bytes a token and block with their
+# float32 copies and the two sums, rotation 18 (q + k), the activation 10 f; backward twice that. For
+# Llama's shapes 13.8 times what a block keeps. Its float32 logits move 30 bytes an entry.
+PASSES_PLAIN, LOGITS_PLAIN = 13.8, 30
 
 
 @dataclass(frozen=True)
@@ -190,21 +305,26 @@ class Efficiency:
     a power limit is in the shares. ``plan_run.py --check`` shows what they predict.
     """
 
-    bf16: float = 0.655
-    fp8: float = 0.51
-    flash: float = 0.5  # of the bf16 peak
-    sdpa: float = 0.185
+    bf16: float = 0.645
+    fp8: float = 0.552
+    flash: float = 0.458  # of the bf16 peak
+    sdpa: float = 0.195
+    cudnn: float = 0.583
     # times the kept activations are read and written, forward and backward
-    passes_plain: float = 15.9
-    passes_liger: float = 9.0
-    passes_te: float = 9.0
-    passes_compile: float = 0.8
-    passes_lora: float = 45.0  # the same of each adapted layer's input
-    passes_fp8_weights: float = 6.0  # weights cast once a micro-batch
+    passes_liger: float = 8.78
+    passes_te: float = 8.69
+    passes_compile: float = 1.82
+    passes_fused: float = 5.71
+    passes_fp8: float = 1.84  # more of them where a fused block quantizes
+    passes_lora: float = 44.7  # the same of each adapted layer's input
+    passes_lora_fused: float = 8.77
+    remap_gb_s: float = 69  # pages given back and taken again, where a step's moments take turns
+    passes_fp8_weights: float = 9.71  # weights cast once a micro-batch, or once a step
     memory: float = 0.85  # of the bandwidth
-    link: float = 0.28  # of the link's rate inside a host
+    link: float = 0.284  # of the link's rate inside a host
     network: float = 0.7  # of the network's between hosts: an assumption, nothing here measured it
-    hidden: float = 0.244  # share of the traffic that computing hides at best
+    hidden: float = 0.248  # share of the traffic that computing hides at best
+    hidden_fused: float = 0.577
 
 
 EFFICIENCY = Efficiency()
@@ -223,37 +343,42 @@ def seconds_parts(
     head = shape.head_parameters * (4 if job.lora else 6)
     adapters = 6 * shape.lora_parameters(job.lora) if job.lora else 0
     blocks = (4 if job.lora else 6) * (shape.matrix_parameters - shape.head_parameters)
-    attention = 3.0 * attention_flops(shape, job.sequence)
+    forward = attention_flops(shape, job.attended or job.sequence)
     again = recomputed_flops(job)
     if job.checkpointing == "full":
-        attention += attention_flops(shape, job.sequence)
-        again -= attention_flops(shape, job.sequence)
+        again -= forward * job.again
+        forward *= 1 + job.again / 3
     in_blocks = blocks + again
     parts = {
         "matrix products": (head + adapters) / (bf16 * e.bf16)
         + in_blocks / (gpu.peak(job.fp8) * (e.fp8 if job.fp8 else e.bf16)),
-        "attention": attention / (bf16 * (e.sdpa if job.sdpa else e.flash)),
+        "attention": 3.0 * forward / (bf16 * getattr(e, job.attention)),
     }
 
-    passes = getattr(e, f"passes_{job.kernels}")
-    if job.checkpointing != "none":
-        passes *= 4 / 3 if job.checkpointing == "full" else 7 / 6
-    kept = activation_bytes(replace(job, lora=None, fp8=False), "none")
-    moved = shape.num_hidden_layers * passes * kept
+    fused = job.kernels == "fused"
+    # reading and writing again what is computed again: a third of forward and backward, or half that
+    more = (
+        1
+        + job.again
+        * {"none": 0, "selective": 1 / 6, "mlp": 1 / 6, "full": 1 / 3}[job.checkpointing]
+    )
+    passes = PASSES_PLAIN if job.kernels == "plain" else getattr(e, f"passes_{job.kernels}")
+    if fused and job.fp8:
+        passes += e.passes_fp8
+    # counted as liger's layers keep them, so that the passes of all kernels compare
+    kept = activation_bytes(replace(job, lora=None, fp8=False, kernels="liger"), "none")
+    moved = shape.num_hidden_layers * passes * kept * more
     if job.lora:
         adapted = sum(shape.matrix(name)[0] for name in job.lora.target_modules)
-        again_lora = 4 / 3 if job.checkpointing == "full" else 1
-        moved += shape.num_hidden_layers * e.passes_lora * BYTES_BF16 * adapted * again_lora
+        times = e.passes_lora_fused if fused else e.passes_lora
+        moved += shape.num_hidden_layers * times * BYTES_BF16 * adapted * more
     if job.whole_logits:
-        moved += 6 * shape.vocab_size
+        moved += (LOGITS_PLAIN if job.kernels == "plain" else 6) * shape.vocab_size
     if job.fp8:
-        moved += (
-            e.passes_fp8_weights
-            * BYTES_BF16
-            * shape.block_parameters
-            * shape.num_hidden_layers
-            / job.tokens
-        )
+        # the trainer quantizes weights once a step where it keeps them
+        once = job.tokens * (job.accumulation if fused and job.checkpointing != "full" else 1)
+        weights = BYTES_BF16 * shape.block_parameters * shape.num_hidden_layers
+        moved += e.passes_fp8_weights * weights / once
     parts["memory traffic"] = moved / bandwidth
 
     step_tokens = job.tokens * job.accumulation
@@ -265,24 +390,43 @@ def seconds_parts(
         # gradients, master, moments and weights read and written once a step
         touched = (30 if job.fp32_master else 14) * job.trained / job.ranks
         parts["optimizer"] = touched / bandwidth / step_tokens
+        if fused and job.ranks == 1:
+            parts["optimizer"] += (
+                _remapped_bytes(job, gpu.memory_gb) / e.remap_gb_s / 1e9 / step_tokens
+            )
 
     # part of the traffic always shows (the first block's, the last one's), and all that computing
     # is too short to hide
     traffic = communication_seconds(job, hardware, e) / job.tokens
-    parts["communication"] = max((1 - e.hidden) * traffic, traffic - sum(parts.values()))
+    hidden = e.hidden_fused if fused else e.hidden
+    parts["communication"] = max((1 - hidden) * traffic, traffic - sum(parts.values()))
     return parts
+
+
+def _remapped_bytes(job: Job, memory_gb: float) -> float:
+    """Bytes whose pages change hands in a step on one GPU.
+
+    The optimizer's step takes 6 B a weight for a moment. Where the card does not hold them beside
+    the activations' pages, torch gives these back and maps them anew, there and back. Inferred from
+    one run (3B on an H100: 0.4 to 0.6 s a step that no kernel accounts for), not profiled.
+    """
+    parts = memory_parts(job)
+    turned = 6.0 * job.trained
+    there = sum(parts.values()) - parts["optimizer_step"]
+    return 2 * turned if there + turned > 1e9 * memory_gb - UNSEEN else 0.0
 
 
 def communication_seconds(
     job: Job, hardware: Hardware, efficiency: Efficiency = EFFICIENCY
 ) -> float:
     """ZeRO-3's traffic of a micro-batch: weights gathered forward and backward, gradients reduced
-    once, each ``2 N (R - 1) / R`` bytes through a GPU's link (ZeRO paper, section 7). Between hosts
-    the network's share of a GPU is the link."""
+    once, each ``2 N (R - 1) / R`` bytes through a GPU's link (ZeRO paper, section 7). Weights that
+    stay whole are gathered once a step. Between hosts the network's share of a GPU is the link."""
     gpu = hardware.gpu
     assert gpu is not None
     share = (job.ranks - 1) / job.ranks
-    moved = BYTES_BF16 * share * (2 * job.shape.parameters + job.trained)
+    gathers = 1 / job.accumulation if job.gathered else 2
+    moved = BYTES_BF16 * share * (gathers * job.shape.parameters + job.trained)
     link = efficiency.link * gpu.link_gb_s
     if hardware.hosts > 1:
         link = min(link, efficiency.network * gpu.network_gb_s)

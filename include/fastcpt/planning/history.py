@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fastcpt.files import whole_file
-from fastcpt.planning.costs import Checkpointing
 from fastcpt.planning.hardware import Hardware, hardware_of
 from fastcpt.planning.shapes import Shape, shape_of
 from fastcpt.recipe import Recipe
@@ -36,7 +35,7 @@ class Measured:
     gpus: int
     micro_batch: int
     accumulation: int
-    checkpointing: Checkpointing | None
+    checkpointing: str | None
     tokens_per_s_per_gpu: float
     peak_memory_gb: float | None = None
     startup_seconds: float | None = None
@@ -101,9 +100,6 @@ def record_run(
     recipe: Recipe,
     cluster: Mapping[str, Any] | str | None,
     training: Mapping[str, Any],
-    *,
-    checkpointing: Checkpointing | None = None,
-    startup_seconds: float | None = None,
     evaluation_seconds: float | None = None,
 ) -> Measured | None:
     """Keep what a training took; ``training`` is its ``training.json``.
@@ -127,10 +123,10 @@ def record_run(
         gpus=hardware.count,
         micro_batch=micro,
         accumulation=max(1, recipe.global_batch_size // (micro * hardware.count)),
-        checkpointing=training.get("checkpointing") or checkpointing,
+        checkpointing=_recomputation(training, shape),
         tokens_per_s_per_gpu=float(training["tokens_per_s_per_gpu"]),
         peak_memory_gb=training.get("peak_memory_gb"),
-        startup_seconds=startup_seconds,
+        startup_seconds=training.get("startup_seconds"),
         evaluation_seconds=evaluation_seconds,
     )
     path = home / FILE
@@ -140,30 +136,63 @@ def record_run(
     return measured
 
 
-Row = tuple[str, float, float, float | None, bool]
+def _recomputation(training: Mapping[str, Any], shape: Shape) -> str | None:
+    """What the trainer recomputed, in the words of ``costs.Job.recomputation``."""
+    level, layers = training.get("checkpointing"), training.get("layers_recomputed", 0)
+    if level is None or not 0 < layers < shape.num_hidden_layers:
+        return level
+    return f"{level} of {layers}/{shape.num_hidden_layers} layers"
 
 
-def compare(plan: Mapping[str, Any], training: Mapping[str, Any], gpus: int) -> list[Row]:
-    """A plan beside what its training took: (what, planned low, planned high, actual, inside).
+# What is compared: the plan's key, its words, and the key of what was measured.
+COMPARED = (
+    ("hours", "hours on the GPUs, without stage 2"),
+    ("training_hours", "hours of training steps"),
+    ("start-up", "hours of start-up and saving"),
+    ("evaluation", "hours of evaluation"),
+    ("fine-tuning", "hours of fine-tuning"),
+    ("its evaluation", "hours of its evaluation"),
+    ("tokens_per_s", "tokens/s, all GPUs"),
+    ("memory_gb", "memory a GPU (GB, torch's)"),
+    ("cost", "cost (USD)"),
+)
 
-    ``plan`` is ``plan.json``, ``training`` the ``training.json`` of the run on ``gpus`` GPUs. Rows
-    whose plan is unknown are left out; ``inside`` says whether the actual figure is in the range
-    (memory: at most what was planned).
+
+def compare(plan: Mapping[str, Any], took: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    """A plan beside what the run took, a row a figure that either of them knows.
+
+    ``plan`` is ``plan.json``; ``took`` has measured figures under the keys of ``COMPARED``. A row:
+    ``what``, ``low`` and ``high`` planned (None: unknown), ``actual`` (None: not got to), and
+    ``off``: how far the actual figure lies outside of the range, as a share of its nearer end.
     """
-    rows: list[Row] = []
-    rate = training.get("tokens_per_s_per_gpu")
-    actual = {
-        "tokens_per_s": rate * gpus if rate else None,
-        "hours": training["seconds"] / 3600 if "seconds" in training else None,
-    }
-    for what, value in actual.items():
-        promised = plan.get(what)
-        if promised:
-            low, high = float(promised["low"]), float(promised["high"])
-            rows.append((what, low, high, value, value is not None and low <= value <= high))
+    parts = plan.get("hours_parts") or {}
     memory = plan.get("memory_gb")
-    if memory:
-        peak = training.get("peak_memory_gb")
-        total = float(memory["total"])
-        rows.append(("memory_gb", 0.0, total, peak, peak is not None and peak <= total))
+    promised: dict[str, Any] = {
+        **{name: plan.get(name) for name in ("hours", "training_hours", "tokens_per_s", "cost")},
+        **parts,
+        "memory_gb": memory and memory["total"] - memory["runtime"],
+    }
+    if "checkpoints" in parts:  # a job's seconds beside its steps hold both
+        promised["start-up"] = parts["start-up"] + parts["checkpoints"]
+    rows = []
+    for key, words in COMPARED:
+        value, actual = promised.get(key), took.get(key)
+        if value is None and actual is None:
+            continue
+        ends = (value["low"], value["high"]) if isinstance(value, Mapping) else (value, value)
+        rows.append(
+            {
+                "what": words,
+                "low": ends[0],
+                "high": ends[1],
+                "actual": actual,
+                "off": _outside(actual, *ends),
+            }
+        )
     return rows
+
+
+def _outside(actual: float | None, low: float | None, high: float | None) -> float | None:
+    if actual is None or not low or not high:
+        return None
+    return actual / min(max(actual, low), high) - 1

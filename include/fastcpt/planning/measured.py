@@ -7,8 +7,14 @@ from typing import Any
 
 import yaml
 
-from fastcpt.planning.costs import Job, memory_parts, tokens_per_second
-from fastcpt.planning.hardware import named_hardware
+from fastcpt.planning.costs import (
+    EFFICIENCY,
+    Efficiency,
+    Job,
+    memory_parts,
+    tokens_per_second,
+)
+from fastcpt.planning.hardware import Hardware, named_hardware
 from fastcpt.planning.plan import MEASURED
 from fastcpt.planning.shapes import KNOWN
 from fastcpt.recipe import Lora
@@ -19,14 +25,14 @@ SEQUENCE = 3072  # of every row, unless it says otherwise
 
 @dataclass(frozen=True)
 class Checked:
-    """One row: tokens/s a GPU, and GiB of torch's allocator where it was read."""
+    """One row: tokens/s a GPU, and 10^9 bytes of torch's allocator where it was read."""
 
     what: str
     cluster: str
     rate: float
     predicted_rate: float
-    memory_gib: float | None
-    predicted_memory_gib: float
+    memory_gb: float | None
+    predicted_memory_gb: float
 
     @property
     def rate_error(self) -> float:
@@ -34,7 +40,7 @@ class Checked:
 
     @property
     def memory_error(self) -> float | None:
-        return None if self.memory_gib is None else self.predicted_memory_gib / self.memory_gib - 1
+        return None if self.memory_gb is None else self.predicted_memory_gb / self.memory_gb - 1
 
     @property
     def holds(self) -> bool:
@@ -44,40 +50,59 @@ class Checked:
         )
 
 
-def check_rows() -> list[Checked]:
+Row = tuple[Job, Hardware, dict[str, Any]]
+
+
+def measured_rows() -> list[Row]:
+    """Every measured row: its job, its machines, and what is written of it."""
+    return [_read(dict(row)) for row in yaml.safe_load(MEASURED.read_text("utf-8"))["rows"]]
+
+
+def check_rows(efficiency: Efficiency = EFFICIENCY) -> list[Checked]:
     """Every measured row with the cost model's answer."""
-    return [_checked(dict(row)) for row in yaml.safe_load(MEASURED.read_text("utf-8"))["rows"]]
+    rows = []
+    for job, hardware, facts in measured_rows():
+        memory = facts.get("memory_gb")
+        if "memory_gib" in facts:
+            memory = facts["memory_gib"] * 2**30 / 1e9
+        rows.append(
+            Checked(
+                facts["what"],
+                hardware.name,
+                float(facts["rate"]),
+                tokens_per_second(job, hardware, efficiency),
+                memory,
+                sum(memory_parts(job).values()) / 1e9,
+            )
+        )
+    return rows
 
 
-def _checked(row: dict[str, Any]) -> Checked:
-    what, cluster, rate = row.pop("what"), row.pop("cluster"), float(row.pop("rate"))
-    memory = row.pop("memory_gib", None)
-    hardware = named_hardware(cluster)
-    job = Job(
-        shape=KNOWN[row.pop("model")],
-        lora=Lora() if row.pop("lora", False) else None,
-        sequence=row.pop("sequence", SEQUENCE),
-        accumulation=row.pop("accumulation", 1),
-        ranks=hardware.count,
-        **row,
-    )
-    bytes_there = sum(memory_parts(job).values())
-    predicted = tokens_per_second(job, hardware)
-    return Checked(what, cluster, rate, predicted, memory, bytes_there / 2**30)
+FACTS = ("what", "cluster", "rate", "spread", "memory_gb", "memory_gib", "model", "lora")
+
+
+def _read(row: dict[str, Any]) -> Row:
+    hardware = named_hardware(row["cluster"])
+    # ``lora`` is the dropout of adapters of rank 64 on q, k, v, o
+    lora = Lora(lora_dropout=row["lora"]) if "lora" in row else None
+    settings = {key: value for key, value in row.items() if key not in FACTS}
+    defaults = {"sequence": SEQUENCE, "accumulation": 1, "ranks": hardware.count}
+    job = Job(shape=KNOWN[row["model"]], lora=lora, **{**defaults, **settings})
+    return job, hardware, row
 
 
 def check_text(rows: list[Checked]) -> str:
     """The table, a line a row, and how many hold."""
     lines = [
-        f"{'job':<58}{'cluster':<9}{'tokens/s a GPU':>22}{'':>8}{'GiB a GPU':>16}",
+        f"{'job':<58}{'cluster':<9}{'tokens/s a GPU':>22}{'':>8}{'GB a GPU':>16}",
         f"{'':<67}{'measured':>11}{'predicted':>11}{'':>8}{'meas.':>8}{'pred.':>8}",
     ]
     for row in rows:
-        memory = f"{row.memory_gib:>8.0f}" if row.memory_gib else f"{'':>8}"
+        memory = f"{row.memory_gb:>8.0f}" if row.memory_gb else f"{'':>8}"
         error = f"{row.memory_error:+7.1%}" if row.memory_error is not None else ""
         lines.append(
             f"{row.what:<58}{row.cluster:<9}{row.rate:>11,.0f}{row.predicted_rate:>11,.0f}"
-            f"{row.rate_error:>+8.1%}{memory}{row.predicted_memory_gib:>8.1f} {error}"
+            f"{row.rate_error:>+8.1%}{memory}{row.predicted_memory_gb:>8.1f} {error}"
             f"{'' if row.holds else '  OUTSIDE'}"
         )
     held = sum(row.holds for row in rows)

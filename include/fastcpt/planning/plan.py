@@ -11,6 +11,7 @@ method on that chip, up to the best published rate elsewhere. ``docs/planning.md
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
@@ -19,12 +20,15 @@ from typing import Any
 
 import yaml
 
+from fastcpt.files import read_json
 from fastcpt.planning.costs import (
     RUNTIME_GB,
     USABLE,
-    Checkpointing,
+    Attention,
     Job,
+    as_the_trainer_runs,
     checkpoint_bytes,
+    communication_seconds,
     host_bytes,
     memory_parts,
     model_flops,
@@ -37,12 +41,13 @@ from fastcpt.recipe import CONFIGS, Lora, Recipe, Training
 
 MEASURED = Path(__file__).with_name("measured.yaml")
 OFFLOAD_FILE = "ds_config_zero3_offload.json"
-OFFLOADED = "optimizer offloaded to the hosts"
 CHARACTERS_PER_TOKEN = 4.4  # running legal text, Llama's and dolma2's vocabularies
 BYTES_PER_TOKEN_ON_DISK = 1.1  # of the shards: zstd over int32 ids
-STARTUP_SECONDS = 300.0  # packages imported, kernels built, NCCL up; without loading weights
+STARTUP_SECONDS = 120.0  # packages imported, kernels built, NCCL up; without loading weights
+A_LAYER_SECONDS = 1e-3  # of a generated token: transformers' launches, whatever the GPU; assumed
+GENERATED_TOGETHER = 32  # answers (fastcpt.training.generation)
 OF_LAST_RUN, OF_MEASUREMENTS, SLOWER = 0.07, 0.15, 0.25  # half-widths of a rate's range
-MARGIN = 0.1
+NEAR_BEST = 0.01  # a smaller micro-batch is taken where it costs no more than this
 WORTH_IT = 0.03  # less than this is no reason to change a recipe
 MORE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -110,7 +115,8 @@ class Plan:
     tokens_per_s: Range | None = None
     rate_source: str = "unknown"
     hours: Range | None = None
-    hours_parts: dict[str, float] = field(default_factory=dict)
+    hours_parts: dict[str, float] = field(default_factory=dict)  # their middles
+    training_hours: Range | None = None  # of them, stage 1's steps
     fits_time: bool = True
     cost: Range | None = None
     fits_money: bool = True
@@ -177,7 +183,7 @@ class Plan:
             yield f"money: ${self.cost.words(0)}, budget ${self.budget_money:,.0f}"
         if not self.fits_disk:
             yield (
-                f"disk: checkpoints and models take {self.checkpoint_disk_gb:,.0f} GB there, more than "
+                f"disk: shards, checkpoints and models take {self.checkpoint_disk_gb:,.0f} GB there, more than "
                 "is free; free some, or keep fewer checkpoints (training.save_total_limit)"
             )
 
@@ -352,6 +358,12 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
         bf16 = changed(recipe, {"training.use_fp8": False})
         reason = f"precision: {hardware.gpu.name} has no FP8; the figures are those of bf16"
         return replace(plan_on(bf16, tokens, hardware, history), problems=(reason,))
+    if training.use_fp8 and not fuses(recipe, shape):
+        reason = (
+            "precision: the trainer does FP8 in bfloat16 with adapters on q, k, v, o or none, and "
+            "attn_implementation auto or flash_attention_2; change these, or use_fp8"
+        )
+        plain = replace(plain, problems=(reason,))
     job = job_of(recipe, shape, hardware, micro)
     return _gpu_plan(plain, recipe, job, hardware, before)
 
@@ -369,11 +381,24 @@ def _cpu_plan(plain: Plan, before: Measured | None) -> Plan:
         return replace(plain, rate_source="unknown: no run of it on CPUs yet")
     likely = before.tokens_per_s_per_gpu * plain.gpus
     rate = Range(likely * 0.5, likely * 1.5)  # other work on the same cores
-    seconds = before.startup_seconds or 0.0
-    hours = Range(plain.tokens / rate.high, plain.tokens / rate.low).plus(seconds).times(1 / 3600)
+    train = Range(plain.tokens / rate.high, plain.tokens / rate.low).times(1 / 3600)
+    parts = {
+        "start-up": (before.startup_seconds or 0.0) / 3600,
+        "evaluation": (before.evaluation_seconds or 0.0) / 3600,
+    }
     return replace(
-        plain, tokens_per_s=rate, hours=hours, rate_source=f"last run here, {before.run}"
+        plain,
+        tokens_per_s=rate,
+        hours=train.plus(sum(parts.values())),
+        hours_parts={"training": (train.low + train.high) / 2, **parts},
+        training_hours=train,
+        rate_source=_last(before),
+        notes=("fine-tuning is not in these hours",),
     )
+
+
+def _last(before: Measured) -> str:
+    return f"last run here, {before.run} of {before.time[:10]}"
 
 
 def _gpu_plan(
@@ -383,7 +408,7 @@ def _gpu_plan(
     assert gpu is not None
     memory = memory_gb(job, before)
     available = USABLE * gpu.memory_gb
-    rate, source = _rate(job, hardware, before)
+    rate, source = _rate(recipe, job, hardware, before)
     everyone = rate.times(hardware.count)
     notes: list[str] = []
 
@@ -410,17 +435,18 @@ def _gpu_plan(
             f"no price for {gpu.name}: set budget.price_per_gpu_hour, or add it to gpus.yaml"
         )
 
-    checkpoints = checkpoint_bytes(job) * (training.save_total_limit + 1)
-    disk = (
-        checkpoints + 4 * shape.parameters
-    ) / 1e9  # the base model and the final one beside them
-    problems: tuple[str, ...] = ()
+    corpus = plain.corpus_tokens or tokens
+    # each training's checkpoints, one more than are kept, and its model; the base model and what is
+    # published; the shards, and their rows as the trainer reads them
+    trainings = 2 if recipe.sft.instructions else 1
+    disk = trainings * (checkpoint_bytes(job) * (training.save_total_limit + 1) + 2 * job.trained)
+    disk = (disk + 4 * shape.parameters + corpus * (BYTES_PER_TOKEN_ON_DISK + 4)) / 1e9
+    problems = plain.problems
     if not host_has_memory(job, hardware):
-        problems = (
+        problems += (
             f"host memory: offloading takes {host_bytes(job) / 1e9:,.0f} GB of main memory, "
             f"the hosts have about {hardware.host_memory_gb:,.0f}",
         )
-    corpus = plain.corpus_tokens or tokens
     back = 2 * shape.parameters if recipe.publish.destination == "bring_back" else 0
     moved = (corpus * BYTES_PER_TOKEN_ON_DISK + back) / 1e9
     slow, fast = hardware.host.ssh_mbit_s
@@ -437,13 +463,14 @@ def _gpu_plan(
         available_gb=available,
         micro_batch=job.micro_batch,
         accumulation=job.accumulation,
-        checkpointing=job.checkpointing,
+        checkpointing=job.recomputation,
         fits_memory=memory["total"] <= available,
         problems=problems,
         tokens_per_s=everyone,
         rate_source=source,
         hours=hours,
         hours_parts={"training": (train.low + train.high) / 2, **parts},
+        training_hours=train,
         fits_time=recipe.budget.hours is None or hours.high <= recipe.budget.hours,
         cost=cost,
         price_source=price_source if cost else None,
@@ -460,7 +487,7 @@ def _gpu_plan(
         else {
             "micro_batch": best.micro_batch,
             "accumulation": best.accumulation,
-            "checkpointing": best.checkpointing,
+            "checkpointing": best.recomputation,
             "gain": gain,
         },
         notes=tuple(notes),
@@ -470,9 +497,35 @@ def _gpu_plan(
 # The job that a recipe means
 
 
+ADAPTABLE = {"q_proj", "k_proj", "v_proj", "o_proj"}  # of fastcpt.training.layers
+
+
+def fuses(recipe: Recipe, shape: Shape) -> bool:
+    """Whether the trainer runs the model in its fused blocks, which FP8 needs.
+
+    The same rule as ``fastcpt.training.layers.can_fuse``, for a Llama on a host with the GPU packages.
+    """
+    sides = (shape.hidden_size, shape.intermediate_size)
+    return (
+        recipe.model.dtype == "bfloat16"
+        and recipe.model.attn_implementation in ("auto", "flash_attention_2")
+        and set(recipe.lora.target_modules if recipe.lora else ()) <= ADAPTABLE
+        and not any(side % 16 for side in sides)
+    )
+
+
+def offloads(recipe: Recipe) -> bool:
+    """Whether the recipe's DeepSpeed file keeps the optimizer in the hosts' memory."""
+    file = CONFIGS / recipe.training.deepspeed
+    return file.is_file() and "offload_optimizer" in read_json(file).get("zero_optimization", {})
+
+
 def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
-    """One step on one GPU; recomputation as the recipe says, or only where memory needs it."""
-    wanted = recipe.training.gradient_checkpointing
+    """One step on one GPU; recomputation as the recipe says, or as the trainer decides by itself."""
+    assert hardware.gpu is not None
+    wanted, fused = recipe.training.gradient_checkpointing, fuses(recipe, shape)
+    fastest: Attention = "cudnn" if fused else "flash"
+    attention: dict[str, Attention] = {"auto": fastest, "flash_attention_2": "flash"}
     accumulation = recipe.global_batch_size // (micro * hardware.count)
     job = Job(
         shape,
@@ -482,19 +535,21 @@ def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
         hardware.count,
         lora=recipe.lora,
         fp8=recipe.training.use_fp8,
-        offload="offload" in recipe.training.deepspeed,
-        sdpa=recipe.model.attn_implementation in ("sdpa", "eager"),
+        offload=offloads(recipe),
+        attention=attention.get(recipe.model.attn_implementation, "sdpa"),
+        kernels="fused" if fused else "liger",
     )
     if isinstance(wanted, bool):
         return replace(job, checkpointing="full" if wanted else "none")
-    fits = fits_memory(job, hardware)
-    return job if fits else replace(job, checkpointing="full")
+    if fused:
+        return as_the_trainer_runs(job, 1e9 * hardware.gpu.memory_gb)
+    return job if fits_memory(job, hardware) else replace(job, checkpointing="full")
 
 
-def fits_memory(job: Job, hardware: Hardware, margin: float = 0.0) -> bool:
-    """Whether a GPU holds the job and leaves the share ``margin`` free."""
+def fits_memory(job: Job, hardware: Hardware) -> bool:
+    """Whether a GPU holds the job."""
     assert hardware.gpu is not None
-    return memory_gb(job)["total"] <= (1 - margin) * USABLE * hardware.gpu.memory_gb
+    return memory_gb(job)["total"] <= USABLE * hardware.gpu.memory_gb
 
 
 def host_has_memory(job: Job, hardware: Hardware) -> bool:
@@ -503,19 +558,16 @@ def host_has_memory(job: Job, hardware: Hardware) -> bool:
 
 
 def best_job(recipe: Recipe, shape: Shape, hardware: Hardware) -> Job | None:
-    """The fastest micro-batch and recomputation that fit, at the same global batch."""
+    """The fastest micro-batch that fits, at the same global batch; the trainer's own recomputation."""
+    free = changed(recipe, {"training.gradient_checkpointing": "auto"})
     batch = recipe.global_batch_size
-    choices: list[Job] = []
-    for micro in range(1, min(batch, 64) + 1):
-        if batch % (micro * hardware.count):
-            continue
-        job = job_of(recipe, shape, hardware, micro)
-        levels: tuple[Checkpointing, ...] = ("none", "full")
-        choices += [replace(job, checkpointing=level) for level in levels]
-    fitting = [job for job in choices if fits_memory(job, hardware)]
-    # memory is predicted to a tenth: what is suggested keeps that much free where it can
-    roomy = [job for job in fitting if fits_memory(job, hardware, MARGIN)]
-    return max(roomy or fitting, key=lambda job: tokens_per_second(job, hardware), default=None)
+    micros = [micro for micro in range(1, 65) if not batch % (micro * hardware.count)]
+    jobs = [job_of(free, shape, hardware, micro) for micro in micros]
+    rates = [(tokens_per_second(job, hardware), job) for job in jobs if fits_memory(job, hardware)]
+    if not rates:
+        return None
+    enough = (1 - NEAR_BEST) * max(rate for rate, _ in rates)
+    return next(job for rate, job in rates if rate >= enough)
 
 
 def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
@@ -523,7 +575,7 @@ def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
     parts = {name: size / 1e9 for name, size in memory_parts(job).items() if size}
     alike = before is not None and (
         (before.gpus, before.micro_batch) == (job.ranks, job.micro_batch)
-        and before.checkpointing in (None, job.checkpointing)
+        and before.checkpointing in (None, job.recomputation)
     )
     if alike and before is not None and before.peak_memory_gb:
         parts["measured beyond these"] = before.peak_memory_gb - sum(parts.values())
@@ -544,12 +596,15 @@ def _overheads(
     corpus_tokens: int,
     before: Measured | None,
 ) -> dict[str, float]:
-    """Hours beside the training's steps: start-up, checkpoints, evaluation of model and base."""
+    """Hours beside the training's steps: start-up, checkpoints, evaluation of model and base; with
+    instructions, fine-tuning on them and its evaluation."""
     disk = 1e9 * hardware.host.disk_gb_s * hardware.hosts
-    startup = STARTUP_SECONDS + 2 * job.shape.parameters / disk
+    loading = 2 * job.shape.parameters / disk
+    startup = STARTUP_SECONDS + loading
     saves = recipe.training.max_steps // recipe.training.save_steps + 1
     held_out = corpus_tokens * (recipe.corpus.validation_share + recipe.corpus.newest_share)
-    evaluation = 2 * held_out / 3 / rate  # a forward is a third of a step
+    # model and base, each a forward (a third of a step) over windows that overlap by half
+    evaluation = STARTUP_SECONDS + 2 * loading + 2 * 2 * held_out / 3 / rate
     if before is not None:
         startup = before.startup_seconds or startup
         evaluation = before.evaluation_seconds or evaluation
@@ -558,7 +613,28 @@ def _overheads(
         "checkpoints": saves * checkpoint_bytes(job) / disk,
         "evaluation": evaluation,
     }
+    if recipe.sft.instructions:
+        sft = recipe.sft.training
+        rows = sft.max_steps * _batch(recipe, sft)
+        seconds["fine-tuning"] = startup + rows * job.sequence / rate
+        seconds["its evaluation"] = STARTUP_SECONDS + loading + _answers(recipe, job, hardware)
     return {name: value / 3600 for name, value in seconds.items()}
+
+
+def _answers(recipe: Recipe, job: Job, hardware: Hardware) -> float:
+    """Seconds to answer the held-out instructions: a token after another, for 32 answers at a time.
+
+    Each token reads all weights once; those of a model that no GPU holds alone are gathered for it.
+    """
+    assert hardware.gpu is not None
+    weights = 2.0 * job.shape.parameters
+    token = job.shape.num_hidden_layers * A_LAYER_SECONDS
+    token += weights / (1e12 * hardware.gpu.memory_tb_s)
+    ranks = hardware.count
+    if weights > 0.8e9 * hardware.gpu.memory_gb:
+        token += communication_seconds(replace(job, lora=Lora()), hardware) / 2
+    batches = math.ceil(recipe.sft.held_out / GENERATED_TOGETHER / ranks)
+    return batches * recipe.sft.max_new_tokens * token
 
 
 # Rates
@@ -570,27 +646,24 @@ def _table() -> dict[str, Any]:
     return content
 
 
-def _rate(job: Job, hardware: Hardware, before: Measured | None) -> tuple[Range, str]:
+def _rate(
+    recipe: Recipe, job: Job, hardware: Hardware, before: Measured | None
+) -> tuple[Range, str]:
     """Tokens/s a GPU as a range, and where it comes from."""
     gpu = hardware.gpu
     assert gpu is not None
     likely = tokens_per_second(job, hardware)
     if before is not None:
-        # the same model elsewhere on another number of GPUs or micro-batch: by the cost model's ratio
-        level = before.checkpointing or job.checkpointing
-        then = replace(
-            job,
-            ranks=before.gpus,
-            micro_batch=before.micro_batch,
-            accumulation=before.accumulation,
-            checkpointing=level,
-        )
-        ratio = likely / tokens_per_second(then, hardware.with_count(before.gpus))
+        # on another number of GPUs or micro-batch: by the cost model's ratio
+        there = hardware.with_count(before.gpus)
+        then = job_of(recipe, job.shape, there, before.micro_batch)
+        then = replace(then, accumulation=before.accumulation)
+        ratio = likely / tokens_per_second(then, there)
         rate = before.tokens_per_s_per_gpu * ratio
         spread = Range(rate * (1 - OF_LAST_RUN), rate * (1 + OF_LAST_RUN))
-        return spread, f"last run here, {before.run} of {before.time[:10]}"
+        return spread, _last(before)
     for row in _table()["rows"]:
-        method = "lora" if row.get("lora") else "full"
+        method = "lora" if "lora" in row else "full"
         same = (method, row.get("fp8", False)) == (job.method, job.fp8)
         if same and row["cluster"].endswith(f"x{gpu.name}") and hardware.hosts == 1:
             spread = Range(likely * (1 - OF_MEASUREMENTS), likely * (1 + OF_MEASUREMENTS))
@@ -599,9 +672,9 @@ def _rate(job: Job, hardware: Hardware, before: Measured | None) -> tuple[Range,
     high = likely * (1 + OF_MEASUREMENTS)
     source = f"cost model fitted on H100 and H200, not measured on {gpu.name}"
     if best and hardware.hosts == 1:
-        high = max(high, best[0])
+        high = best[0]  # nobody showed more
         source += f"; at best {best[1]}"
-    return Range(likely * (1 - SLOWER), high), source
+    return Range(min(likely, high) * (1 - SLOWER), high), source
 
 
 def published_rate(job: Job, hardware: Hardware) -> tuple[float, str] | None:
@@ -681,32 +754,31 @@ def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str
     assert gpu is not None
     if shape is None:
         return
-    if recipe.training.use_fp8 and gpu.fp8 is None:
-        recipe = changed(recipe, {"training.use_fp8": False})
-        precision: dict[str, Any] = {"training.use_fp8": False}
+    precision: dict[str, Any] = {}
+    if recipe.training.use_fp8 and (gpu.fp8 is None or not fuses(recipe, shape)):
+        precision = everywhere({"use_fp8": False})
+        recipe = changed(recipe, precision)
         yield "bf16", precision, count
-    else:
-        precision = {}
     best = best_job(recipe, shape, hardware)
     own = job_of(recipe, shape, hardware, recipe.training.per_device_train_batch_size)
     if best and (
         not fits_memory(own, hardware)
         or tokens_per_second(best, hardware) > (1 + WORTH_IT) * tokens_per_second(own, hardware)
     ):
-        words = f"micro-batch {best.micro_batch}, checkpointing {best.checkpointing}"
-        yield words, {**precision, **job_changes(best)}, count
+        words = f"micro-batch {best.micro_batch}, checkpointing {best.recomputation}"
+        yield words, {**precision, **job_changes(recipe, best, hardware)}, count
     else:
         yield "", precision, count  # the recipe itself, on fewer tokens
-    if gpu.fp8 is not None and not recipe.training.use_fp8:
-        tuned = _tuned(recipe, {"training.use_fp8": True}, hardware)
+    if gpu.fp8 is not None and not recipe.training.use_fp8 and fuses(recipe, shape):
+        tuned = _tuned(recipe, everywhere({"use_fp8": True}), hardware)
         if tuned is not None:
             yield "FP8", tuned, count
     yield from _enough_gpus(recipe, hardware, shape, precision)
-    offload = {**precision, "training.deepspeed": OFFLOAD_FILE}
-    offloaded = None if recipe.lora else _tuned(recipe, offload, hardware)
-    can_offload = (CONFIGS / OFFLOAD_FILE).is_file()
-    if offloaded is not None and can_offload:
-        yield OFFLOADED, offloaded, count
+    if recipe.lora is None:
+        offload = {**precision, **everywhere({"deepspeed": OFFLOAD_FILE})}
+        offloaded = _tuned(recipe, offload, hardware)
+        if offloaded is not None:
+            yield "optimizer offloaded to the hosts", offloaded, count
     smaller = [name for name in KNOWN if KNOWN[name].parameters < 0.9 * shape.parameters]
     for name in reversed(smaller[-2:]):
         model = {**precision, "model.name_or_path": f"meta-llama/{name}", "model.config": None}
@@ -715,18 +787,10 @@ def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str
             yield f"{name} in place of {_called(recipe, shape)}", tuned, count
     if recipe.lora is None:
         rate = min(1e-3, 10 * recipe.training.learning_rate)  # LoRA learns at about ten times
-        adapters = Lora(target_modules=ALL_LINEAR).model_dump()
-        lora = {**precision, "lora": adapters, "training.learning_rate": rate}
+        lora = {**precision, "lora": Lora().model_dump(), "training.learning_rate": rate}
         tuned = _tuned(recipe, lora, hardware)
         if tuned is not None:
-            yield "LoRA on all linear layers", tuned, count
-    if offloaded is not None and not can_offload:
-        # its figures are of interest, but it cannot be run as it is
-        needs = f"needs include/configs/{OFFLOAD_FILE}, which is not there"
-        yield f"{OFFLOADED} ({needs})", offloaded, count
-
-
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+            yield "LoRA on q, k, v, o", tuned, count
 
 
 def _called(recipe: Recipe, shape: Shape) -> str:
@@ -734,12 +798,34 @@ def _called(recipe: Recipe, shape: Shape) -> str:
     return (known_name(name) if name else None) or f"{shape.parameters / 1e9:.0f}B"
 
 
-def job_changes(job: Job) -> dict[str, Any]:
-    return {
-        "training.per_device_train_batch_size": job.micro_batch,
-        "training.gradient_accumulation_steps": job.accumulation,
-        "training.gradient_checkpointing": job.checkpointing == "full",
+SECTIONS = ("training", "stage2", "sft.training")
+
+
+def everywhere(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of the same settings in all three trainings."""
+    return {f"{section}.{key}": value for section in SECTIONS for key, value in settings.items()}
+
+
+def job_changes(recipe: Recipe, job: Job, hardware: Hardware) -> dict[str, Any]:
+    """What makes ``recipe`` run as ``job`` on ``hardware``, each training's batch unchanged.
+
+    The later trainings keep their own batches too, with micro-batches that are no larger.
+    """
+    assert hardware.gpu is not None
+    cluster = {"gpus": hardware.count, "gpu": hardware.gpu.name}
+    changes: dict[str, Any] = {
+        f"cluster.{key}": value
+        for key, value in cluster.items()
+        if getattr(recipe.cluster, key) != value
     }
+    trainings = (recipe.training, recipe.stage2, recipe.sft.training)
+    for section, training in zip(SECTIONS, trainings, strict=True):
+        a_gpu = max(1, _batch(recipe, training) // hardware.count)
+        micro = next(m for m in range(job.micro_batch, 0, -1) if a_gpu % m == 0)
+        changes[f"{section}.per_device_train_batch_size"] = micro
+        changes[f"{section}.gradient_accumulation_steps"] = a_gpu // micro
+        changes[f"{section}.gradient_checkpointing"] = "auto"
+    return changes
 
 
 def _tuned(recipe: Recipe, changes: dict[str, Any], hardware: Hardware) -> dict[str, Any] | None:
@@ -749,7 +835,7 @@ def _tuned(recipe: Recipe, changes: dict[str, Any], hardware: Hardware) -> dict[
     job = best_job(other, shape, hardware) if shape else None
     if job is None or not host_has_memory(job, hardware):
         return None
-    return {**changes, **job_changes(job)}
+    return {**changes, **job_changes(other, job, hardware)}
 
 
 def _enough_gpus(
@@ -766,8 +852,7 @@ def _enough_gpus(
         job = best_job(recipe, shape, machines)
         if job is None or not host_has_memory(job, machines):
             continue
-        gpus = {"cluster.gpus": count, "cluster.gpu": hardware.gpu.name}
-        changes = {**precision, **gpus, **job_changes(job)}
+        changes = {**precision, **job_changes(recipe, job, machines)}
         choice = (f"{count} GPUs in place of {hardware.count}", changes, count)
         if plan_on(changed(recipe, changes), None, machines, None).fits_time:
             yield choice
@@ -782,11 +867,8 @@ def cut_to_budget(recipe: Recipe, figures: Plan) -> dict[str, Any] | None:
     if figures.hours is None:
         return None
     parts, steps = dict(figures.hours_parts), recipe.training.max_steps
-    fixed = (
-        parts["start-up"]
-        + parts["evaluation"]
-        + parts["checkpoints"] / (steps // recipe.training.save_steps + 1)
-    )
+    saves = steps // recipe.training.save_steps + 1
+    fixed = sum(parts.values()) - parts["training"] - parts["checkpoints"] * (1 - 1 / saves)
     allowed = recipe.budget.hours if recipe.budget.hours is not None else float("inf")
     if recipe.budget.money is not None and figures.cost:
         allowed = min(allowed, recipe.budget.money / (figures.cost.high / figures.hours.high))

@@ -39,7 +39,7 @@ def most_tokens(
     """
     _require_budget(recipe)
     hardware = _gpus_of(recipe, cluster)
-    other = changed(recipe, {**_machines(hardware), **job_changes(_best(recipe, hardware))})
+    other = changed(recipe, job_changes(recipe, _best(recipe, hardware), hardware))
 
     def with_steps(steps: int) -> tuple[Recipe, Plan]:
         warmup = min(recipe.training.warmup_steps, steps // 10)
@@ -76,7 +76,7 @@ def fewest_gpus(
         job = best_job(recipe, shape, hardware) if shape else None
         if job is None or not host_has_memory(job, hardware):
             continue
-        other = changed(recipe, {**_machines(hardware), **job_changes(job)})
+        other = changed(recipe, job_changes(recipe, job, hardware))
         found = plan_on(other, tokens, hardware, history)
         if found.fits:
             return other, found
@@ -110,11 +110,6 @@ def _best(recipe: Recipe, hardware: Hardware) -> Job:
     if job is None:
         raise _refused(recipe, None, hardware, None, plan_on(recipe, None, hardware, None))
     return job
-
-
-def _machines(hardware: Hardware) -> dict[str, Any]:
-    assert hardware.gpu is not None
-    return {"cluster.gpus": hardware.count, "cluster.gpu": hardware.gpu.name}
 
 
 def _refused(
