@@ -47,6 +47,7 @@ def main() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     model = base_model(recipe, args.model)
     from fastcpt.training.data import CorpusRows, Rows, decode_corpus
+    from fastcpt.training.evaluation import tokens_read
     from fastcpt.training.trainer import once_a_host, train
 
     size = recipe.corpus.max_seq_length
@@ -56,15 +57,20 @@ def main() -> None:
         decoded = once_a_host(lambda: str(decode_corpus(args.data_dir, size, scratch)))
         return CorpusRows(Path(decoded), size)
 
+    training = recipe.stage2 if args.stage == "stage2" else recipe.training
+    evaluated = 0
+    if training.time_budget_hours and any(args.data_dir.glob("validation*")):
+        evaluated = 2 * tokens_read(args.data_dir, size)  # the trained model and its base
     train(
         recipe,
-        recipe.stage2 if args.stage == "stage2" else recipe.training,
+        training,
         rows,
         model=model,
         tokenizer=args.data_dir / "tokenizer",
         output=args.output_dir,
         deepspeed_file=args.deepspeed,
         use_fp8=args.use_fp8,
+        evaluated_tokens=evaluated,
     )
 
 

@@ -38,29 +38,38 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     fast.save_pretrained(str(folder / "tokenizer"))
     drawn = np.random.default_rng(0)
-    files = []
-    for shard in range(2):
-        ids, lengths = [], []
+    shards, lengths = [], []
+    for _ in range(2):
+        shards.append([])
+        lengths.append([])
         for _ in range(40):
             first = int(drawn.integers(10, SIZE - 10))
             rest = int(drawn.integers(2, SIZE - first + 1))
-            pieces = [first, rest]
             row: list[int] = []
-            for length in pieces:
+            for length in (first, rest):
                 begin = int(drawn.integers(3, 150))
                 row += range(begin, begin + length)
-            ids.append(row)
-            lengths.append(pieces)
+            shards[-1].append(row)
+            lengths[-1].append([first, rest])
+    write_shards(folder, shards, lengths)
+    return folder
+
+
+def write_shards(
+    folder: Path, shards: list[list[list[int]]], lengths: list[list[list[int]]]
+) -> None:
+    """Shards of rows of tokens, with the lengths of the rows' pieces, and their manifest."""
+    files = []
+    kind = pa.list_(pa.int32())
+    for shard, (ids, pieces) in enumerate(zip(shards, lengths, strict=True)):
         file = folder / f"cpt_train_shard_{shard:02d}.parquet"
-        kind = pa.list_(pa.int32())
         parquet.write_table(
-            pa.table({"input_ids": pa.array(ids, kind), "lengths": pa.array(lengths, kind)}), file
+            pa.table({"input_ids": pa.array(ids, kind), "lengths": pa.array(pieces, kind)}), file
         )
         files.append(
             {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
         )
     (folder / "corpus_manifest.json").write_text(json.dumps({"files": files}))
-    return folder
 
 
 def write_recipe(folder: Path, **sections: object) -> Path:

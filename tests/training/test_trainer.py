@@ -9,18 +9,29 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastcpt.recipe import Training
 from fastcpt.training.data import DataError, Order, Row, decode_corpus, make_batch, targets_of
 from fastcpt.training.exits import exit_code
 from fastcpt.training.model import ChunkedLoss, ModelError, load_model, packed_inputs
-from fastcpt.training.trainer import Guard, TrainingError, learning_rate
-from training.conftest import launch, start, train_arguments, write_recipe
+from fastcpt.training.trainer import (
+    Gpu,
+    Guard,
+    TrainingError,
+    _check_disk,
+    learning_rate,
+    what_is_wrong,
+)
+from training.conftest import INCLUDE, launch, start, train_arguments, write_recipe, write_shards
+from training.test_evaluation import Document, write_set
 
 
 def row(*pieces: list[int], labels: list[int] | None = None) -> Row:
@@ -123,6 +134,27 @@ def test_the_guard_refuses_what_is_not_finite_or_far_above() -> None:
         guard.count(2, math.nan, 1.0)
 
 
+def test_gpus_that_cannot_train_together_are_named() -> None:
+    good = Gpu("one", "H100", 85 * 10**9, True, 700e12)
+    assert what_is_wrong([good, good._replace(host="two", flops=600e12)]) is None
+    wrong = what_is_wrong([good, good._replace(right=False)])
+    assert wrong == "rank 1, H100 on one, computes wrong: take it out of service"
+    slow = what_is_wrong([good._replace(flops=400e12), good])
+    assert slow is not None
+    assert slow.startswith("rank 0, H100 on one, reaches 400 TFLOP/s, the fastest 700: ")
+    other = what_is_wrong([good, good._replace(name="A100", host="two")])
+    assert other is not None
+    assert "H100 of 85 GB on one, A100 of 85 GB on two; leave the odd one out" in other
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(1000, 1000, bias=False)
+    _check_disk(layer, Training(save_total_limit=2), tmp_path)
+    # each 12 bytes a weight: 12 MB
+    with pytest.raises(TrainingError, match="1000000000 checkpoints, the next one and the model"):
+        _check_disk(layer, Training(save_total_limit=10**9), tmp_path)
+
+
 def test_wrong_corpora_are_named(corpus: Path, tmp_path: Path) -> None:
     copied = tmp_path / "corpus"
     shutil.copytree(corpus, copied)
@@ -187,6 +219,9 @@ def test_a_training_learns_and_leaves_what_the_next_step_needs(
     assert result["loss"] == losses[-1]
     assert result["skipped_steps"] == 0
     assert result["tokens_per_s_per_gpu"] > 0
+    assert result["startup_seconds"] > 0
+    chosen = {"attention": "sdpa", "precision": "float32", "checkpointing": "none", "ranks": 2}
+    assert result.items() >= chosen.items()
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_12", "step_6"]
     assert any((out / "tensorboard").iterdir())
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -249,7 +284,9 @@ def test_adapters_are_trained_and_saved_with_their_base(
     lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     recipe = write_recipe(tmp_path, lora=lora, training={"max_steps": 4, "save_steps": 2})
     out = tmp_path / "out"
-    arguments = train_arguments(recipe, corpus, out, "--model", model)
+    # a base named from where the training runs is found from anywhere
+    near = os.path.relpath(model)
+    arguments = train_arguments(recipe, corpus, out, "--model", f"./{near}")
     code, output = finish(launch("train_cpt.py", *arguments))
     assert code == 0, output
     assert json.loads((out / "final" / "base.json").read_text()) == {"base": str(model)}
@@ -292,14 +329,170 @@ def test_models_and_attention_that_are_not_there_are_named(model: Path) -> None:
         load_model(model, "flash_attention_2")
 
 
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The float32 weights of a checkpoint, as its ranks keep them."""
+    return {
+        f"{file.name} {name}": parts[0]
+        for file in checkpoint.glob("rank_*.pt")
+        for name, parts in torch.load(file)["slices"].items()
+    }
+
+
+def test_a_step_out_of_bounds_changes_no_weight(corpus: Path, model: Path, tmp_path: Path) -> None:
+    """Step 6 reads a word whose embedding is no number; step 71 text unlike all before it."""
+    rare = 250
+    shape = json.loads((model / "config.json").read_text())
+    tied = tmp_path / "model"
+    torch.manual_seed(0)
+    causal = LlamaForCausalLM(LlamaConfig(**{**shape, "tie_word_embeddings": False}))
+    with torch.no_grad():
+        causal.model.embed_tokens.weight[rare] = math.nan
+    causal.save_pretrained(tied)
+    drawn = np.random.default_rng(1)
+    usual = [list(range(begin, begin + 60)) for begin in drawn.integers(3, 100, 80)]
+    order = Order(80, seed=0)
+    usual[order[5]] = [5, 6, rare, 7]
+    usual[order[70]] = drawn.integers(200, 240, 60).tolist()
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus / "tokenizer", folder / "tokenizer")
+    write_shards(folder, [usual], [[[len(row)] for row in usual]])
+    recipe = write_recipe(
+        tmp_path,
+        training={
+            **{"max_steps": 72, "save_steps": 1, "save_total_limit": 72, "logging_steps": 72},
+            **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1},
+            **{"lr_scheduler_type": "constant", "learning_rate": 0.001},
+        },
+        cluster={"gpus": 1},
+    )
+    arguments = train_arguments(recipe, folder, tmp_path / "out", "--model", tied)
+    code, output = finish(launch("train_cpt.py", *arguments, ranks=1))
+    assert code == 0, output
+    assert [line for line in output.splitlines() if "skipped" in line and "step" in line[:5]] == [
+        line for line in output.splitlines() if line.startswith(("step 6 sk", "step 71 sk"))
+    ]
+    assert "step 6 skipped: loss nan" in output
+    assert "step 71 skipped: loss 5." in output
+    result = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert result["skipped_steps"] == 2
+    made = tmp_path / "out" / "checkpoints"
+    for step in (6, 71):
+        before, after = weights(made / f"step_{step - 1}"), weights(made / f"step_{step}")
+        assert all(torch.equal(after[n].nan_to_num(), w.nan_to_num()) for n, w in before.items())
+        moved = weights(made / f"step_{step + 1}")
+        assert not all(torch.equal(moved[n].nan_to_num(), w.nan_to_num()) for n, w in after.items())
+    final = load_file(tmp_path / "out" / "final" / "model.safetensors")
+    broken = {name: int(w.isnan().sum()) for name, w in final.items() if w.isnan().any()}
+    assert broken == {"model.embed_tokens.weight": 32}  # the word that was broken before
+
+
+def test_a_time_budget_ends_decayed_and_evaluated(
+    corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    budget = 75.0  # seconds
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    held_out = [
+        Document(f"d{n}", np.arange(3, 200, dtype=np.int32), 400, 2020, ()) for n in range(20)
+    ]
+    write_set(folder / "validation", held_out)
+    recipe = write_recipe(
+        tmp_path,
+        training={
+            **{"max_steps": 1_000_000, "lr_scheduler_type": "warmup_stable_decay"},
+            **{"time_budget_hours": budget / 3600, "learning_rate": 0.001},
+        },
+    )
+    out = tmp_path / "out"
+    began = time.monotonic()
+    code, output = finish(
+        launch("train_cpt.py", *train_arguments(recipe, folder, out, "--model", model))
+    )
+    assert code == 0, output
+    code, output = finish(
+        start(
+            "evaluate_cpt_checkpoint.py",
+            *("--config", recipe, "--checkpoint", out, "--base_model", model),
+            *("--validation_data", folder, "--output", out / "evaluation.json"),
+        )
+    )
+    took = time.monotonic() - began
+    assert code == 0, output
+    assert 0.5 * budget < took < budget
+    rates = [line["learning_rate"] for line in metrics(out)]
+    assert max(rates) == pytest.approx(0.001)
+    assert rates[-1] < 0.05 * 0.001
+    flat = sum(rate > 0.000999 for rate in rates[2:])
+    assert 0.7 * len(rates) < flat < 0.9 * len(rates)
+    found = json.loads((out / "evaluation.json").read_text())["random"]
+    assert found["model"]["perplexity"] < found["base"]["perplexity"]
+
+
+def test_a_budget_that_is_gone_before_the_first_step_is_refused(
+    corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, training={"time_budget_hours": 1 / 3600})
+    arguments = train_arguments(recipe, corpus, tmp_path / "out", "--model", model)
+    code, output = finish(launch("train_cpt.py", *arguments, ranks=1))
+    assert code == 78
+    assert "time_budget_hours (0.000277778, 1 s) leaves no time for training: the start" in output
+
+
+@pytest.mark.slow
+def test_two_ranks_load_a_model_in_the_memory_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what is needed is measured, not what the C library keeps of what was freed
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    shape = LlamaConfig(
+        **{"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10},
+        **{"num_attention_heads": 16, "vocab_size": 4096},
+    )
+    causal = LlamaForCausalLM(shape).bfloat16()
+    size = 2 * causal.num_parameters() / 1e6
+    causal.save_pretrained(tmp_path / "model", max_shard_size="50MB")
+    del causal
+    script = tmp_path / "load.py"
+    script.write_text(
+        f"""
+import sys, threading, time
+from pathlib import Path
+import torch.distributed as dist
+from transformers.integrations import HfDeepSpeedConfig
+from fastcpt.recipe import Training
+from fastcpt.training.model import load_model
+from fastcpt.training.trainer import deepspeed_config, start_ranks
+def own():  # pages of mapped files are the system's, which drops them when it needs room
+    return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if "RssAnon" in line)
+start_ranks()
+config = deepspeed_config(Path({str(INCLUDE)!r}) / "configs/ds_config_zero3.json",
+    Training(), "bfloat16", 12_000_000, 16, 2)
+parts = HfDeepSpeedConfig(config)
+dist.barrier()
+before, most = own(), [0.0]
+def watch():
+    while True:
+        most[0] = max(most[0], own())
+        time.sleep(0.01)
+threading.Thread(target=watch, daemon=True).start()
+load_model({str(tmp_path / "model")!r}, "sdpa", "bfloat16")
+print("\\ngrew", most[0] - before, "MB", flush=True)
+dist.barrier()
+"""
+    )
+    code, output = finish(launch(str(script)))
+    assert code == 0, output
+    grew = [float(line.split()[1]) for line in output.splitlines() if line.startswith("grew")]
+    assert len(grew) == 2
+    assert 0.9 * size < sum(grew) < 1.4 * size
+
+
 def test_too_many_skipped_steps_end_the_training(corpus: Path, model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][0] = math.nan
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    content = load_file(broken / "model.safetensors")
+    content["model.norm.weight"][0] = math.nan
+    save_file(content, broken / "model.safetensors", metadata={"format": "pt"})
     recipe = write_recipe(tmp_path, training={"max_skipped_steps": 1})
     arguments = train_arguments(recipe, corpus, tmp_path / "out", "--model", broken)
     code, output = finish(launch("train_cpt.py", *arguments))

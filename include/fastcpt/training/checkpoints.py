@@ -165,6 +165,10 @@ def save_final(engine: Any, target: Path, tokenizer: Path, base: str) -> None:
         named = {name.removeprefix("model."): value for name, value in weights.items()}
         if trainee.packing is not None:
             named = plain_weights(named, trainee.causal.config)
+        if adapters:  # a folder is named so that it is found from anywhere
+            base = str(Path(base).resolve()) if Path(base).is_dir() else base
+            for settings in trainee.model.peft_config.values():
+                settings.base_model_name_or_path = base
         trainee.model.save_pretrained(partial, state_dict=named)
         if adapters:
             (partial / "base.json").write_text(json.dumps({"base": base}) + "\n")

@@ -212,6 +212,23 @@ def read_documents(files: Iterable[Path]) -> list[Document]:
     return documents
 
 
+def tokens_read(validation: Path, size: int) -> int:
+    """The tokens that a model reads to be evaluated on all sets of a corpus, in windows of ``size``.
+
+    Tokens that two windows share count twice.
+    """
+    lengths = [
+        length
+        for files in validation_files(validation).values()
+        for file in files
+        for length in parquet.read_table(file, columns=["input_ids"])["input_ids"]
+        .combine_chunks()
+        .value_lengths()
+        .to_pylist()
+    ]
+    return sum(window.end - window.begin for window in windows_of(lengths, size))
+
+
 def windows_of(lengths: Iterable[int], size: int) -> list[Window]:
     """Windows of ``size`` tokens, half of it apart, over documents of these lengths."""
     stride = size // 2

@@ -10,6 +10,9 @@ One loop for continued pre-training and fine-tuning; they differ in their rows. 
 
 The learning rate is a function of progress alone: the larger of steps done and, with
 ``time_budget_hours``, of the time used. A resumed training continues both.
+
+Before the first step every GPU multiplies matrices and has to be right and as fast as the others,
+and one step is done at the real shape, whose gradients are thrown away.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -55,7 +59,10 @@ from fastcpt.training.model import (
 WINDOW = 128  # steps that the guard remembers; it judges from half of them on
 SIGMAS = 6.0
 SILENCE = 25.0  # seconds without a progress line
-BUDGET_USED = 0.95  # of time_budget_hours by the steps; the rest is for loading and saving
+MARGIN = 0.02  # of time_budget_hours left unused
+LAUNCHER = 5.0  # seconds before this process began: the launcher's own imports
+SAVING = 1e9  # bytes/s of a first checkpoint; the next are measured
+SLOW = 0.75  # of the fastest GPU's products: one below it is throttled or broken
 
 
 class TrainingError(ValueError):
@@ -218,12 +225,14 @@ def train(
     output: Path,
     deepspeed_file: Path,
     use_fp8: bool = False,
+    evaluated_tokens: int = 0,
 ) -> dict[str, Any]:
     """Train ``model`` on ``rows`` and write everything under ``output``; the content of training.json.
 
     Called by every rank. ``rows`` is called when the process group exists. A training that was
-    stopped goes on from its newest checkpoint; a complete one is returned at once. Raises
-    ``ValueError`` kinds for what a retry cannot heal, ``Stopped`` after SIGTERM and a checkpoint.
+    stopped goes on from its newest checkpoint; a complete one is returned at once. Of a time budget
+    enough is left to evaluate ``evaluated_tokens``. Raises ``ValueError`` kinds for what a retry
+    cannot heal, ``Stopped`` after SIGTERM and a checkpoint.
     """
     done = output / "training.json"
     if done.is_file():
@@ -237,20 +246,22 @@ def train(
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.disable_progress_bar()
     device = start_ranks()
-    _same_gpus(device)
+    _check_gpus(device)
     world = dist.get_world_size()
     accumulation = _accumulation(recipe, training, world)
     data = rows()
     if not len(data):
         raise TrainingError("there are no rows to train on")
-    engine, base = _engine(recipe, training, model, deepspeed_file, accumulation, use_fp8, device)
+    engine, chosen = _engine(recipe, training, model, deepspeed_file, accumulation, use_fp8, device)
     if dist.get_rank() == 0:
-        _check_disk(engine, training, output)
+        _check_disk(engine.module, training, output)
     price = recipe.budget.price_per_gpu_hour
     loop = _Loop(training, data, engine, output, accumulation, device, stop, price)
+    loop.try_one_step()
+    loop.start_clock(evaluated_tokens)
     loop.run()
-    checkpoints.save_final(engine, output / "final", tokenizer, base)
-    result = loop.result()
+    checkpoints.save_final(engine, output / "final", tokenizer, chosen["base"])
+    result = {**loop.result(), **chosen}
     if dist.get_rank() == 0:
         shutil.rmtree(output / "rows", ignore_errors=True)
         write_json(done, result)
@@ -281,8 +292,8 @@ def _engine(
     accumulation: int,
     use_fp8: bool,
     device: torch.device,
-) -> tuple[Any, str]:
-    """DeepSpeed's engine around the model, and the name of the base model."""
+) -> tuple[Any, dict[str, Any]]:
+    """DeepSpeed's engine around the model, and what was chosen for it."""
     base, adapted = base_of(path)
     try:
         shape = AutoConfig.from_pretrained(base)
@@ -297,8 +308,12 @@ def _engine(
             "FP8 is made for Llama models in bfloat16 with adapters on q, k, v, o or none: leave "
             "out --use_fp8 and use_fp8"
         )
-    memory = _Memory(shape, training, size, device, lora=bool(targets), fp8=use_fp8)
-    config = deepspeed_config(deepspeed_file, training, dtype, memory.block, accumulation, world)
+    dropout = recipe.lora is not None and recipe.lora.lora_dropout > 0.0
+    room = None if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    block = _weights_of_block(shape)
+    config = deepspeed_config(deepspeed_file, training, dtype, block, accumulation, world)
+    offload = "offload_optimizer" in config["zero_optimization"]
+    memory = _Memory(shape, training, size, room, world, bool(targets), dropout, use_fp8, offload)
     if memory.gathered:  # weights stay whole between steps
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**12
     if device.type == "cuda":
@@ -348,26 +363,82 @@ def _engine(
             f"{world} ranks",
             flush=True,
         )
-    return engine, base
+    return engine, {
+        "base": base,
+        "ranks": world,
+        "micro_batch": training.per_device_train_batch_size,
+        "accumulation": accumulation,
+        "layers": "fused" if fused else "plain",
+        "attention": attention,
+        "precision": "fp8" if use_fp8 else dtype,
+        "checkpointing": memory.level,
+        "layers_recomputed": memory.recomputed or memory.mlp_recomputed,
+        "weights_kept_gathered": memory.gathered,
+    }
 
 
-def _same_gpus(device: torch.device) -> None:
-    """``TrainingError`` where the ranks' GPUs differ: all would wait for the slowest."""
+class Gpu(NamedTuple):
+    """One rank's GPU: ``flops`` of a product of bf16 matrices, and whether its result was right."""
+
+    host: str
+    name: str
+    memory: int  # bytes
+    right: bool
+    flops: float
+
+
+def _check_gpus(device: torch.device) -> None:
+    """``TrainingError`` where a rank computes wrong, or the ranks' GPUs differ."""
     if device.type == "cpu":
-        return
-    facts = torch.cuda.get_device_properties(device)
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (socket.gethostname(), facts.name, facts.total_memory))
-    if len({rank[1:] for rank in ranks}) > 1:
-        seen = ", ".join(f"{name} of {size / 1e9:.0f} GB on {host}" for host, name, size in ranks)
-        raise TrainingError(f"the GPUs are not the same: {seen}; leave the odd one out")
+        name, memory, side = "CPU", 0, 256
+    else:
+        facts = torch.cuda.get_device_properties(device)
+        name, memory, side = facts.name, facts.total_memory, 8192
+    drawn = torch.Generator(device).manual_seed(0)
+    left, right = torch.randn(2, side, side, generator=drawn, device=device)
+    narrow = left.bfloat16(), right.bfloat16()
+    times = []
+    for _ in range(5):
+        product = narrow[0] @ narrow[1]
+        product[0, 0].item()  # waits
+        begin = time.monotonic()
+        for _ in range(4):
+            torch.mm(*narrow, out=product)
+        product[0, 0].item()
+        times.append(time.monotonic() - begin)
+    wide = narrow[0].float() @ narrow[1].float()
+    off = float((product.float() - wide).norm() / wide.norm())  # bf16 rounds to 8 bits
+    own = Gpu(socket.gethostname(), name, memory, off < 0.01, 4 * 2 * side**3 / min(times))
+    del left, right, narrow, product, wide
+    gpus: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gpus, own)
+    wrong = what_is_wrong(gpus)
+    if wrong:
+        raise TrainingError(wrong)
 
 
-def _check_disk(engine: Any, training: Training, output: Path) -> None:
+def what_is_wrong(gpus: list[Gpu]) -> str | None:
+    """Why these GPUs (one a rank) cannot train together; None where they can."""
+    for rank, gpu in enumerate(gpus):
+        if not gpu.right:
+            return f"rank {rank}, {gpu.name} on {gpu.host}, computes wrong: take it out of service"
+    if len({(gpu.name, gpu.memory) for gpu in gpus}) > 1:
+        seen = ", ".join(f"{gpu.name} of {gpu.memory / 1e9:.0f} GB on {gpu.host}" for gpu in gpus)
+        return f"the GPUs are not the same: {seen}; leave the odd one out"
+    fastest = max(gpu.flops for gpu in gpus)
+    for rank, gpu in enumerate(gpus):
+        if gpu.memory and gpu.flops < SLOW * fastest:  # cores of a CPU are shared
+            return (
+                f"rank {rank}, {gpu.name} on {gpu.host}, reaches {gpu.flops / 1e12:.0f} TFLOP/s, "
+                f"the fastest {fastest / 1e12:.0f}: it is too hot, broken or in use; leave it out"
+            )
+    return None
+
+
+def _check_disk(trainee: torch.nn.Module, training: Training, output: Path) -> None:
     """``TrainingError`` unless the checkpoints (12 bytes a trained weight) and the model fit."""
     sizes = [
-        (int(getattr(p, "ds_numel", p.numel())), p.requires_grad)
-        for p in engine.module.parameters()
+        (int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in trainee.parameters()
     ]
     trained = sum(size for size, trains in sizes if trains)
     checkpoint, final = 12 * trained, 2 * trained
@@ -392,11 +463,18 @@ def _use_liger(model_type: str) -> None:
     _apply_liger_kernel(model_type, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
+def _weights_of_block(shape: Any) -> int:
+    h, inner = shape.hidden_size, shape.intermediate_size
+    q = shape.num_attention_heads * shape.head_dim
+    kv = shape.num_key_value_heads * shape.head_dim
+    return int(h * (q + 2 * kv) + q * h + 3 * h * inner + 2 * h)
+
+
 class _Memory:
     """What stays on the GPU and what is computed or fetched again, from what fits.
 
     Bytes: 2 a weight, over the ranks; 14 a trained weight (gradient, float32 copy, two moments),
-    over the ranks. For each token and layer the fused block keeps its inputs, q, k, v before and
+    over the ranks; ``gpu_bytes`` is None on CPUs, where all is kept. For each token and layer the fused block keeps its inputs, q, k, v before and
     after rotation, the attention's output and the gate and up products; in FP8 a second, 1-byte
     form of what enters a product.
     """
@@ -408,23 +486,25 @@ class _Memory:
         shape: Any,
         training: Training,
         size: int,
-        device: torch.device,
+        gpu_bytes: int | None,
+        world: int,
         lora: bool,
+        dropout: bool,
         fp8: bool,
+        offload: bool = False,
     ) -> None:
         h, inner, self.layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
         q = shape.num_attention_heads * shape.head_dim
         kv = shape.num_key_value_heads * shape.head_dim
-        self.block = h * (q + 2 * kv) + q * h + 3 * h * inner + 2 * h
+        self.block = _weights_of_block(shape)
         vocabulary = shape.vocab_size * h
         self.recomputed = self.mlp_recomputed = 0
         self.keep_fp8 = self.gathered = False
         wanted = training.gradient_checkpointing
-        if device.type == "cpu" or wanted is True:
+        if gpu_bytes is None or wanted is True:
             self.recomputed = self.layers if wanted is True else 0
             return
         tokens = training.per_device_train_batch_size * size
-        world = dist.get_world_size()
         weights = self.layers * self.block + vocabulary * (1 if shape.tie_word_embeddings else 2)
         entering = 1 if fp8 else 2
         attention = (
@@ -432,11 +512,15 @@ class _Memory:
         )
         if fp8 and not lora:
             attention += q
+        if dropout:  # its masks, and attention's output once more
+            attention += h + 3 * q
         mlp = 4 * inner + 2 * h + (0 if lora else entering * (inner + h))
-        states = 2 * weights / world + (0 if lora else 14 * weights / world)
+        # offloaded, the optimizer is the hosts'; a single rank keeps its gradients all the same
+        trained = 14 if not offload else 2 if world == 1 else 0
+        states = 2 * weights / world + (0 if lora else trained * weights / world)
         head = min(tokens, CHUNK) * shape.vocab_size * 8 + 2 * vocabulary * (1 if lora else 2)
         fp8_weights = 2 * self.layers * self.block if fp8 else 0
-        room = self.SHARE * torch.cuda.get_device_properties(device).total_memory
+        room = self.SHARE * gpu_bytes
         room -= states + head + 4 * 2 * self.block + tokens * 4 * inner * 2
         room -= self.layers * tokens * 2 * h  # the input of each block stays in any case
         kept = tokens * (attention + mlp - 2 * h)
@@ -454,6 +538,11 @@ class _Memory:
             self.recomputed = self.layers - min(self.layers, int(whole))
             room = 0.0
         self.gathered = world > 1 and room >= 2 * weights
+
+    @property
+    def level(self) -> str:
+        """What is recomputed, in the planner's words."""
+        return "full" if self.recomputed else "mlp" if self.mlp_recomputed else "none"
 
     def __str__(self) -> str:
         if self.recomputed:
@@ -549,15 +638,21 @@ class _Loop:
         self.step = self.tokens = 0
         self.seconds = self.loss = self.norm = 0.0
         self.peak_gb = 0.0
+        self.clock = 0.0  # share of the time budget that is used
+        self.startup = self.startups = 0.0  # seconds of this start, of all before
+        self.evaluated_tokens, self.saving = 0, 0.0
         state = checkpoints.load_newest(engine, self.folder)
         if state:
             self.step, self.tokens = state["step"], state["tokens"]
             self.seconds, self.loss = state["seconds"], state["loss"]
             self.peak_gb = state["peak_memory_gb"]
+            self.startups = state["startup_seconds"]
+            self.clock = state["clock"]
             self.guard.skipped = state["skipped_steps"]
             self.guard.losses.extend(state["losses"])
             self.guard.norms.extend(state["norms"])
             self._say(f"going on from checkpoints/step_{self.step}")
+        self.first = self.step
         self.log = _Log(output, self.step) if self.rank == 0 else None
 
     def state(self) -> dict[str, Any]:
@@ -567,6 +662,8 @@ class _Loop:
             "seconds": self.seconds,
             "loss": self.loss,
             "peak_memory_gb": self.peak_gb,
+            "startup_seconds": self.startups + self.startup,
+            "clock": self.clock,
             "skipped_steps": self.guard.skipped,
             "losses": list(self.guard.losses),
             "norms": list(self.guard.norms),
@@ -578,24 +675,89 @@ class _Loop:
             "steps": self.step,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
+            "startup_seconds": round(self.startups + self.startup, 3),
             "tokens_per_s_per_gpu": round(rate, 1),
             "loss": self.loss,
             "peak_memory_gb": round(self.peak_gb, 3),
             "skipped_steps": self.guard.skipped,
         }
 
+    def try_one_step(self) -> None:
+        """The last micro-batches of a step and all that follows them, except that nothing changes.
+
+        ``TrainingError`` where the memory does not suffice.
+        """
+        micro, size = self.training.per_device_train_batch_size, self.data.size
+        batch = make_batch([self.data[n % len(self.data)] for n in range(micro)], size)
+        self.engine.optimizer.optimizer.allowed = lambda: False
+        # two: the second one's activations stand beside the first one's gradients
+        self.engine.micro_steps = max(0, self.accumulation - 2)
+        try:
+            if self.engine.module.packing is not None:
+                self.engine.module.packing.fresh = True
+            while self.engine.micro_steps < self.accumulation:
+                self.engine.backward(self.engine(batch, self.device))
+                self.engine.step()
+        except torch.OutOfMemoryError as error:
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            raise TrainingError(
+                f"a step of {micro} x {size} tokens does not fit the GPU's {total / 1e9:.0f} GB: "
+                "lower per_device_train_batch_size (raise gradient_accumulation_steps with it), "
+                "set gradient_checkpointing to true, or use more GPUs"
+            ) from error
+        self.engine.micro_steps = 0
+        self._say(f"a step fits: {_memory_gb(self.device):.1f} GB")
+
+    def start_clock(self, evaluated_tokens: int) -> None:
+        """From here on time is counted as steps; before it, it was the start.
+
+        ``TrainingError`` where the time budget does not reach for a single step.
+        """
+        age = LAUNCHER + time.time() - psutil.Process().create_time()
+        started = torch.tensor([age if self.rank == 0 else 0.0], device=self.device)
+        dist.all_reduce(started)
+        self.startup = started.item()
+        trained = sum(
+            int(getattr(p, "ds_numel", p.numel()))
+            for p in self.engine.module.parameters()
+            if p.requires_grad
+        )
+        self.saving = 14 * trained / SAVING  # the last checkpoint and the model
+        self.evaluated_tokens = evaluated_tokens
+        hours = self.training.time_budget_hours
+        if hours and not self.step and self._seconds_left(0.0) < 0:
+            raise TrainingError(
+                f"time_budget_hours ({hours:g}, {hours * 3600:.0f} s) leaves no time for training: "
+                f"the start took {self.startup:.0f} s, and the evaluation's as long again"
+            )
+
+    def _seconds_left(self, seconds: float) -> float:
+        """What the time budget leaves for steps after ``seconds`` of them; negative: too much.
+
+        Kept back are the time to save, and to evaluate: a start like this one, and a token read as
+        slowly as one is trained (a forward alone is faster, but need not be as optimised).
+        """
+        assert self.training.time_budget_hours
+        budget = (1.0 - MARGIN) * 3600 * self.training.time_budget_hours
+        evaluation = self.startup + self.evaluated_tokens * seconds / max(self.tokens, 1)
+        used = self.startups + self.startup + seconds
+        return budget - used - self.saving - evaluation
+
+    def _clock(self, seconds: float, a_step: float) -> float:
+        """Progress by time, 0..1: 1 where no further step fits the budget; 0 without one."""
+        if not self.training.time_budget_hours:
+            return 0.0
+        whole = seconds + self._seconds_left(seconds) - a_step
+        return min(1.0, seconds / whole) if whole > 0 else 1.0
+
     def progress(self) -> float:
         """How much of the training is behind it, 0..1, by steps or by the clock."""
-        done = self.step / self.training.max_steps
-        if self.training.time_budget_hours:
-            budget = BUDGET_USED * 3600 * self.training.time_budget_hours
-            done = max(done, self.seconds / budget)
-        return done
+        return max(self.step / self.training.max_steps, self.clock)
 
     def run(self) -> None:
         """All steps that are left, with their checkpoints."""
         training = self.training
-        first, begin, said = self.step, time.monotonic(), time.monotonic()
+        first, begin, said = self.first, time.monotonic(), time.monotonic()
         before = self.seconds
         logged_tokens, logged_at, logged_flop = self.tokens, begin, self.work.flop
         while self.progress() < 1.0:
@@ -609,8 +771,7 @@ class _Loop:
                 a_step = (now - begin) / (self.step - first)
                 left = a_step * (training.max_steps - self.step)
                 if training.time_budget_hours:
-                    budget = BUDGET_USED * 3600 * training.time_budget_hours
-                    left = min(left, max(0.0, budget - self.seconds))
+                    left = min(left, max(0.0, self._seconds_left(self.seconds)))
                 print(
                     f"step {self.step}/{training.max_steps} loss {self.loss:.4f} "
                     f"lr {rate:.3g} grad_norm {self.norm:.3g} "
@@ -668,17 +829,20 @@ class _Loop:
             self.engine.backward(loss * (self.world * self.accumulation / targets))
             if turn < self.accumulation - 1:
                 self.engine.step()
-        loss_clock_stop = torch.tensor([0.0, 0.0, float(self.stop.came)], dtype=torch.float64)
-        loss_clock_stop[0] = total.double()
+        self.tokens += sum(len(row.input_ids) for row in samples)
+        shared = torch.tensor([0.0, 0.0, 0.0, float(self.stop.came)], dtype=torch.float64)
+        shared[0] = total.double()
         if self.rank == 0:
-            loss_clock_stop[1] = before + time.monotonic() - begin
-        summed = loss_clock_stop.to(self.device)
-        dist.all_reduce(summed)
-        nll, self.seconds, stopping = summed.tolist()
+            spent = time.monotonic() - begin
+            shared[1] = before + spent
+            shared[2] = self._clock(before + spent, spent / (self.step + 1 - self.first))
+        shared = shared.to(self.device)
+        dist.all_reduce(shared)
+        nll, self.seconds, clock, stopping = shared.tolist()
+        self.clock = max(self.clock, clock)
         self.loss = nll / targets
         self._update(rate)
         self.step += 1
-        self.tokens += sum(len(row.input_ids) for row in samples)
         self.work.add(samples)
         self.peak_gb = max(self.peak_gb, _memory_gb(self.device))
         return bool(stopping > 0)
@@ -715,6 +879,7 @@ class _Loop:
         checkpoints.save_checkpoint(
             self.engine, self.folder, self.state(), self.training.save_total_limit
         )
+        self.saving = max(self.saving, 14 / 12 * (time.monotonic() - begin))
         if not last:
             self._say(f"saved checkpoints/step_{self.step} in {time.monotonic() - begin:.1f} s")
 
