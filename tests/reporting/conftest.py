@@ -44,6 +44,8 @@ def finished(home, tmp_path):
         {
             "tokens": 4_718_592_000,
             "hours": {"low": 75.5, "high": 140.0},
+            "training_hours": {"low": 75.0, "high": 139.5},
+            "rate_source": "this project's measurements on H100",
             "cost": {"low": 1208.0, "high": 2240.0},
             "memory_gb": {"weights": 35.3, "total": 151.2},
             "tokens_per_s": {"low": 9300.0, "high": 17300.0},
@@ -122,5 +124,19 @@ def finished(home, tmp_path):
                                          "digest": "00aa11bb22cc33dd", "reused": True})  # fmt: skip
     records.add_output(record, "publish", {"path": "/data/models/fast", "digest": "beef"})
     records.add_cost(record, gpus=4, price_per_gpu_hour=4.0)
+    rows = [
+        {
+            "what": "tokens/s, all GPUs",
+            "low": 9300.0,
+            "high": 17300.0,
+            "actual": 4938.0,
+            "off": -0.469,
+        },
+        {"what": "cost (USD)", "low": 1208.0, "high": 2240.0, "actual": 1300.0, "off": 0.0},
+        {"what": "memory a GPU (GB)", "low": 149.7, "high": 149.7, "actual": 61.2, "off": -0.591},
+        {"what": "hours of evaluation", "low": None, "high": None, "actual": 0.25, "off": None},
+        {"what": "hours of fine-tuning", "low": 0.5, "high": 0.5, "actual": None, "off": None},
+    ]
+    records.add(record, "plan_and_actual.json", {"rows": rows})
     records.close_record(record, "success")
     return record

@@ -62,7 +62,11 @@ def test_the_summary_of_a_finished_run(finished):
     # 5400 + 1800 + 450 seconds on four GPUs are 8.5 GPU hours, at $4 an hour $34.
     assert facts["gpu_hours"] == pytest.approx(8.5)
     assert facts["cost"] == pytest.approx(34.0)
-    assert facts["planned"] == {"hours": [75.5, 140.0], "cost": [1208.0, 2240.0]}
+    assert facts["planned"] == {
+        "hours": [75.5, 140.0],
+        "training": [75.0, 139.5],
+        "cost": [1208.0, 2240.0],
+    }
     assert facts["model"] == "/data/models/fast"
 
 
@@ -79,8 +83,8 @@ def test_the_summary_as_it_is_printed(finished):
         "  branch     fine-tuning after stage 2",
         "  ROUGE-L    0.612 (0.587 to 0.640)",
         "  citations  41.0 % (30.0 % to 52.0 %) right",
-        "  time       2 h 20 min; train_cpt 1 h 30 min, planned 75.50 to 140.00 h",
-        "  GPUs       8.50 GPU hours of training, $34.00; train_cpt planned $1,208.00 to $2,240.00",
+        "  time       2 h 20 min; train_cpt 1 h 30 min, planned 75.00 to 139.50 h",
+        "  GPUs       8.50 GPU hours, $34.00; planned without stage 2 $1,208.00 to $2,240.00",
         "  model      /data/models/fast",
         f"  record     {finished}",
     ]
@@ -161,3 +165,55 @@ def test_code_with_a_git_history_is_named_by_its_commit(tmp_path):
 )
 def test_durations_read_as_people_say_them(seconds, text):
     assert records.duration(seconds) == text
+
+
+def write_jobs(record, **seconds):
+    """Each step's job, with its steps' own seconds where it is a training."""
+    for step, taken in seconds.items():
+        own = {} if step.startswith("evaluate") else {"seconds": 3000.0}
+        records.add(record, records.ON_GPUS[step], {**own, "job_seconds": taken})
+
+
+def test_cost_counts_every_job_on_the_gpus_and_none_that_was_found_done(home):
+    record = records.open_record(home, "cost", "fast_cpt", load_recipe("cpt_config_fast"))
+    write_jobs(record, train_cpt=3600.0, evaluate_cpt=600.0, train_sft=1200.0, evaluate_sft=None)
+    cost = records.add_cost(record, gpus=4, price_per_gpu_hour=3.0)
+    # 1.5 h of four GPUs at $3
+    assert cost["gpu_hours"] == pytest.approx(6.0)
+    assert cost["cost"] == pytest.approx(18.0)
+    again = records.open_record(home, "again", "fast_cpt", load_recipe("cpt_config_fast"))
+    write_jobs(again, train_cpt=None, evaluate_cpt=600.0)
+    assert records.add_cost(again, gpus=4, price_per_gpu_hour=3.0)["gpu_hours"] == pytest.approx(
+        2 / 3
+    )
+
+
+def test_what_a_run_took_is_told_by_its_jobs(home):
+    record = records.open_record(home, "took", "fast_cpt", load_recipe("cpt_config_fast"))
+    write_jobs(record, train_cpt=3600.0, evaluate_cpt=720.0, train_cpt_stage2=7200.0)
+    totals = records.read(record, "train_cpt/training.json")
+    figures = {"tokens_per_s_per_gpu": 1000.0, "peak_memory_gb": 70.5}
+    records.add(record, "train_cpt/training.json", {**totals, **figures})
+    records.add_cost(record, gpus=4, price_per_gpu_hour=3.0)
+    found = records.took(record, gpus=4)
+    # 3600 s of which 3000 were steps, and 720 s of evaluation; stage 2 is not of the plan
+    assert found == {
+        "training_hours": pytest.approx(3000 / 3600),
+        "start-up": pytest.approx(600 / 3600),
+        "evaluation": pytest.approx(0.2),
+        "fine-tuning": None,
+        "its evaluation": None,
+        "hours": pytest.approx(1.2),
+        "tokens_per_s": 4000.0,
+        "memory_gb": 70.5,
+        "cost": pytest.approx(1.2 * 4 * 3.0),
+    }
+
+
+def test_a_run_that_was_not_evaluated_took_nobody_knows_how_long(home):
+    record = records.open_record(home, "early", "fast_cpt", load_recipe("cpt_config_fast"))
+    write_jobs(record, train_cpt=3600.0)
+    records.add_cost(record, gpus=4, price_per_gpu_hour=3.0)
+    found = records.took(record, gpus=4)
+    assert (found["hours"], found["cost"]) == (None, None)
+    assert found["training_hours"] is not None

@@ -58,11 +58,21 @@ def test_figures_are_in_page_and_markdown(finished, page):
     # Claim, plan and the run's own side by side: 5400 + 1800 + 450 s are 2.125 h.
     assert "| time | 4-6 h | 75.50 to 140.00 h | 2.12 h |" in markdown
     assert "| cost | $180 | $1,208.00 to $2,240.00 | $34.00 |" in markdown
-    # 245,760 tokens in 5400 s are 45.5 a second.
-    assert "| tokens/s, all GPUs | 9,300 to 17,300 | 46 |" in markdown
-    # 1.5 h of 4 GPUs at $4 an hour.
-    assert "| cost of train_cpt | $1,208.00 to $2,240.00 | $24.00 |" in markdown
-    assert "| memory a GPU (GB) | 151.2 | 61.2 |" in markdown
+
+
+def test_the_plan_stands_beside_what_the_run_took(finished, page):
+    lines = (finished / "report.md").read_text().splitlines()
+    begin = lines.index("## Plan and what it took")
+    assert lines[begin + 2] == "The plan's rate: this project's measurements on H100."
+    assert lines[begin + 4] == "|  | plan | this run | outside of the plan by |"
+    assert lines[begin + 6 : begin + 11] == [
+        "| tokens/s, all GPUs | 9,300 to 17,300 | 4,938 | -47 % |",
+        "| cost (USD) | 1,208 to 2,240 | 1,300 | as planned |",
+        "| memory a GPU (GB) | 150 | 61.2 | -59 % |",
+        "| hours of evaluation | unknown | 0.25 |  |",
+        "| hours of fine-tuning | 0.5 |  |  |",
+    ]
+    assert "<td>as planned</td>" in page
 
 
 def test_markdown_shows_its_pictures(finished, page):

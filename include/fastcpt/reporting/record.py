@@ -10,6 +10,7 @@
         <training>/training.json  its totals
         evaluation.json, evaluation_stage2.json, gate.json, gate_stage2.json, evaluation_sft.json
         cost.json                 GPU hours and money
+        plan_and_actual.json      the plan's figures beside the run's
         report.md, report.html    all of it to read (fastcpt.reporting.report)
 
 Tasks add files side by side, so each writes its own and none is shared. Every file appears whole,
@@ -36,6 +37,13 @@ from fastcpt.recipe import Recipe
 
 # In the order they run; each has a folder of its name in the record.
 TRAININGS = ("train_cpt", "train_cpt_stage2", "train_sft")
+# What each step on the GPUs leaves in the record.
+ON_GPUS = {
+    **{training: f"{training}/training.json" for training in TRAININGS},
+    "evaluate_cpt": "evaluation.json",
+    "evaluate_stage2": "evaluation_stage2.json",
+    "evaluate_sft": "evaluation_sft.json",
+}
 REPOSITORY = Path(__file__).resolve().parents[3]
 # The packages that what a run makes depends on; the cluster's own are in training.json.
 PACKAGES = ("apache-airflow", "numpy", "pyarrow", "pydantic", "tokenizers", "zstandard")
@@ -93,17 +101,14 @@ def add_output(record: Path, task: str, facts: Mapping[str, Any]) -> Path:
 
 
 def add_cost(record: Path, gpus: int, price_per_gpu_hour: float | None) -> dict[str, Any]:
-    """Write ``cost.json``: GPU hours of the trainings so far and, at a known price, USD.
+    """Write ``cost.json``: GPU hours of trainings and evaluations so far and, at a known price, USD.
 
-    Only the trainings' own seconds count, not the waiting of a rented host between them.
-    A recipe for CPUs uses no GPUs, whatever it calls its ranks.
+    Only the jobs' own seconds count, not the waiting of a rented host between them, and nothing
+    for what an earlier run had done. A recipe for CPUs uses no GPUs, whatever it calls its ranks.
     """
     if recipe_of(record).get("cluster", {}).get("cpu_only"):
         gpus = 0
-    seconds = {
-        training: read(record, f"{training}/training.json").get("seconds", 0.0)
-        for training in TRAININGS
-    }
+    seconds = {step: job_seconds(record, step) or 0.0 for step in ON_GPUS}
     gpu_hours = sum(seconds.values()) * gpus / 3600
     cost = {
         "gpus": gpus,
@@ -114,6 +119,46 @@ def add_cost(record: Path, gpus: int, price_per_gpu_hour: float | None) -> dict[
     }
     add(record, "cost.json", cost)
     return cost
+
+
+def job_seconds(record: Path, step: str) -> float | None:
+    """Seconds that a step's job took on the GPUs; None where this run did not get to it or found it
+    done. A record of an older version has a training's own seconds alone."""
+    facts = read(record, ON_GPUS[step])
+    seconds: float | None = facts.get("job_seconds", facts.get("seconds"))
+    return seconds
+
+
+def took(record: Path, gpus: int) -> dict[str, float | None]:
+    """What the run took, under the names of a plan's figures; hours and USD without stage 2.
+
+    Hours and money are None until the run's evaluation has been made: a part says nothing.
+    """
+    totals, cost = read(record, "train_cpt/training.json"), read(record, "cost.json")
+    seconds = {step: job_seconds(record, step) for step in ON_GPUS}
+    parts = {
+        "training_hours": totals.get("seconds") if seconds["train_cpt"] else None,
+        "start-up": _less(seconds["train_cpt"], totals.get("seconds")),
+        "evaluation": seconds["evaluate_cpt"],
+        "fine-tuning": seconds["train_sft"],
+        "its evaluation": seconds["evaluate_sft"],
+    }
+    hours = {name: value / 3600 if value else None for name, value in parts.items()}
+    stages = [step for step in ON_GPUS if "stage2" not in step]
+    whole = sum(seconds[step] or 0.0 for step in stages) / 3600
+    complete = seconds["train_cpt"] and seconds["evaluate_cpt"]
+    price, rate = cost.get("price_per_gpu_hour"), totals.get("tokens_per_s_per_gpu")
+    return {
+        **hours,
+        "hours": whole if complete else None,
+        "tokens_per_s": rate * gpus if rate else None,
+        "memory_gb": totals.get("peak_memory_gb"),
+        "cost": whole * cost["gpus"] * price if complete and price is not None else None,
+    }
+
+
+def _less(whole: float | None, part: float | None) -> float | None:
+    return whole - part if whole and part is not None and whole > part else None
 
 
 def close_record(record: Path, state: str) -> None:
@@ -187,11 +232,16 @@ def summary(record: Path) -> dict[str, Any]:
 
 
 def planned(record: Path) -> dict[str, Any] | None:
-    """Hours and cost the plan promised for train_cpt, each ``[low, high]``; None without a plan."""
+    """Hours and cost the plan promised, each ``[low, high]``; None without a plan. ``training`` are the
+    hours of train_cpt's steps alone."""
     plan = read(record, "plan.json")
     if not plan:
         return None
-    return {"hours": bounds(plan.get("hours")), "cost": bounds(plan.get("cost"))}
+    return {
+        "hours": bounds(plan.get("hours")),
+        "training": bounds(plan.get("training_hours")),
+        "cost": bounds(plan.get("cost")),
+    }
 
 
 def summary_text(record: Path) -> str:
@@ -306,7 +356,7 @@ def _perplexity_line(facts: Mapping[str, Any]) -> str:
 
 def _time_line(facts: Mapping[str, Any]) -> str:
     line = duration(facts["seconds"])
-    promised = (facts["planned"] or {}).get("hours")
+    promised = (facts["planned"] or {}).get("training")
     if facts["training_seconds"]:
         line += f"; train_cpt {duration(facts['training_seconds'])}"
         line += f", planned {span(promised, ' h')}" if promised else ""
@@ -316,8 +366,8 @@ def _time_line(facts: Mapping[str, Any]) -> str:
 def _cost_line(facts: Mapping[str, Any]) -> str:
     promised = (facts["planned"] or {}).get("cost")
     cost = "" if facts["cost"] is None else f", ${facts['cost']:,.2f}"
-    planned_cost = f"; train_cpt planned {span(promised, prefix='$')}" if promised else ""
-    return f"{facts['gpu_hours']:,.2f} GPU hours of training{cost}{planned_cost}"
+    planned_cost = f"; planned without stage 2 {span(promised, prefix='$')}" if promised else ""
+    return f"{facts['gpu_hours']:,.2f} GPU hours{cost}{planned_cost}"
 
 
 def bounds(value: Any) -> list[float] | None:

@@ -17,10 +17,8 @@ from fastcpt.files import whole_file
 from fastcpt.reporting import pictures
 from fastcpt.reporting.record import (
     TRAININGS,
-    bounds,
     duration,
     interval,
-    planned,
     read,
     recipe_of,
     span,
@@ -211,39 +209,35 @@ def _corpus(record: Path) -> list[Part]:
 
 
 def _plan(record: Path) -> list[Part]:
-    plan, cost = read(record, "plan.json"), read(record, "cost.json")
-    promised = planned(record)
-    if not plan or not promised:
+    compared = read(record, "plan_and_actual.json").get("rows", [])
+    if not compared:
         return []
-    totals = read(record, "train_cpt/training.json")
-    memory = plan.get("memory_gb")
-    if isinstance(memory, Mapping):
-        memory = memory.get("total")
-    rate = bounds(plan.get("tokens_per_s"))
-    hours = f"{totals['seconds'] / 3600:,.2f} h" if "seconds" in totals else ""
-    # The plan speaks of train_cpt alone; cost.json counts every training.
-    price = cost.get("price_per_gpu_hour")
-    money = (
-        ""
-        if price is None
-        else f"${cost['seconds']['train_cpt'] / 3600 * cost['gpus'] * price:,.2f}"
-    )
     rows = [
-        ("time of train_cpt", span(promised["hours"], " h") if promised["hours"] else "", hours),
-        ("tokens", _number(plan.get("tokens")), _number(totals.get("tokens"))),
         (
-            "tokens/s, all GPUs",
-            span(rate, digits=0) if rate else "",
-            _number(totals["tokens"] / totals["seconds"]) if totals.get("seconds") else "",
-        ),
-        ("memory a GPU (GB)", _number(memory, 1), _number(totals.get("peak_memory_gb"), 1)),
-        (
-            "cost of train_cpt",
-            span(promised["cost"], prefix="$") if promised["cost"] else "",
-            money,
-        ),
+            row["what"],
+            "unknown" if row["low"] is None else _span(row["low"], row["high"]),
+            "" if row["actual"] is None else _figure(row["actual"]),
+            ""
+            if row["off"] is None
+            else f"{100 * row['off']:+.0f} %"
+            if row["off"]
+            else "as planned",
+        )
+        for row in compared
     ]
-    return [Table(("", "plan", "this run"), [row for row in rows if row[1] or row[2]])]
+    source = read(record, "plan.json").get("rate_source")
+    words = [f"The plan's rate: {source}."] if source else []
+    return [*words, Table(("", "plan", "this run", "outside of the plan by"), rows)]
+
+
+def _figure(value: float) -> str:
+    """Three digits that count, thousands apart."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _span(low: float, high: float) -> str:
+    ends = _figure(low), _figure(high)
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def _claim(record: Path) -> list[Part]:
