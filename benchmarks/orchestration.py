@@ -54,7 +54,7 @@ def job(context):
     # a line a second, until the benchmark says that it is enough
     beat = 'i=0; until [ -e "$0" ]; do i=$((i + 1)); echo step $i; sleep 1; done'
     command = ["bash", "-c", beat, conf["enough"]]
-    return RemoteJob("local_cluster", conf["root"], [command], uses_gpus=False)
+    return RemoteJob("local_cluster", conf["root"], [command], alone="no")
 
 class Watched(RemoteJobOperator):
     def __init__(self, *, number=0, **options):

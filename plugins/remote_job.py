@@ -17,7 +17,6 @@ from typing import Any
 from airflow.sdk import BaseHook, BaseOperator, Connection, Context
 from airflow.sdk.exceptions import AirflowTaskTimeout
 from airflow.triggers.base import BaseTrigger, TriggerEvent
-from asgiref.sync import sync_to_async
 
 from fastcpt.cluster import jobs
 from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask_async, ask_through
@@ -26,6 +25,8 @@ POLL_S = 2.0
 # A job that runs for longer than this is asked less often: hours of waiting cost little.
 SHORT_S = 120.0
 LONG_POLL_S = 5.0
+# A job that runs and writes nothing for so long gets a line that says so: with a poll, 30 s.
+QUIET_S = 24.0
 # A line that does not end is shown in pieces of this many bytes.
 LONGEST_LINE = 64 * 1024
 # So long the triggerer goes on asking a host that does not answer, before the task is tried again.
@@ -88,7 +89,7 @@ class RemoteJob:
     result: str | None = None
     fetch: dict[str, str] = field(default_factory=dict)
     answer: dict[str, Any] | None = None
-    uses_gpus: bool = True
+    alone: jobs.Alone = "root"
     slurm: dict[str, Any] | None = None
 
 
@@ -129,7 +130,7 @@ class RemoteJobOperator(BaseOperator):
             wanted.folder,
             wanted.result,
             self.secrets(context) if self.secrets else {},
-            wanted.uses_gpus,
+            wanted.alone,
             jobs.SlurmOptions(**wanted.slurm) if wanted.slurm else None,
         )
         self._stop = (wanted.connection, wanted.root, name, owner)
@@ -216,7 +217,7 @@ class RemoteJobTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         clock = asyncio.get_running_loop().time
-        began = answered = clock()
+        began = answered = wrote = told = clock()
         seen: int | None = None
         last_lines = [""]
         waits_for = ""
@@ -226,7 +227,8 @@ class RemoteJobTrigger(BaseTrigger):
                 yield TriggerEvent({"timeout": f"job {self.name} took longer than the task may"})
                 return
             try:
-                remote = await sync_to_async(remote_of)(self.connection)
+                # not asgiref's: it loses what a cancel says, and with it Airflow's call of on_kill
+                remote = await asyncio.to_thread(remote_of, self.connection)
                 answer = await _poll(remote, self.root, self.name, seen)
             except ConnectionLost as error:
                 self.log.warning("%s; asking again", error)
@@ -249,6 +251,11 @@ class RemoteJobTrigger(BaseTrigger):
                 if number % 500 == 499:
                     await asyncio.sleep(0)  # the triggerer watches other jobs too
             last_lines = [*last_lines, *lines][-LAST_LINES:]
+            if lines:
+                wrote = told = clock()
+            elif status["state"] == "running" and clock() - told > QUIET_S:
+                told = clock()
+                self.log.info("running, silent for %.0f s after: %s", told - wrote, last_lines[-1])
             if ended and all_read:
                 yield TriggerEvent({"status": status, "last_lines": last_lines})
                 return
@@ -261,7 +268,7 @@ class RemoteJobTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """Marked failed, cleared or deleted while it waited: the job ends with it."""
-        remote = await sync_to_async(remote_of)(self.connection)
+        remote = await asyncio.to_thread(remote_of, self.connection)
         for _ in range(3):
             try:
                 await ask_async(remote, "stop", root=self.root, name=self.name, owner=self.owner)

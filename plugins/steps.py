@@ -184,7 +184,7 @@ def prepare_environment(context: Context) -> RemoteJob | Facts:
         environment.build_commands(recipe.cluster, code["path"], folder),
         result=f"{folder}/complete",
         answer={"python": f"{folder}/bin/python", "code": code["path"], "reused": False},
-        uses_gpus=False,
+        alone="no",
     )
 
 
@@ -231,6 +231,7 @@ def sync(plan: Facts, built: Facts, cluster: Facts, environment: Facts) -> Facts
 
 
 def _job(context: Context, commands: list[list[str]], result: str, **fetch: str) -> RemoteJob:
+    from fastcpt.cluster.jobs import alone
     from fastcpt.training import commands as training
 
     recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
@@ -241,6 +242,7 @@ def _job(context: Context, commands: list[list[str]], result: str, **fetch: str)
         environment=training.environment(recipe, _host(places)),
         result=result,
         fetch=fetch,
+        alone=alone(recipe.cluster),
         slurm=_slurm(recipe),
     )
 

@@ -82,7 +82,8 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
         folder = environment.environment_folder(recipe.cluster, root, REPOSITORY)
         build = environment.build_commands(recipe.cluster, code["path"], folder)
         complete = f"{folder}/complete"
-        run(remote, root, jobs.Job(f"environment-{digest_of(folder)}", build, result=complete))
+        name = f"environment-{digest_of(folder)}"
+        run(remote, root, jobs.Job(name, build, result=complete, alone="no"))
         python = f"{folder}/bin/python"
     manifest = read_json(arguments.corpus / "corpus_manifest.json")
     listed = [*manifest["files"], *files_of(arguments.corpus, ["corpus_manifest.json"])]
@@ -115,6 +116,7 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
         ],
         commands.environment(recipe, host),
         result=f"{output}/evaluation.json",
+        alone=jobs.alone(recipe.cluster),
     )
     run(remote, root, job)
     names = ("evaluation.json", "training.json", "metrics.jsonl")

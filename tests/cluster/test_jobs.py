@@ -14,6 +14,7 @@ import pytest
 
 from fastcpt.cluster import jobs
 from fastcpt.cluster.remote import Remote, ask
+from fastcpt.cluster.transfer import files_of, send
 
 
 def poll(remote: Remote, root: Path, name: str) -> dict[str, Any]:
@@ -149,6 +150,37 @@ def test_a_secret_reaches_the_job_and_no_file_that_stays(remote: Remote, tmp_pat
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in kept if "s3cr3t" in path.read_text()]
     assert all(path.stat().st_mode & 0o077 == 0 for path in kept)
+
+
+def test_stopping_a_job_leaves_one_of_the_same_name_under_another_root(
+    remote: Remote, tmp_path: Path
+) -> None:
+    for root in ("one", "other"):
+        jobs.submit(remote, str(tmp_path / root), jobs.Job("k", [["sleep", "76543"]]))
+        wait(remote, tmp_path / root, "k", "running")
+    jobs.stop(remote, str(tmp_path / "one"), "k")
+    assert poll(remote, tmp_path / "one", "k")["status"]["state"] == "cancelled"
+    assert poll(remote, tmp_path / "other", "k")["status"]["state"] == "running"
+    jobs.stop(remote, str(tmp_path / "other"), "k")
+    assert not processes("76543")
+
+
+def test_what_is_made_there_is_its_owners_alone(remote: Remote, tmp_path: Path) -> None:
+    here, root = tmp_path / "here", tmp_path / "root"
+    (here / "validation").mkdir(parents=True)
+    (here / "validation" / "shard").write_text("content")
+    for path in (here, *here.rglob("*")):
+        path.chmod(0o777)
+    send(remote, here, f"{root}/corpora/abc", files_of(here))
+    result = root / "models" / "abc" / "final" / "done"
+    commands = [["mkdir", "-p", str(result.parent)], ["touch", str(result)]]
+    jobs.submit(remote, str(root), jobs.Job("j", commands, result=str(result)))
+    wait(remote, root, "j", "succeeded")
+    made = [root, *root.rglob("*")]
+    assert result in made
+    assert root / "corpora" / "abc" / "validation" / "shard" in made
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} == {0o700}
+    assert not [path for path in made if path.stat().st_mode & 0o077]
 
 
 def test_names_of_jobs_tell_what_they_are_and_never_collide() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import json
 import os
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 
 import remote_job
 from fastcpt.cluster import jobs
+from fastcpt.cluster.remote import ClusterError
 from fastcpt.recipe import FORM, RecipeError, load_recipe
 from fastcpt.training import commands
 
@@ -169,8 +174,42 @@ def test_the_trigger_tells_how_it_is_made_again() -> None:
     assert remote_job.RemoteJobTrigger(**values).serialize() == trigger.serialize()
 
 
+def test_a_cancel_keeps_its_word_while_the_connection_is_looked_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Airflow calls ``on_kill`` for a user's action alone, which the cancel's message tells it."""
+    looking = threading.Event()
+
+    def look_up(connection: str) -> None:
+        looking.set()
+        time.sleep(0.5)
+
+    monkeypatch.setattr(remote_job, "remote_of", look_up)
+
+    async def cancelled() -> tuple[object, ...]:
+        trigger = remote_job.RemoteJobTrigger("c", "/r", "n", "o")
+        watching = asyncio.ensure_future(anext(trigger.run()))
+        await asyncio.to_thread(looking.wait)
+        watching.cancel("the user's word")
+        try:
+            await watching
+        except asyncio.CancelledError as error:
+            return error.args
+        return ()
+
+    assert asyncio.run(cancelled()) == ("the user's word",)
+
+
 def test_secrets_are_in_no_script_and_no_text_of_a_job() -> None:
     job = jobs.Job("j", [["true"]], secrets={"HF_TOKEN": "hf_secret"})
     assert "hf_secret" not in job.script
     assert "hf_secret" not in repr(job)
     assert base64.b64encode(b"hf_secret").decode() not in job.script
+
+
+def test_a_private_key_inside_a_connection_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    connection = {"conn_type": "ssh", "host": "h", "extra": {"private_key": "-----BEGIN"}}
+    monkeypatch.setenv("AIRFLOW_CONN_WITH_KEY", json.dumps(connection))
+    with pytest.raises(ClusterError, match="keep the private key in a file") as refused:
+        remote_job.connection_of("with_key")
+    assert "BEGIN" not in str(refused.value)

@@ -235,7 +235,7 @@ def versions(python: str, pins: Dict[str, str]) -> Answer:
 
 
 def job_folder(root: str, name: str) -> str:
-    return os.path.join(expand(root), "jobs", name)
+    return os.path.realpath(os.path.join(expand(root), "jobs", name))
 
 
 class Door:
@@ -270,7 +270,7 @@ def submit(
     digest: str,
     secrets: Dict[str, str],
     result: Optional[str],
-    shared_lock: Optional[str],
+    alone: str,
     owner: str = "",
     slurm: Optional[List[str]] = None,
     extra_lines: Optional[List[str]] = None,
@@ -278,13 +278,13 @@ def submit(
     """Start a job, or find it: running, or complete by its result file.
 
     ``digest`` names what the job does: a job that runs under the same name with another one is
-    ended first. ``shared_lock`` names the lock that jobs on the same GPUs wait for in turn.
+    ended first. ``alone`` (no, root, host) says beside which other jobs it does not run.
     ``owner`` is the try that asks; it may later end what it started or found, and nothing else.
     ``slurm`` are options of sbatch: with them Slurm runs the job and shares out the GPUs.
     """
     folder = job_folder(root, name)
     with Door(folder):
-        status = state_of(folder, name)
+        status = state_of(folder)
         if status["state"] in ACTIVE:
             spec = read_json(os.path.join(folder, "spec.json"))
             if spec["digest"] == digest:
@@ -292,11 +292,11 @@ def submit(
                     os.path.join(folder, "owners.json"), json.dumps([*owners(folder), owner])
                 )
                 return {"found": "running", "folder": folder}
-            if not end(folder, name, owner):
+            if not end(folder, owner):
                 return {"error": "job %s is running and could not be ended" % name}
         if result and os.path.exists(expand(result)):
             return {"found": "complete", "folder": folder}
-        end_strays(name)
+        end_strays(folder)
         lock = locked(folder)
         if lock is None:
             return {"error": "something of job %s lives and could not be ended" % name}
@@ -304,7 +304,7 @@ def submit(
         write_whole(os.path.join(folder, "job.sh"), script)
         write_whole(os.path.join(folder, "secrets.json"), json.dumps(secrets))
         write_whole(os.path.join(folder, "supervisor.py"), SOURCE)
-        spec = {"name": name, "digest": digest, "shared_lock": shared_lock and expand(shared_lock)}
+        spec = {"name": name, "digest": digest, "locks": shared_locks(root, alone)}
         if slurm is not None:
             os.close(lock)
             return sbatch(folder, spec, slurm, extra_lines or [])
@@ -318,7 +318,7 @@ def submit(
             stderr=complaints,
             start_new_session=True,
             pass_fds=[lock],
-            env={**os.environ, MARK: name},
+            env={**os.environ, MARK: folder},
             cwd=folder,
         )
     return {"found": "started", "folder": folder}
@@ -345,7 +345,7 @@ def write_status(folder: str, status: Answer) -> None:
     write_whole(os.path.join(folder, "status.json"), json.dumps(status))
 
 
-def state_of(folder: str, name: str, queue: Optional[Dict[str, List[str]]] = None) -> Answer:
+def state_of(folder: str, queue: Optional[Dict[str, List[str]]] = None) -> Answer:
     """The job's status as it is: what it says of itself, checked against what is there."""
     status: Optional[Answer] = read_json(os.path.join(folder, "status.json"))
     if status is None:
@@ -353,7 +353,7 @@ def state_of(folder: str, name: str, queue: Optional[Dict[str, List[str]]] = Non
     spec = read_json(os.path.join(folder, "spec.json")) or {}
     if spec.get("slurm_id"):
         status = state_in_slurm(status, spec["slurm_id"], queue)
-    elif status["state"] in ACTIVE and not lives(folder, name, status):
+    elif status["state"] in ACTIVE and not lives(folder, status):
         # it may have ended between the two looks
         status = read_json(os.path.join(folder, "status.json")) or status
         if status["state"] in ACTIVE:
@@ -381,7 +381,7 @@ def poll(root: str, jobs: List[Answer]) -> Answer:
         if queue is None and spec.get("slurm_id"):
             queue = squeue()
         # first the state, then the log: what a job wrote before it ended is there
-        status = state_of(folder, job["name"], queue)
+        status = state_of(folder, queue)
         seen = job["seen"]
         kept = os.path.join(folder, "seen")
         before = read_json(kept) or 0
@@ -402,12 +402,12 @@ def poll(root: str, jobs: List[Answer]) -> Answer:
     return {"jobs": answers}
 
 
-def lives(folder: str, name: str, status: Answer) -> bool:
+def lives(folder: str, status: Answer) -> bool:
     """Whether a job's supervisor is there; before it has said its pid, whether the lock is held."""
     if status.get("boot_id") != boot_id():
         return False
     if status.get("supervisor"):
-        return name in marks(status["supervisor"])
+        return mark(status["supervisor"]) == folder
     lock = locked(folder)
     if lock is None:
         return True
@@ -426,11 +426,11 @@ def stop(root: str, name: str, owner: Optional[str] = None) -> Answer:
     with Door(folder):
         if owner is not None and owner not in owners(folder):
             return {"ended": True, "left_alone": True}
-        return {"ended": end(folder, name, owner or "")}
+        return {"ended": end(folder, owner or "")}
 
 
-def end(folder: str, name: str, owner: str) -> bool:
-    status = state_of(folder, name)
+def end(folder: str, owner: str) -> bool:
+    status = state_of(folder)
     if status["state"] in ACTIVE:
         write_whole(
             os.path.join(folder, "stopped.json"),
@@ -438,9 +438,9 @@ def end(folder: str, name: str, owner: str) -> bool:
         )
     spec = read_json(os.path.join(folder, "spec.json")) or {}
     if spec.get("slurm_id"):
-        return scancel(folder, name, spec["slurm_id"])
+        return scancel(folder, spec["slurm_id"])
     supervisor = status.get("supervisor")
-    if supervisor and name in marks(supervisor):
+    if supervisor and mark(supervisor) == folder:
         signal_quietly(os.kill, supervisor, signal.SIGTERM)
     until = time.time() + GRACE_S + 2
     while time.time() < until:
@@ -448,15 +448,15 @@ def end(folder: str, name: str, owner: str) -> bool:
         if lock is not None:
             os.close(lock)
             break
-        if supervisor and name not in marks(supervisor):
+        if supervisor and mark(supervisor) != folder:
             break
         if not supervisor:
             # it has just been started and has not said its pid yet
             supervisor = (read_json(os.path.join(folder, "status.json")) or {}).get("supervisor")
-            if supervisor and name in marks(supervisor):
+            if supervisor and mark(supervisor) == folder:
                 signal_quietly(os.kill, supervisor, signal.SIGTERM)
         time.sleep(0.1)
-    end_strays(name)
+    end_strays(folder)
     lock = locked(folder)
     if lock is None:
         return False
@@ -474,19 +474,22 @@ def forget_secrets(folder: str) -> None:
         os.unlink(os.path.join(folder, "secrets.json"))
 
 
-def marks(pid: int) -> List[str]:
-    """The job a process belongs to, by its environment; nothing for one that has ended."""
+def mark(pid: int) -> str:
+    """The folder of the job that a process belongs to, by its environment; empty for any other.
+
+    Not its name: another orchestrator's job with another root may have the same one.
+    """
     try:
         with open("/proc/%d/environ" % pid, "rb") as file:
             for entry in file.read().split(b"\0"):
                 if entry.startswith(MARK.encode() + b"="):
-                    return [entry.split(b"=", 1)[1].decode()]
+                    return os.fsdecode(entry.split(b"=", 1)[1])
     except OSError:
         pass
-    return []
+    return ""
 
 
-def end_strays(name: str) -> None:
+def end_strays(folder: str) -> None:
     """Kill every process that carries the job's mark: what outlived its supervisor."""
     if not os.path.isdir("/proc"):
         return
@@ -494,7 +497,7 @@ def end_strays(name: str) -> None:
         alive = [
             int(entry)
             for entry in os.listdir("/proc")
-            if entry.isdigit() and int(entry) != os.getpid() and name in marks(int(entry))
+            if entry.isdigit() and int(entry) != os.getpid() and mark(int(entry)) == folder
         ]
         if not alive:
             return
@@ -517,17 +520,16 @@ def supervise(folder: str, lock: Optional[int]) -> None:
     """
     spec = read_json(os.path.join(folder, "spec.json"))
     status = read_json(os.path.join(folder, "status.json"))
-    status.update(supervisor=os.getpid(), boot_id=boot_id(), host=os.uname().nodename)
+    status.update(name=spec["name"], supervisor=os.getpid(), boot_id=boot_id())
+    status.update(host=os.uname().nodename)
     ending: List[float] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.time()))
     if sys.platform.startswith("linux"):
         # orphans of the job become children of this process and end with it
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     locks = [] if lock is None else [lock]
-    if spec["shared_lock"]:
-        status["state"] = "waiting"
-        write_status(folder, status)
-        locks.append(wait_for(spec["shared_lock"], folder, status, ending))
+    for path in spec["locks"]:
+        locks.append(wait_for(path, folder, status, ending))
     if ending:
         status.update(state="lost", why="ended from outside", ended=time.time())
         write_status(folder, status)
@@ -588,20 +590,34 @@ def end_group(job: "subprocess.Popen[bytes]", asked: float) -> int:
     return job.wait()
 
 
+def shared_locks(root: str, alone: str) -> List[str]:
+    """The locks that a job holds against others: of its root, and of all roots on this host."""
+    of_root = os.path.join(expand(root), "gpus.lock")
+    # a home may be shared by several hosts
+    of_host = expand("~/.fast_cpt/gpus-%s.lock" % os.uname().nodename)
+    return {"no": [], "root": [of_root], "host": [of_root, of_host]}[alone]
+
+
 def wait_for(path: str, folder: str, status: Answer, ending: List[float]) -> int:
-    """The shared lock's descriptor, once it is free or the job is asked to end."""
+    """A shared lock's descriptor, once it is free or the job is asked to end."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     beat = 0.0
     while not ending:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # for those that wait: whose turn it is
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, status["name"].encode(), 0)
             break
         except OSError:
             if time.time() - beat > HEARTBEAT_S:
                 beat = time.time()
+                holder = os.pread(lock, 1024, 0).decode(errors="replace")
+                status.update(state="waiting", why="job %s has the GPUs (%s)" % (holder, path))
                 write_status(folder, status)
             time.sleep(0.5)
+    status.pop("why", None)
     return lock
 
 
@@ -630,9 +646,7 @@ def sbatch(folder: str, spec: Answer, options: List[str], extra_lines: List[str]
     write_whole(os.path.join(folder, "batch.sh"), "\n".join(lines) + "\n")
     write_whole(os.path.join(folder, "spec.json"), json.dumps(spec))
     write_status(folder, {"state": "waiting", "started": time.time()})
-    done = run_slurm(
-        ["sbatch", *fixed, *options, os.path.join(folder, "batch.sh")], {MARK: spec["name"]}
-    )
+    done = run_slurm(["sbatch", *fixed, *options, os.path.join(folder, "batch.sh")], {MARK: folder})
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
         if "ontact" in said or "imed out" in said:
@@ -690,7 +704,7 @@ def state_in_slurm(status: Answer, slurm_id: str, queue: Optional[Dict[str, List
     return {**status, "state": "lost", "why": why}
 
 
-def scancel(folder: str, name: str, slurm_id: str) -> bool:
+def scancel(folder: str, slurm_id: str) -> bool:
     """SIGTERM, then the end. True when Slurm has nothing of the job left."""
     run_slurm(["scancel", "--batch", "--signal=TERM", slurm_id], {})
     asked = time.time()
@@ -701,7 +715,7 @@ def scancel(folder: str, name: str, slurm_id: str) -> bool:
         if state in WAITING or time.time() > asked + GRACE_S:
             run_slurm(["scancel", slurm_id], {})
         time.sleep(0.5)
-    end_strays(name)
+    end_strays(folder)
     forget_secrets(folder)
     return squeue().get(slurm_id, ["gone", ""])[0] not in WAITING + RUNNING
 
@@ -834,6 +848,7 @@ REQUESTS = {
 }
 
 if __name__ == "__main__" and len(sys.argv) > 1:
+    os.umask(0o077)
     if sys.argv[1] == "on-hosts":
         sys.exit(
             on_hosts(int(sys.argv[2]), sys.argv[3].split(",") if sys.argv[3] else [], sys.argv[4:])

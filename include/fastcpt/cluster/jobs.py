@@ -11,14 +11,16 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastcpt.cluster.remote import ClusterError, Remote, ask, ask_through
 from fastcpt.files import digest_of
+from fastcpt.recipe import Cluster
 
 ACTIVE = ("starting", "waiting", "running")
 # sysexits.h EX_CONFIG: the trainer's word for input that does not get better by trying again.
 EXIT_CANNOT_HEAL = 78
+Alone = Literal["no", "root", "host"]
 
 
 class JobRefused(ValueError):
@@ -63,7 +65,8 @@ class Job:
     """Commands to run one after another, until one fails.
 
     ``result`` is the file whose presence means that all is done already. ``secrets`` become
-    environment variables by way of a 0600 file that is gone once the job has started.
+    environment variables by way of a 0600 file that is gone once the job has started. Jobs that
+    are ``alone`` run one after another: those under one root, or all of the login's on the host.
     """
 
     name: str
@@ -72,7 +75,7 @@ class Job:
     folder: str | None = None
     result: str | None = None
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
-    uses_gpus: bool = True
+    alone: Alone = "root"
     slurm: SlurmOptions | None = None
 
     @property
@@ -84,6 +87,11 @@ class Job:
             lines.append(f"cd {shlex.quote(self.folder)}")
         lines += [shlex.join(command) for command in self.commands]
         return "\n".join(lines) + "\n"
+
+
+def alone(cluster: Cluster) -> Alone:
+    """Beside what a training does not run: a host's GPUs are for one at a time, whatever its root."""
+    return "root" if cluster.cpu_only else "host"
 
 
 def job_name(*parts: object) -> str:
@@ -108,7 +116,7 @@ def submit(remote: Remote, root: str, job: Job, owner: str = "") -> str:
         digest=digest_of(job.script, job.slurm and [job.slurm.arguments, *job.slurm.extra_lines]),
         secrets=dict(job.secrets),
         result=job.result,
-        shared_lock=f"{root}/gpus.lock" if job.uses_gpus and not job.slurm else None,
+        alone="no" if job.slurm else job.alone,  # Slurm shares out the GPUs itself
         owner=owner,
         slurm=job.slurm and job.slurm.arguments,
         extra_lines=job.slurm and list(job.slurm.extra_lines),

@@ -116,7 +116,8 @@ def _program() -> str:
 
 
 def _request(do: str, values: dict[str, Any]) -> bytes:
-    call = f"\nprint(json.dumps(REQUESTS[{do!r}](**json.loads({json.dumps(values)!r}))))\n"
+    # what is made there is its owner's alone
+    call = f"\nos.umask(0o077)\nprint(json.dumps(REQUESTS[{do!r}](**json.loads({json.dumps(values)!r}))))\n"
     return (_program() + call).encode()
 
 
@@ -170,6 +171,7 @@ async def ask_async(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
     finally:
         if process.returncode is None:
             process.kill()
+            await process.wait()
     return _answer(remote, do, process.returncode or 0, output, errors)
 
 
