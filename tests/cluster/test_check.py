@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from typing import Any
 import local_sshd
 import pytest
 
+from fastcpt.cluster import transfer
 from fastcpt.cluster.check import check_cluster
 from fastcpt.cluster.environment import check_python, pins
-from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask
+from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask, ask_async
 from fastcpt.recipe import Cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -68,7 +71,28 @@ def test_a_host_without_rsync_is_refused(tmp_path: Path) -> None:
         subprocess.run(["kill", str(facts["pid"])], check=True)
 
 
-def test_a_wrong_host_key_is_refused(remote: Remote, tmp_path: Path) -> None:
+def ask_now(to: Remote, folder: Path) -> None:
+    ask(to, "check", root=str(folder))
+
+
+def ask_in_the_triggerer(to: Remote, folder: Path) -> None:
+    asyncio.run(ask_async(to, "check", root=str(folder)))
+
+
+def rsync_to(to: Remote, folder: Path) -> None:
+    (folder / "file").write_text("content")
+    transfer._rsync(to, [["file"]], {"file": 7}, f"{folder}/", f"HOST:{folder}/there/")
+
+
+ways = pytest.mark.parametrize("way", [ask_now, ask_in_the_triggerer, rsync_to])
+
+
+@ways
+def test_a_wrong_host_key_is_refused(
+    remote: Remote, tmp_path: Path, way: Callable[[Remote, Path], None]
+) -> None:
+    # with the right one it works, and leaves a shared connection open that is not to be used
+    way(remote, tmp_path)
     subprocess.run(
         ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / "other")], check=True
     )
@@ -76,13 +100,16 @@ def test_a_wrong_host_key_is_refused(remote: Remote, tmp_path: Path) -> None:
     (tmp_path / "known_hosts").write_text(f"[127.0.0.1]:{remote.port} {kind} {key}\n")
     wrong = replace(remote, known_hosts=str(tmp_path / "known_hosts"))
     with pytest.raises(ClusterError, match=r"the host key of 127.0.0.1 port .* is not the one in"):
-        ask(wrong, "check", root=str(tmp_path))
+        way(wrong, tmp_path)
 
 
-def test_an_unknown_host_key_is_refused(remote: Remote, tmp_path: Path) -> None:
+@ways
+def test_an_unknown_host_key_is_refused(
+    remote: Remote, tmp_path: Path, way: Callable[[Remote, Path], None]
+) -> None:
     (tmp_path / "known_hosts").write_text("")
     with pytest.raises(ClusterError, match="the host key of"):
-        ask(replace(remote, known_hosts=str(tmp_path / "known_hosts")), "check", root=str(tmp_path))
+        way(replace(remote, known_hosts=str(tmp_path / "known_hosts")), tmp_path)
 
 
 def test_a_refused_key_is_named(remote: Remote, tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from fastcpt.cluster import transfer
 from fastcpt.cluster.remote import ClusterError, Remote
 from fastcpt.cluster.transfer import fetch, files_of, send
 
@@ -33,6 +36,37 @@ def test_a_folder_arrives_whole_and_is_marked_ready_last(
     }
     assert (there / "READY").is_file()
     assert there.stat().st_mode & 0o077 == 0
+
+
+def test_progress_counts_bytes_and_tells_rate_and_time_left(
+    remote: Remote,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "large").write_bytes(os.urandom(20_000_000))
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "rsync").write_text(f'#!/bin/sh\nexec {shutil.which("rsync")} --bwlimit=4000 "$@"\n')
+    (slow / "rsync").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
+    monkeypatch.setattr(transfer, "TOLD_EVERY_S", 1.0)
+    with caplog.at_level("INFO"):
+        send(remote, here, str(tmp_path / "there"), files_of(here))
+    found = [
+        re.fullmatch(r"([\d.]+) of 20\.0 MB, ([\d.]+) MB/s, (\d+) s left", m)
+        for m in caplog.messages
+    ]
+    told = [tuple(map(float, one.groups())) for one in found if one]
+    # one file, told about while it is under way
+    assert len(told) >= 2
+    assert told == sorted(told, key=lambda one: one[0])
+    done, rate, left = told[-1]
+    assert 5 < done < 20
+    assert 1 < rate < 6
+    assert left == pytest.approx((20 - done) / rate, abs=1)
 
 
 def test_what_is_there_is_not_sent_again(remote: Remote, shards: Path, tmp_path: Path) -> None:

@@ -35,16 +35,23 @@ def test_a_killed_rsync_goes_on_where_it_stopped(
 ) -> None:
     files = shards(tmp_path / "from", 8, 60_000_000)
     target = tmp_path / "to"
+    # rsync itself notes what it sends of each file
+    note, programs = tmp_path / "sent.log", tmp_path / "bin"
+    programs.mkdir()
+    logs = f"--log-file={note} --log-file-format=sent:%b"
+    (programs / "rsync").write_text(f'#!/bin/sh\nexec {shutil.which("rsync")} {logs} "$@"\n')
+    (programs / "rsync").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     killed: list[int] = []
 
     def kill() -> None:
-        # as soon as bytes arrive, while the transfer runs
+        # when much has arrived, while the transfer runs
         until = time.monotonic() + 60
         while time.monotonic() < until and not killed:
             for pid in _descendants(os.getpid()):
                 name = Path(f"/proc/{pid}/comm")
                 arrived = sum(path.stat().st_size for path in target.glob(".shard*"))
-                if arrived > 5_000_000 and name.exists() and name.read_text().strip() == "rsync":
+                if arrived > 100_000_000 and name.exists() and name.read_text().strip() == "rsync":
                     os.kill(pid, signal.SIGKILL)
                     killed.append(pid)
                     break
@@ -58,6 +65,14 @@ def test_a_killed_rsync_goes_on_where_it_stopped(
     assert contents(target) == contents(tmp_path / "from")
     assert (target / "READY").exists()
     assert not [path for path in target.rglob("*") if "partial" in path.name]
+    # what had arrived of the files under way was not sent again
+    sent = [
+        int(line.rpartition("sent:")[2])
+        for line in note.read_text().splitlines()
+        if "sent:" in line
+    ]
+    assert len(sent) == 8
+    assert sum(sent) < 8 * 60_000_000 - 50_000_000
 
 
 @pytest.mark.slow

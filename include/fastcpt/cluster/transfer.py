@@ -9,12 +9,17 @@ READY file comes last. Interrupted transfers go on where they stopped (``--parti
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from subprocess import PIPE
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from fastcpt.cluster.remote import (
     OUTAGE_S,
@@ -32,6 +37,7 @@ log = logging.getLogger(__name__)
 STREAMS = 4
 ROUNDS = 3  # a file that differs after being sent is sent again, twice
 IDLE_TIMEOUT_S = 120
+TOLD_EVERY_S = 5.0
 File = dict[str, Any]
 
 
@@ -181,52 +187,72 @@ def _shares(names: Sequence[str], sizes: dict[str, int], streams: int) -> list[l
 def _rsync(
     remote: Remote, shares: list[list[str]], sizes: dict[str, int], source: str, target: str
 ) -> None:
-    total, began, done = sum(sizes[name] for share in shares for name in share), time.monotonic(), 0
+    progress = _Progress(sum(sizes[name] for share in shares for name in share))
+    command = [
+        *("rsync", "-tLI", f"--timeout={IDLE_TIMEOUT_S}", "--partial-dir=.rsync-partial"),
+        *("--files-from=-", "--out-format=%n", "--progress"),
+        # what it makes there is its owner's alone
+        *("--rsync-path", "umask 077 && rsync", "-e", quoted_ssh(remote)),
+        source.replace("HOST", remote.host, 1),
+        target.replace("HOST", remote.host, 1),
+    ]
 
-    def transfer(share: list[str], arrived: Callable[[str], None]) -> None:
-        command = [
-            "rsync",
-            *("-a", "--no-owner", "--no-group", "--ignore-times", "--partial-dir=.rsync-partial"),
-            *(f"--timeout={IDLE_TIMEOUT_S}", "--files-from=-", "--out-format=%n"),
-            *("-e", quoted_ssh(remote)),
-            source.replace("HOST", remote.host, 1),
-            target.replace("HOST", remote.host, 1),
-        ]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def transfer(share: list[str], process: subprocess.Popen[str], complaints: IO[str]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdin.write("".join(f"{name}\n" for name in share))
-        process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended: its exit code says why
+            process.stdin.write("".join(f"{name}\n" for name in share))
+            process.stdin.close()
+        name = ""
+        # a name as its file begins, then, rewriting their line, the bytes of it so far
         for line in process.stdout:
-            arrived(line.strip())
-        said = process.stderr.read()
+            if line.strip() in sizes:
+                name = line.strip()
+            elif so_far := re.match(r" *([\d,]+) +\d+%", line):
+                progress.tell(name, int(so_far[1].replace(",", "")))
         if process.wait():
-            raise _rsync_error(remote, process.returncode, said)
+            complaints.seek(0)
+            raise _rsync_error(remote, process.returncode, complaints.read())
 
-    last = began
-
-    def arrived(name: str) -> None:
-        nonlocal done, last
-        done += sizes.get(name, 0)
-        now = time.monotonic()
-        if now - last > 5 and done:
-            rate = done / (now - began)
-            log.info(
-                "%.1f of %.1f MB, %.1f MB/s, %.0f s left",
-                *(done / 1e6, total / 1e6, rate / 1e6, (total - done) / rate),
+    with ExitStack() as files, ThreadPoolExecutor(len(shares)) as streams:
+        running, transfers = [], []
+        for share in shares:
+            complaints = files.enter_context(TemporaryFile("w+", errors="replace"))
+            process = subprocess.Popen(
+                command, stdin=PIPE, stdout=PIPE, stderr=complaints, errors="replace"
             )
-            last = now
+            running.append(process)
+            transfers.append(streams.submit(transfer, share, process, complaints))
+        try:
+            for done in as_completed(transfers):
+                done.result()
+        except BaseException:
+            # one failed, or the task is ended: the others go no further
+            for process in running:
+                process.terminate()
+            raise
 
-    with ThreadPoolExecutor(len(shares)) as streams:
-        for transferred in [streams.submit(transfer, share, arrived) for share in shares]:
-            transferred.result()
+
+class _Progress:
+    """What has arrived of all streams together: bytes, rate and time left."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.bytes_of = total, dict[str, int]()
+        self.began = self.last = time.monotonic()
+        self.lock = threading.Lock()
+
+    def tell(self, name: str, so_far: int) -> None:
+        with self.lock:
+            self.bytes_of[name] = so_far
+            done, now = sum(self.bytes_of.values()), time.monotonic()
+            if now - self.last < TOLD_EVERY_S or not done:
+                return
+            self.last = now
+        rate = done / (now - self.began)
+        log.info(
+            "%.1f of %.1f MB, %.1f MB/s, %.0f s left",
+            *(done / 1e6, self.total / 1e6, rate / 1e6, (self.total - done) / rate),
+        )
 
 
 def _rsync_error(remote: Remote, code: int, said: str) -> Exception:
@@ -236,7 +262,8 @@ def _rsync_error(remote: Remote, code: int, said: str) -> Exception:
         )
     if code == 127 or "rsync: command not found" in said or "rsync: not found" in said:
         return ClusterError(f"{remote.host} has no rsync: install the package rsync there")
-    if code == 255:
+    # ssh failed: rsync passes its code on, or sees a broken stream (12); (13) is a file's own error
+    if code in (12, 255) and "(13)" not in said:
         return connection_error(remote, said)
     last = said.strip().splitlines()[-1] if said.strip() else "no reason given"
     return ConnectionLost(f"rsync to {remote.host} ended with {code}: {last}")
