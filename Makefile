@@ -30,4 +30,4 @@ test: lint
 	. include/scripts/tools.sh && include/scripts/test.sh
 
 faults: install-dev
-	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest tests/faults -m faults
+	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest tests/faults --durations=0

@@ -41,7 +41,7 @@ def server(tmp_path: Path) -> Iterator[dict[str, Any]]:
         os.waitpid(facts["pid"], 0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     facts = local_sshd.start(tmp_path_factory.mktemp("sshd"))
     yield facts
@@ -49,14 +49,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     os.waitpid(facts["pid"], 0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def airflow(tmp_path_factory: pytest.TempPathFactory, cluster: dict[str, Any]) -> Iterator[Airflow]:
     stack = Airflow(tmp_path_factory.mktemp("airflow"), cluster)
     yield stack
     stack.end()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     cluster = Slurm(tmp_path_factory.mktemp("slurm") / "cluster")
     yield cluster

@@ -6,15 +6,19 @@ own, so that killing it is what a reboot is to those that depend on it. Needs ro
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -23,7 +27,9 @@ from typing import Any
 
 import httpx
 import local_sshd
+import pytest
 
+import remote_job
 from fastcpt.cluster.remote import Remote
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -57,6 +63,26 @@ for step in range(at + 1, steps + 1):
 with open(os.path.join(folder, "result.json.new"), "w") as file:
     json.dump({"steps": steps}, file)
 os.replace(file.name, os.path.join(folder, "result.json"))
+"""
+
+# Each rank tells who it is, meets the others at the first host, and then works on.
+RANK = """
+import os, sys, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+store = TCPStore(address, port, size, rank == 0, timedelta(seconds=60))
+store.add("there", 1)
+while int(store.add("there", 0)) < size:
+    time.sleep(0.05)
+print("rank", rank, "of", size, "at", address, os.environ["NOTE"], flush=True)
+beat = os.path.join(sys.argv[-1], "beat-%d" % rank)
+for number in range(int(os.environ["BEATS"])):
+    open(beat, "a").write(".")
+    time.sleep(0.2)
+    if os.environ.get("FAILS") and rank == 3:
+        sys.exit(5)
 """
 
 
@@ -117,7 +143,13 @@ class Host:
         self.link, far = f"fch{number}", f"fcg{number}"
         subnet = f"10.{200 + number // 250 % 50}.{number % 250}"
         self.address = f"{subnet}.2"
-        self._call("ip", "netns", "add", self.namespace)
+        try:
+            self._call("ip", "netns", "add", self.namespace)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = getattr(error, "stderr", b"").decode().strip() or error
+            raise RuntimeError(
+                f"a host of its own needs root and network namespaces: {said}"
+            ) from None
         self._call("ip", "link", "add", self.link, "type", "veth", "peer", "name", far)
         self._call("ip", "link", "set", far, "netns", self.namespace)
         self._call("ip", "addr", "add", f"{subnet}.1/24", "dev", self.link)
@@ -179,23 +211,58 @@ def remote_of(facts: dict[str, Any]) -> Remote:
     )
 
 
+class Watch:
+    """A trigger as Airflow's triggerer runs it, in a thread of its own, and the lines it logs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, to: Remote, root: Path, name: str) -> None:
+        monkeypatch.setattr(remote_job, "remote_of", lambda connection: to)
+        trigger = remote_job.RemoteJobTrigger("cluster", str(root), name, "one")
+        self.lines: list[str] = []
+        self.warnings: list[str] = []
+        self.event: dict[str, Any] = {}
+        logger = logging.Logger("watch")
+        logger.handle = self._keep  # type: ignore[method-assign]
+        trigger._log = logger
+
+        async def first() -> None:
+            async for event in trigger.run():
+                self.event = event.payload
+
+        self.thread = threading.Thread(target=lambda: asyncio.run(first()), daemon=True)
+        self.thread.start()
+
+    def _keep(self, record: logging.LogRecord) -> None:
+        kept = self.lines if record.levelno < logging.WARNING else self.warnings
+        kept.append(record.getMessage())
+
+    def wait(self, seconds: float) -> dict[str, Any]:
+        self.thread.join(seconds)
+        assert self.event, (
+            f"nothing after {seconds} s; {len(self.lines)} lines, {self.warnings[-3:]}"
+        )
+        return self.event
+
+    @property
+    def steps(self) -> list[int]:
+        return [int(line.split()[1]) for line in self.lines if line.startswith("step ")]
+
+
 # Airflow
 
+SECRET = "hf_" + "k7" * 20
 DAGS = '''
 import os, time
 from datetime import timedelta
 from airflow.sdk import dag
 from remote_job import RemoteJob, RemoteJobOperator
+from steps import secrets
 
 def job(context):
     conf = context["dag_run"].conf
     return RemoteJob(
-        "local_cluster", conf["root"], conf["commands"], result=conf["result"],
-        environment={"STARTED_FOR": conf.get("note", "")},
+        conf.get("connection", "local_cluster"), conf["root"], conf["commands"],
+        result=conf["result"],
     )
-
-def secrets(context):
-    return {"HF_TOKEN": context["dag_run"].conf.get("secret", "none")}
 
 class DiesBeforeItWaits(RemoteJobOperator):
     """Gives a test the time to kill the worker between starting the job and waiting for it."""
@@ -245,6 +312,7 @@ class Airflow:
         self.url = f"http://127.0.0.1:{(port := stack.free_port())}"
         self.settings = stack.environment(cluster, port) | {
             "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
+            "AIRFLOW_VAR_HF_TOKEN": SECRET,
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "15",
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
             "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "3",
@@ -319,6 +387,22 @@ class Airflow:
         )
         answer.raise_for_status()
         return Run(self, dag, answer.json()["dag_run_id"])
+
+    def connect(self, name: str, facts: dict[str, Any]) -> None:
+        """Add a connection to a host, as an administrator does in the UI."""
+        extra = {key: facts[key] for key in ("key_file", "known_hosts")}
+        answer = self.client.post(
+            "/api/v2/connections",
+            json={
+                "connection_id": name,
+                "conn_type": "ssh",
+                "host": facts["host"],
+                "login": facts["user"],
+                "port": facts["port"],
+                "extra": json.dumps(extra),
+            },
+        )
+        answer.raise_for_status()
 
     def train(
         self, dag: str, training: Training, steps: int, pace: float = 0.5, **conf: Any
@@ -416,9 +500,11 @@ class Slurm:
     """A Slurm cluster of two nodes on this machine, and an SSH server as its login host."""
 
     def __init__(self, folder: Path) -> None:
+        if os.getuid() or not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"):
+            raise RuntimeError("Slurm needs root and the packages slurm-wlm and munge")
         self.folder = folder
         folder.mkdir(mode=0o700)
-        for name in ("state", "spool/n1", "spool/n2"):
+        for name in ("state", "spool/127.0.0.1", "spool/127.0.0.2"):
             (folder / name).mkdir(parents=True)
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o600)
@@ -453,7 +539,7 @@ class Slurm:
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
         lines += [
-            f"NodeName=n1,n2 NodeHostname={here} NodeAddr=127.0.0.1 Port={ports[1]},{ports[2]} "
+            f"NodeName=127.0.0.1,127.0.0.2 NodeHostname={here} NodeAddr=127.0.0.1 Port={ports[1]},{ports[2]} "
             "CPUs=1 State=UNKNOWN",
             "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
         ]
@@ -465,8 +551,8 @@ class Slurm:
         eventually((self.sockets / "munge").exists, 20)
         self.processes += [
             self._start("slurmctld", "-D", "-f", str(self.configuration)),
-            self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "n1"),
-            self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "n2"),
+            self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "127.0.0.1"),
+            self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "127.0.0.2"),
         ]
         eventually(lambda: "idle" in self.call("sinfo", "-h", "-o", "%T"), 60)
         self.login = local_sshd.start(

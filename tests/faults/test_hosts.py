@@ -17,29 +17,9 @@ from fastcpt.cluster import jobs
 from fastcpt.cluster.remote import Remote, ask
 from fastcpt.recipe import load_recipe
 from fastcpt.training import commands
-from faults.machines import REPOSITORY, Host, eventually, free_port, remote_of
+from faults.machines import RANK, REPOSITORY, Host, eventually, free_port, remote_of
 
 pytestmark = pytest.mark.faults
-
-# Each rank tells who it is, meets the others at the first host, and then works on.
-RANK = """
-import os, sys, time
-from datetime import timedelta
-from torch.distributed import TCPStore
-rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-store = TCPStore(address, port, size, rank == 0, timedelta(seconds=60))
-store.add("there", 1)
-while int(store.add("there", 0)) < size:
-    time.sleep(0.05)
-print("rank", rank, "of", size, "at", address, os.environ["NOTE"], flush=True)
-beat = os.path.join(sys.argv[-1], "beat-%d" % rank)
-for number in range(int(os.environ["BEATS"])):
-    open(beat, "a").write(".")
-    time.sleep(0.2)
-    if os.environ.get("FAILS") and rank == 3:
-        sys.exit(5)
-"""
 
 
 @pytest.fixture
@@ -134,3 +114,18 @@ def test_a_second_host_that_loses_the_first_ends_its_part(
     # nobody else ends them: they see for themselves that they are alone
     eventually(lambda: still(beats), 150, 5)
     eventually(lambda: ended(first, tmp_path, "d"), 60)
+
+
+def test_a_second_host_with_another_key_is_not_trained_on(
+    pair: tuple[Remote, str], host: Host, tmp_path: Path
+) -> None:
+    first, second = pair
+    known_hosts = Path(host.facts["known_hosts"])
+    address, kind, _ = known_hosts.read_text().split()
+    other = (tmp_path / "first" / "host_key.pub").read_text().split()[1]
+    known_hosts.write_text(f"{address} {kind} {other}\n")
+    jobs.submit(first, str(tmp_path), job_of("e", second, tmp_path, BEATS="10000"))
+    eventually(lambda: ended(first, tmp_path, "e"), 60)
+    answer = poll(first, tmp_path, "e")
+    assert answer["status"]["state"] == "failed"
+    assert "Host key verification failed" in base64.b64decode(answer["log"]).decode()

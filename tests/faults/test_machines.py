@@ -1,13 +1,8 @@
-"""The GPU host, its SSH server or the network between die while a job runs: what the watcher sees.
-
-The trigger is the one that runs in Airflow's triggerer; here it runs in the test's own loop.
-"""
+"""The GPU host, its SSH server or the network between die while a job runs: what the watcher sees."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import os
 import signal
 import threading
@@ -20,44 +15,7 @@ import pytest
 
 import remote_job
 from fastcpt.cluster import jobs, remote
-from fastcpt.cluster.remote import Remote
-from faults.machines import Host, Training, eventually
-
-
-class Watch:
-    """A trigger that runs in a thread of its own, and the lines it logs."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, to: Remote, root: Path, name: str) -> None:
-        monkeypatch.setattr(remote_job, "remote_of", lambda connection: to)
-        trigger = remote_job.RemoteJobTrigger("cluster", str(root), name, "one")
-        self.lines: list[str] = []
-        self.warnings: list[str] = []
-        self.event: dict[str, Any] = {}
-        logger = logging.Logger("watch")
-        logger.handle = self._keep  # type: ignore[method-assign]
-        trigger._log = logger
-
-        async def first() -> None:
-            async for event in trigger.run():
-                self.event = event.payload
-
-        self.thread = threading.Thread(target=lambda: asyncio.run(first()), daemon=True)
-        self.thread.start()
-
-    def _keep(self, record: logging.LogRecord) -> None:
-        kept = self.lines if record.levelno < logging.WARNING else self.warnings
-        kept.append(record.getMessage())
-
-    def wait(self, seconds: float) -> dict[str, Any]:
-        self.thread.join(seconds)
-        assert self.event, (
-            f"nothing after {seconds} s; {len(self.lines)} lines, {self.warnings[-3:]}"
-        )
-        return self.event
-
-    @property
-    def steps(self) -> list[int]:
-        return [int(line.split()[1]) for line in self.lines if line.startswith("step ")]
+from faults.machines import Host, Training, Watch, eventually, remote_of
 
 
 def job_of(training: Training, steps: int, pace: float = 0.5) -> jobs.Job:
@@ -93,9 +51,7 @@ def test_a_rebooted_host_costs_less_than_one_checkpoint_interval(
 def test_sshd_killed_and_back_after_a_minute(
     server: dict[str, Any], training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    to = Remote(
-        "127.0.0.1", server["user"], server["port"], server["key_file"], server["known_hosts"]
-    )
+    to = remote_of(server)
     jobs.submit(to, str(tmp_path), job_of(training, 180), "one")
     watch = Watch(monkeypatch, to, tmp_path, "train")
     training.wait_for_step(10)
@@ -151,9 +107,7 @@ def test_a_network_cut_of_three_minutes(
 def test_a_connection_that_hangs_without_closing(
     server: dict[str, Any], training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    to = Remote(
-        "127.0.0.1", server["user"], server["port"], server["key_file"], server["known_hosts"]
-    )
+    to = remote_of(server)
     jobs.submit(to, str(tmp_path), job_of(training, 240), "one")
     watch = Watch(monkeypatch, to, tmp_path, "train")
     eventually(lambda: len(watch.steps) > 5, 30)
@@ -205,9 +159,7 @@ def test_a_host_that_stays_away_fails_the_try_and_not_the_job(
 def test_two_orchestrators_share_one_cluster(
     server: dict[str, Any], training: Training, tmp_path: Path
 ) -> None:
-    to = Remote(
-        "127.0.0.1", server["user"], server["port"], server["key_file"], server["known_hosts"]
-    )
+    to = remote_of(server)
     # the same run of two orchestrators at the same instant: one job
     answers: list[str] = []
     job = job_of(training, 10, 0.2)
@@ -232,13 +184,58 @@ def test_two_orchestrators_share_one_cluster(
     assert other.never_twice
 
 
+@pytest.mark.slow
+def test_orchestrators_with_roots_of_their_own_share_the_gpus_of_a_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a login whose home is the test's
+    facts = local_sshd.start(tmp_path / "sshd", {"HOME": str(tmp_path)})
+    to = remote_of(facts)
+    try:
+        one, other = Training(tmp_path / "one"), Training(tmp_path / "other")
+        (other.folder / "gpu").symlink_to(one.folder / "gpu")
+        for name, training in (("first", one), ("second", other)):
+            command = training.command(20, 0.2)
+            job = jobs.Job(name, [command], result=training.result, alone="host")
+            assert jobs.submit(to, str(tmp_path / f"root of {name}"), job, "one") == "started"
+            if training is one:
+                training.wait_for_step(1)
+        watch = Watch(monkeypatch, to, tmp_path / "root of second", "second")
+        assert watch.wait(60)["status"]["state"] == "succeeded"
+        # the log says what it waited for
+        assert watch.lines[0].startswith("waiting: job first has the GPUs (")
+        assert watch.steps == list(range(1, 21))
+        assert other.never_twice
+        assert one.never_twice
+        assert one.numbers("steps") == list(range(1, 21))
+    finally:
+        os.killpg(facts["pid"], signal.SIGTERM)
+        os.waitpid(facts["pid"], 0)
+
+
+@pytest.mark.slow
+def test_a_job_that_writes_nothing_is_seen_to_run(
+    server: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_job, "QUIET_S", 2.0)
+    job = jobs.Job("quiet", [["echo", "step 7/9 loss 2.5"], ["sleep", "7"]])
+    jobs.submit(remote_of(server), str(tmp_path), job, "one")
+    watch = Watch(monkeypatch, remote_of(server), tmp_path, "quiet")
+    assert watch.wait(30)["status"]["state"] == "succeeded"
+    assert watch.lines[0] == "step 7/9 loss 2.5"
+    told = [line for line in watch.lines if "silent for" in line]
+    assert told[0].startswith("running, silent for ")
+    assert told[0].endswith(" s after: step 7/9 loss 2.5")
+    # each time it is due, and each step once
+    assert 1 <= len(told) <= 3
+    assert watch.lines.count("step 7/9 loss 2.5") == 1
+
+
 @pytest.mark.faults
 def test_a_log_of_100_mb_without_ends_of_lines_and_in_no_encoding(
     server: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    to = Remote(
-        "127.0.0.1", server["user"], server["port"], server["key_file"], server["known_hosts"]
-    )
+    to = remote_of(server)
     program = """if True:
         import os
         line = b'x' * 99 + bytes([10])

@@ -12,7 +12,18 @@ import pytest
 
 from fastcpt.cluster import jobs
 from fastcpt.cluster.remote import ClusterError, Remote, ask
-from faults.machines import Slurm, Training, alive, eventually
+from fastcpt.recipe import load_recipe
+from fastcpt.training import commands
+from faults.machines import (
+    RANK,
+    REPOSITORY,
+    Slurm,
+    Training,
+    Watch,
+    alive,
+    eventually,
+    free_port,
+)
 
 pytestmark = pytest.mark.faults
 
@@ -41,8 +52,13 @@ def job_of(name: str, training: Training, steps: int, **options: Any) -> jobs.Jo
 
 
 def test_a_job_runs_and_is_found_again(slurm: Slurm, training: Training, tmp_path: Path) -> None:
-    job = job_of("a", training, 12)
+    lines = ["--comment=typed"]
+    job = job_of("a", training, 12, account="law", time_limit="00:10:00", extra_lines=lines)
     assert jobs.submit(slurm.remote, str(tmp_path), job, "one") == "started"
+    # the recipe's options have reached Slurm
+    facts = slurm.call("scontrol", "show", "job", slurm_id(tmp_path, "a"))
+    for wanted in ("Account=law", "Partition=main", "TimeLimit=00:10:00", "Comment=typed"):
+        assert wanted in facts
     training.wait_for_step(2)
     assert jobs.submit(slurm.remote, str(tmp_path), job, "two") == "running"
     eventually(lambda: state(slurm.remote, tmp_path, "a") == "succeeded", 60)
@@ -63,15 +79,18 @@ def test_options_that_slurm_refuses_are_told(
 
 
 def test_a_job_that_is_pending_for_long_waits(
-    slurm: Slurm, training: Training, tmp_path: Path
+    slurm: Slurm, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of("c", training, 3, extra_lines=["--begin=now+30"])
     jobs.submit(slurm.remote, str(tmp_path), job)
-    time.sleep(5)
-    status = poll(slurm.remote, tmp_path, "c")["status"]
-    assert (status["state"], status["why"]) == ("waiting", "Slurm: PENDING, BeginTime")
+    watch = Watch(monkeypatch, slurm.remote, tmp_path, "c")
+    # the task's log says why, once
+    eventually(lambda: "waiting: Slurm: PENDING, BeginTime" in watch.lines, 15)
     assert jobs.submit(slurm.remote, str(tmp_path), job) == "running"
-    eventually(lambda: state(slurm.remote, tmp_path, "c") == "succeeded", 90)
+    assert not training.numbers("starts")
+    assert watch.wait(120)["status"]["state"] == "succeeded"
+    assert watch.lines.count("waiting: Slurm: PENDING, BeginTime") == 1
+    assert watch.steps == [1, 2, 3]
     assert training.numbers("starts") == [0]
 
 
@@ -112,16 +131,18 @@ def test_scancel_is_final(slurm: Slurm, training: Training, tmp_path: Path) -> N
 def test_a_job_killed_for_time_goes_on_by_retry(
     slurm: Slurm, training: Training, tmp_path: Path
 ) -> None:
-    # Slurm's shortest limit is a minute
-    job = job_of("f", training, 150, time_limit="1")
+    # Slurm's shortest limit is a minute, and it looks twice a minute
+    job = job_of("f", training, 1000, time_limit="1")
     jobs.submit(slurm.remote, str(tmp_path), job)
     eventually(lambda: state(slurm.remote, tmp_path, "f") == "lost", 240, 1)
+    reached = max(training.numbers("steps"))
     with pytest.raises(jobs.JobLost, match="at its time limit"):
         jobs.outcome(slurm.remote, "f", poll(slurm.remote, tmp_path, "f")["status"], [])
     assert jobs.submit(slurm.remote, str(tmp_path), job) == "started"
-    training.wait_for_step(150, 120)
-    assert training.numbers("starts")[1] >= 80
+    training.wait_for_step(reached + 3)
+    assert training.numbers("starts") == [0, reached // 5 * 5]
     assert training.never_twice
+    jobs.stop(slurm.remote, str(tmp_path), "f")
 
 
 def test_stopping_ends_the_job_in_slurm(slurm: Slurm, training: Training, tmp_path: Path) -> None:
@@ -139,15 +160,20 @@ def test_stopping_ends_the_job_in_slurm(slurm: Slurm, training: Training, tmp_pa
 
 
 def test_two_nodes_run_one_training_together(slurm: Slurm, tmp_path: Path) -> None:
-    program = "import sys; print(*sys.argv[1:], open(sys.argv[3]).read().split(), flush=True)"
-    command = [
-        *("python3", "supervisor.py", "on-hosts", "2", ""),
-        *("python3", "-c", program, "{node_rank}", "{master_addr}", "{hostfile}"),
-    ]
+    (tmp_path / "rank.py").write_text(RANK)
+    overrides = {"cluster.gpus": 4, "cluster.launcher": "slurm", "cluster.cpu_only": True}
+    recipe = load_recipe("sample", overrides)
+    at = commands.Host(str(REPOSITORY / ".env/cluster/bin/python"), str(REPOSITORY), "recipe.yaml")
+    command = [*commands.launch(recipe, at, free_port()), str(tmp_path / "rank.py"), str(tmp_path)]
+    environment = {**commands.environment(recipe, at), "NOTE": "there", "BEATS": "1"}
     options = jobs.SlurmOptions(extra_lines=["--nodes=2"])
-    jobs.submit(slurm.remote, str(tmp_path), jobs.Job("h", [command], slurm=options))
-    eventually(lambda: state(slurm.remote, tmp_path, "h") == "succeeded", 60)
-    lines = base64.b64decode(poll(slurm.remote, tmp_path, "h")["log"]).decode().splitlines()
-    hostfile = tmp_path / "jobs" / "h" / "hostfile"
-    slots = ["n1", "slots=1", "n2", "slots=1"]
-    assert sorted(lines) == [f"{rank} n1 {hostfile} {slots}" for rank in (0, 1)]
+    jobs.submit(slurm.remote, str(tmp_path), jobs.Job("h", [command], environment, slurm=options))
+    eventually(lambda: state(slurm.remote, tmp_path, "h") not in jobs.ACTIVE, 120)
+    answer = poll(slurm.remote, tmp_path, "h")
+    log = base64.b64decode(answer["log"]).decode()
+    assert answer["status"]["state"] == "succeeded", log
+    told = sorted(line for line in log.splitlines() if line.startswith("rank "))
+    assert told == [f"rank {rank} of 4 at 127.0.0.1 there" for rank in range(4)]
+    assert (tmp_path / "jobs" / "h" / "hostfile").read_text().split() == [
+        *("127.0.0.1", "slots=2", "127.0.0.2", "slots=2")
+    ]
