@@ -1,6 +1,7 @@
 """From legal documents to a gated, fine-tuned model: the wiring of the steps, and nothing else.
 
-    plan -> list_documents -> score (a task a group of files) -> select -> build -> sync -> train_cpt
+    plan -> list_documents -> score (a task a group of files) -> select
+    select -> tokenize (a task a group of files) -> build -> sync -> train_cpt
     plan -> check_cluster -> prepare_environment -> sync
     build, check_cluster -> approve_plan -> train_cpt
     train_cpt -> evaluate_cpt -> gate -> train_sft -> evaluate_sft -> publish -> report
@@ -85,6 +86,7 @@ def fast_cpt() -> None:
     documents = task(steps.list_documents)(plan)
     scores = task(steps.score).partial(plan=plan).expand(parts=documents)
     selection = task(steps.select)(plan, scores)
+    tokens = task(steps.tokenize).partial(plan=plan, selection=selection).expand(parts=documents)
     corpus = task(steps.build)(plan, selection)
 
     cluster = task(steps.check_cluster)(plan)
@@ -121,6 +123,7 @@ def fast_cpt() -> None:
 
     approve_plan = ApprovePlan(task_id="approve_plan", retries=0)
 
+    tokens >> corpus
     cluster >> environment
     [corpus, cluster] >> approve_plan
     [places, approve_plan] >> train_cpt >> evaluate_cpt >> gate >> [train_sft, train_cpt_stage2]

@@ -19,8 +19,9 @@ from remote_job import RemoteJob, connection_of, remote_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt")
-# Airflow maps at most 1024 tasks, and fewer, larger groups of files cost less to start.
-MOST_GROUPS = 16
+# Airflow maps at most 1024 tasks, and fewer, larger groups of files cost less to start: this much
+# text takes about as long as a task's start.
+MOST_GROUPS, GROUP_BYTES = 64, 4_000_000
 
 Facts = dict[str, Any]
 
@@ -68,12 +69,13 @@ def plan() -> Facts:
             "No instructions (sft.instructions): a model that passes the gate is published as it is."
         )
     record = open_record(HOME, context["run_id"], context["dag"].dag_id, recipe)
-    found = make_plan(recipe, estimated_tokens(_text_bytes(parts), recipe), None, HOME / HISTORY)
+    text_bytes = _text_bytes(parts)
+    found = make_plan(recipe, estimated_tokens(text_bytes, recipe), None, HOME / HISTORY)
     add(record, "plan.json", found.to_json())
     print(found.message())
     if not values["run_even_if_plan_says_no"]:
         require_fit(found)
-    groups = min(MOST_GROUPS, len(parts))
+    groups = min(MOST_GROUPS, len(parts), 1 + text_bytes // GROUP_BYTES)
     return {
         "recipe": str(record / "recipe.yaml"),
         "record": str(record),
@@ -113,31 +115,50 @@ def final_plan(context: Context) -> Facts:
 
 
 def list_documents(plan: Facts) -> list[list[str]]:
-    """The groups of files that ``score`` is mapped over."""
+    """The groups of files that ``score`` and ``tokenize`` are mapped over."""
     parts: list[list[str]] = plan["parts"]
     return parts
 
 
-# The corpus, on this machine
+# The corpus, on this machine or on workers that share HOME and the documents
+
+
+def _processes(plan: Facts) -> int:
+    """A mapped task's share of the cores: all of them where there is one group of files."""
+    from fastcpt.corpus.processes import cores
+
+    return max(1, cores() // len(plan["parts"]))
 
 
 def score(plan: Facts, parts: list[str]) -> list[Facts]:
     """Score the documents of a group of files."""
-    from fastcpt.corpus.score import score_part
+    from fastcpt.corpus.score import score_parts
 
-    return [_brief(score_part(part, recipe_of(plan), HOME)) for part in parts]
+    return [_brief(facts) for facts in score_parts(parts, recipe_of(plan), HOME, _processes(plan))]
 
 
 def select(plan: Facts, scores: list[list[Facts]]) -> Facts:
-    """Decide which documents are taken, from the score tables alone."""
+    """Decide which documents are taken, from the score tables alone; train the tokenizer on them."""
+    from fastcpt.corpus.build import prepare_tokenizer
     from fastcpt.corpus.select import select as select_documents
 
+    recipe = recipe_of(plan)
     tables = sorted(table["path"] for group in scores for table in group)
-    return _brief(select_documents(tables, recipe_of(plan), HOME))
+    selection = _brief(select_documents(tables, recipe, HOME))
+    prepare_tokenizer(selection["path"], recipe, HOME)
+    return selection
+
+
+def tokenize(plan: Facts, selection: Facts, parts: list[str]) -> Facts:
+    """Tokenize the documents taken of a group of files."""
+    from fastcpt.corpus.build import tokenize as tokenize_documents
+
+    recipe, processes = recipe_of(plan), _processes(plan)
+    return tokenize_documents(selection["path"], parts, recipe, HOME, processes)
 
 
 def build(plan: Facts, selection: Facts) -> Facts:
-    """Tokenize and pack the documents taken; split the instructions."""
+    """Pack the tokens of the documents taken; split the instructions."""
     from fastcpt.corpus.build import build as build_corpus
     from fastcpt.corpus.instructions import build_instructions
     from fastcpt.reporting.record import add, add_output

@@ -19,7 +19,8 @@ from typing import Any
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to; it takes the place of ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # two machines that share the folder may have processes of the same number
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
     try:
         yield aside
         with aside.open("rb") as written:

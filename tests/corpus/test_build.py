@@ -19,6 +19,8 @@ import pytest
 
 from corpus.made import Record, act, record, text_of
 from fastcpt.corpus import build as build_module
+from fastcpt.corpus import documents as documents_module
+from fastcpt.corpus import processes as processes_module
 from fastcpt.corpus.build import BuildError, LeakError, build, tokenize
 from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.score import score_parts
@@ -122,12 +124,9 @@ def test_each_piece_of_a_row_has_its_areas(
         areas_of[records[-1]["full_text"]] = areas
     general = [record(f"story {n}", text_of(7000 + n)) for n in range(40)]
     areas_of |= dict.fromkeys((item["full_text"] for item in general), None)
-    (tmp_path / "general").mkdir()
-    lines = "".join(json.dumps(item) + "\n" for item in general)
-    (tmp_path / "general" / "a.jsonl").write_text(lines)
     recipe = recipe_for(
         documents(records),
-        documents__replay={"path": str(tmp_path / "general"), "share": 0.2},
+        documents__replay={"path": str(general_folder(tmp_path, general)), "share": 0.2},
         lora={"areas": {"sea": ["fishing quota"], "market": ["consumer", "competition"]}},
     )
     corpus = made(recipe, home)
@@ -143,7 +142,10 @@ def test_each_piece_of_a_row_has_its_areas(
                 assert areas == expected
                 seen.add(None if areas is None else tuple(areas))
     assert seen == {None, (), ("consumer",), ("fishing quota",)}
-    for row in rows_of(corpus, "validation*/*.parquet"):
+    held_out = rows_of(corpus, "validation/*.parquet") + rows_of(
+        corpus, "validation_newest/*.parquet"
+    )
+    for row in held_out:
         number = next(n for n in range(1, 41) if act(n)["id"] == row["id"])
         assert row["areas"] == topics.get(number % 3, ([], []))[1]
 
@@ -192,6 +194,32 @@ def test_the_same_bytes_for_any_number_of_processes(
     ]
     assert bytes_of(folders[0]) == bytes_of(folders[1])
     assert folders[0].name == folders[1].name
+
+
+def test_a_large_file_is_spread_over_processes(
+    documents: Writer, recipe_for: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes_module, "LARGE", 0)
+    monkeypatch.setattr(documents_module, "BATCH_CHARACTERS", 2000)
+    shared: list[int] = []
+    start = processes_module._start
+
+    def started() -> Any:
+        shared.append(1)
+        return start()
+
+    monkeypatch.setattr(processes_module, "_start", started)
+    recipe = recipe_for(documents([*acts(), {"id": "no text"}]))
+    alone = made(recipe, tmp_path / "alone", 1)
+    assert not shared
+    spread = made(recipe, tmp_path / "spread", 3)
+    assert len(shared) >= 6  # three to score, three to tokenize
+    assert bytes_of(Path(alone["path"])) == bytes_of(Path(spread["path"]))
+    tables = [
+        pq.read_table(next((tmp_path / name / "scores").glob("*/scores.parquet")))
+        for name in ("alone", "spread")
+    ]
+    assert tables[0].equals(tables[1])
 
 
 def test_the_same_bytes_from_tiktoken(
@@ -383,6 +411,73 @@ def test_replay_mixes_in_general_documents(
     assert 0.17 < corpus["replay"]["share"] <= 0.2
     kept = {row["reason"]: row["tokens"] for row in corpus["funnel"] if row["stage"] == "kept"}
     assert kept["train"] + kept["replay"] == corpus["tokens"]
+
+
+def test_general_documents_are_held_out_by_their_ids(
+    documents: Writer, recipe_for: Recipes, tmp_path: Path
+) -> None:
+    stories = [record(f"story {n}", text_of(7000 + n)) for n in range(300)]
+    general = general_folder(tmp_path, stories)
+    texts = {item["id"]: item["full_text"] for item in stories}
+    sets = []
+    for share in (0.3, 0.6):
+        recipe = recipe_for(
+            documents(acts(60)),
+            documents__replay={"path": str(general), "share": share},
+            corpus__validation_share=0.1,
+        )
+        corpus = made(recipe, tmp_path / "home")
+        tokenizer = describe(Path(corpus["path"]) / "tokenizer/tokenizer.json").load()
+        rows = rows_of(corpus, "validation_general/*.parquet")
+        trained = " ".join(tokenizer.decode(row["input_ids"]) for row in rows_of(corpus))
+        for row in rows:
+            text = texts[row["id"]]
+            assert tokenizer.decode(row["input_ids"][1:-1]) == text
+            assert row["bytes"] == len(text)
+            assert (row["year"], row["doc_type"], row["areas"]) == (2020, "regulation", [])
+            assert text[:20] not in trained
+        assert any(text[:20] in trained for text in texts.values())
+        (facts,) = [item for item in corpus["validation"] if item["set"] == "validation_general"]
+        assert facts["rows"] == len(rows) > 5
+        # about as much text as the legal set
+        (legal,) = [item for item in corpus["validation"] if item["set"] == "validation"]
+        assert 0.8 < facts["tokens"] / legal["tokens"] < 1.3
+        sets.append({row["id"] for row in rows})
+    assert sets[0] == sets[1]
+
+
+def test_what_general_documents_are_held_out_shares_with_training_is_left_out(
+    documents: Writer, recipe_for: Recipes, tmp_path: Path
+) -> None:
+    stories = [record(f"story {n}", text_of(7000 + n)) for n in range(60)]
+    settings = {"corpus__validation_share": 0.2}
+
+    def held_out(legal: list[Record], also: list[Record]) -> tuple[set[str], int]:
+        general = general_folder(tmp_path, [*stories, *also])
+        replay = {"path": str(general), "share": 0.6}
+        recipe = recipe_for(documents(legal), documents__replay=replay, **settings)
+        corpus = made(recipe, tmp_path / "home")
+        rows = rows_of(corpus, "validation_general/*.parquet")
+        return {row["id"] for row in rows}, corpus["replay"]["documents"]
+
+    before, trained = held_out(acts(60), [])
+    one = min(before)
+    text = next(item["full_text"] for item in stories if item["id"] == one)
+    # a general document that repeats a held-out one is not trained on
+    assert held_out(acts(60), [record("retold", "Again: " + text)]) == (before, trained)
+    # and where an act quotes the held-out one, that one measures nothing
+    quoting = act(900, year=1990)
+    assert one in held_out([*acts(60), quoting], [])[0]
+    quoting["full_text"] += " " + text
+    assert one not in held_out([*acts(60), quoting], [])[0]
+
+
+def general_folder(tmp_path: Path, records: list[Record]) -> Path:
+    folder = tmp_path / "general"
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(item) + "\n" for item in records)
+    (folder / "a.jsonl").write_text(lines)
+    return folder
 
 
 def test_too_little_for_the_shards(documents: Writer, recipe_for: Recipes, home: Path) -> None:

@@ -4,18 +4,59 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fastcpt.corpus import processes
 from fastcpt.corpus.documents import DocumentsError, list_parts
-from fastcpt.corpus.processes import WorkerDiedError, in_processes
+from fastcpt.corpus.processes import WorkerDiedError, in_order, in_processes, over_parts
 from fastcpt.recipe import Documents
 
 
 def test_results_come_with_their_calls() -> None:
     found = dict(in_processes(os.path.join, [("a", str(n)) for n in range(20)], processes=3))
     assert found == {n: f"a/{n}" for n in range(20)}
+
+
+def test_results_in_order_of_calls_that_are_made_as_workers_are_free() -> None:
+    made = []
+
+    def calls() -> Iterator[tuple[float]]:
+        for n in range(60):
+            made.append(n)
+            yield (0.02 if n % 2 else 0.0,)
+
+    results = in_order(time.sleep, calls(), processes=2)
+    next(results)
+    assert len(made) < 30
+    assert len(list(results)) == 59
+
+
+def test_the_order_is_the_calls() -> None:
+    calls = ((str(n), "x" * (n % 7)) for n in range(50))
+    assert list(in_order(os.path.join, calls, processes=3)) == [
+        f"{n}/{'x' * (n % 7)}" for n in range(50)
+    ]
+
+
+def test_an_error_of_what_makes_the_calls_comes_through() -> None:
+    def calls() -> Iterator[tuple[str, str]]:
+        yield ("a", "b")
+        raise DocumentsError("cut short")
+
+    with pytest.raises(DocumentsError, match="cut short"):
+        list(in_order(os.path.join, calls(), processes=2))
+
+
+def test_a_large_file_gets_all_processes_and_small_ones_share_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "LARGE", 5)
+    found = dict(over_parts(max, [(0,)] * 4, [100, 6, 1, 1], processes=3))
+    assert found == {0: 3, 1: 1, 2: 1, 3: 1}
 
 
 def test_an_error_comes_through_as_itself() -> None:

@@ -22,6 +22,7 @@ STEPS = {
     "list_documents",
     "score",
     "select",
+    "tokenize",
     "build",
     "check_cluster",
     "prepare_environment",

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,8 @@ from fastcpt.corpus import leakage
 from fastcpt.corpus.documents import Document, files_under, identity, read_documents
 from fastcpt.corpus.fingerprint import OVERLAP, spread
 from fastcpt.corpus.pack import Packed, pack
-from fastcpt.corpus.processes import Progress, in_processes
+from fastcpt.corpus.processes import Progress, cores, in_order, in_processes, over_parts
+from fastcpt.corpus.score import hash_of
 from fastcpt.corpus.select import funnel_table, take_within
 from fastcpt.corpus.tokenizer import (
     TRAINING_CHARACTERS,
@@ -69,6 +70,9 @@ VALIDATION_SCHEMA = pa.schema(
     ]
 )
 HELD_OUT = ("validation", "validation_newest")  # splits, and the names of their folders
+GENERAL = "validation_general"  # of the replay's documents, where there is replay
+ONE_GENERAL_IN = 16  # is never trained on, whatever the recipe
+MOST_GENERAL = 2_000_000  # characters held out: about 450,000 tokens tell perplexity to 0.5 %
 MOST_OVERLAPS = 20
 MOST_CHARACTERS_A_TOKEN = 8  # more than running text has: enough documents are tokenized for replay
 SMALL = 4_000_000  # characters: less is done sooner than processes start and tokenizers compare
@@ -90,12 +94,13 @@ def build(
 
     Writes ``home/corpora/<digest>``: ``cpt_train_shard_NN.parquet`` (``input_ids``, ``lengths`` of
     the documents' pieces in them and each piece's ``areas``, null where it is general text),
-    ``validation/`` and ``validation_newest/`` (a row a document), ``tokenizer/``, ``funnel.md`` and ``corpus_manifest.json``, which lists every
+    ``validation/``, ``validation_newest/`` and, with replay, ``validation_general/`` (a row a
+    document), ``tokenizer/``, ``funnel.md`` and ``corpus_manifest.json``, which lists every
     file with its SHA-256. Returns the manifest with ``path`` and ``reused``.
     """
     chosen = read_json(Path(selection) / "manifest.json")
     documents = _Documents.of_selection(Path(selection), chosen, recipe.documents.fields)
-    tokenizer = find_tokenizer(recipe) or _trained(documents, chosen["digest"], recipe, home)
+    tokenizer = _tokenizer(documents, chosen["digest"], recipe, home)
     replay = _replay_parts(recipe)
     digest = digest_of(
         "build",
@@ -118,25 +123,34 @@ def build(
     return {**manifest, "path": str(folder), "reused": False}
 
 
-def tokenize(selection: str, parts: Sequence[str], recipe: Recipe, home: Path) -> dict[str, Any]:
+def prepare_tokenizer(selection: str, recipe: Recipe, home: Path) -> None:
+    """Train the tokenizer where the recipe says so, and find out how to run it fastest.
+
+    Done once before ``tokenize`` is spread over workers, so that each finds it done.
+    """
+    chosen = read_json(Path(selection) / "manifest.json")
+    documents = _Documents.of_selection(Path(selection), chosen, recipe.documents.fields)
+    _tokenizer(documents, chosen["digest"], recipe, home)
+
+
+def tokenize(
+    selection: str,
+    parts: Sequence[str],
+    recipe: Recipe,
+    home: Path,
+    processes: int | None = None,
+) -> dict[str, Any]:
     """Tokenize a selection's documents of some parts, which ``build`` then finds done.
 
     Mapped over groups of parts, this spreads the tokenizing over workers that share ``home``.
-    Returns ``{documents, tokens}`` that were new. A tokenizer that the recipe trains on the
-    documents does not exist before ``build``: then there is nothing to do yet.
+    Returns ``{documents, tokens}`` that were new.
     """
-    tokenizer = find_tokenizer(recipe)
-    if tokenizer is None:
-        return {"documents": 0, "tokens": 0}
     chosen = read_json(Path(selection) / "manifest.json")
     documents = _Documents.of_selection(Path(selection), chosen, recipe.documents.fields)
-    tokenizer = _compared(tokenizer, documents, home)
-    done = {"documents": 0, "tokens": 0}
-    for part, source, positions in documents.by_part(np.arange(len(documents.split))):
-        if part in parts:
-            result = tokenize_part(part, source, documents.fields, tokenizer, positions, home)
-            done = {key: done[key] + result[key] for key in done}
-    return done
+    tokenizer = _tokenizer(documents, chosen["digest"], recipe, home)
+    wanted = [number for number, (part, _) in enumerate(documents.parts) if part in parts]
+    rows = np.flatnonzero(np.isin(documents.part, wanted))
+    return _tokenize(documents, rows, tokenizer, home, processes)
 
 
 @dataclass
@@ -197,23 +211,33 @@ def _build_into(
     folder.mkdir(parents=True, exist_ok=True)
     if documents.characters.sum() < SMALL:
         processes = processes or 1
-    tokenizer = _compared(tokenizer, documents, home)
     held_out = folder / ".held_out.npz"
-    overlaps = _overlaps(documents, held_out, processes)
+    unseen = _General.held_out(replay, documents)
+    overlaps, spoiled = _overlaps(documents, unseen, held_out, processes)
     _drop_overlapping(documents, overlaps)
+    unseen.drop(spoiled)
     ids = _tokenized(documents, tokenizer, home, processes)
     _cut_at_budget(documents, ids, chosen["target_tokens"])
     train = documents.rows("train")
     _check_splits(documents, overlaps)
     legal = ids.of(train)
-    general = _replay(replay, int(legal.length.sum()), held_out, tokenizer, recipe, home)
+    general = _replay(replay, int(legal.length.sum()), held_out, tokenizer, recipe, home, processes)
     held_out.unlink()
-    training = legal.and_(general)
-    areas = _Areas.of(documents, train, len(general.length))
+    training = legal.and_(general.ids)
+    areas = _Areas.of(documents, train, len(general.ids.length))
     _check_adapters(areas, recipe)
     plan = _planned(training, recipe)
     shards = _write_shards(folder, plan, training, areas, recipe.corpus.num_shards, processes)
-    validation = [_write_validation(folder, documents, ids, split) for split in HELD_OUT]
+    validation = [
+        _write_validation(folder, split, documents.about.take(pa.array(rows)), ids.of(rows))
+        for split, rows in ((split, documents.rows(split)) for split in HELD_OUT)
+        if len(rows)
+    ]
+    if len(unseen.about):
+        for part, source, positions in unseen.parts:
+            tokenize_part(part, source, documents.fields, tokenizer, positions, home)
+        of_unseen = _read_ids(unseen.parts, documents.fields, tokenizer, home)
+        validation.append(_write_validation(folder, GENERAL, unseen.about, of_unseen))
     write_tokenizer(tokenizer, folder / "tokenizer")
     tokens = int(training.length.sum())
     return {
@@ -235,17 +259,24 @@ def _build_into(
         "padding_share": 1.0 - tokens / (plan.rows * recipe.corpus.max_seq_length),
         "bytes_per_token": sum(shard["bytes"] for shard in shards) / tokens,
         "replay": {
-            "documents": len(general.length),
-            "tokens": int(general.length.sum()),
-            "share": int(general.length.sum()) / tokens,
+            "documents": len(general.ids.length),
+            "tokens": int(general.ids.length.sum()),
+            "share": int(general.ids.length.sum()) / tokens,
         },
         "shards": shards,
-        "validation": [item for item in validation if item["rows"]],
+        "validation": validation,
         "funnel": _funnel(chosen, documents, ids, general),
     }
 
 
 # Tokenizer
+
+
+def _tokenizer(
+    documents: _Documents, selection: str, recipe: Recipe, home: Path
+) -> CorpusTokenizer:
+    found = find_tokenizer(recipe) or _trained(documents, selection, recipe, home)
+    return _compared(found, documents, home)
 
 
 def _trained(documents: _Documents, selection: str, recipe: Recipe, home: Path) -> CorpusTokenizer:
@@ -283,31 +314,38 @@ def _texts(part: str, fields: Fields, positions: Ints) -> Iterator[str]:
 # Overlaps with what is held out
 
 
-def _overlaps(documents: _Documents, table: Path, processes: int | None) -> list[tuple[int, int]]:
-    """(training row, held-out row) of all pairs that overlap too much, from the texts.
+def _overlaps(
+    documents: _Documents, unseen: _General, table: Path, processes: int | None
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Pairs that overlap too much, counted from the texts.
 
-    Leaves the held-out documents' sequences in ``table``.
+    Returns (training row, held-out row) of all pairs of legal documents, and the numbers of the
+    held-out general documents that a training document overlaps with. Leaves the held-out
+    documents' sequences in ``table``.
     """
     held_out = documents.rows(*HELD_OUT)
-    calls = [
-        (part, documents.fields, positions) for part, _, positions in documents.by_part(held_out)
+    found = [
+        (part, documents.fields, positions)
+        for part, _, positions in [*documents.by_part(held_out), *unseen.parts]
     ]
-    found = sorted(
-        (number, result)
-        for number, result in in_processes(leakage.held_out_sequences, calls, processes)
-    )
-    leakage.write_table(table, [item for _, (_, items) in found for item in items])
+    sequences = in_order(leakage.held_out_sequences, found, processes)
+    leakage.write_table(table, [item for _, items in sequences for item in items])
     parts = list(documents.by_part(documents.rows("train", "reserve")))
     progress = Progress("overlaps with held-out documents", "documents", len(documents.split))
     numbers = {path: number for number, (path, _) in enumerate(documents.parts)}
     pairs: list[tuple[int, int]] = []
+    spoiled: set[int] = set()
     against = [(part, documents.fields, positions, table) for part, _, positions in parts]
     for call, result in in_processes(leakage.overlaps, against, processes):
         part, _, positions = parts[call]
         rows = documents.rows_at(numbers[part], result.position)
-        pairs += zip(rows.tolist(), held_out[result.held_out].tolist(), strict=True)
+        for row, other in zip(rows.tolist(), result.held_out.tolist(), strict=True):
+            if other < len(held_out):
+                pairs.append((row, int(held_out[other])))
+            else:
+                spoiled.add(other - len(held_out))
         progress.add(len(positions))
-    return sorted(pairs)
+    return sorted(pairs), sorted(spoiled)
 
 
 def _drop_overlapping(documents: _Documents, pairs: list[tuple[int, int]]) -> None:
@@ -373,33 +411,57 @@ class _Ids:
         )
 
 
-def _tokenized(
-    documents: _Documents, tokenizer: CorpusTokenizer, home: Path, processes: int | None
-) -> _Ids:
-    rows = np.flatnonzero(~np.isin(documents.split, ["overlaps_held_out", "common_text"]))
+def _tokenize(
+    documents: _Documents,
+    rows: Ints,
+    tokenizer: CorpusTokenizer,
+    home: Path,
+    processes: int | None,
+) -> dict[str, Any]:
+    """Tokenize what of some rows is not tokenized yet; ``{documents, tokens}`` that were new."""
     parts = list(documents.by_part(rows))
-    progress = Progress("tokenize", "characters", float(documents.characters[rows].sum()))
     numbers = {path: number for number, (path, _) in enumerate(documents.parts)}
+    progress = Progress("tokenize", "characters", float(documents.characters[rows].sum()))
+    sizes = [
+        int(documents.characters[documents.rows_at(numbers[part], positions)].sum())
+        for part, _, positions in parts
+    ]
     calls = [
         (part, source, documents.fields, tokenizer, positions, home)
         for part, source, positions in parts
     ]
-    done = 0
-    for call, result in in_processes(tokenize_part, calls, processes):
-        part, _, positions = parts[call]
-        progress.add(documents.characters[documents.rows_at(numbers[part], positions)].sum())
-        done += result["tokens"]
-    log.info("tokenized %d documents, %d tokens of them now", len(rows), done)
+    done = {"documents": 0, "tokens": 0}
+    for call, result in over_parts(tokenize_part, calls, sizes, processes):
+        progress.add(sizes[call])
+        done = {key: done[key] + result[key] for key in done}
+    log.info("tokenized %d documents, %d tokens of them now", len(rows), done["tokens"])
+    return done
+
+
+def _tokenized(
+    documents: _Documents, tokenizer: CorpusTokenizer, home: Path, processes: int | None
+) -> _Ids:
+    """Where the ids of all documents that are still wanted are."""
+    rows = np.flatnonzero(~np.isin(documents.split, ["overlaps_held_out", "common_text"]))
+    _tokenize(documents, rows, tokenizer, home, processes)
+    found = _read_ids(list(documents.by_part(rows)), documents.fields, tokenizer, home)
     nothing = np.zeros(len(documents.split), dtype=np.int64)
-    ids = _Ids([], nothing.copy(), nothing.copy(), nothing.copy())
-    for part, source, positions in parts:
-        of_part = documents.rows_at(numbers[part], positions)
-        found = read_index(token_folder(source, documents.fields, tokenizer, home))
+    ids = _Ids(found.files, nothing.copy(), nothing.copy(), nothing.copy())
+    # rows are ordered by part and position, as the ids that were read are
+    ids.file[rows], ids.offset[rows], ids.length[rows] = found.file, found.offset, found.length
+    return ids
+
+
+def _read_ids(
+    parts: Sequence[tuple[str, str, Ints]], fields: Fields, tokenizer: CorpusTokenizer, home: Path
+) -> _Ids:
+    """Where the ids of some parts' documents (by position, which are tokenized) are."""
+    ids = _Ids([], *np.empty((3, 0), dtype=np.int64))
+    for _, source, positions in parts:
+        found = read_index(token_folder(source, fields, tokenizer, home))
         order = np.argsort(found.position, kind="stable")
         at = order[np.searchsorted(found.position[order], positions)]
-        ids.file[of_part] = found.file[at] + len(ids.files)
-        ids.offset[of_part], ids.length[of_part] = found.offset[at], found.length[at]
-        ids.files += found.files
+        ids = ids.and_(_Ids(found.files, found.file[at], found.offset[at], found.length[at]))
     return ids
 
 
@@ -431,6 +493,66 @@ def _replay_parts(recipe: Recipe) -> list[tuple[str, str]]:
     return sorted(((part, identity(part)) for part in parts), key=lambda item: digest_of(item[1]))
 
 
+@dataclass
+class _General:
+    """General documents that are held out, to measure what the model forgets."""
+
+    parts: list[tuple[str, str, Ints]]  # path, content identity, positions
+    about: pa.Table  # a row a document: id, bytes, year, doc_type, areas
+
+    @classmethod
+    def held_out(cls, parts: Sequence[tuple[str, str]], documents: _Documents) -> _General:
+        """The first that the hash of their id holds out, as much text as ``validation`` has."""
+        left = min(MOST_GENERAL, int(documents.characters[documents.rows("validation")].sum()))
+        found: list[tuple[str, str, Ints]] = []
+        about: list[dict[str, Any]] = []
+        for part, source in parts:
+            positions = []
+            for document in read_documents(part, documents.fields) if left > 0 else ():
+                if isinstance(document, Document) and _is_held_out(document):
+                    positions.append(document.position)
+                    about.append(_about(document))
+                    left -= len(document.text)
+                if left <= 0:
+                    break
+            if positions:
+                found.append((part, source, np.array(positions)))
+        if parts and not about:
+            log.warning("the general documents are too few to hold any out: no %s", GENERAL)
+        columns = [name for name in VALIDATION_SCHEMA.names if name != "input_ids"]
+        schema = pa.schema([VALIDATION_SCHEMA.field(name) for name in columns])
+        return cls(found, pa.Table.from_pylist(about, schema=schema))
+
+    def drop(self, numbers: Sequence[int]) -> None:
+        """Leave some documents out after all."""
+        kept = np.setdiff1d(np.arange(len(self.about)), numbers)
+        self.about = self.about.take(pa.array(kept))
+        begins = np.cumsum([0, *(len(positions) for _, _, positions in self.parts)])
+        self.parts = [
+            (part, source, positions[np.isin(begin + np.arange(len(positions)), kept)])
+            for begin, (part, source, positions) in zip(begins, self.parts, strict=False)
+        ]
+
+
+def _is_held_out(document: Document) -> bool:
+    return hash_of("general", document.id) % ONE_GENERAL_IN == 0
+
+
+def _about(document: Document) -> dict[str, Any]:
+    return {
+        "id": document.id,
+        "bytes": len(document.text.encode()),
+        "year": document.year or 0,
+        "doc_type": document.doc_type,
+        "areas": [],
+    }
+
+
+class _Replayed(NamedTuple):
+    ids: _Ids
+    characters: int
+
+
 def _replay(
     parts: list[tuple[str, str]],
     legal_tokens: int,
@@ -438,46 +560,55 @@ def _replay(
     tokenizer: CorpusTokenizer,
     recipe: Recipe,
     home: Path,
-) -> _Ids:
+    processes: int | None,
+) -> _Replayed:
     """General documents of the recipe's share of all training tokens, from as few files.
 
-    Those that overlap with a held-out legal document are left out.
+    Those that overlap with a held-out document, legal or general, are left out.
     """
-    nothing = np.empty(0, dtype=np.int64)
-    chosen = _Ids([], nothing, nothing, nothing)
+    chosen = _Ids([], *np.empty((3, 0), dtype=np.int64))
+    characters = 0
     if recipe.documents.replay is None:
-        return chosen
+        return _Replayed(chosen, 0)
     share = recipe.documents.replay.share
-    budget = math.floor(legal_tokens * share / (1 - share))
+    budget = left = math.floor(legal_tokens * share / (1 - share))
     fields = recipe.documents.fields
     for part, source in parts:
-        positions = _first_positions(part, fields, budget * MOST_CHARACTERS_A_TOKEN)
+        lengths = _first_lengths(part, fields, left * MOST_CHARACTERS_A_TOKEN)
+        positions = np.array(list(lengths), dtype=np.int64)
         copied = leakage.overlaps(part, fields, positions, held_out).position
         positions = np.setdiff1d(positions, copied)
-        tokenize_part(part, source, fields, tokenizer, positions, home)
-        found = read_index(token_folder(source, fields, tokenizer, home))
-        order = np.argsort(found.position)
-        order = order[np.isin(found.position[order], positions)]
-        taken = order[take_within(found.length[order], budget)]
-        chosen = chosen.and_(
-            _Ids(found.files, found.file[taken], found.offset[taken], found.length[taken])
-        )
-        budget -= int(found.length[taken].sum())
-        if len(taken) < len(order):
+        tokenize_part(part, source, fields, tokenizer, positions, home, processes or cores())
+        found = _read_ids([(part, source, positions)], fields, tokenizer, home)
+        taken = np.flatnonzero(take_within(found.length, left))
+        chosen = chosen.and_(found.of(taken))
+        characters += sum(lengths[position] for position in positions[taken].tolist())
+        left -= int(found.length[taken].sum())
+        log.info("replay: %d of %d tokens", budget - left, budget)
+        if len(taken) < len(positions):
             break
-    return chosen
+    if left > budget / 10:
+        log.warning(
+            "documents.replay: the general documents have only %d of the %d tokens that are wanted",
+            budget - left,
+            budget,
+        )
+    return _Replayed(chosen, characters)
 
 
-def _first_positions(part: str, fields: Fields, characters: int) -> Ints:
-    """Positions of a part's first documents, as many as have so many characters together."""
-    positions: list[int] = []
+def _first_lengths(part: str, fields: Fields, characters: int) -> dict[int, int]:
+    """A part's first documents that may be trained on, as many as have so many characters.
+
+    Their positions, each with its own characters.
+    """
+    lengths: dict[int, int] = {}
     for document in read_documents(part, fields):
-        if isinstance(document, Document):
-            positions.append(document.position)
+        if isinstance(document, Document) and not _is_held_out(document):
+            lengths[document.position] = len(document.text)
             characters -= len(document.text)
         if characters < 0:
             break
-    return np.array(positions, dtype=np.int64)
+    return lengths
 
 
 # Shards
@@ -658,24 +789,21 @@ class _TokenFiles:
         return values
 
 
-def _write_validation(folder: Path, documents: _Documents, ids: _Ids, split: str) -> dict[str, Any]:
+def _write_validation(folder: Path, split: str, about: pa.Table, ids: _Ids) -> dict[str, Any]:
     """One set of held-out documents, a row each, in the order of their ids."""
-    rows = documents.rows(split)
     name = f"{split}/validation_shard_00.parquet"
-    if not len(rows):
-        return {"file": name, "set": split, "rows": 0}
-    names = documents.about["id"].to_pylist()
-    rows = np.array(sorted(rows.tolist(), key=lambda row: names[row]))
-    about = documents.about.take(pa.array(rows))
+    names = about["id"].to_pylist()
+    order = np.array(sorted(range(len(names)), key=lambda row: names[row]))
+    about, ids = about.take(pa.array(order)), ids.of(order)
     with (
         whole_file(folder / name) as aside,
         _writer(aside, VALIDATION_SCHEMA) as writer,
         _TokenFiles(ids.files) as source,
     ):
-        for begin in range(0, len(rows), 64):
-            some = rows[begin : begin + 64]
+        for begin in range(0, len(order), 64):
+            some = slice(begin, begin + 64)
             values = source.read(ids.file[some], ids.offset[some], ids.length[some])
-            facts = about.slice(begin, len(some))
+            facts = about.slice(begin, 64)
             offsets = np.concatenate([[0], np.cumsum(ids.length[some])])
             year = facts["year"].cast(pa.int32())
             columns = [
@@ -691,8 +819,8 @@ def _write_validation(folder: Path, documents: _Documents, ids: _Ids, split: str
     return {
         "file": name,
         "set": split,
-        "rows": len(rows),
-        "tokens": int(ids.length[rows].sum()),
+        "rows": len(order),
+        "tokens": int(ids.length.sum()),
         "bytes": path.stat().st_size,
         "sha256": sha256_of_file(path),
     }
@@ -720,7 +848,7 @@ def _files(folder: Path, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def _funnel(
-    chosen: dict[str, Any], documents: _Documents, ids: _Ids, general: _Ids
+    chosen: dict[str, Any], documents: _Documents, ids: _Ids, general: _Replayed
 ) -> list[dict[str, Any]]:
     """The selection's funnel with what the build dropped, and what is kept in counted tokens."""
     funnel = [row for row in chosen["funnel"] if row["stage"] != "kept"]
@@ -739,14 +867,14 @@ def _funnel(
         if len(documents.rows(reason)):
             funnel.append(row("build", reason))
     funnel += [row("kept", split) for split in ("train", *HELD_OUT)]
-    if len(general.length):
+    if len(general.ids.length):
         funnel.append(
             {
                 "stage": "kept",
                 "reason": "replay",
-                "documents": len(general.length),
-                "characters": 0,
-                "tokens": int(general.length.sum()),
+                "documents": len(general.ids.length),
+                "characters": general.characters,
+                "tokens": int(general.ids.length.sum()),
             }
         )
     return funnel

@@ -27,6 +27,7 @@ from fastcpt.recipe import Documents, Fields
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 PACKED = ("", ".gz", ".zst")
 CHUNK = 1 << 20
+BATCH_CHARACTERS = 1 << 20  # handled in one call
 PARQUET_BATCH = 64  # documents in memory at once; some acts have 3 M characters
 
 
@@ -139,6 +140,20 @@ def read_documents(
             yield _document(position, record, part, fields)
         except WrongFieldError as error:
             yield Unreadable(part, position + 1, str(error))
+
+
+def in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in their order, as many together as have ``BATCH_CHARACTERS``."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 # Records

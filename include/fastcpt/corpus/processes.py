@@ -16,13 +16,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
+LARGE = 8 << 20  # bytes or characters: less is not worth several processes
 
 
 class WorkerDiedError(OSError):
@@ -36,37 +37,42 @@ def cores() -> int:
 
 def in_processes(
     function: Callable[..., Any],
-    calls: Sequence[tuple[Any, ...]],
+    calls: Iterable[tuple[Any, ...]],
     processes: int | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """``(index of the call, result)`` as calls end; the first error of a call is raised here.
 
-    ``function`` is one of a module's own, arguments and results can be pickled. One call, or one
-    process, stays in this process.
+    ``function`` is one of a module's own, arguments and results can be pickled. Calls are taken
+    from the iterable as workers become free. One call, or one process, stays in this process.
     """
-    processes = min(processes or cores(), len(calls))
+    processes = processes or cores()
+    if isinstance(calls, Sequence):
+        processes = min(processes, len(calls))
     if processes <= 1:
         for index, arguments in enumerate(calls):
             yield index, function(*arguments)
         return
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for index in range(len(calls)):
-        waiting.put(index)
+    waiting = _Waiting(calls)
     done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
     workers = [_start() for _ in range(processes)]
     threads = [
-        threading.Thread(target=_feed, args=(worker, function, calls, waiting, done), daemon=True)
+        threading.Thread(target=_feed, args=(worker, function, waiting, done), daemon=True)
         for worker in workers
     ]
     try:
         for thread in threads:
             thread.start()
-        for _ in range(len(calls)):
+        busy = len(threads)
+        while busy:
             index, result, error = done.get()
             if error is not None:
                 raise error
-            yield index, result
+            if index == _NO_MORE:
+                busy -= 1
+            else:
+                yield index, result
     finally:
+        waiting.ended = True
         for worker in workers:
             # all results are here, or none is wanted any more
             worker.kill()
@@ -74,6 +80,59 @@ def in_processes(
             thread.join()
         for worker in workers:
             worker.wait()
+
+
+def in_order(
+    function: Callable[..., Any],
+    calls: Iterable[tuple[Any, ...]],
+    processes: int | None = None,
+) -> Iterator[Any]:
+    """Results of ``in_processes`` in the calls' order."""
+    early: dict[int, Any] = {}
+    following = 0
+    for index, result in in_processes(function, calls, processes):
+        early[index] = result
+        while following in early:
+            yield early.pop(following)
+            following += 1
+
+
+def over_parts(
+    function: Callable[..., Any],
+    calls: Sequence[tuple[Any, ...]],
+    sizes: Sequence[float],
+    processes: int | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """``in_processes`` over files of very different sizes; ``function`` takes processes at last.
+
+    A file that is more than one process's share gets all of them, the others one each.
+    """
+    processes = processes or cores()
+    share = max(LARGE, sum(sizes) / processes)
+    large = [n for n, size in enumerate(sizes) if size > share and processes > 1]
+    for n in large:
+        yield n, function(*calls[n], processes)
+    others = [n for n in range(len(calls)) if n not in set(large)]
+    for place, result in in_processes(function, [(*calls[n], 1) for n in others], processes):
+        yield others[place], result
+
+
+_NO_MORE = -1
+
+
+class _Waiting:
+    """Calls that no worker has taken yet, for several threads."""
+
+    def __init__(self, calls: Iterable[tuple[Any, ...]]):
+        self.calls = enumerate(calls)
+        self.lock = threading.Lock()
+        self.ended = False
+
+    def take(self) -> tuple[int, tuple[Any, ...]]:
+        with self.lock:
+            if self.ended:
+                return _NO_MORE, ()
+            return next(self.calls, (_NO_MORE, ()))
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -98,29 +157,27 @@ def _start() -> subprocess.Popen[bytes]:
 def _feed(
     worker: subprocess.Popen[bytes],
     function: Callable[..., Any],
-    calls: Sequence[tuple[Any, ...]],
-    waiting: queue.SimpleQueue[int],
+    waiting: _Waiting,
     done: queue.SimpleQueue[tuple[int, Any, BaseException | None]],
 ) -> None:
     """Give one worker calls until there are no more."""
     assert worker.stdin is not None
     assert worker.stdout is not None
-    while True:
+    index, result, error = 0, None, None
+    while index != _NO_MORE and error is None:
         try:
-            index = waiting.get_nowait()
-        except queue.Empty:
-            return
-        try:
-            pickle.dump((function.__module__, function.__name__, calls[index]), worker.stdin)
-            worker.stdin.flush()
-            result, error = pickle.load(worker.stdout)
+            index, arguments = waiting.take()
+            if index != _NO_MORE:
+                pickle.dump((function.__module__, function.__name__, arguments), worker.stdin)
+                worker.stdin.flush()
+                result, error = pickle.load(worker.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-            name = function.__name__
-            error = WorkerDiedError(f"a worker process ended during {name}; out of memory?")
-            result = None
+            error = WorkerDiedError(
+                f"a worker process ended during {function.__name__}; out of memory?"
+            )
+        except Exception as failure:  # of what makes the calls
+            error = failure
         done.put((index, result, error))
-        if error is not None:
-            return
 
 
 def _serve() -> None:

@@ -14,9 +14,8 @@ import hashlib
 import logging
 import math
 import re
-import shutil
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,12 @@ from fastcpt.corpus.documents import (
     Document,
     Unreadable,
     identity,
+    in_batches,
     read_documents,
     size_of,
 )
 from fastcpt.corpus.fingerprint import BINS, Fingerprint, fingerprint
-from fastcpt.corpus.processes import Progress, in_processes
+from fastcpt.corpus.processes import Progress, in_order, over_parts
 from fastcpt.files import digest_of, read_json, whole_file, write_json
 from fastcpt.recipe import Recipe, Score
 
@@ -91,7 +91,7 @@ def score_schema(method: str) -> pa.Schema:
     return pa.schema([*_COLUMNS.items(), *columns])
 
 
-def score_part(part: str, recipe: Recipe, home: Path) -> dict[str, Any]:
+def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> dict[str, Any]:
     """Score every document of a part; a part scored before is returned at once.
 
     Returns ``{path, digest, part, documents, unreadable, characters, reused}``. The folder
@@ -118,9 +118,8 @@ def score_part(part: str, recipe: Recipe, home: Path) -> dict[str, Any]:
         if found["part"] != part:  # the same content under another name
             write_json(manifest, {**found, "part": part})
         return {**found, "part": part, "path": str(folder), "reused": True}
-    shutil.rmtree(folder, ignore_errors=True)
     result = {"digest": digest, "part": part, "source": source, "method": settings.method}
-    result |= _score_into(folder, part, recipe)
+    result |= _score_into(folder, part, recipe, processes)
     write_json(manifest, result)
     return {**result, "path": str(folder), "reused": False}
 
@@ -132,34 +131,42 @@ def score_parts(
     progress = Progress("score", "parts", len(parts))
     results: list[dict[str, Any]] = [{}] * len(parts)
     calls = [(part, recipe, home) for part in parts]
-    for number, result in in_processes(score_part, calls, processes):
+    sizes = [size_of(part) for part in parts]
+    for number, result in over_parts(score_part, calls, sizes, processes):
         results[number] = result
         progress.add(1)
     return results
 
 
-def _score_into(folder: Path, part: str, recipe: Recipe) -> dict[str, Any]:
+def _score_into(folder: Path, part: str, recipe: Recipe, processes: int) -> dict[str, Any]:
     schema = score_schema(recipe.score.method)
-    rows: list[dict[str, Any]] = []
     unreadable: list[Unreadable] = []
     documents = set_aside = characters = 0
     progress = Progress(f"score {part.rsplit('/', 1)[-1]}", "bytes", size_of(part))
+
+    def readable() -> Iterator[Document]:
+        nonlocal set_aside
+        for document in read_documents(part, recipe.documents.fields, progress):
+            if isinstance(document, Document):
+                yield document
+            else:
+                set_aside += 1
+                if len(unreadable) < SHOWN_UNREADABLE:
+                    unreadable.append(document)
+
+    calls = ((batch, recipe.score) for batch in in_batches(readable()))
+    rows: list[dict[str, Any]] = []
     with (
         whole_file(folder / "scores.parquet") as aside,
         pq.ParquetWriter(aside, schema, compression="zstd") as writer,
     ):
-        for document in read_documents(part, recipe.documents.fields, progress):
-            if isinstance(document, Unreadable):
-                set_aside += 1
-                if len(unreadable) < SHOWN_UNREADABLE:
-                    unreadable.append(document)
-                continue
-            rows.append(score_document(document, recipe.score))
-            documents += 1
-            characters += len(document.text)
-            if len(rows) == ROW_GROUP:
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                rows.clear()
+        for scored in in_order(score_documents, calls, processes):
+            rows += scored
+            documents += len(scored)
+            characters += sum(row["characters"] for row in scored)
+            while len(rows) >= ROW_GROUP:
+                writer.write_table(pa.Table.from_pylist(rows[:ROW_GROUP], schema=schema))
+                rows = rows[ROW_GROUP:]
         if rows or not documents:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     write_json(
@@ -174,6 +181,11 @@ def hash_of(*parts: object) -> int:
     """64 bits that stand for a value, the same on every machine."""
     joined = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
+
+
+def score_documents(documents: Sequence[Document], settings: Score) -> list[dict[str, Any]]:
+    """``score_document`` of some documents."""
+    return [score_document(document, settings) for document in documents]
 
 
 def score_document(document: Document, settings: Score) -> dict[str, Any]:

@@ -9,14 +9,16 @@ documents that are missing, and a killed run goes on after the last index writte
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from fastcpt.corpus.documents import Document, read_documents
+from fastcpt.corpus.documents import Document, in_batches, read_documents
+from fastcpt.corpus.processes import in_order
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.files import digest_of, whole_file
 from fastcpt.recipe import Fields
@@ -24,7 +26,6 @@ from fastcpt.recipe import Fields
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-BATCH_CHARACTERS = 1 << 20  # encoded in one call
 FILE_TOKENS = 1 << 22  # ids of a file: what a killed run may lose
 
 Ints = npt.NDArray[np.int64]
@@ -64,6 +65,7 @@ def tokenize_part(
     tokenizer: CorpusTokenizer,
     positions: Ints,
     home: Path,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Tokenize those documents of a part (by position) that are not tokenized yet.
 
@@ -73,21 +75,33 @@ def tokenize_part(
     missing = np.setdiff1d(positions, read_index(folder).position)
     documents = tokens = 0
     if len(missing):
-        encode = tokenizer.encoder()
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         begin, end = np.array(bos, dtype=np.int32), np.array([tokenizer.end_id], dtype=np.int32)
         file = _OpenFile(folder)
-        for batch in _batches(part, fields, missing):
-            texts = [document.text for document in batch]
-            for document, encoded in zip(batch, encode(texts), strict=True):
+        calls = ((batch, tokenizer) for batch in in_batches(_wanted(part, fields, missing)))
+        for batch in in_order(encode_documents, calls, processes):
+            for position, encoded in batch:
                 ids = np.concatenate([begin, encoded, end])
-                file.add(document.position, ids)
+                file.add(position, ids)
                 tokens += len(ids)
             documents += len(batch)
             if file.length >= FILE_TOKENS:
                 file.write()
         file.write()
     return {"folder": str(folder), "documents": documents, "tokens": tokens}
+
+
+def encode_documents(
+    documents: Sequence[Document], tokenizer: CorpusTokenizer
+) -> list[tuple[int, npt.NDArray[np.int32]]]:
+    """Positions of some documents with their ids, without BOS and end of text."""
+    encoded = _encoder(tokenizer)([document.text for document in documents])
+    return [(document.position, ids) for document, ids in zip(documents, encoded, strict=True)]
+
+
+@lru_cache(maxsize=1)
+def _encoder(tokenizer: CorpusTokenizer) -> Callable[[Sequence[str]], Any]:
+    return tokenizer.encoder()  # a second to load, megabytes to keep
 
 
 class _OpenFile:
@@ -119,20 +133,12 @@ class _OpenFile:
         self.positions, self.ids, self.length = [], [], 0
 
 
-def _batches(part: str, fields: Fields, wanted: Ints) -> Iterator[list[Document]]:
-    """The documents at ``wanted`` positions, some at a time."""
-    left = set(wanted.tolist())
-    batch: list[Document] = []
-    characters = 0
-    for document in read_documents(part, fields):
+def _wanted(part: str, fields: Fields, positions: Ints) -> Iterator[Document]:
+    """The documents at some positions."""
+    left = set(positions.tolist())
+    for document in read_documents(part, fields) if left else ():
         if isinstance(document, Document) and document.position in left:
             left.remove(document.position)
-            batch.append(document)
-            characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-        if not left:
-            break
-    if batch:
-        yield batch
+            yield document
+            if not left:
+                break
