@@ -28,7 +28,7 @@ from fastcpt.planning.measured import RATE_TOLERANCE, Row, check_rows, measured_
 BEFORE = Efficiency(
     bf16=0.65, fp8=0.5, flash=0.5, sdpa=0.2, cudnn=0.6,
     passes_liger=8.0, passes_te=8.0, passes_compile=2.0, passes_fused=6.0, passes_fp8=2.0,
-    passes_lora=40.0, passes_lora_fused=10.0, passes_fp8_weights=6.0, remap_gb_s=80.0,
+    passes_lora=40.0, passes_lora_fused=10.0, passes_fp8_weights=6.0, micro_batch_ms=20.0,
     memory=0.85, link=0.3, hidden=0.25, hidden_fused=0.6,
 )  # fmt: skip
 FIXED = ("network", "memory")  # no row tells them
@@ -42,7 +42,7 @@ def fit(rows: list[Row]) -> Efficiency:
 
     def efficiency(x: np.ndarray) -> Efficiency:
         values = dict(zip(names, np.exp(x).tolist(), strict=True))
-        shares = {name for name in names if not name.startswith(("passes", "remap"))}
+        shares = {name for name in names if not name.startswith(("passes", "micro"))}
         return replace(BEFORE, **{k: min(v, 0.97) if k in shares else v for k, v in values.items()})
 
     def errors(x: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from fastcpt.planning.costs import (
     tokens_per_second,
 )
 from fastcpt.planning.hardware import find_gpu, named_hardware
-from fastcpt.planning.shapes import KNOWN
+from fastcpt.planning.shapes import KNOWN, Shape
 from fastcpt.recipe import Lora
 
 EIGHT, SEVENTY = KNOWN["Llama-3.1-8B"], KNOWN["Llama-3.1-70B"]
@@ -138,6 +138,14 @@ def test_one_gpus_optimizer_step_has_its_own_peak():
     total = sum(memory_parts(job).values())
     assert total == pytest.approx(22 * KNOWN["Llama-3.2-3B"].parameters + copies)
     assert total / 1e9 == pytest.approx(76.4, abs=0.2)
+
+
+def test_a_micro_batch_of_full_training_has_a_time_of_its_own():
+    # a model of next to nothing takes as long as the host needs for its micro-batches
+    hardware = named_hardware("1xH100")
+    tiny = Job(Shape(64, 128, 2, 4, 4, 512), 64, 1, 1, 1, attention="cudnn")
+    assert 1 / tokens_per_second(tiny, hardware) > EFFICIENCY.micro_batch_ms / 1000 / 64
+    assert "micro-batch" not in seconds_parts(replace(tiny, lora=Lora()), hardware)
 
 
 def test_one_rank_gathers_nothing():

@@ -1,6 +1,7 @@
 """Learning: a measured run makes the next plan of the same key narrower, and right."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
@@ -135,7 +136,8 @@ def test_replay_of_recorded_runs(job, hardware, facts, tmp_path):
     recipe = changed(
         load_recipe("cpt_config_fast"),
         {
-            "model.name_or_path": f"meta-llama/{facts['model']}",
+            "model.name_or_path": f"meta-llama/{facts['model']}" if "model" in facts else None,
+            "model.config": None if "model" in facts else asdict(job.shape),
             "model.attn_implementation": attention,
             "lora": job.lora and job.lora.model_dump(),
             "training.use_fp8": job.fp8,

@@ -6,9 +6,9 @@ vocabulary, ``S`` sequence, ``T`` tokens of a micro-batch, ``N`` parameters, ``R
 Operations (Megatron and NVIDIA's tables count the same): 2 a multiply-add; forward ``2 N_mm``,
 backward twice that; attention's two products forward are ``4 L q S`` a token, half of it causal.
 
-Seconds are those of four things that do not overlap on a GPU (matrix products by precision,
-attention, the reading and writing between them, the optimizer's own) and of what the
-interconnect cannot hide. Each part is a physical quantity over a chip's peak times an efficiency,
+Seconds are those of what does not overlap on a GPU (matrix products by precision, attention, the
+reading and writing between them, the optimizer's own, what the host takes for each micro-batch) and
+of what the interconnect cannot hide. Each part is a physical quantity over a chip's peak times an efficiency,
 and the efficiencies in ``Efficiency`` were fitted once, on the rows of ``measured.yaml``; so a
 part scales to another model, sequence or chip by what it is made of.
 """
@@ -305,26 +305,26 @@ class Efficiency:
     a power limit is in the shares. ``plan_run.py --check`` shows what they predict.
     """
 
-    bf16: float = 0.645
-    fp8: float = 0.552
-    flash: float = 0.458  # of the bf16 peak
-    sdpa: float = 0.195
-    cudnn: float = 0.583
+    bf16: float = 0.658
+    fp8: float = 0.559
+    flash: float = 0.424  # of the bf16 peak
+    sdpa: float = 0.187
+    cudnn: float = 0.614
     # times the kept activations are read and written, forward and backward
-    passes_liger: float = 8.78
-    passes_te: float = 8.69
-    passes_compile: float = 1.82
-    passes_fused: float = 5.71
-    passes_fp8: float = 1.84  # more of them where a fused block quantizes
-    passes_lora: float = 44.7  # the same of each adapted layer's input
+    passes_liger: float = 8.97
+    passes_te: float = 8.81
+    passes_compile: float = 1.85
+    passes_fused: float = 5.69
+    passes_fp8: float = 1.93  # more of them where a fused block quantizes
+    passes_lora: float = 45.2  # the same of each adapted layer's input
     passes_lora_fused: float = 8.77
-    remap_gb_s: float = 69  # pages given back and taken again, where a step's moments take turns
-    passes_fp8_weights: float = 9.71  # weights cast once a micro-batch, or once a step
+    micro_batch_ms: float = 34.9  # of each micro-batch of full training, whatever the model
+    passes_fp8_weights: float = 9.49  # weights cast once a micro-batch, or once a step
     memory: float = 0.85  # of the bandwidth
-    link: float = 0.284  # of the link's rate inside a host
+    link: float = 0.282  # of the link's rate inside a host
     network: float = 0.7  # of the network's between hosts: an assumption, nothing here measured it
-    hidden: float = 0.248  # share of the traffic that computing hides at best
-    hidden_fused: float = 0.577
+    hidden: float = 0.241  # share of the traffic that computing hides at best
+    hidden_fused: float = 0.656
 
 
 EFFICIENCY = Efficiency()
@@ -390,10 +390,9 @@ def seconds_parts(
         # gradients, master, moments and weights read and written once a step
         touched = (30 if job.fp32_master else 14) * job.trained / job.ranks
         parts["optimizer"] = touched / bandwidth / step_tokens
-        if fused and job.ranks == 1:
-            parts["optimizer"] += (
-                _remapped_bytes(job, gpu.memory_gb) / e.remap_gb_s / 1e9 / step_tokens
-            )
+
+    if fused and not job.lora:
+        parts["micro-batch"] = e.micro_batch_ms / 1000 / job.tokens
 
     # part of the traffic always shows (the first block's, the last one's), and all that computing
     # is too short to hide
@@ -401,19 +400,6 @@ def seconds_parts(
     hidden = e.hidden_fused if fused else e.hidden
     parts["communication"] = max((1 - hidden) * traffic, traffic - sum(parts.values()))
     return parts
-
-
-def _remapped_bytes(job: Job, memory_gb: float) -> float:
-    """Bytes whose pages change hands in a step on one GPU.
-
-    The optimizer's step takes 6 B a weight for a moment. Where the card does not hold them beside
-    the activations' pages, torch gives these back and maps them anew, there and back. Inferred from
-    one run (3B on an H100: 0.4 to 0.6 s a step that no kernel accounts for), not profiled.
-    """
-    parts = memory_parts(job)
-    turned = 6.0 * job.trained
-    there = sum(parts.values()) - parts["optimizer_step"]
-    return 2 * turned if there + turned > 1e9 * memory_gb - UNSEEN else 0.0
 
 
 def communication_seconds(

@@ -16,7 +16,7 @@ from fastcpt.planning.costs import (
 )
 from fastcpt.planning.hardware import Hardware, named_hardware
 from fastcpt.planning.plan import MEASURED
-from fastcpt.planning.shapes import KNOWN
+from fastcpt.planning.shapes import KNOWN, Shape
 from fastcpt.recipe import Lora
 
 RATE_TOLERANCE, MEMORY_TOLERANCE = 0.15, 0.10
@@ -78,7 +78,7 @@ def check_rows(efficiency: Efficiency = EFFICIENCY) -> list[Checked]:
     return rows
 
 
-FACTS = ("what", "cluster", "rate", "spread", "memory_gb", "memory_gib", "model", "lora")
+FACTS = ("what", "cluster", "rate", "spread", "memory_gb", "memory_gib", "model", "shape", "lora")
 
 
 def _read(row: dict[str, Any]) -> Row:
@@ -87,7 +87,8 @@ def _read(row: dict[str, Any]) -> Row:
     lora = Lora(lora_dropout=row["lora"]) if "lora" in row else None
     settings = {key: value for key, value in row.items() if key not in FACTS}
     defaults = {"sequence": SEQUENCE, "accumulation": 1, "ranks": hardware.count}
-    job = Job(shape=KNOWN[row["model"]], lora=lora, **{**defaults, **settings})
+    shape = Shape(*row["shape"]) if "shape" in row else KNOWN[row["model"]]
+    job = Job(shape=shape, lora=lora, **{**defaults, **settings})
     return job, hardware, row
 
 
