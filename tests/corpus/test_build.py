@@ -16,6 +16,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from corpus.made import Record, act, record, text_of
 from fastcpt.corpus import build as build_module
@@ -329,6 +331,52 @@ def test_a_build_killed_at_any_instant_goes_on(
     assert bytes_of(Path(corpus["path"])) == bytes_of(Path(whole["path"]))
     # what was complete was not made again
     assert {path: path.stat().st_mtime_ns for path in complete} | complete == complete
+
+
+KILLED_AT_A_FILE = """
+import os, signal, sys
+from pathlib import Path
+from fastcpt.corpus.build import build
+from fastcpt.corpus.documents import list_parts
+from fastcpt.corpus.score import score_parts
+from fastcpt.corpus.select import select
+from fastcpt.recipe import load_recipe
+recipe, home, instant = load_recipe(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+# each file is flushed before it gets its name, and its folder after
+flush, flushed = os.fsync, []
+def fsync(file):
+    flush(file)
+    flushed.append(file)
+    if len(flushed) == instant:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = fsync
+scores = score_parts(list_parts(recipe.documents), recipe, home, 1)
+build(select([score["path"] for score in scores], recipe, home)["path"], recipe, home, 1)
+"""
+
+
+@given(st.integers(1, 36))
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_killed_at_any_file_the_outcome_is_the_same(
+    documents: Writer,
+    recipe_for: Recipes,
+    tmp_path_factory: pytest.TempPathFactory,
+    instant: int,
+) -> None:
+    """From the first table of scores to the last line of the manifest, before and after a file."""
+    recipe = recipe_for(documents(acts()))
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-c", KILLED_AT_A_FILE, folder / "recipe.yaml", folder / "home"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([*map(str, command), str(instant)], env=environment, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    corpus = Path(made(recipe, folder / "home")["path"])
+    for begun in corpus.rglob(".*.partial"):
+        begun.unlink()
+    assert bytes_of(corpus) == bytes_of(Path(made(recipe, folder / "another")["path"]))
 
 
 def test_the_counted_budget_is_exact_to_one_document(

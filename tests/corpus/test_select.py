@@ -175,6 +175,57 @@ def test_a_share_of_the_corpus_s_tokens(outcome: Any) -> None:
     assert all(row["score"] <= worst for row in found.values() if row["reason"])
 
 
+@given(
+    st.one_of(st.none(), st.floats(20, 60)),
+    st.one_of(st.none(), st.floats(0.05, 1.0)),
+    st.one_of(st.none(), st.integers(2_000, 20_000)),
+)
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_threshold_share_and_budget_alone_and_together(
+    scores: Scores,
+    recipe_for: Recipes,
+    documents: Writer,
+    home: Path,
+    threshold: float | None,
+    share: float | None,
+    budget: int | None,
+) -> None:
+    """Each is taken from what the one before left, to the document, as counted one by one."""
+    rng = random.Random(0)
+    records = [act(n, year=1990 + n % 30, words=rng.randint(20, 300)) for n in range(1, 81)]
+    recipe = recipe_for(
+        documents(records),
+        selection__quality_threshold=threshold,
+        selection__top_share=share,
+        selection__target_tokens=budget,
+    )
+    tables = scores(recipe)
+    try:
+        rows = rows_of(select(tables, recipe, home))
+    except SelectionError:
+        return
+    pieces = pq.read_table(Path(tables[0]) / "scores.parquet")["pieces"].to_pylist()
+    left_of_share = int(sum(pieces) * (1 if share is None else share))
+    left_of_budget = 10**9 if budget is None else budget
+    for row in sorted(rows, key=lambda row: row["rank"]):
+        if threshold is not None and row["score"] < threshold:
+            assert row["reason"] == "below_threshold"
+        elif pieces[row["position"]] > left_of_share:
+            assert row["reason"] == "outside_top_share"
+        else:
+            left_of_share -= pieces[row["position"]]
+            if row["tokens"] > left_of_budget:
+                # beyond the budget, or kept in reserve until tokens are counted
+                assert row["reason"] in ("over_budget", "of_a_held_out_work", None)
+                assert row["split"] in ("reserve", None)
+            else:
+                left_of_budget -= row["tokens"]
+                assert row["reason"] is None
+                assert row["split"] != "reserve"
+
+
 def test_equal_scores_are_ordered_by_a_fixed_rule(outcome: Any) -> None:
     records = acts(30)
     ranks = {name: row["rank"] for name, row in outcome(records).items()}

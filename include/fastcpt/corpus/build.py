@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +212,7 @@ def _build_into(
     folder.mkdir(parents=True, exist_ok=True)
     if documents.characters.sum() < SMALL:
         processes = processes or 1
-    held_out = folder / ".held_out.npz"
+    held_out = folder / ".held_out"
     unseen = _General.held_out(replay, documents)
     overlaps, spoiled = _overlaps(documents, unseen, held_out, processes)
     _drop_overlapping(documents, overlaps)
@@ -222,7 +223,7 @@ def _build_into(
     _check_splits(documents, overlaps)
     legal = ids.of(train)
     general = _replay(replay, int(legal.length.sum()), held_out, tokenizer, recipe, home, processes)
-    held_out.unlink()
+    shutil.rmtree(held_out)
     training = legal.and_(general.ids)
     areas = _Areas.of(documents, train, len(general.ids.length))
     _check_adapters(areas, recipe)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcpt.corpus.fingerprint import BINS, Hashes
+from fastcpt.corpus.processes import Progress
 
 Rows = npt.NDArray[np.int64]
 RECALL = 0.97  # of pairs exactly at the threshold; more of closer ones
@@ -64,10 +65,12 @@ class SignatureStore:
     def pairs(self, preferred: Rows) -> npt.NDArray[np.int64]:
         """Near-duplicate pairs, (n, 2), among the rows of ``preferred`` (the best first)."""
         found = np.empty(0, dtype=np.uint64)
+        progress = Progress("find near-duplicates", "bands", self.bands)
         for file in self._bands:
             file.seek(0)
             keys = np.fromfile(file, dtype=np.uint64)[preferred]
             found = np.union1d(found, _candidates(keys))
+            progress.add(1)
         left = preferred[(found >> np.uint64(32)).astype(np.int64)]
         right = preferred[(found & np.uint64(0xFFFFFFFF)).astype(np.int64)]
         alike = self._similar(left, right)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from fastcpt.corpus.documents import Document, read_documents
 from fastcpt.corpus.fingerprint import OVERLAP, ngram_hashes, word_hashes
+from fastcpt.corpus.processes import Progress
 from fastcpt.files import whole_file
 from fastcpt.recipe import Fields
 
@@ -53,23 +54,28 @@ def held_out_sequences(
     return np.array(found, dtype=np.int64), sequences
 
 
-def write_table(path: Path, sequences: list[npt.NDArray[np.uint64]]) -> None:
+def write_table(folder: Path, sequences: list[npt.NDArray[np.uint64]]) -> None:
     """All held-out documents' sequences, sorted, with the number of the document each is of."""
     sizes = np.array([len(item) for item in sequences], dtype=np.int64)
     hashes = np.concatenate([*sequences, np.empty(0, dtype=np.uint64)])
-    numbers = np.repeat(np.arange(len(sequences), dtype=np.int64), sizes)
+    numbers = np.repeat(np.arange(len(sequences), dtype=np.int32), sizes)
     order = np.lexsort((numbers, hashes))
-    with whole_file(path) as aside, aside.open("wb") as file:
-        np.savez(file, hashes=hashes[order], numbers=numbers[order], sizes=sizes)
+    columns = {"hashes": hashes[order], "numbers": numbers[order], "sizes": sizes}
+    for name, column in columns.items():
+        with whole_file(folder / f"{name}.npy") as aside, aside.open("wb") as file:
+            np.save(file, column)
 
 
 def overlaps(part: str, fields: Fields, positions: Ints, table: Path) -> Overlaps:
     """Which of a part's documents (by position) overlap with held-out ones."""
-    with np.load(table) as content:
-        hashes, numbers, sizes = content["hashes"], content["numbers"], content["sizes"]
+    # mapped: the processes of a machine share one copy in memory
+    hashes, numbers, sizes = (
+        np.load(table / f"{name}.npy", mmap_mode="r") for name in ("hashes", "numbers", "sizes")
+    )
     maybe = np.zeros(1 << _FILTER_BITS, dtype=bool)  # nearly all sequences end here
     maybe[_short(hashes)] = True
     wanted = set(positions.tolist())
+    progress = Progress(f"overlaps of {part.rsplit('/', 1)[-1]}", "documents", len(wanted))
     found: list[tuple[int, int, float]] = []
     for document in read_documents(part, fields) if wanted else ():
         if isinstance(document, Document) and document.position in wanted:
@@ -82,6 +88,7 @@ def overlaps(part: str, fields: Fields, positions: Ints, table: Path) -> Overlap
                 (document.position, int(n), float(share[n]))
                 for n in np.flatnonzero(share > MAX_OVERLAP)
             ]
+            progress.add(1)
     columns: list[Any] = list(zip(*found, strict=True)) if found else [(), (), ()]
     return Overlaps(
         np.array(columns[0], dtype=np.int64),
@@ -95,7 +102,10 @@ def _short(hashes: npt.NDArray[np.uint64]) -> Ints:
 
 
 def _counts(
-    sequences: npt.NDArray[np.uint64], hashes: npt.NDArray[np.uint64], numbers: Ints, count: int
+    sequences: npt.NDArray[np.uint64],
+    hashes: npt.NDArray[np.uint64],
+    numbers: npt.NDArray[np.int32],
+    count: int,
 ) -> Ints:
     """How many of the sequences stand in each held-out document."""
     first = np.searchsorted(hashes, sequences, side="left")

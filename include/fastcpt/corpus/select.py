@@ -398,6 +398,7 @@ def _citations(tables: Sequence[dict[str, Any]], corpus: _Corpus) -> Floats:
     topics_of_work = np.zeros(len(works), dtype=np.uint64)
     np.bitwise_or.at(topics_of_work, work_of_row, topics)
     received = np.zeros(len(works), dtype=np.int64)
+    progress = Progress("count citations", "documents", len(corpus.part))
     row = 0
     for table in tables:
         for batch in _batches(table, ["cites"]):
@@ -414,6 +415,7 @@ def _citations(tables: Sequence[dict[str, Any]], corpus: _Corpus) -> Floats:
             # where the citing document names no topic, a quarter
             value = np.where(own > 0, 1024 * shared // np.maximum(own, 1), 256)
             np.add.at(received, place, value)
+            progress.add(batch.num_rows)
     return _against_topic(received, topics_of_work)[work_of_row]
 
 
@@ -699,6 +701,7 @@ def _write(
     of_adapters: Sequence[str],
 ) -> None:
     tokens = corpus.tokens(ratio)
+    progress = Progress("write the selection", "documents", len(tokens))
     names = _ids_of(tables, np.unique(duplicate_of[duplicate_of >= 0]))
     copied = ["id", "work", "bytes", "doc_type"]
     row = 0
@@ -725,6 +728,7 @@ def _write(
                 }
                 arrays = [columns[name] for name in SELECTION_SCHEMA.names]
                 writer.write_table(pa.table(arrays, schema=SELECTION_SCHEMA))
+                progress.add(batch.num_rows)
 
 
 def _subjects_of_adapters(recipe: Recipe) -> list[str]:

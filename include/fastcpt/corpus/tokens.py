@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcpt.corpus.documents import Document, in_batches, read_documents
-from fastcpt.corpus.processes import in_order
+from fastcpt.corpus.processes import Progress, in_order
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.files import digest_of, whole_file
 from fastcpt.recipe import Fields
@@ -78,6 +78,7 @@ def tokenize_part(
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         begin, end = np.array(bos, dtype=np.int32), np.array([tokenizer.end_id], dtype=np.int32)
         file = _OpenFile(folder)
+        progress = Progress(f"tokenize {part.rsplit('/', 1)[-1]}", "documents", len(missing))
         calls = ((batch, tokenizer) for batch in in_batches(_wanted(part, fields, missing)))
         for batch in in_order(encode_documents, calls, processes):
             for position, encoded in batch:
@@ -85,6 +86,7 @@ def tokenize_part(
                 file.add(position, ids)
                 tokens += len(ids)
             documents += len(batch)
+            progress.add(len(batch))
             if file.length >= FILE_TOKENS:
                 file.write()
         file.write()
