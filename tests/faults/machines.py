@@ -143,13 +143,12 @@ class Host:
         self.link, far = f"fch{number}", f"fcg{number}"
         subnet = f"10.{200 + number // 250 % 50}.{number % 250}"
         self.address = f"{subnet}.2"
-        try:
-            self._call("ip", "netns", "add", self.namespace)
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", b"").decode().strip() or error
-            raise RuntimeError(
-                f"a host of its own needs root and network namespaces: {said}"
-            ) from None
+        made = subprocess.run(
+            ["ip", "netns", "add", self.namespace], capture_output=True, text=True
+        )
+        if made.returncode:
+            needs = "a host of its own needs root and network namespaces"
+            pytest.fail(f"{needs}: {made.stderr.strip()}", pytrace=False)
         self._call("ip", "link", "add", self.link, "type", "veth", "peer", "name", far)
         self._call("ip", "link", "set", far, "netns", self.namespace)
         self._call("ip", "addr", "add", f"{subnet}.1/24", "dev", self.link)
@@ -501,7 +500,7 @@ class Slurm:
 
     def __init__(self, folder: Path) -> None:
         if os.getuid() or not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"):
-            raise RuntimeError("Slurm needs root and the packages slurm-wlm and munge")
+            pytest.fail("Slurm needs root and the packages slurm-wlm and munge", pytrace=False)
         self.folder = folder
         folder.mkdir(mode=0o700)
         for name in ("state", "spool/127.0.0.1", "spool/127.0.0.2"):

@@ -100,7 +100,10 @@ def test_a_shard_altered_there_is_sent_again_and_only_that(
 def small_disk(tmp_path: Path) -> Any:
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"a disk of its own needs root: {done.stderr.strip()}", pytrace=False)
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
