@@ -17,8 +17,9 @@ from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.export import export_documents
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import funnel_table, select
+from fastcpt.corpus.tokenizer import TokenizerError, find_tokenizer
 from fastcpt.files import read_json, whole_file, write_json
-from fastcpt.recipe import DEFAULT_RECIPE, load_recipe
+from fastcpt.recipe import DEFAULT_RECIPE, Recipe, Tokenizer, load_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt")
@@ -44,7 +45,7 @@ def main() -> None:
     if arguments.tokenizer:
         given["tokenizer.train_vocab_size"] = None
     try:
-        recipe = load_recipe(arguments.config, given)
+        recipe = _with_some_tokenizer(load_recipe(arguments.config, given))
         scores = score_parts(list_parts(recipe.documents), recipe, HOME)
         selection = select([score["path"] for score in scores], recipe, HOME)
         made_of = arguments.output_dir / ".selection.json"
@@ -63,6 +64,20 @@ def main() -> None:
         sys.exit(str(error))
     print(funnel_table(selection["funnel"]))
     print(f"{documents} documents in {arguments.output_dir}")
+
+
+def _with_some_tokenizer(recipe: Recipe) -> Recipe:
+    """Where the model's tokenizer is not here, tokens are estimated from the words alone."""
+    try:
+        find_tokenizer(recipe)
+    except TokenizerError as error:
+        if recipe.tokenizer.path:
+            raise
+        print(f"tokens are estimated from words: {error}", file=sys.stderr)
+        # a tokenizer still to be trained: the selection then counts with its usual tokens a word
+        trained_later = Tokenizer(train_vocab_size=128_000)
+        return recipe.model_copy(update={"tokenizer": trained_later})
+    return recipe
 
 
 if __name__ == "__main__":

@@ -64,3 +64,24 @@ def test_one_clear_line_where_something_is_wrong(home: Path, tmp_path: Path) -> 
     assert wrong.stderr.splitlines() == [
         f"documents.path: '{tmp_path / 'none'}' does not exist; give a folder of documents"
     ]
+
+
+def test_the_filter_needs_no_tokenizer(
+    documents: Callable[..., Path], home: Path, tmp_path: Path
+) -> None:
+    """Only the build does: the default recipe's tokenizer is behind a login on the hub."""
+    folder = documents([act(n, year=2021, words=200) for n in range(1, 41)])
+    best = tmp_path / "best"
+    flags = ("--target_tokens", 2_000_000_000, "--quality_threshold", 1)
+    made = typed(
+        home, "create_fast_cpt_corpus.py", "--input_dir", folder, "--output_dir", best, *flags
+    )
+    assert made.returncode == 0, made.stderr
+    assert "tokens are estimated from words" in made.stderr
+    assert "Llama-3.1-70B-Instruct" in made.stderr
+    assert list(best.glob("*.jsonl.zst"))
+    built = typed(
+        home, "cpt_corpus_builder.py", "--input_dir", best, "--output_dir", tmp_path / "shards"
+    )
+    assert built.returncode != 0
+    assert "is not on this machine" in built.stderr
