@@ -393,6 +393,9 @@ def test_the_counted_budget_is_exact_to_one_document(
     funnel = {row["reason"]: row for row in corpus["funnel"] if row["stage"] in {"kept", "build"}}
     assert funnel["train"]["tokens"] == corpus["tokens"]
     assert funnel["train"]["documents"] == corpus["documents"]
+    rows = [row for row in corpus["funnel"] if row["stage"] != "read"]
+    whole = next(row for row in corpus["funnel"] if row["stage"] == "read" and not row["reason"])
+    assert whole["tokens"] == sum(row["tokens"] for row in rows)
 
 
 def test_extracts_of_held_out_acts_are_not_trained_on(

@@ -852,7 +852,7 @@ def _funnel(
     chosen: dict[str, Any], documents: _Documents, ids: _Ids, general: _Replayed
 ) -> list[dict[str, Any]]:
     """The selection's funnel with what the build dropped, and what is kept in counted tokens."""
-    funnel = [row for row in chosen["funnel"] if row["stage"] != "kept"]
+    funnel = [dict(row) for row in chosen["funnel"] if row["stage"] != "kept"]
 
     def row(stage: str, split: str) -> dict[str, Any]:
         rows = documents.rows(split)
@@ -868,6 +868,9 @@ def _funnel(
         if len(documents.rows(reason)):
             funnel.append(row("build", reason))
     funnel += [row("kept", split) for split in ("train", *HELD_OUT)]
+    # the whole is the sum of its parts: kept ones counted, the others as they were estimated
+    everything = next(row for row in funnel if row["stage"] == "read" and not row["reason"])
+    everything["tokens"] = sum(row["tokens"] for row in funnel if row["stage"] != "read")
     if len(general.ids.length):
         funnel.append(
             {
