@@ -12,6 +12,7 @@ The exit status is 1 where the recipe does not fit, 2 where it cannot be planned
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from fastcpt.planning.plan import (
 )
 from fastcpt.planning.solve import fewest_gpus, most_tokens
 from fastcpt.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HISTORY = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt") / FILE
 
 
 def main() -> int:
@@ -58,7 +62,9 @@ def parsed() -> argparse.Namespace:
     corpus.add_argument("--tokens", type=int, help="Tokens of the corpus.")
     corpus.add_argument("--manifest", type=Path, help="corpus_manifest.json of a build.")
     corpus.add_argument("--documents_bytes", type=int, help="Bytes of the documents, unpacked.")
-    parser.add_argument("--history", type=Path, help=f"{FILE} of earlier runs.")
+    parser.add_argument(
+        "--history", type=Path, default=HISTORY, help=f"Earlier runs; {FILE} of FASTCPT_HOME."
+    )
     parser.add_argument("--all", action="store_true", help="All eight published options.")
     parser.add_argument("--markdown", action="store_true", help="--all as a Markdown table.")
     parser.add_argument("--picture", type=Path, help="--all as a picture (.svg, .png).")
@@ -85,7 +91,12 @@ def one_recipe(arguments: argparse.Namespace) -> int:
     if solving:
         limits = {"budget.hours": arguments.hours, "budget.money": arguments.budget}
         solve = most_tokens if arguments.solve_for == "tokens" else fewest_gpus
-        recipe, found = solve(changed(recipe, limits), tokens, arguments.cluster, arguments.history)
+        recipe = changed(recipe, limits)
+        if arguments.out:
+            # a recipe of its own: no claim of the guide's is about it
+            own = {"name": arguments.out.stem, "description": solved_words(arguments, recipe)}
+            recipe = changed(recipe, {**own, "claim": None})
+        recipe, found = solve(recipe, tokens, arguments.cluster, arguments.history)
         if arguments.out:
             with whole_file(arguments.out) as aside:
                 aside.write_text(recipe.to_yaml(), encoding="utf-8")
@@ -95,6 +106,13 @@ def one_recipe(arguments: argparse.Namespace) -> int:
     if solving and arguments.out:
         print(f"recipe written to {arguments.out}", file=sys.stderr)
     return 0 if found.fits else 1
+
+
+def solved_words(arguments: argparse.Namespace, recipe: Recipe) -> str:
+    limits = [f"{arguments.hours:g} h"] if arguments.hours is not None else []
+    limits += [f"${arguments.budget:,.0f}"] if arguments.budget is not None else []
+    what = "The most tokens" if arguments.solve_for == "tokens" else "The fewest GPUs"
+    return f"{what} of {recipe.name} for {' and '.join(limits)} (plan_run.py)"
 
 
 def all_options(arguments: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ def test_all_eight_options_stand_beside_their_claims(published):
 def test_none_of_the_claims_holds_for_70b(published):
     for row in published:
         assert not row.plan.fits_time, row.name
-        assert row.plan.cost.low > 10 * float(row.plan.claim["cost"].strip("$+"))
+        assert row.plan.cost.low > 5 * float(row.plan.claim["cost"].strip("$+"))
 
 
 def test_option_7_has_both_stages(published):

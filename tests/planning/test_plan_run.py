@@ -1,18 +1,25 @@
 """The command as it is typed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from fastcpt.planning.history import record_run
+from fastcpt.recipe import load_recipe
+
 SCRIPT = Path(__file__).resolve().parents[2] / "include" / "scripts" / "plan_run.py"
 
 
-def plan_run(*arguments):
+def plan_run(*arguments, home="/nowhere"):
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    environment = {**os.environ, "FASTCPT_HOME": str(home)}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, env=environment
+    )
 
 
 def test_the_default_recipe_does_not_fit_and_the_status_says_so():
@@ -33,7 +40,38 @@ def test_a_solved_recipe_is_written_and_fits(tmp_path):
         "--model", "meta-llama/Llama-3.1-8B", "--cluster", "8xH100", "--hours", 5, "--out", out
     )
     assert solved.returncode == 0, solved.stderr
-    assert plan_run("--config", out).returncode == 0
+    again = plan_run("--config", out)
+    assert again.returncode == 0
+    assert again.stdout == solved.stdout
+    assert again.stdout.startswith("plan of 'mine'")
+    recipe = load_recipe(out)
+    assert recipe.description == "The most tokens of cpt_config_fast for 5 h (plan_run.py)"
+    assert (recipe.claim, recipe.cluster.gpus, recipe.cluster.gpu) == (None, 8, "H100")
+
+
+def test_the_fewest_gpus_are_written_too(tmp_path):
+    out = tmp_path / "fewest.yaml"
+    wanted = ["--model", "meta-llama/Llama-3.2-3B", "--cluster", "1xH200", "--hours", 24]
+    solved = plan_run(*wanted, "--budget", 500, "--solve_for", "gpus", "--out", out)
+    assert solved.returncode == 0, solved.stderr
+    recipe = load_recipe(out)
+    assert recipe.global_batch_size == 128
+    assert recipe.training.max_steps == 12_000
+    fewer = plan_run("--config", out, "--cluster", f"{recipe.cluster.gpus // 2}xH200", "--json")
+    assert json.loads(fewer.stdout)["fits_time"] is False
+
+
+def test_what_a_run_taught_is_found_in_the_data_home(tmp_path):
+    took = {"tokens_per_s_per_gpu": 1500.0, "peak_memory_gb": 1.0}
+    record_run(tmp_path, "first", load_recipe("sample"), None, took)
+    found = plan_run("--config", "sample", "--json", home=tmp_path)
+    assert json.loads(found.stdout)["rate_source"].startswith("last run here, first of")
+
+
+def test_predicted_beside_measured():
+    done = plan_run("--check")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1].startswith("34 of 34 rows within 15% of the rate")
 
 
 @pytest.mark.parametrize("how", [[], ["--markdown"], ["--json"]], ids=["text", "markdown", "json"])

@@ -407,7 +407,8 @@ def communication_seconds(
 ) -> float:
     """ZeRO-3's traffic of a micro-batch: weights gathered forward and backward, gradients reduced
     once, each ``2 N (R - 1) / R`` bytes through a GPU's link (ZeRO paper, section 7). Weights that
-    stay whole are gathered once a step. Between hosts the network's share of a GPU is the link."""
+    stay whole are gathered once a step. Between hosts NCCL's rings share the bytes out over the
+    network cards of a host's GPUs: together they are the link."""
     gpu = hardware.gpu
     assert gpu is not None
     share = (job.ranks - 1) / job.ranks
@@ -415,7 +416,7 @@ def communication_seconds(
     moved = BYTES_BF16 * share * (gathers * job.shape.parameters + job.trained)
     link = efficiency.link * gpu.link_gb_s
     if hardware.hosts > 1:
-        link = min(link, efficiency.network * gpu.network_gb_s)
+        link = min(link, efficiency.network * gpu.network_gb_s * hardware.per_host)
     return moved / (1e9 * link)
 
 

@@ -111,7 +111,8 @@ def record_run(
     if shape is None or not training.get("tokens_per_s_per_gpu"):
         return None
     model, method, precision, sequence, gpu = key_of(recipe, shape, hardware)
-    micro = recipe.training.per_device_train_batch_size
+    micro = training.get("micro_batch") or recipe.training.per_device_train_batch_size
+    accumulation = recipe.global_batch_size // (micro * hardware.count)
     measured = Measured(
         run=run,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,7 +123,7 @@ def record_run(
         gpu=gpu,
         gpus=hardware.count,
         micro_batch=micro,
-        accumulation=max(1, recipe.global_batch_size // (micro * hardware.count)),
+        accumulation=training.get("accumulation") or max(1, accumulation),
         checkpointing=_recomputation(training, shape),
         tokens_per_s_per_gpu=float(training["tokens_per_s_per_gpu"]),
         peak_memory_gb=training.get("peak_memory_gb"),

@@ -105,9 +105,10 @@ def cells(option: Option) -> tuple[str, ...]:
     """One row's words, under ``HEADER``."""
     found = option.plan
     hours = found.hours.words() if found.hours else "unknown"
+    cost = found.cost.words(0) if found.cost else "unknown"
     if option.name == "two stages" and found.stage2_hours:
         hours += f", then {found.stage2_hours.words()}"
-    cost = found.cost.words(0) if found.cost else "unknown"
+        cost += f", then {found.stage2_cost.words(0)}" if found.stage2_cost else ""
     claim = found.claim or {"hours": "", "cost": "", "quality": ""}
     memory = (
         f"{found.memory_gb['total']:,.0f} of {found.available_gb:,.0f}"
@@ -216,7 +217,7 @@ def matrix_picture(rows: Sequence[Option], path: Path) -> None:
 def _label(axes: Any, points: Sequence[tuple[float, float, Option]]) -> None:
     """Names beside the points, in turn above and below the line they lie on, none over another."""
     to_points = 72 / axes.figure.dpi
-    ordered = sorted(points, key=lambda point: point[:2])
+    ordered = sorted(points, key=lambda point: (point[1], point[0]))  # as high as they stand
     for above in (True, False):
         # above, each is pushed up by the one before; below, from the last one down
         side = ordered[0::2] if above else ordered[1::2][::-1]
