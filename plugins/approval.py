@@ -24,7 +24,7 @@ class ApprovePlan(ApprovalOperator):
         plan = steps.final_plan(context)
         if not context["params"]["require_approval"]:
             return {"plan": plan["path"]}
-        self.body = plan["text"]
+        self.body = f"```\n{plan['text']}\n```"  # as it is: the page would read it as Markdown
         # the form asks for a word on the plan; the run's own values were given before
         self.params = ParamsDict({})
         return super().execute(context)

@@ -72,7 +72,7 @@ def plan() -> Facts:
     text_bytes = _text_bytes(parts)
     found = make_plan(recipe, estimated_tokens(text_bytes, recipe), None, HOME / HISTORY)
     add(record, "plan.json", found.to_json())
-    print(found.message())
+    print(found.text())
     if not values["run_even_if_plan_says_no"]:
         require_fit(found)
     groups = min(MOST_GROUPS, len(parts), 1 + text_bytes // GROUP_BYTES)
@@ -108,10 +108,10 @@ def final_plan(context: Context) -> Facts:
     tokens = _result(context, "build")["corpus"]["tokens"]
     found = make_plan(recipe_of(first), tokens, cluster, HOME / HISTORY)
     path = add(Path(first["record"]), "plan.json", found.to_json())
-    print(found.message())
+    print(found.text())
     if not context["params"]["run_even_if_plan_says_no"]:
         require_fit(found)
-    return {"path": str(path), "text": found.message()}
+    return {"path": str(path), "text": found.text()}
 
 
 def list_documents(plan: Facts) -> list[list[str]]:
@@ -252,10 +252,13 @@ def sync(plan: Facts, built: Facts, cluster: Facts, environment: Facts) -> Facts
 
 
 def _job(context: Context, commands: list[list[str]], result: str, **fetch: str) -> RemoteJob:
-    from fastcpt.cluster.jobs import alone
+    from fastcpt.cluster.jobs import alone, job_name
     from fastcpt.training import commands as training
 
     recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
+    task = context["ti"]
+    name = job_name(task.dag_id, task.run_id, task.task_id, task.map_index)
+    fetch["status"] = f"{places['root']}/jobs/{name}/status.json"
     return RemoteJob(
         recipe.cluster.connection,
         places["root"],
@@ -477,15 +480,25 @@ def secrets(context: Context) -> dict[str, str]:
 
 
 def keep_training(context: Context, files: dict[str, str | None]) -> Facts:
-    """A training's totals and curve go into the record; the totals are the answer."""
+    """A training's totals and curve go into the record; the totals are the answer.
+
+    The record has ``job_seconds`` too: what the job took in this run, None where it was found done.
+    """
     from fastcpt.reporting.record import add, add_text
 
     record, name = Path(_result(context, "plan")["record"]), context["ti"].task_id
     totals: Facts = json.loads(files["result"] or "{}")
     if files.get("metrics"):
         add_text(record, f"{name}/metrics.jsonl", files["metrics"])
-    add(record, f"{name}/training.json", totals)
+    add(record, f"{name}/training.json", {**totals, "job_seconds": _job_seconds(files)})
     return totals
+
+
+def _job_seconds(files: dict[str, str | None]) -> float | None:
+    status: Facts = json.loads(files.get("status") or "{}")
+    if "running_since" not in status or "ended" not in status:
+        return None
+    return round(float(status["ended"] - status["running_since"]), 1)
 
 
 def keep_evaluation(context: Context, files: dict[str, str | None]) -> Facts:
@@ -498,7 +511,9 @@ def keep_evaluation(context: Context, files: dict[str, str | None]) -> Facts:
         "evaluate_stage2": "evaluation_stage2.json",
         "evaluate_sft": "evaluation_sft.json",
     }[context["ti"].task_id]
-    return {"path": str(add(record, name, json.loads(files["result"] or "{}")))}
+    evaluation: Facts = json.loads(files["result"] or "{}")
+    evaluation["job_seconds"] = _job_seconds(files)
+    return {"path": str(add(record, name, evaluation))}
 
 
 def keep_published(context: Context, files: dict[str, str | None]) -> Facts:
@@ -565,8 +580,8 @@ def gate_stage2() -> Facts:
 
 def report() -> Facts:
     """Close the run's record, whatever became of the run, and write its report."""
-    from fastcpt.planning.history import record_run
-    from fastcpt.reporting.record import add_cost, close_record
+    from fastcpt.planning.history import compare, record_run
+    from fastcpt.reporting.record import add, add_cost, close_record, read, took
     from fastcpt.reporting.report import write_report
 
     context = get_current_context()
@@ -579,10 +594,15 @@ def report() -> Facts:
     failed = any(state in ("failed", "upstream_failed") for state in states.values())
     record, recipe = Path(plan["record"]), recipe_of(plan)
     cluster = _result(context, "check_cluster")
-    for training in ("train_cpt", "train_cpt_stage2"):
-        if totals := _result(context, training):
-            record_run(HOME, f"{run}/{training}", recipe, cluster, totals)
+    evaluations = {"train_cpt": "evaluation.json", "train_cpt_stage2": "evaluation_stage2.json"}
+    for training, evaluation in evaluations.items():
+        totals = read(record, f"{training}/training.json")
+        if totals.get("job_seconds"):  # not one that an earlier run had done
+            seconds = read(record, evaluation).get("job_seconds")
+            record_run(HOME, f"{run}/{training}", recipe, cluster, totals, seconds)
     add_cost(record, recipe.cluster.gpus, _price(recipe, cluster))
+    compared = compare(read(record, "plan.json"), took(record, recipe.cluster.gpus))
+    add(record, "plan_and_actual.json", {"rows": compared})
     close_record(record, "failed" if failed else "success")
     return {"report": str(write_report(record)), "state": "failed" if failed else "success"}
 

@@ -474,9 +474,10 @@ class _Memory:
     """What stays on the GPU and what is computed or fetched again, from what fits.
 
     Bytes: 2 a weight, over the ranks; 14 a trained weight (gradient, float32 copy, two moments),
-    over the ranks; ``gpu_bytes`` is None on CPUs, where all is kept. For each token and layer the fused block keeps its inputs, q, k, v before and
-    after rotation, the attention's output and the gate and up products; in FP8 a second, 1-byte
-    form of what enters a product.
+    over the ranks; offloaded, the 14 are the hosts'. For each token and layer the fused block keeps
+    its inputs, q, k, v before and after rotation, the attention's output and the gate and up
+    products; in FP8 a second, 1-byte form of what enters a product. ``gpu_bytes`` is None on CPUs,
+    where all is kept. Plans hold the same rule (``fastcpt.planning.costs.as_the_trainer_runs``).
     """
 
     SHARE = 0.94  # of the GPU's memory; the rest is for fragments and kernels
