@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -182,6 +183,23 @@ def test_shards_are_equal_within_a_percent(
     assert min(shard["rows"] for shard in corpus["shards"]) > 100
     assert max(tokens) - min(tokens) < 0.01 * max(tokens)
     assert corpus["padding_share"] < 0.005
+
+
+@given(st.integers(0, 2**32), st.integers(2, 16), st.integers(64, 300))
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_shards_differ_by_a_row_at_most(
+    recipe_for: Recipes, tmp_path: Path, seed: int, shards: int, size: int
+) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 4 * size, shards * 60 + seed % 97)
+    recipe = recipe_for(tmp_path, corpus__num_shards=shards, corpus__max_seq_length=size)
+    nothing = np.zeros(len(lengths), dtype=np.int64)
+    plan = build_module._planned(build_module._Ids([], nothing, nothing, lengths), recipe)
+    tokens = np.bincount(plan.row % shards, weights=plan.length)
+    assert tokens.sum() == lengths.sum()
+    assert set(plan.row.tolist()) == set(range(plan.rows))
+    assert tokens.max() - tokens.min() <= size
 
 
 def test_the_same_bytes_for_any_number_of_processes(

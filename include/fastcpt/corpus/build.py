@@ -46,7 +46,7 @@ from fastcpt.recipe import Fields, Recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 ROWS_OF_GROUP = 256  # sequences read at once when the order is random
 MANIFEST = "corpus_manifest.json"
 
@@ -644,7 +644,7 @@ def _check_adapters(areas: _Areas, recipe: Recipe) -> None:
 
 
 def _planned(training: _Ids, recipe: Recipe) -> Packed:
-    """The packing with its rows in an order drawn from the seed."""
+    """The packing with row n in shard n modulo ``num_shards``, in an order drawn from the seed."""
     size, shards = recipe.corpus.max_seq_length, recipe.corpus.num_shards
     plan = pack(training.length, size)
     if plan.rows < shards:
@@ -652,8 +652,15 @@ def _planned(training: _Ids, recipe: Recipe) -> Packed:
             f"{int(training.length.sum()):,} tokens make {plan.rows} sequences of {size} for "
             f"{shards} shards; take more documents, or lower corpus.num_shards or max_seq_length"
         )
+    drawn = spread(np.arange(plan.rows), recipe.corpus.seed)
+    # dealt out from the fullest to the emptiest: shards differ by a row's tokens at most
+    tokens = np.bincount(plan.row, weights=plan.length, minlength=plan.rows)
+    shard = np.empty(plan.rows, dtype=np.int64)
+    shard[np.lexsort((drawn, -tokens))] = np.arange(plan.rows) % shards
+    order = np.lexsort((drawn, shard))
+    first = np.searchsorted(shard[order], shard[order])
     place = np.empty(plan.rows, dtype=np.int64)
-    place[np.argsort(spread(np.arange(plan.rows), recipe.corpus.seed))] = np.arange(plan.rows)
+    place[order] = (np.arange(plan.rows) - first) * shards + shard[order]
     row = place[plan.row]
     order = np.argsort(row, kind="stable")
     return Packed(
