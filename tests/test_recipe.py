@@ -161,6 +161,7 @@ def test_every_field_of_the_form_says_what_it_is_and_can_be_left_to_the_recipe(n
 
 def test_the_forms_limits_are_the_recipes() -> None:
     assert form_schema("gpus")["minimum"] == 1
+    assert form_schema("gpus")["description"].endswith("At least 1, at most 4,096.")
     assert form_schema("perplexity_threshold")["exclusiveMinimum"] == 1.0
 
 

@@ -547,7 +547,7 @@ FORM = {
 def form_schema(name: str) -> dict[str, Any]:
     """JSON schema of one of ``FORM``'s values: the recipe's own type, limits and description.
 
-    ``null`` stands for "as the recipe says".
+    ``null`` stands for "as the recipe says". The description tells numbers' limits in words.
     """
     *sections, field = FORM[name].split(".")
     model: Any = Recipe
@@ -556,9 +556,13 @@ def form_schema(name: str) -> dict[str, Any]:
     schema = model.model_json_schema()["properties"][field]
     typed = next((s for s in schema.get("anyOf", []) if s.get("type") != "null"), schema)
     limits = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern"}
+    words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
+    told = [f"{word} {typed[key]:,.15g}" for key, word in words.items() if key in typed]
     return {
         "type": [typed["type"], "null"],
-        "description": schema.get("description", ""),
+        "description": f"{schema.get('description', '')} {', '.join(told).capitalize()}.".removesuffix(
+            " ."
+        ),
         **{key: typed[key] for key in limits & typed.keys()},
     }
 
