@@ -171,12 +171,13 @@ class _Documents:
     def of_selection(cls, folder: Path, manifest: dict[str, Any], fields: Fields) -> _Documents:
         table = pq.read_table(folder / "documents.parquet", filters=pc.field("split").is_valid())
         table = table.sort_by([("part", "ascending"), ("position", "ascending")])
+        split = table["split"].cast(pa.string()).combine_chunks().dictionary_encode()
         return cls(
             parts=[(part["part"], part["source"]) for part in manifest["parts"]],
             fields=fields,
             part=table["part"].to_numpy().astype(np.int64),
             position=table["position"].to_numpy(),
-            split=np.array(table["split"].to_pylist(), dtype=object),
+            split=np.array(split.dictionary.to_pylist(), dtype=object)[split.indices.to_numpy()],
             rank=table["rank"].to_numpy(),
             characters=table["characters"].to_numpy().astype(np.int64),
             about=table.select(["id", "work", "bytes", "year", "doc_type", "areas"]),
@@ -370,18 +371,18 @@ def _drop_overlapping(documents: _Documents, pairs: list[tuple[int, int]]) -> No
 
 def _check_splits(documents: _Documents, pairs: list[tuple[int, int]]) -> None:
     """Fail where something held out is trained on: a version of the work, or most of its text."""
-    ids, works = documents.about["id"].to_pylist(), documents.about["work"].to_pylist()
+    ids, works = documents.about["id"], documents.about["work"]
     train, held_out = documents.rows("train"), documents.rows(*HELD_OUT)
-    trained_works = {works[row]: row for row in train.tolist()}
-    for row in held_out.tolist():
-        if works[row] in trained_works:
-            raise LeakError(
-                f"held-out '{ids[row]}' and training document '{ids[trained_works[works[row]]]}' "
-                f"are of one work, {works[row]}"
-            )
-    trained, out = set(train.tolist()), set(held_out.tolist())
+    on_both_sides = pc.is_in(works.take(pa.array(train)), works.take(pa.array(held_out)))
+    for row in train[np.asarray(on_both_sides)][:1].tolist():
+        of_work = pc.equal(works.take(pa.array(held_out)), works[row])
+        other = held_out[np.asarray(of_work)][0]
+        raise LeakError(
+            f"held-out '{ids[other]}' and training document '{ids[row]}' are of one work, "
+            f"{works[row]}"
+        )
     for row, other in pairs:
-        if row in trained and other in out:
+        if documents.split[row] == "train" and documents.split[other] in HELD_OUT:
             raise LeakError(
                 f"training document '{ids[row]}' and held-out '{ids[other]}' share more than "
                 f"{leakage.MAX_OVERLAP:.0%} of their {OVERLAP}-word sequences"
@@ -625,11 +626,15 @@ class _Areas:
     @classmethod
     def of(cls, documents: _Documents, train: Ints, general: int) -> _Areas:
         """Those of the legal documents; None for the general ones after them."""
-        found = documents.about["areas"].take(pa.array(train)).to_pylist()
-        names = [list(areas) for areas in sorted({tuple(areas) for areas in found})]
-        number = {tuple(areas): n for n, areas in enumerate(names)}
-        codes = [number[tuple(areas)] for areas in found]
-        return cls([*names, None], np.array(codes + [len(names)] * general, dtype=np.int64))
+        areas = documents.about["areas"]
+        numbers: dict[tuple[str, ...], int] = {}
+        code = np.empty(len(train) + general, dtype=np.int64)
+        for begin in range(0, len(train), 1 << 16):
+            some = train[begin : begin + (1 << 16)]
+            for n, names in enumerate(areas.take(pa.array(some)).to_pylist(), start=begin):
+                code[n] = numbers.setdefault(tuple(names), len(numbers))
+        code[len(train) :] = len(numbers)
+        return cls([*map(list, numbers), None], code)
 
 
 def _check_adapters(areas: _Areas, recipe: Recipe) -> None:
