@@ -129,6 +129,8 @@ def test_recomputation_comes_only_where_memory_needs_it(hybrid):
     kept = changed(eight, {"training.gradient_checkpointing": False})
     refused = plan(kept, cluster="4xH100")
     assert not refused.fits_memory
+    assert refused.best_micro_batch["micro_batch"] in (1, 2, 4)
+    assert "\nthat fits       micro-batch" in refused.text()
     assert "micro-batch" in refused.alternatives[0].what
     assert plan(changed(kept, refused.alternatives[0].changes), cluster="4xH100").fits_memory
 

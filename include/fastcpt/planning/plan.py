@@ -219,9 +219,9 @@ class Plan:
         if self.best_micro_batch:
             rows.append(
                 (
-                    "faster",
+                    "faster" if self.fits_memory else "that fits",
                     "micro-batch {micro_batch} x {accumulation}, checkpointing "
-                    "{checkpointing}: {gain:+.0%}".format(**self.best_micro_batch),
+                    "{checkpointing}: {gain:+.0%} tokens/s".format(**self.best_micro_batch),
                 )
             )
         rate = f"{self.tokens_per_s.words(0)} tokens/s" if self.tokens_per_s else "unknown"
@@ -483,7 +483,7 @@ def _gpu_plan(
         stage2_hours=stage2,
         stage2_cost=None if price is None else stage2.times(price * hardware.count),
         best_micro_batch=None
-        if best is None or gain < WORTH_IT
+        if best is None or (gain < WORTH_IT and memory["total"] <= available)
         else {
             "micro_batch": best.micro_batch,
             "accumulation": best.accumulation,

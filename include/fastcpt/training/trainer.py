@@ -347,7 +347,9 @@ def _engine(
                 "all" if n < memory.recomputed else "mlp" if n < memory.mlp_recomputed else "none"
             )
         set_z3_leaf_modules(causal, [Block])
-    elif memory.recomputed:
+    elif memory.recomputed or memory.mlp_recomputed:
+        # transformers' layers are recomputed whole, all of them or none
+        memory.recomputed, memory.mlp_recomputed = memory.layers, 0
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     causal.train()
     trainee = Trainee(causal, attention, packing)
