@@ -212,6 +212,18 @@ def test_an_alternative_keeps_every_trainings_batch(hybrid):
         assert 8 * a_gpu == hybrid.global_batch_size == 128
 
 
+def test_offload_is_offered_only_where_memory_asks_for_it(hybrid):
+    def offered(model):
+        found = plan(
+            changed(hybrid, {"model.name_or_path": f"meta-llama/{model}"}), cluster="4xB200"
+        )
+        assert not found.fits
+        return any("offload" in choice.what for choice in found.alternatives)
+
+    assert offered("Llama-3.1-70B")
+    assert not offered("Llama-3.1-8B")
+
+
 def test_fp8_that_the_trainer_cannot_do_is_a_problem(hybrid):
     adapted = {"lora": {"target_modules": ["q_proj", "up_proj"]}}
     found = plan(changed(hybrid, {**SMALL, **adapted}), cluster="8xH100")

@@ -774,7 +774,7 @@ def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str
         if tuned is not None:
             yield "FP8", tuned, count
     yield from _enough_gpus(recipe, hardware, shape, precision)
-    if recipe.lora is None:
+    if recipe.lora is None and best is None:  # where memory suffices it would only be slower
         offload = {**precision, **everywhere({"deepspeed": OFFLOAD_FILE})}
         offloaded = _tuned(recipe, offload, hardware)
         if offloaded is not None:
