@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+# every run's documents and instructions lie there: what a user types goes all the way as a name
+SAMPLE = "sample '$(touch pwned)' \"`touch pwned`\"; touch pwned #"
 SCRIPTS = Path(__file__).resolve().parents[2] / "include" / "scripts"
 
 
@@ -40,7 +42,7 @@ class Stack:
 
     def run(self, **conf: Any) -> Run:
         """Trigger the DAG on the small sample with these values of the form; wait for its end."""
-        sample = self.home / "sample"
+        sample = self.home / SAMPLE
         values = {
             "recipe": "sample",
             "documents": str(sample / "parsed"),
@@ -102,7 +104,7 @@ class Run:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     home = tmp_path_factory.mktemp("home")
     module = load_local_stack(home)
-    module.generate_sample(home / "sample", documents=120)
+    module.generate_sample(home / SAMPLE, documents=120)
     state = module.start()
     try:
         with module.Api(state) as api:

@@ -75,6 +75,16 @@ def test_what_could_not_be_read_is_counted_and_the_rest_went_on(passed: Run) -> 
     assert "unreadable" in json.dumps(manifest["funnel"])
 
 
+def test_nothing_of_what_was_typed_was_run(stack: Stack, passed: Run) -> None:
+    # the folders' names would have made this file: here, in a job's folder or in the login's home
+    assert "touch pwned" in passed.result("plan")["parts"][0][0]
+    places = [
+        *stack.home.rglob("pwned"),
+        *(folder / "pwned" for folder in (Path.cwd(), Path.home())),
+    ]
+    assert not [place for place in places if place.exists()]
+
+
 def test_transformers_loads_what_was_published(passed: Run) -> None:
     folder = passed.result("publish")["path"]
     program = (
