@@ -172,7 +172,8 @@ class RemoteJobOperator(BaseOperator):
         if job.answer is not None:
             return job.answer
         paths = {**({"result": job.result} if job.result else {}), **job.fetch}
-        files = ask_through(remote_of(job.connection), "read_files", paths=paths)
+        remote = remote_of(job.connection)
+        files = ask_through(remote, "read_files", paths=paths) if paths else {}
         if self.then:
             return self.then(context, files)
         return json.loads(files["result"]) if files.get("result") else None
@@ -218,6 +219,7 @@ class RemoteJobTrigger(BaseTrigger):
     async def run(self) -> AsyncIterator[TriggerEvent]:
         clock = asyncio.get_running_loop().time
         began = answered = wrote = told = clock()
+        remote: Remote | None = None
         seen: int | None = None
         last_lines = [""]
         waits_for = ""
@@ -227,11 +229,13 @@ class RemoteJobTrigger(BaseTrigger):
                 yield TriggerEvent({"timeout": f"job {self.name} took longer than the task may"})
                 return
             try:
-                # not asgiref's: it loses what a cancel says, and with it Airflow's call of on_kill
-                remote = await asyncio.to_thread(remote_of, self.connection)
+                if remote is None:
+                    # not asgiref's: it loses what a cancel says, and with it Airflow's call of on_kill
+                    remote = await asyncio.to_thread(remote_of, self.connection)
                 answer = await _poll(remote, self.root, self.name, seen)
             except ConnectionLost as error:
                 self.log.warning("%s; asking again", error)
+                remote = None  # the connection may have been corrected
                 if clock() - answered > UNREACHABLE_S:
                     yield TriggerEvent({"unreachable": str(error)})
                     return
