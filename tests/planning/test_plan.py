@@ -155,7 +155,9 @@ def test_a_batch_that_cannot_be_split_is_a_problem(hybrid):
 def test_a_time_budget_of_the_trainer_bounds_hours_and_tokens(hybrid):
     free = plan(changed(hybrid, SMALL), cluster="8xH100")
     bound = plan(changed(hybrid, {**SMALL, "training.time_budget_hours": 1.0}), cluster="8xH100")
-    assert bound.hours_parts["training"] <= 1.0
+    # start, checkpoints and evaluation are inside the hour too
+    assert bound.hours.high == pytest.approx(1.0)
+    assert bound.hours_parts["training"] < 0.95
     assert bound.tokens < free.tokens
     assert "time_budget_hours" in bound.notes[0]
 

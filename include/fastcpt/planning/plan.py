@@ -415,15 +415,19 @@ def _gpu_plan(
     tokens = plain.tokens
     budget = training.time_budget_hours
     middle = (everyone.low + everyone.high) / 2
-    if budget and tokens > middle * 3600 * budget:
-        tokens = int(middle * 3600 * budget)
-        notes.append(
-            f"the trainer ends after {budget:g} h (time_budget_hours), at about these tokens"
-        )
     parts = _overheads(recipe, job, hardware, middle, plain.corpus_tokens or tokens, before)
     train = Range(tokens / everyone.high, tokens / everyone.low).times(1 / 3600)
     if budget:
-        train = Range(min(train.low, budget), min(train.high, budget))
+        # what the trainer leaves for its steps: start, saving and evaluation are in its budget too
+        own = ("start-up", "checkpoints", "evaluation")
+        room = max(0.0, budget - sum(parts[name] for name in own))
+        if tokens > middle * 3600 * room:
+            tokens = int(middle * 3600 * room)
+            notes.append(
+                f"the trainer ends so that the evaluation fits {budget:g} h (time_budget_hours), at "
+                "about these tokens"
+            )
+        train = Range(min(train.low, room), min(train.high, room))
     hours = train.plus(sum(parts.values()))
 
     price = recipe.budget.price_per_gpu_hour
