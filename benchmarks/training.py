@@ -142,8 +142,9 @@ def worker(args: argparse.Namespace) -> None:
     engine, _ = trainer._engine(
         recipe, recipe.training, str(folder), file, args.accumulation, fp8, device
     )
+    phases = trainer.phases_of(recipe.training, rows)
     loop = trainer._Loop(
-        recipe.training, rows, engine, folder, args.accumulation, device, trainer._StopSignal()
+        recipe.training, phases, engine, folder, args.accumulation, device, trainer._StopSignal()
     )
     ready = time.monotonic()
     times = []

@@ -212,8 +212,14 @@ class Training(Section):
         le=1000.0,
         description="The decay begins so that training ends, decayed, inside these hours.",
     )
+    skip_sigmas: float = Field(
+        6.0,
+        gt=0.0,
+        description="A step is skipped whose loss or gradient norm is this many standard deviations "
+        "above the last 128.",
+    )
     max_skipped_steps: int = Field(
-        20, ge=0, description="Steps the guard may skip before the run ends."
+        20, ge=0, description="Steps of 128 the guard may skip before the run ends."
     )
     deepspeed: str = Field("ds_config_zero3.json", description="DeepSpeed file of include/configs.")
 
@@ -226,6 +232,10 @@ class Training(Section):
         return self
 
 
+# it names a folder
+AreaName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]{0,99}$")]
+
+
 class Lora(Section):
     """Low-rank adapters; the names are peft's ``LoraConfig``."""
 
@@ -233,7 +243,7 @@ class Lora(Section):
     lora_alpha: int = Field(128, ge=1)
     lora_dropout: float = Field(0.1, ge=0.0, lt=1.0)
     target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    areas: dict[str, list[str]] = Field(
+    areas: dict[AreaName, Annotated[list[str], Field(min_length=1)]] = Field(
         default={},
         description="One adapter a legal area: its name and the subject matters it is trained on.",
     )

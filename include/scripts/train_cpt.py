@@ -46,15 +46,19 @@ def main() -> None:
     if recipe.cluster.cpu_only:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     model = base_model(recipe, args.model)
-    from fastcpt.training.data import CorpusRows, Rows, decode_corpus
+    from fastcpt.training.data import AreaRows, CorpusRows, Rows, decode_corpus
     from fastcpt.training.evaluation import tokens_read
     from fastcpt.training.trainer import once_a_host, train
 
     size = recipe.corpus.max_seq_length
     scratch = args.output_dir / "rows" / socket.gethostname()
 
-    def rows() -> Rows:
-        decoded = once_a_host(lambda: str(decode_corpus(args.data_dir, size, scratch)))
+    areas = recipe.lora.areas if recipe.lora else {}
+
+    def rows() -> Rows | dict[str, Rows]:
+        decoded = once_a_host(lambda: str(decode_corpus(args.data_dir, size, scratch, areas)))
+        if areas:
+            return {area: AreaRows(Path(decoded), size, n) for n, area in enumerate(areas)}
         return CorpusRows(Path(decoded), size)
 
     training = recipe.stage2 if args.stage == "stage2" else recipe.training

@@ -56,16 +56,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_shards(
-    folder: Path, shards: list[list[list[int]]], lengths: list[list[list[int]]]
+    folder: Path,
+    shards: list[list[list[int]]],
+    lengths: list[list[list[int]]],
+    areas: list[list[list[list[str] | None]]] | None = None,
 ) -> None:
-    """Shards of rows of tokens, with the lengths of the rows' pieces, and their manifest."""
+    """Shards of rows of tokens, with the lengths and areas of the rows' pieces, and their manifest."""
     files = []
     kind = pa.list_(pa.int32())
     for shard, (ids, pieces) in enumerate(zip(shards, lengths, strict=True)):
         file = folder / f"cpt_train_shard_{shard:02d}.parquet"
-        parquet.write_table(
-            pa.table({"input_ids": pa.array(ids, kind), "lengths": pa.array(pieces, kind)}), file
-        )
+        columns = {"input_ids": pa.array(ids, kind), "lengths": pa.array(pieces, kind)}
+        if areas:
+            columns["areas"] = pa.array(areas[shard], pa.list_(pa.list_(pa.string())))
+        parquet.write_table(pa.table(columns), file, row_group_size=7)
         files.append(
             {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
         )

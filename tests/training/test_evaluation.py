@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,23 @@ def test_two_ranks_give_the_figure_of_one(
                 assert f"{one:.4g}" == f"{two:.4g}"
             assert found[name][who]["tokens"] == expected[name][who]["tokens"]
     assert said.count("evaluated model, random") == 1
+
+
+def test_general_texts_show_what_was_forgotten(
+    trained: Path, base: Path, corpus: Path, recipe: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    write_set(folder / "validation_general", [document("general", 90, seed=2)])
+    result = run(trained, folder, recipe, tmp_path / "evaluation.json", base=str(base))
+    assert result["validation_set"] == "random"  # what the gate reads stays
+    assert list(validation_files(folder)) == ["random", "general", "newest"]
+    general = result["general"]
+    assert general["model"]["tokens"] == general["base"]["tokens"] == 89
+    assert general["model"]["perplexity"] != general["base"]["perplexity"]
+    assert general["model"]["by_area"] == general["model"]["by_year"] == {}
+    by_year = {who: result["random"][who]["by_year"]["2016"] for who in ("model", "base")}
+    assert by_year["model"]["tokens"] == by_year["base"]["tokens"] == 104
 
 
 # What cannot be evaluated

@@ -121,7 +121,7 @@ def test_the_last_fifth_decays() -> None:
 
 
 def test_the_guard_refuses_what_is_not_finite_or_far_above() -> None:
-    guard = Guard(1)
+    guard = Guard(Training(max_skipped_steps=1))
     assert guard.refuses(math.nan, guard.losses)
     assert guard.refuses(math.inf, guard.losses)
     for n in range(64):  # mean 2, deviation 0.1
@@ -129,9 +129,18 @@ def test_the_guard_refuses_what_is_not_finite_or_far_above() -> None:
     assert not guard.refuses(2.5, copy.copy(guard.losses))
     assert guard.refuses(2.7, guard.losses)
     assert not guard.refuses(0.5, guard.losses)
-    guard.count(1, math.nan, 1.0)
-    with pytest.raises(TrainingError, match=r"max_skipped_steps \(1\); the last was step 2"):
-        guard.count(2, math.nan, 1.0)
+    wide = Guard(Training(skip_sigmas=8.0))
+    wide.losses.extend([1.9, 2.1] * 32)
+    assert not wide.refuses(2.7, wide.losses)
+
+
+def test_only_many_skipped_steps_close_together_end_the_training() -> None:
+    guard = Guard(Training(max_skipped_steps=1))
+    for step in (1, 129, 257):  # never two of 128
+        guard.count(step, math.nan, 1.0)
+    assert guard.skipped == 3
+    with pytest.raises(TrainingError, match=r"2 of the last 128 .* the last was step 384"):
+        guard.count(384, math.nan, 1.0)
 
 
 def test_gpus_that_cannot_train_together_are_named() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from fastcpt.files import read_json, write_json
 from fastcpt.training.layers import plain_weights
@@ -88,10 +89,52 @@ def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
     zero = engine.optimizer
     for moments in zero.optimizer.state.values():
         moments["step"].fill_(files[0]["adam_step"])
-    if engine.zero_optimization_stage() == 3 and zero.persistent_parameters:
-        # gathered again, with the new values, by their first use
-        zero.persistent_parameters[0].partition(zero.persistent_parameters)
+    _forget_gathered(engine)
     return state
+
+
+def begin_again(engine: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Give the trained weights these values (whole tensors, by name) and forget the moments."""
+    with torch.no_grad():
+        for name, parameter in _trained(engine):
+            _put(engine, parameter, None, [weights[name].flatten().to(torch.float32)])
+    for moments in engine.optimizer.optimizer.state.values():
+        for value in moments.values():
+            value.zero_()
+    _forget_gathered(engine)
+
+
+def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
+    """The trained weights by name, whole, on the CPU of every rank: for adapters, which are small."""
+    import deepspeed
+
+    whole = {}
+    for name, parameter in _trained(engine):
+        if engine.zero_optimization_stage() == 3:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                whole[name] = parameter.detach().cpu().clone()
+        else:
+            whole[name] = parameter.detach().cpu().clone()
+    return whole
+
+
+def adapter_weights(engine: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an adapter's folder by this engine's names."""
+    stored = load_file(folder / "adapter_model.safetensors")
+    weights = {}
+    for name, _ in _trained(engine):
+        plain = name.removeprefix("model.").replace(".default.", ".")
+        if plain not in stored:
+            raise CheckpointError(f"{folder} has no {plain}: its adapter has other target_modules")
+        weights[name] = stored[plain]
+    return weights
+
+
+def _forget_gathered(engine: Any) -> None:
+    """Weights that ZeRO-3 keeps gathered are gathered again, with new values, by their first use."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3 and zero.persistent_parameters:
+        zero.persistent_parameters[0].partition(zero.persistent_parameters)
 
 
 def _make_moments(engine: Any) -> None:
@@ -147,8 +190,13 @@ def _put(engine: Any, parameter: Any, part: str | None, slices: list[torch.Tenso
         low_precision.data.copy_(own.view_as(low_precision))
 
 
-def save_final(engine: Any, target: Path, tokenizer: Path, base: str) -> None:
-    """Write the folder that transformers (or peft, for adapters) loads; whole or not at all."""
+def save_final(
+    engine: Any, target: Path, tokenizer: Path, base: str, before: Path | None = None
+) -> None:
+    """Write the folder that transformers (or peft, for adapters) loads; whole or not at all.
+
+    What ``before``, the model that was trained, has of areas' adapters is handed on.
+    """
     trainee: Trainee = engine.module
     adapters = _has_frozen(engine)
     if engine.zero_optimization_stage() == 3:
@@ -172,9 +220,40 @@ def save_final(engine: Any, target: Path, tokenizer: Path, base: str) -> None:
         trainee.model.save_pretrained(partial, state_dict=named)
         if adapters:
             (partial / "base.json").write_text(json.dumps({"base": base}) + "\n")
+        if before and (before / "areas").is_dir():
+            shutil.copytree(before / "areas", partial / "areas")
+            shutil.copyfile(before / "areas.json", partial / "areas.json")
         for file in tokenizer.iterdir():
             if "token" in file.name or file.suffix in {".txt", ".jinja"}:
                 shutil.copyfile(file, partial / file.name)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+    dist.barrier()
+
+
+def save_mean(adapters: dict[str, Path], subjects: dict[str, list[str]], target: Path) -> None:
+    """Write the mean of several adapters as one, with each of them under ``areas``.
+
+    ``subjects`` are each area's. Adapters stacked on one another are a larger one that adds up
+    what they add: exact. Their scaling, alpha / r, is divided by their number as r grows by it.
+    """
+    if dist.get_rank() == 0:
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        folders = list(adapters.values())
+        shutil.copytree(folders[0], partial)
+        stored = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+        mean = {
+            name: torch.cat([one[name] for one in stored], dim=0 if ".lora_A." in name else 1)
+            for name in stored[0]
+        }
+        save_file(mean, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        settings = read_json(partial / "adapter_config.json")
+        settings["r"] *= len(folders)
+        write_json(partial / "adapter_config.json", settings)
+        for area, folder in adapters.items():
+            shutil.copytree(folder, partial / "areas" / area)
+        write_json(partial / "areas.json", subjects)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(partial, target)
     dist.barrier()

@@ -7,12 +7,15 @@ The shards are decoded once a host into one flat file of tokens that every rank 
 shuffling over the whole corpus then costs no memory and no reader processes. The n-th sample of
 a training is a function of the seed and of n alone, so the order is the same for any number of
 ranks, and a resumed training goes on where it stopped.
+
+An adapter of a legal area is trained on the pieces of its area, packed anew: rows of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -79,12 +82,58 @@ class CorpusRows:
         return Row(self.tokens[token:token_end], self.lengths[piece:piece_end])
 
 
-def decode_corpus(corpus: Path, size: int, scratch: Path) -> Path:
+class AreaRows(CorpusRows):
+    """The pieces of one area, packed into rows of their own; ``area`` counts from 0."""
+
+    def __init__(self, scratch: Path, size: int, area: int) -> None:
+        super().__init__(scratch, size)
+        pieces = np.flatnonzero(np.load(scratch / "areas.npy")[:, area])
+        ends = self.lengths.cumsum(dtype=np.int64)
+        self.packed = [pieces[row] for row in packed(self.lengths[pieces].tolist(), size)]
+        self.begins = ends - self.lengths  # [pieces]: the first token of each
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, number: int) -> Row:
+        pieces = self.packed[number]
+        lengths = self.lengths[pieces]
+        tokens = [
+            self.tokens[begin : begin + length]
+            for begin, length in zip(self.begins[pieces], lengths, strict=True)
+        ]
+        return Row(np.concatenate(tokens), lengths)
+
+
+def packed(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Rows of at most ``size`` tokens, as numbers of the pieces of these ``lengths`` in them.
+
+    The longest first, each into the fullest row that still has room for it.
+    """
+    by_room: list[list[list[int]]] = [[] for _ in range(size + 1)]  # rows by the tokens left
+    rooms = 0  # bit n: some row has n tokens left
+    for piece in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        need = lengths[piece]
+        fitting = rooms >> need
+        room = need + (fitting & -fitting).bit_length() - 1 if fitting else size
+        row = by_room[room].pop() if fitting else []
+        if fitting and not by_room[room]:
+            rooms &= ~(1 << room)
+        row.append(piece)
+        by_room[room - need].append(row)
+        rooms |= 1 << (room - need)
+    return [row for rows in by_room for row in rows]
+
+
+def decode_corpus(
+    corpus: Path, size: int, scratch: Path, areas: Mapping[str, Sequence[str]] | None = None
+) -> Path:
     """Verify a corpus folder's shards and decode them to flat files; returns their folder.
 
     Run by one process of each host. Costs 4 bytes a token under ``scratch``, and nothing when it
-    was done before. Raises ``DataError`` for a missing or altered shard, or rows that are longer
-    than ``size`` tokens or whose pieces do not add up.
+    was done before. ``areas`` maps an area to the subjects of its pieces, for ``AreaRows``. Raises
+    ``DataError`` for a missing or altered shard, rows that are longer than ``size`` tokens or whose
+    pieces do not add up, or an area without pieces.
     """
     manifest_file = corpus / "corpus_manifest.json"
     if not manifest_file.is_file():
@@ -97,17 +146,24 @@ def decode_corpus(corpus: Path, size: int, scratch: Path) -> Path:
     if not files:
         raise DataError(f"{manifest_file}: 'files' names no cpt_train_shard_*.parquet")
     files.sort(key=lambda entry: str(entry["file"]))
-    folder = scratch / digest_of([entry["sha256"] for entry in files], size)
+    digests = [entry["sha256"] for entry in files]
+    folder = scratch / (digest_of(digests, size, areas) if areas else digest_of(digests, size))
     if (folder / "starts.npy").is_file():
         return folder
     tokens: list[Ints] = []
     lengths: list[Ints] = []
     row_tokens: list[Ints] = []
     row_pieces: list[Ints] = []
+    of_areas: list[npt.NDArray[np.bool_]] = []
     for entry in files:
         shard = corpus / entry["file"]
         _verify(shard, entry)
-        table = parquet.read_table(shard, columns=["input_ids", "lengths"])
+        columns = ["input_ids", "lengths", *(["areas"] if areas else [])]
+        if areas and "areas" not in parquet.read_schema(shard).names:
+            raise DataError(
+                f"{shard}: no column areas, which lora.areas needs; build the corpus again"
+            )
+        table = parquet.read_table(shard, columns=columns)
         for column, flat, counts in (
             ("input_ids", tokens, row_tokens),
             ("lengths", lengths, row_pieces),
@@ -116,9 +172,18 @@ def decode_corpus(corpus: Path, size: int, scratch: Path) -> Path:
             flat.append(values.flatten().to_numpy().astype(np.int32, copy=False))
             counts.append(values.value_lengths().to_numpy())
         _check_rows(shard, lengths[-1], row_tokens[-1], row_pieces[-1], size)
+        if areas:
+            of_areas.append(_of_areas(table["areas"].combine_chunks().flatten(), areas))
+    if areas:
+        chosen = np.concatenate(of_areas)
+        for n, name in enumerate(areas):
+            if not chosen[:, n].any():
+                raise DataError(f"lora.areas.{name}: no piece of the corpus is of its subjects")
+        with whole_file(folder / "areas.npy") as aside, aside.open("wb") as out:
+            np.save(out, chosen)
     sizes = np.stack([np.concatenate(row_tokens), np.concatenate(row_pieces)], axis=1)
     starts = np.concatenate([np.zeros((1, 2), np.int64), sizes.cumsum(axis=0)])
-    # the last of the three completes the folder
+    # the last of these completes the folder
     for name, content in (
         ("tokens", np.concatenate(tokens)),
         ("lengths", np.concatenate(lengths)),
@@ -127,6 +192,16 @@ def decode_corpus(corpus: Path, size: int, scratch: Path) -> Path:
         with whole_file(folder / f"{name}.npy") as aside, aside.open("wb") as out:
             np.save(out, content)
     return folder
+
+
+def _of_areas(pieces: Any, areas: Mapping[str, Sequence[str]]) -> npt.NDArray[np.bool_]:
+    """[pieces, areas]: whether a piece names one of the area's subjects; general text names none."""
+    values = pieces.flatten().to_pylist()
+    owner = np.repeat(np.arange(len(pieces)), pieces.value_lengths().fill_null(0).to_numpy())
+    chosen = np.zeros((len(pieces), len(areas)), np.bool_)
+    for n, subjects in enumerate(areas.values()):
+        chosen[owner[np.isin(values, list(subjects))], n] = True
+    return chosen
 
 
 def _verify(shard: Path, entry: dict[str, object]) -> None:

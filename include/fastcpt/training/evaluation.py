@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ from fastcpt.training.inference import (
 FORMAT = 1
 # Tokens of a batch, padding included: enough to keep a GPU busy; what a CPU's caches hold.
 GPU_BATCH, CPU_BATCH = 16_384, 2_048
+ADAPTER = "adapter "  # before an area's name
 CHUNK = 2048  # tokens whose logits exist at one time
 COLUMNS = ("id", "input_ids", "bytes", "year", "areas")
 
@@ -85,7 +87,9 @@ def evaluate(
     stands for its final model), ``validation`` is a corpus
     folder or the folder of one validation set. For each set (``random``, ``newest``) and each of
     ``model`` and ``base``: ``perplexity``, ``bits_per_byte``, ``loss`` (nats a token), ``tokens``,
-    ``documents``, and the same ``by_area`` and ``by_year``. Without a recipe the window is the
+    ``documents``, and the same ``by_area`` and ``by_year``. Where ``checkpoint`` holds adapters of
+    areas, ``adapters`` has for each, on the documents of its area, those of ``adapter``, of
+    ``model`` (the mean of all adapters) and of ``base``. Without a recipe the window is the
     corpus's own sequence length, and the weights are bfloat16. An evaluation of
     the same inputs is not done again. Raises ``EvaluationError``.
     """
@@ -112,21 +116,33 @@ def evaluate(
         print(f"{output} is complete", flush=True)
         return dict(found)
     sets = {name: read_documents(files[name]) for name in files}
+    areas = _areas_of(checkpoint)
+    losses: dict[tuple[str, str], npt.NDArray[np.float64]] = {}  # of a set's documents, by whom
     result: dict[str, Any] = {name: {} for name in sets}
     with ranks() as device:
         for path, labels in _to_load(checkpoint, base):
+            own = areas if path == checkpoint else {}
             scorer, _ = model_for_inference(
-                path, attention, dtype, device, wrap=Scorer, in_parts=in_parts
+                path,
+                attention,
+                dtype,
+                device,
+                wrap=partial(_scorer, own),
+                in_parts=in_parts,
             )
-            for label, (name, documents) in product(labels, sets.items()):
+            for label, (name, documents) in product([*labels, *own], sets.items()):
                 begin = time.monotonic()
-                plain = label == "base" and path != base
-                with scorer.model.disable_adapter() if plain else nullcontext():
-                    losses = document_losses(
-                        scorer, documents, window, device, batch_tokens, f"{label}, {name}"
+                asked = own[label].documents(documents) if label in own else documents
+                if not asked:
+                    continue
+                with _switched(scorer.model, label, own, plain=label == "base" and path != base):
+                    found = document_losses(
+                        scorer, asked, window, device, batch_tokens, f"{label}, {name}"
                     )
-                figures = figures_of(documents, losses, f"{label} on the {name} validation set")
-                result[name][label] = figures
+                losses[name, label] = found
+                figures = figures_of(asked, found, f"{label} on the {name} validation set")
+                if label not in own:
+                    result[name][label] = figures
                 Progress().say(
                     f"evaluated {label}, {name}: perplexity {figures['perplexity']:.4f}, "
                     f"{figures['bits_per_byte']:.4f} bits a byte, {figures['tokens']:,} tokens "
@@ -136,6 +152,15 @@ def evaluate(
             del scorer  # the next model takes its place
             if device.type == "cuda":
                 torch.cuda.empty_cache()
+        for name, documents in sets.items():
+            beside = {who: losses[name, who] for who in ("model", "base") if (name, who) in losses}
+            tables = {
+                label.removeprefix(ADAPTER): area.figures(documents, losses[name, label], beside)
+                for label, area in areas.items()
+                if (name, label) in losses
+            }
+            if tables:
+                result[name]["adapters"] = tables
         result |= {
             "validation_set": gate_set,
             "window": window,
@@ -145,6 +170,65 @@ def evaluate(
         if rank() == 0:
             write_json(output, result)
     return result
+
+
+class _Area(NamedTuple):
+    """A legal area that has an adapter of its own."""
+
+    folder: Path
+    subjects: frozenset[str]
+
+    def documents(self, documents: list[Document]) -> list[Document]:
+        return [one for one in documents if self.subjects & set(one.areas)]
+
+    def figures(
+        self,
+        documents: list[Document],
+        own: npt.NDArray[np.float64],
+        beside: dict[str, npt.NDArray[np.float64]],
+    ) -> dict[str, Any]:
+        """The adapter's figures on its area's documents, and others' on the same.
+
+        ``own`` are the losses of these documents, ``beside`` of all ``documents``.
+        """
+        its = [bool(self.subjects & set(one.areas)) for one in documents]
+        by = {"adapter": own} | {who: losses[its] for who, losses in beside.items()}
+        chosen = self.documents(documents)
+        tables = {
+            who: figures_of(chosen, losses, f"{who} on an area") for who, losses in by.items()
+        }
+        kept = ("perplexity", "bits_per_byte", "loss", "tokens", "documents")
+        return {who: {key: table[key] for key in kept} for who, table in tables.items()}
+
+
+def _areas_of(checkpoint: str) -> dict[str, _Area]:
+    """What a model has of areas' adapters, by their labels; of most models nothing."""
+    listed = Path(checkpoint) / "areas.json"
+    if not listed.is_file():
+        return {}
+    return {
+        f"{ADAPTER}{area}": _Area(listed.parent / "areas" / area, frozenset(subjects))
+        for area, subjects in read_json(listed).items()
+    }
+
+
+def _scorer(areas: dict[str, _Area], model: Any) -> Scorer:
+    """A scorer whose model has the areas' adapters beside its own."""
+    for n, area in enumerate(areas.values()):
+        model.load_adapter(str(area.folder), adapter_name=f"area{n}")
+    return Scorer(model)
+
+
+@contextmanager
+def _switched(model: Any, label: str, areas: dict[str, _Area], plain: bool) -> Iterator[None]:
+    """A model with an area's adapter, its own or (``plain``) none."""
+    if label in areas:
+        model.set_adapter(f"area{list(areas).index(label)}")
+        yield
+        model.set_adapter("default")
+        return
+    with model.disable_adapter() if plain else nullcontext():
+        yield
 
 
 def _to_load(checkpoint: str, base: str | None) -> list[tuple[str, list[str]]]:

@@ -4,6 +4,9 @@ Adapters are merged into the plain weights of their base model, whatever precisi
 trained beside: each sum is taken in 32-bit floats and rounded once to the recipe's type. The card
 tells only what the run's record holds, and no place on any machine. The folder is complete or
 absent; published again from the same inputs it is left as it is.
+
+A run with an adapter a legal area is published as one model, the mean of its adapters merged, with
+each of them in ``adapters/`` for peft: what a server of several adapters on one base loads.
 """
 
 from __future__ import annotations
@@ -62,15 +65,7 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
         print(f"{output} is complete", flush=True)
         return dict(read_json(output / FACTS))
     logging.disable_progress_bar()
-    with _signs_of_life(f"loading {model.name}"):
-        causal, _ = load_model(model, "sdpa", recipe.model.dtype)
-    merged = hasattr(causal, "merge_and_unload")
-    if merged:
-        with _signs_of_life("merging the adapter into its base model"):
-            # not safe_merge, which would round the product before it is added
-            causal = causal.merge_and_unload()
-    _check_finite(causal)
-    causal.config.use_cache = True  # training turns it off
+    causal, merged = merge_lora(model, recipe.model.dtype)
     if facts["train_sft/training"]:
         chat = Chat(model)
         causal.generation_config.eos_token_id = sorted({chat.end_id, chat.tokenizer.eos_token_id})
@@ -80,7 +75,8 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
     with _signs_of_life(f"writing {parameters:,} parameters"):
         causal.save_pretrained(str(partial), max_shard_size=SHARD)
     AutoTokenizer.from_pretrained(str(model)).save_pretrained(str(partial))
-    card = model_card(recipe, facts, name=output.name, parameters=parameters)
+    areas = _copy_adapters(model, partial, _base_name(recipe))
+    card = model_card(recipe, facts, name=output.name, parameters=parameters, areas=areas)
     (partial / "README.md").write_text(card, encoding="utf-8")
     result = {
         "made_from": made_from,
@@ -92,6 +88,35 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
     _put_in_place(partial, output)
     print(f"published {output}", flush=True)
     return result
+
+
+def merge_lora(model: Path, dtype: str) -> tuple[Any, bool]:
+    """A model, its adapters (if any) merged into the plain weights, and whether there were some.
+
+    ``PublishError`` where weights are not finite, ``ModelError`` where there is no model.
+    """
+    with _signs_of_life(f"loading {model.name}"):
+        causal, _ = load_model(model, "sdpa", dtype)
+    merged = hasattr(causal, "merge_and_unload")
+    if merged:
+        with _signs_of_life("merging the adapter into its base model"):
+            # not safe_merge, which would round the product before it is added
+            causal = causal.merge_and_unload()
+    _check_finite(causal)
+    causal.config.use_cache = True  # training turns it off
+    return causal, merged
+
+
+def _copy_adapters(model: Path, output: Path, base: str | None) -> list[str]:
+    """Each area's adapter, as peft loads it, naming the base model by its hub name or not at all."""
+    folders = sorted((model / "areas").glob("*/"))
+    for folder in folders:
+        target = output / "adapters" / folder.name
+        target.mkdir(parents=True)
+        shutil.copyfile(folder / "adapter_model.safetensors", target / "adapter_model.safetensors")
+        settings = read_json(folder / "adapter_config.json")
+        write_json(target / "adapter_config.json", {**settings, "base_model_name_or_path": base})
+    return [folder.name for folder in folders]
 
 
 def _check_finite(model: Any) -> None:
@@ -142,11 +167,19 @@ def _base_name(recipe: Recipe) -> str | None:
     return None if name is None or name.startswith(("/", ".", "~")) else name
 
 
-def model_card(recipe: Recipe, facts: Mapping[str, Any], *, name: str, parameters: int) -> str:
+def model_card(
+    recipe: Recipe,
+    facts: Mapping[str, Any],
+    *,
+    name: str,
+    parameters: int,
+    areas: Sequence[str] = (),
+) -> str:
     """The text of README.md: how the model came to be and what it was measured to do.
 
     ``facts`` are the JSON files of the run's record by their name without ``.json``, an empty
-    mapping for each that the run does not have. What was not measured is not told.
+    mapping for each that the run does not have. What was not measured is not told. ``areas`` are
+    those whose adapters lie in ``adapters/``.
     """
     base = _base_name(recipe)
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
@@ -173,6 +206,12 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], *, name: str, parameter
         parts.append(
             "It was fine-tuned with the tokenizer's chat template; give it prompts through "
             "`tokenizer.apply_chat_template(..., add_generation_prompt=True)`."
+        )
+    if areas:
+        parts.append(
+            f"Adapters of single legal areas lie in `adapters/`: {', '.join(areas)}. Each goes on "
+            "the base model, not on this one, which is the base model with the mean of them merged: "
+            '`PeftModel.from_pretrained(base_model, "path/to/this/folder/adapters/AREA")`.'
         )
     parts += _section("Training data", _data(facts["corpus_manifest"]))
     parts += _section("Training", _trainings(recipe, facts))
@@ -244,26 +283,33 @@ def _duration(seconds: float) -> str:
 def _perplexity(facts: Mapping[str, Any]) -> list[str]:
     evaluation = facts["evaluation_stage2"] or facts["evaluation"]
     rows = []
-    for name in ("random", "newest"):
+    for name in ("random", "newest", "general"):
         figures = evaluation.get(name, {})
-        for who, words in (("base", "base model"), ("model", "after continued pre-training")):
-            found = figures.get(who)
-            if found:
-                rows.append(
-                    (
-                        name,
-                        words,
-                        f"{found['perplexity']:.2f}",
-                        f"{found['bits_per_byte']:.4f}",
-                        f"{found['tokens']:,}",
+        areas = figures.get("adapters", {}).items()
+        for kind, of in ((name, figures), *((f"{name}, {area}", by) for area, by in areas)):
+            for who, words in (
+                ("base", "base model"),
+                ("model", "after continued pre-training"),
+                ("adapter", "with the area's own adapter"),
+            ):
+                found = of.get(who)
+                if found:
+                    rows.append(
+                        (
+                            kind,
+                            words,
+                            f"{found['perplexity']:.2f}",
+                            f"{found['bits_per_byte']:.4f}",
+                            f"{found['tokens']:,}",
+                        )
                     )
-                )
     if not rows:
         return []
     parts = [
         _table(("validation set", "model", "perplexity", "bits per byte", "tokens"), rows),
         "Each token counts once, in strided windows. `random`: acts held out at random; `newest`: "
-        "the newest acts. No version of a held-out act was trained on.",
+        "the newest acts; `general`: general texts, to see what was forgotten. No version of a "
+        "held-out text was trained on.",
     ]
     gate = facts["gate_stage2"] or facts["gate"]
     if gate:

@@ -18,7 +18,7 @@ import numpy as np
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from fastcpt.training.data import NO_LOSS, ListRows, Row
+from fastcpt.training.data import NO_LOSS, ListRows, Row, packed
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -141,23 +141,14 @@ def example(chat: Chat, instruction: Instruction, size: int) -> Row:
 
 
 def pack(examples: list[Row], size: int) -> list[Row]:
-    """Conversations put into rows of at most ``size`` tokens: the longest first, each into the
-    fullest row that still has room for it."""
-    by_room: list[list[list[Row]]] = [[] for _ in range(size + 1)]  # rows by the tokens left
-    for one in sorted(examples, key=lambda row: -len(row.input_ids)):
-        need = len(one.input_ids)
-        room = next((left for left in range(need, size + 1) if by_room[left]), None)
-        row = by_room[room].pop() if room is not None else []
-        row.append(one)
-        by_room[(size if room is None else room) - need].append(row)
+    """Conversations put into rows of at most ``size`` tokens, as ``data.packed`` does."""
     return [
         Row(
-            np.concatenate([one.input_ids for one in row]),
-            np.concatenate([one.lengths for one in row]),
-            np.concatenate([one.labels for one in row if one.labels is not None]),
+            np.concatenate([examples[n].input_ids for n in row]),
+            np.concatenate([examples[n].lengths for n in row]),
+            np.concatenate([labels for n in row if (labels := examples[n].labels) is not None]),
         )
-        for rows in by_room
-        for row in rows
+        for row in packed([len(one.input_ids) for one in examples], size)
     ]
 
 

@@ -28,6 +28,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ from transformers.utils import logging
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe, Training
 from fastcpt.training import checkpoints
+from fastcpt.training.checkpoints import save_final
 from fastcpt.training.data import NO_LOSS, Order, Row, Rows, make_batch, targets_of
 from fastcpt.training.exits import Stopped
 from fastcpt.training.layers import Block, can_fuse, with_fused_blocks
@@ -57,7 +59,6 @@ from fastcpt.training.model import (
 )
 
 WINDOW = 128  # steps that the guard remembers; it judges from half of them on
-SIGMAS = 6.0
 SILENCE = 25.0  # seconds without a progress line
 MARGIN = 0.02  # of time_budget_hours left unused
 LAUNCHER = 5.0  # seconds before this process began: the launcher's own imports
@@ -127,13 +128,15 @@ def learning_rate(training: Training, step: int, progress: float) -> float:
 class Guard:
     """Skips a step whose loss or gradient norm is not finite or far above the recent ones.
 
-    Far above: more than mean + 6 standard deviations of the last 128 steps (OLMo-core's rule),
-    once 64 are known. Finite values are remembered even where they were skipped: what stays
+    Far above: more than mean + ``skip_sigmas`` standard deviations of the last 128 steps
+    (OLMo-core's rule, with 6), once 64 are known. Finite values are remembered even where they were skipped: what stays
     becomes the new normal.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most, self.skipped = most, 0
+    def __init__(self, training: Training) -> None:
+        self.sigmas, self.most = training.skip_sigmas, training.max_skipped_steps
+        self.skipped = 0
+        self.skipped_at: list[int] = []  # of the last 128 steps
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.norms: deque[float] = deque(maxlen=WINDOW)
 
@@ -146,16 +149,22 @@ class Guard:
             mean = sum(recent) / len(recent)
             deviation = math.sqrt(sum((x - mean) ** 2 for x in recent) / len(recent))
             # a curve without noise has no deviation worth the name
-            out = value > mean + SIGMAS * max(deviation, 1e-3 * abs(mean))
+            out = value > mean + self.sigmas * max(deviation, 1e-3 * abs(mean))
         recent.append(value)
         return out
 
+    def forget(self) -> None:
+        """Begin anew with what is normal; the skipped steps stay counted."""
+        self.losses.clear()
+        self.norms.clear()
+
     def count(self, step: int, loss: float, norm: float) -> None:
-        """Count one skipped step; ``TrainingError`` where there were too many."""
+        """Count one skipped step; ``TrainingError`` where too many are close together."""
         self.skipped += 1
-        if self.skipped > self.most:
+        self.skipped_at = [n for n in self.skipped_at if n > step - WINDOW] + [step]
+        if len(self.skipped_at) > self.most:
             raise TrainingError(
-                f"{self.skipped} steps had a loss or gradient norm out of bounds, more than "
+                f"{len(self.skipped_at)} of the last {WINDOW} steps had a loss or gradient norm out of bounds, more than "
                 f"max_skipped_steps ({self.most}); the last was step {step} (loss {loss:.4g}, "
                 f"gradient norm {norm:.4g}). Lower learning_rate, lengthen warmup_steps, or look "
                 "at the data of these steps"
@@ -218,7 +227,7 @@ def deepspeed_config(
 def train(
     recipe: Recipe,
     training: Training,
-    rows: Callable[[], Rows],
+    rows: Callable[[], Rows | dict[str, Rows]],
     *,
     model: str,
     tokenizer: Path,
@@ -229,7 +238,8 @@ def train(
 ) -> dict[str, Any]:
     """Train ``model`` on ``rows`` and write everything under ``output``; the content of training.json.
 
-    Called by every rank. ``rows`` is called when the process group exists. A training that was
+    Called by every rank. ``rows`` is called when the process group exists; where it answers with the
+    rows of several areas, each gets an adapter of its own, one after another. A training that was
     stopped goes on from its newest checkpoint; a complete one is returned at once. Of a time budget
     enough is left to evaluate ``evaluated_tokens``. Raises ``ValueError`` kinds for what a retry
     cannot heal, ``Stopped`` after SIGTERM and a checkpoint.
@@ -250,17 +260,33 @@ def train(
     world = dist.get_world_size()
     accumulation = _accumulation(recipe, training, world)
     data = rows()
-    if not len(data):
-        raise TrainingError("there are no rows to train on")
-    engine, chosen = _engine(recipe, training, model, deepspeed_file, accumulation, use_fp8, device)
+    phases = phases_of(training, data)
+    several = isinstance(data, dict)
+    engine, chosen = _engine(
+        recipe, training, model, deepspeed_file, accumulation, use_fp8, device, fresh=several
+    )
+    fresh = checkpoints.trained_weights(engine) if several else {}
     if dist.get_rank() == 0:
         _check_disk(engine.module, training, output)
     price = recipe.budget.price_per_gpu_hour
-    loop = _Loop(training, data, engine, output, accumulation, device, stop, price)
+    loop = _Loop(training, phases, engine, output, accumulation, device, stop, price)
     loop.try_one_step()
     loop.start_clock(evaluated_tokens)
-    loop.run()
-    checkpoints.save_final(engine, output / "final", tokenizer, chosen["base"])
+    before, final, base = Path(model), output / "final", chosen["base"]
+    if several:
+        assert recipe.lora
+        adapters = {phase.area: output / "areas" / phase.area for phase in phases}
+
+        def begin(area: str) -> None:
+            own = before / "areas" / area
+            known = checkpoints.adapter_weights(engine, own) if own.is_dir() else fresh
+            checkpoints.begin_again(engine, known)
+
+        loop.run(begin, lambda area: save_final(engine, adapters[area], tokenizer, base))
+        checkpoints.save_mean(adapters, recipe.lora.areas, final)
+    else:
+        loop.run()
+        save_final(engine, final, tokenizer, base, before)
     result = {**loop.result(), **chosen}
     if dist.get_rank() == 0:
         shutil.rmtree(output / "rows", ignore_errors=True)
@@ -269,6 +295,41 @@ def train(
     dist.barrier()
     dist.destroy_process_group()
     return result
+
+
+class Phase(NamedTuple):
+    """What is trained one after another: everything, or the adapter of a legal area each."""
+
+    area: str  # empty: everything
+    rows: Rows
+    training: Training  # max_steps and warmup_steps are the phase's own
+    begin: float  # of the whole training, 0..1
+    end: float
+
+
+def phases_of(training: Training, data: Rows | dict[str, Rows]) -> list[Phase]:
+    """One phase, or one for each area: they share the steps as they share the rows."""
+    if not isinstance(data, dict):
+        if not len(data):
+            raise TrainingError("there are no rows to train on")
+        return [Phase("", data, training, 0.0, 1.0)]
+    steps, rows = training.max_steps, sum(map(len, data.values()))
+    edges = [round(steps * part / rows) for part in accumulate(map(len, data.values()), initial=0)]
+    phases = []
+    for (area, own), (begin, end) in zip(data.items(), pairwise(edges), strict=True):
+        if begin == end:
+            raise TrainingError(
+                f"max_steps ({steps}) leave none for lora.areas.{area}, which has {len(own)} of "
+                f"{rows} rows: raise max_steps or leave it out"
+            )
+        share = {
+            "max_steps": end - begin,
+            "warmup_steps": training.warmup_steps * (end - begin) // steps,
+        }
+        phases.append(
+            Phase(area, own, training.model_copy(update=share), begin / steps, end / steps)
+        )
+    return phases
 
 
 def _accumulation(recipe: Recipe, training: Training, world: int) -> int:
@@ -292,9 +353,15 @@ def _engine(
     accumulation: int,
     use_fp8: bool,
     device: torch.device,
+    fresh: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """DeepSpeed's engine around the model, and what was chosen for it."""
+    """DeepSpeed's engine around the model, and what was chosen for it.
+
+    ``fresh`` makes new adapters, also where ``path`` has some.
+    """
     base, adapted = base_of(path)
+    if fresh:
+        path, adapted = base, False
     try:
         shape = AutoConfig.from_pretrained(base)
     except (ValueError, OSError) as error:
@@ -329,6 +396,7 @@ def _engine(
         for name, parameter in causal.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif recipe.lora is not None:
+        torch.manual_seed(training.seed)  # loading drew from it, more or less
         causal = add_lora(causal, recipe.lora)
     packing = None
     if fused:
@@ -623,7 +691,7 @@ class _Loop:
     def __init__(
         self,
         training: Training,
-        data: Rows,
+        phases: list[Phase],
         engine: Any,
         output: Path,
         accumulation: int,
@@ -632,13 +700,14 @@ class _Loop:
         price: float | None = None,
     ) -> None:
         self.price, self.work = price, _Work(engine.module, device)
-        self.training, self.data, self.engine = training, data, engine
+        self.training, self.phases, self.engine = training, phases, engine
         self.folder = output / "checkpoints"
         self.accumulation, self.device, self.stop = accumulation, device, stop
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.order = Order(len(data), training.seed)
-        self.guard = Guard(training.max_skipped_steps)
+        self.guard = Guard(training)
         self.step = self.tokens = 0
+        self.number = self.begun = 0  # the phase, and the step it began with
+        self.areas: dict[str, Any] = {}  # what became of those that are done
         self.seconds = self.loss = self.norm = 0.0
         self.peak_gb = 0.0
         self.clock = 0.0  # share of the time budget that is used
@@ -651,11 +720,15 @@ class _Loop:
             self.peak_gb = state["peak_memory_gb"]
             self.startups = state["startup_seconds"]
             self.clock = state["clock"]
+            self.number, self.begun = state["phase"], state["phase_begun"]
+            self.areas = state["areas"]
             self.guard.skipped = state["skipped_steps"]
+            self.guard.skipped_at = state["skipped_at"]
             self.guard.losses.extend(state["losses"])
             self.guard.norms.extend(state["norms"])
             self._say(f"going on from checkpoints/step_{self.step}")
         self.first = self.step
+        self._take_phase()
         self.log = _Log(output, self.step) if self.rank == 0 else None
 
     def state(self) -> dict[str, Any]:
@@ -667,7 +740,11 @@ class _Loop:
             "peak_memory_gb": self.peak_gb,
             "startup_seconds": self.startups + self.startup,
             "clock": self.clock,
+            "phase": self.number,
+            "phase_begun": self.begun,
+            "areas": self.areas,
             "skipped_steps": self.guard.skipped,
+            "skipped_at": self.guard.skipped_at,
             "losses": list(self.guard.losses),
             "norms": list(self.guard.norms),
         }
@@ -683,7 +760,13 @@ class _Loop:
             "loss": self.loss,
             "peak_memory_gb": round(self.peak_gb, 3),
             "skipped_steps": self.guard.skipped,
+            **({"areas": self.areas} if self.areas else {}),
         }
+
+    def _take_phase(self) -> None:
+        self.phase = self.phases[self.number]
+        self.data = self.phase.rows
+        self.order = Order(len(self.data), self.training.seed)
 
     def try_one_step(self) -> None:
         """The last micro-batches of a step and all that follows them, except that nothing changes.
@@ -757,18 +840,32 @@ class _Loop:
         """How much of the training is behind it, 0..1, by steps or by the clock."""
         return max(self.step / self.training.max_steps, self.clock)
 
-    def run(self) -> None:
-        """All steps that are left, with their checkpoints."""
+    def run(
+        self,
+        begin_area: Callable[[str], None] = lambda _: None,
+        end_area: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """All steps that are left, with their checkpoints.
+
+        ``begin_area`` is called before the first step of a phase, ``end_area`` after its last.
+        """
         training = self.training
         first, begin, said = self.first, time.monotonic(), time.monotonic()
         before = self.seconds
         logged_tokens, logged_at, logged_flop = self.tokens, begin, self.work.flop
-        while self.progress() < 1.0:
-            rate = learning_rate(training, self.step, self.progress())
+        while self.progress() < 1.0 or self.step == self.begun:
+            phase = self.phase
+            if self.step == self.begun:
+                begin_area(phase.area)
+                if phase.area:
+                    self._say(f"adapter {phase.area}: {len(phase.rows):,} rows")
+            behind = (self.progress() - phase.begin) / (phase.end - phase.begin)
+            rate = learning_rate(phase.training, self.step - self.begun, min(1.0, behind))
             stopping = self._one_step(rate, begin, before)
-            last = self.progress() >= 1.0
+            ended = self.progress() >= phase.end
+            last = ended and phase is self.phases[-1]
             now = time.monotonic()
-            due = self.step % training.logging_steps == 0 or last
+            due = self.step % training.logging_steps == 0 or ended
             if self.rank == 0 and (due or now - said > SILENCE or self.step == first + 1):
                 per_gpu = (self.tokens - logged_tokens) / max(now - logged_at, 1e-9) / self.world
                 a_step = (now - begin) / (self.step - first)
@@ -786,17 +883,31 @@ class _Loop:
                     flop = (self.work.flop - logged_flop) / max(now - logged_at, 1e-9) / self.world
                     self.log.write(self.step, self._metrics(rate, per_gpu, left, flop))
                     logged_tokens, logged_at, logged_flop = self.tokens, now, self.work.flop
-            if stopping or last or self.step % training.save_steps == 0:
+            if ended:
+                self._end_phase(end_area, last)
+            if stopping or ended or self.step % training.save_steps == 0:
                 self._save(last)
                 said = time.monotonic()
             if stopping and not last:
                 raise Stopped(f"stopped by SIGTERM; checkpoints/step_{self.step} is saved")
 
+    def _end_phase(self, end_area: Callable[[str], None], last: bool) -> None:
+        """Save an area's adapter and turn to the next; the checkpoint after it remembers that."""
+        if self.phase.area:
+            end_area(self.phase.area)
+            self.areas[self.phase.area] = {"steps": self.step - self.begun, "loss": self.loss}
+        if not last:
+            self.number, self.begun = self.number + 1, self.step
+            self._take_phase()
+            self.guard.forget()
+
     def _metrics(self, rate: float, per_gpu: float, left: float, flop: float) -> dict[str, Any]:
         """``per_gpu`` tokens/s, ``left`` seconds, ``flop`` FLOP/s of a GPU."""
-        known: dict[str, float] = {}
+        known: dict[str, Any] = {}
         if self.work.peak:
             known["mfu"] = round(flop / self.work.peak, 4)
+        if self.phase.area:
+            known["area"] = self.phase.area
         if self.price is not None:
             known["cost"] = round(self.seconds / 3600 * self.world * self.price, 2)
         return {
@@ -816,7 +927,8 @@ class _Loop:
         """One optimizer step; returns whether some rank was told to stop."""
         micro = self.training.per_device_train_batch_size
         batch = micro * self.world * self.accumulation
-        samples = [self.data[self.order[self.step * batch + n]] for n in range(batch)]
+        done = (self.step - self.begun) * batch
+        samples = [self.data[self.order[done + n]] for n in range(batch)]
         targets = max(1, sum(int((targets_of(row) != NO_LOSS).sum()) for row in samples))
         # dropout of a step is the same after a resume
         torch.manual_seed(hash((self.training.seed, self.step, self.rank)))
@@ -911,13 +1023,16 @@ class _Log:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():
-            if name != "step":
+            if name not in ("step", "area"):
                 self.board.add_scalar(name, value, step)
         self.board.flush()
         if step <= self.last:
             return
         # JSON has no NaN
-        finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in metrics.items()
+        }
         with self.file.open("a") as out:
             out.write(json.dumps(finite) + "\n")
 
