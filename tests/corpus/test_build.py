@@ -24,7 +24,7 @@ from corpus.made import Record, act, record, text_of
 from fastcpt.corpus import build as build_module
 from fastcpt.corpus import documents as documents_module
 from fastcpt.corpus import processes as processes_module
-from fastcpt.corpus.build import BuildError, LeakError, build, tokenize
+from fastcpt.corpus.build import BuildError, LeakError, build, prepare_tokenizer, tokenize
 from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import select
@@ -286,21 +286,27 @@ def test_a_corpus_that_grew_tokenizes_only_what_is_new(
     assert tokenized == [("part-00.jsonl", 0), ("part-01.jsonl", 6)]
 
 
+@pytest.mark.parametrize("trained", [False, True])
 def test_tokenizing_can_be_spread_over_workers(
-    documents: Writer, recipe_for: Recipes, home: Path, tmp_path: Path
+    documents: Writer, recipe_for: Recipes, home: Path, tmp_path: Path, trained: bool
 ) -> None:
     records = acts()
     for n in range(3):
         documents(records[n::3], f"part-{n}.jsonl")
-    recipe = recipe_for(tmp_path / "documents")
+    own = {"tokenizer__path": None, "tokenizer__train_vocab_size": 400} if trained else {}
+    recipe = recipe_for(tmp_path / "documents", **own)
     parts = list_parts(recipe.documents)
     scores = score_parts(parts, recipe, home, 1)
     selection = select([score["path"] for score in scores], recipe, home)["path"]
+    prepare_tokenizer(selection, recipe, home)
+    tokenizers = {path: path.stat().st_mtime_ns for path in home.glob("tokenizers/*")}
+    assert bool(tokenizers) == trained
     done = [tokenize(selection, [part], recipe, home)["documents"] for part in parts]
     assert sum(done) == 40
     ids = {path: path.stat().st_mtime_ns for path in home.glob("tokens/*/*")}
     spread = build(selection, recipe, home, 1)
     assert {path: path.stat().st_mtime_ns for path in home.glob("tokens/*/*")} == ids
+    assert {path: path.stat().st_mtime_ns for path in home.glob("tokenizers/*")} == tokenizers
     alone = build(selection, recipe, tmp_path / "alone", 1)
     assert bytes_of(Path(spread["path"])) == bytes_of(Path(alone["path"]))
 

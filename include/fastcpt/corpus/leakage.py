@@ -23,7 +23,7 @@ from fastcpt.recipe import Fields
 Ints = npt.NDArray[np.int64]
 
 MAX_OVERLAP = 0.3
-_FILTER_BITS = 22
+_PLACES = 16  # of the filter, for each held-out sequence: one in 16 others passes it
 
 
 class Overlaps(NamedTuple):
@@ -60,7 +60,12 @@ def write_table(folder: Path, sequences: list[npt.NDArray[np.uint64]]) -> None:
     hashes = np.concatenate([*sequences, np.empty(0, dtype=np.uint64)])
     numbers = np.repeat(np.arange(len(sequences), dtype=np.int32), sizes)
     order = np.lexsort((numbers, hashes))
-    columns = {"hashes": hashes[order], "numbers": numbers[order], "sizes": sizes}
+    # bit n of the filter is set where some sequence's leading bits are n
+    bits = max(16, (len(hashes) * _PLACES).bit_length())
+    places = _leading(hashes, bits)
+    maybe = np.zeros((1 << bits) // 8, dtype=np.uint8)
+    np.bitwise_or.at(maybe, places >> 3, np.left_shift(1, places & 7).astype(np.uint8))
+    columns = {"hashes": hashes[order], "numbers": numbers[order], "sizes": sizes, "filter": maybe}
     for name, column in columns.items():
         with whole_file(folder / f"{name}.npy") as aside, aside.open("wb") as file:
             np.save(file, column)
@@ -69,18 +74,20 @@ def write_table(folder: Path, sequences: list[npt.NDArray[np.uint64]]) -> None:
 def overlaps(part: str, fields: Fields, positions: Ints, table: Path) -> Overlaps:
     """Which of a part's documents (by position) overlap with held-out ones."""
     # mapped: the processes of a machine share one copy in memory
-    hashes, numbers, sizes = (
-        np.load(table / f"{name}.npy", mmap_mode="r") for name in ("hashes", "numbers", "sizes")
+    hashes, numbers, sizes, maybe = (
+        np.load(table / f"{name}.npy", mmap_mode="r")
+        for name in ("hashes", "numbers", "sizes", "filter")
     )
-    maybe = np.zeros(1 << _FILTER_BITS, dtype=bool)  # nearly all sequences end here
-    maybe[_short(hashes)] = True
+    bits = len(maybe).bit_length() + 2
     wanted = set(positions.tolist())
     progress = Progress(f"overlaps of {part.rsplit('/', 1)[-1]}", "documents", len(wanted))
     found: list[tuple[int, int, float]] = []
     for document in read_documents(part, fields) if wanted else ():
         if isinstance(document, Document) and document.position in wanted:
             own = ngram_hashes(word_hashes(document.text), OVERLAP)
-            likely = own[maybe[_short(own)]]
+            places = _leading(own, bits)
+            # nearly all end here
+            likely = np.sort(own[(maybe[places >> 3] >> (places & 7)) & 1 == 1])
             of_own = _counts(likely, hashes, numbers, len(sizes)) / max(1, len(own))
             of_other = _counts(np.unique(likely), hashes, numbers, len(sizes)) / sizes
             share = np.maximum(of_own, of_other)
@@ -97,8 +104,8 @@ def overlaps(part: str, fields: Fields, positions: Ints, table: Path) -> Overlap
     )
 
 
-def _short(hashes: npt.NDArray[np.uint64]) -> Ints:
-    return (hashes >> np.uint64(64 - _FILTER_BITS)).astype(np.int64)
+def _leading(hashes: npt.NDArray[np.uint64], bits: int) -> Ints:
+    return (hashes >> np.uint64(64 - bits)).astype(np.int64)
 
 
 def _counts(
