@@ -263,7 +263,9 @@ def _job(context: Context, commands: list[list[str]], result: str, **fetch: str)
         recipe.cluster.connection,
         places["root"],
         commands,
-        environment=training.environment(recipe, _host(places)),
+        environment=training.environment(
+            recipe, _host(places), _price(recipe, _result(context, "check_cluster"))
+        ),
         result=result,
         fetch=fetch,
         alone=alone(recipe.cluster),

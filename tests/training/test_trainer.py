@@ -208,7 +208,8 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 def trained(corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted training on two ranks."""
     folder = tmp_path_factory.mktemp("trained")
-    arguments = train_arguments(write_recipe(folder), corpus, folder / "out", "--model", model)
+    recipe = write_recipe(folder, budget={"price_per_gpu_hour": 3600.0})  # a dollar a second
+    arguments = train_arguments(recipe, corpus, folder / "out", "--model", model)
     code, output = finish(launch("train_cpt.py", *arguments))
     assert code == 0, output
     assert "step 12/12 loss " in output
@@ -231,6 +232,7 @@ def test_a_training_learns_and_leaves_what_the_next_step_needs(
     assert result["startup_seconds"] > 0
     chosen = {"attention": "sdpa", "precision": "float32", "checkpointing": "none", "ranks": 2}
     assert result.items() >= chosen.items()
+    assert metrics(out)[-1]["cost"] == pytest.approx(2 * result["seconds"], abs=0.01)
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step_12", "step_6"]
     assert any((out / "tensorboard").iterdir())
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -11,6 +11,7 @@ from typing import Literal
 from fastcpt.recipe import Recipe
 
 Command = list[str]
+PRICE = "FASTCPT_PRICE_PER_GPU_HOUR"  # read by the trainer
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Host:
         return f"{self.code}/include/scripts/{name}"
 
 
-def environment(recipe: Recipe, host: Host) -> dict[str, str]:
-    """Environment variables of every job."""
+def environment(recipe: Recipe, host: Host, price: float | None = None) -> dict[str, str]:
+    """Environment variables of every job; ``price`` in USD for a GPU hour, where it is known."""
     values = {
         "PYTHONPATH": f"{host.code}/include",
         "PYTHONUNBUFFERED": "1",
@@ -34,6 +35,8 @@ def environment(recipe: Recipe, host: Host) -> dict[str, str]:
         "NVTE_FP8_DPA_BWD": "1",
         "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "1",
     }
+    if price is not None:
+        values[PRICE] = str(price)
     if recipe.model.config is not None:
         values["HF_HUB_OFFLINE"] = "1"  # nothing of such a run is on a hub
     if recipe.cluster.cpu_only:

@@ -46,6 +46,7 @@ from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe, Training
 from fastcpt.training import checkpoints
 from fastcpt.training.checkpoints import save_final
+from fastcpt.training.commands import PRICE
 from fastcpt.training.data import NO_LOSS, Order, Row, Rows, make_batch, targets_of
 from fastcpt.training.exits import Stopped
 from fastcpt.training.layers import Block, can_fuse, with_fused_blocks
@@ -268,7 +269,8 @@ def train(
     fresh = checkpoints.trained_weights(engine) if several else {}
     if dist.get_rank() == 0:
         _check_disk(engine.module, training, output)
-    price = recipe.budget.price_per_gpu_hour
+    known = os.environ.get(PRICE)  # the plan's, by the kind of GPU
+    price = float(known) if known else recipe.budget.price_per_gpu_hour
     loop = _Loop(training, phases, engine, output, accumulation, device, stop, price)
     loop.try_one_step()
     loop.start_clock(evaluated_tokens)
