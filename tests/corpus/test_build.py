@@ -203,8 +203,9 @@ def test_shards_differ_by_a_row_at_most(
 
 
 def test_the_same_bytes_for_any_number_of_processes(
-    documents: Writer, recipe_for: Recipes, tmp_path: Path
+    documents: Writer, recipe_for: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(processes_module, "LARGE", 0)
     records = acts()
     for n in range(4):
         documents(records[n::4], f"part-{n}.jsonl")

@@ -57,6 +57,9 @@ def test_a_large_file_gets_all_processes_and_small_ones_share_them(
     monkeypatch.setattr(processes, "LARGE", 5)
     found = dict(over_parts(max, [(0,)] * 4, [100, 6, 1, 1], processes=3))
     assert found == {0: 3, 1: 1, 2: 1, 3: 1}
+    # little altogether: no process is started
+    monkeypatch.setattr(processes, "_start", None)
+    assert dict(over_parts(max, [(0,)] * 2, [2, 2], processes=3)) == {0: 1, 1: 1}
 
 
 def test_an_error_comes_through_as_itself() -> None:

@@ -105,9 +105,10 @@ def over_parts(
 ) -> Iterator[tuple[int, Any]]:
     """``in_processes`` over files of very different sizes; ``function`` takes processes at last.
 
-    A file that is more than one process's share gets all of them, the others one each.
+    A file that is more than one process's share gets all of them, the others one each; little
+    altogether stays in this process.
     """
-    processes = processes or cores()
+    processes = 1 if sum(sizes) < LARGE else processes or cores()
     share = max(LARGE, sum(sizes) / processes)
     large = [n for n, size in enumerate(sizes) if size > share and processes > 1]
     for n in large:
