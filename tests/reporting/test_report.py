@@ -1,5 +1,6 @@
 """The report: complete, self-contained, and safe whatever the record holds."""
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -58,6 +59,26 @@ def test_figures_are_in_page_and_markdown(finished, page):
     # Claim, plan and the run's own side by side: 5400 + 1800 + 450 s are 2.125 h.
     assert "| time | 4-6 h | 75.50 to 140.00 h | 2.12 h |" in markdown
     assert "| cost | $180 | $1,208.00 to $2,240.00 | $34.00 |" in markdown
+
+
+def test_areas_years_and_forgetting_stand_beside_the_base_model(finished):
+    evaluation = json.loads((finished / "evaluation_stage2.json").read_text())
+    for file, value in (("evaluation.json", 30.0), ("evaluation_stage2.json", 12.5)):
+        by = {"perplexity": value, "tokens": 4_096}
+        base = {"perplexity": 99.0, "tokens": 4_096}
+        adapter = {"adapter": {"perplexity": 8.25, "tokens": 512}, "base": base}
+        figures = {
+            "model": {**by, "by_area": {"privacy": by}, "by_year": {"2016": by}},
+            "base": {**base, "by_area": {"privacy": base}, "by_year": {"2016": base}},
+            "adapters": {"market": adapter},
+        }
+        (finished / file).write_text(json.dumps({**evaluation, "general": figures}))
+    write_report(finished)
+    page = (finished / "report.md").read_text()
+    assert "| general | area privacy | 99.00 | 12.50 | 4,096 |" in page
+    assert "| general | year 2016 | 99.00 | 12.50 | 4,096 |" in page
+    assert "| general | adapter market, on its area | 99.00 | 8.25 | 512 |" in page
+    assert "| general | base model | 99.00 |" in page
 
 
 def test_the_plan_stands_beside_what_the_run_took(finished, page):

@@ -27,6 +27,7 @@ from fastcpt.reporting.record import (
 )
 
 COUNTS = ("documents", "characters", "tokens")  # of a row of the funnel
+SETS = ("random", "newest", "general")  # validation sets
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def _sections(record: Path) -> list[Section]:
 def _perplexity(record: Path) -> list[Part]:
     first, second = read(record, "evaluation.json"), read(record, "evaluation_stage2.json")
     rows, bars = [], {}
-    for name in ("random", "newest"):
+    for name in SETS:
         for label, evaluation, who in (
             ("base model", first, "base"),
             ("after stage 1", first, "model"),
@@ -121,7 +122,40 @@ def _perplexity(record: Path) -> list[Part]:
     if picture:
         parts.append(Picture("perplexity", picture))
     header = ("validation set", "model", "perplexity", "bits per byte", "tokens counted")
-    return [*parts, Table(header, rows)]
+    return [*parts, Table(header, rows), *_kinds(first, second)]
+
+
+def _kinds(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Part]:
+    """Perplexity by legal area and year, and of areas' own adapters, the base model beside it."""
+    last = second or first
+    rows = []
+    for name in SETS:
+        base, model = _of_set(first, name).get("base") or {}, _of_set(last, name).get("model") or {}
+        adapters = _of_set(last, name).get("adapters") or {}
+        for kind in ("area", "year"):
+            for key, figures in sorted((model.get(f"by_{kind}") or {}).items()):
+                untrained = (base.get(f"by_{kind}") or {}).get(key) or {}
+                rows.append(
+                    (
+                        name,
+                        f"{kind} {key}",
+                        _number(untrained.get("perplexity"), 2),
+                        _number(figures.get("perplexity"), 2),
+                        _number(figures.get("tokens")),
+                    )
+                )
+        for key, by in sorted(adapters.items()):
+            rows.append(
+                (
+                    name,
+                    f"adapter {key}, on its area",
+                    _number((by.get("base") or {}).get("perplexity"), 2),
+                    _number(by["adapter"]["perplexity"], 2),
+                    _number(by["adapter"]["tokens"]),
+                )
+            )
+    header = ("validation set", "documents", "base model", "trained", "tokens counted")
+    return [Table(header, rows)] if rows else []
 
 
 def _of_set(evaluation: Mapping[str, Any], name: str) -> Mapping[str, Any]:
