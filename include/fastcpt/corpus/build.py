@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ VALIDATION_SCHEMA = pa.schema(
 HELD_OUT = ("validation", "validation_newest")  # splits, and the names of their folders
 GENERAL = "validation_general"  # of the replay's documents, where there is replay
 ONE_GENERAL_IN = 16  # is never trained on, whatever the recipe
-MOST_GENERAL = 2_000_000  # characters held out: about 450,000 tokens tell perplexity to 0.5 %
+MOST_GENERAL = 2_000_000  # characters held out, about 450,000 tokens
 MOST_OVERLAPS = 20
 MOST_CHARACTERS_A_TOKEN = 8  # more than running text has: enough documents are tokenized for replay
 SMALL = 4_000_000  # characters: less is done sooner than processes start and tokenizers compare
@@ -193,11 +194,11 @@ class _Documents:
         return rows
 
     def by_part(self, rows: Ints) -> Iterator[tuple[str, str, Ints]]:
-        """Part, its content's identity and the rows' positions in it, for parts with any."""
-        for number, (part, source) in enumerate(self.parts):
-            positions = self.position[rows[self.part[rows] == number]]
-            if len(positions):
-                yield part, source, positions
+        """Part, its content's identity and the (sorted) rows' positions in it, if there are any."""
+        bounds = np.searchsorted(self.part[rows], np.arange(len(self.parts) + 1)).tolist()
+        for (part, source), (begin, end) in zip(self.parts, pairwise(bounds), strict=True):
+            if begin < end:
+                yield part, source, self.position[rows[begin:end]]
 
 
 def _build_into(
@@ -618,7 +619,7 @@ def _first_lengths(part: str, fields: Fields, characters: int) -> dict[int, int]
 
 @dataclass
 class _Areas:
-    """The areas of the training documents: ``of[code[n]]`` are document n's."""
+    """The areas of the training documents: ``names[code[n]]`` are document n's."""
 
     names: list[list[str] | None]
     code: Ints
