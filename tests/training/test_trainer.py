@@ -449,6 +449,25 @@ def test_a_budget_that_is_gone_before_the_first_step_is_refused(
     assert "time_budget_hours (0.000277778, 1 s) leaves no time for training: the start" in output
 
 
+def test_hosts_that_do_not_share_the_output_are_named(tmp_path: Path) -> None:
+    script = tmp_path / "see.py"
+    script.write_text(
+        f"""
+import os, sys
+from pathlib import Path
+from fastcpt.training.exits import exit_code
+from fastcpt.training.trainer import check_shared, start_ranks
+start_ranks()
+check_shared(Path({str(tmp_path)!r}) / "shared")
+sys.exit(exit_code(lambda: check_shared(Path({str(tmp_path)!r}) / os.environ["RANK"])))
+"""
+    )
+    code, output = finish(launch(str(script)))
+    assert code == 78
+    assert "is not the same folder on" in output
+    assert list((tmp_path / "shared").iterdir()) == []
+
+
 @pytest.mark.slow
 def test_two_ranks_load_a_model_in_the_memory_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,7 @@ import shutil
 import signal
 import socket
 import time
+import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -258,6 +259,7 @@ def train(
     logging.disable_progress_bar()
     device = start_ranks()
     _check_gpus(device)
+    check_shared(output)
     world = dist.get_world_size()
     accumulation = _accumulation(recipe, training, world)
     data = rows()
@@ -505,6 +507,27 @@ def what_is_wrong(gpus: list[Gpu]) -> str | None:
                 f"the fastest {fastest / 1e12:.0f}: it is too hot, broken or in use; leave it out"
             )
     return None
+
+
+def check_shared(output: Path) -> None:
+    """``TrainingError`` unless all ranks see what the first one writes: checkpoints are one folder."""
+    name: list[Any] = [f".seen_by_all_{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(name)
+    marker = output / name[0]
+    if dist.get_rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    dist.barrier()
+    seen: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seen, (marker.exists(), socket.gethostname()))
+    if dist.get_rank() == 0:
+        marker.unlink()
+    blind = sorted({host for sees, host in seen if not sees})
+    if blind:
+        raise TrainingError(
+            f"{output} is not the same folder on {', '.join(blind)}: put cluster.root on a file "
+            "system that all hosts share"
+        )
 
 
 def _check_disk(trainee: torch.nn.Module, training: Training, output: Path) -> None:
