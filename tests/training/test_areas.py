@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import signal
 from pathlib import Path
@@ -19,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe, Training, load_recipe
 from fastcpt.training.data import AreaRows, DataError, ListRows, Row, decode_corpus, packed
+from fastcpt.training.exits import exit_code
 from fastcpt.training.model import load_model
 from fastcpt.training.publish import publish
 from fastcpt.training.trainer import TrainingError, phases_of
-from training.conftest import launch, start, train_arguments, write_recipe, write_shards
+from training.conftest import INCLUDE, launch, train_arguments, write_recipe, write_shards
 from training.test_evaluation import Document, write_set
 from training.test_trainer import finish, metrics
 
@@ -283,16 +285,27 @@ def test_published_are_the_mean_and_the_adapters_beside_it(
     assert not any(str(model) in file.read_text() for file in folder.rglob("*.json"))
 
 
-def test_one_adapter_is_merged_by_its_command(trained: Path, tmp_path: Path) -> None:
+def test_one_adapter_is_merged_by_its_command(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = str(INCLUDE / "scripts" / "merge_lora.py")
     adapter, merged = trained / "final" / "areas" / "rising", tmp_path / "merged"
-    arguments = ["--model", adapter, "--output_dir", merged, "--dtype", "float32"]
-    code, output = finish(start("merge_lora.py", *arguments))
-    assert code == 0, output
+
+    def run(model: Path, output: Path) -> int:
+        words = [script, "--model", model, "--output_dir", output, "--dtype", "float32"]
+        monkeypatch.setattr("sys.argv", [str(word) for word in words])
+        return exit_code(runpy.run_path(script)["main"])
+
+    assert run(adapter, merged) == 0
     own, _ = load_model(adapter, dtype="float32")
     ids = torch.arange(30, 70)[None]
     alone = AutoModelForCausalLM.from_pretrained(merged)
     torch.testing.assert_close(alone(ids).logits, own(ids).logits, rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(merged).eos_token_id == 1
-    code, output = finish(start("merge_lora.py", "--model", merged, "--output_dir", tmp_path / "x"))
-    assert code == 78
-    assert "is no adapter" in output
+    assert run(merged, tmp_path / "again") == 78
+    assert "is no adapter: there is nothing to merge" in capsys.readouterr().err
+    assert run(adapter, merged) == 78
+    assert "is there already" in capsys.readouterr().err
