@@ -19,7 +19,14 @@ from airflow.sdk.exceptions import AirflowTaskTimeout
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from fastcpt.cluster import jobs
-from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask_async, ask_through
+from fastcpt.cluster.remote import (
+    OUTAGE_S,
+    ClusterError,
+    ConnectionLost,
+    Remote,
+    ask_async,
+    ask_through,
+)
 
 POLL_S = 2.0
 # A job that runs for longer than this is asked less often: hours of waiting cost little.
@@ -271,15 +278,34 @@ class RemoteJobTrigger(BaseTrigger):
                 await asyncio.sleep(POLL_S if clock() - began < SHORT_S else LONG_POLL_S)
 
     async def on_kill(self) -> None:
-        """Marked failed, cleared or deleted while it waited: the job ends with it."""
-        remote = await asyncio.to_thread(remote_of, self.connection)
-        for _ in range(3):
+        """Marked failed, cleared or deleted while it waited: the job ends with it.
+
+        Airflow 3.3 cancels this again every second; the asking goes on by itself.
+        """
+        asking = asyncio.get_running_loop().create_task(self._stop())
+        _asking.add(asking)
+        asking.add_done_callback(_asking.discard)
+        await asyncio.shield(asking)
+
+    async def _stop(self) -> None:
+        """End the job; a host that does not answer is asked again for ``OUTAGE_S``."""
+        until = time.monotonic() + OUTAGE_S
+        while True:
             try:
-                await ask_async(remote, "stop", root=self.root, name=self.name, owner=self.owner)
-                return
+                remote = await asyncio.to_thread(remote_of, self.connection)
+                answer = await ask_async(
+                    remote, "stop", root=self.root, name=self.name, owner=self.owner
+                )
             except ConnectionLost as error:
                 self.log.warning("%s; asking again", error)
+                if time.monotonic() > until:
+                    self.log.error("job %s was not ended: end it there by hand", self.name)
+                    return
                 await asyncio.sleep(POLL_S)
+            else:
+                if not answer["ended"]:
+                    self.log.error("job %s could not be ended: end it there by hand", self.name)
+                return
 
 
 def _lines(piece: bytes, whole: bool) -> tuple[list[str], int]:

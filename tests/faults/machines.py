@@ -131,6 +131,24 @@ def eventually(holds: Callable[[], Any], seconds: float, pause: float = 0.2) -> 
     raise AssertionError(f"not within {seconds} s")
 
 
+def sshd_sessions(port: int) -> list[int]:
+    """The processes of a server that hold a connection to ``port`` on the loopback."""
+    wanted = f":{port:04X}"
+    inodes = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1].endswith(wanted):
+            inodes.add(f"socket:[{fields[9]}]")
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                links = {os.readlink(descriptor) for descriptor in (entry / "fd").iterdir()}
+                if links & inodes:
+                    found.append(int(entry.name))
+    return found
+
+
 _numbers = itertools.count(1)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import remote_job
 from fastcpt.cluster import jobs, remote
-from faults.machines import Host, Training, Watch, eventually, remote_of
+from faults.machines import Host, Training, Watch, eventually, remote_of, sshd_sessions
 
 
 def job_of(training: Training, steps: int, pace: float = 0.5) -> jobs.Job:
@@ -65,24 +65,6 @@ def test_sshd_killed_and_back_after_a_minute(
     assert watch.wait(120)["status"]["state"] == "succeeded"
     assert watch.steps == list(range(1, 181))
     assert training.numbers("starts") == [0]
-
-
-def sshd_sessions(port: int) -> list[int]:
-    """The processes of a server that hold a connection to ``port`` on the loopback."""
-    wanted = f":{port:04X}"
-    inodes = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[1].endswith(wanted):
-            inodes.add(f"socket:[{fields[9]}]")
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                links = {os.readlink(descriptor) for descriptor in (entry / "fd").iterdir()}
-                if links & inodes:
-                    found.append(int(entry.name))
-    return found
 
 
 @pytest.mark.faults

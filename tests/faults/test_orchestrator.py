@@ -7,10 +7,12 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import local_sshd
 import pytest
 
-from faults.machines import SECRET, Airflow, Host, Training, alive, eventually
+from faults.machines import SECRET, Airflow, Host, Training, alive, eventually, sshd_sessions
 
 
 @pytest.mark.slow
@@ -82,6 +84,27 @@ def test_ending_the_task_ends_the_job(airflow: Airflow, training: Training, acti
     getattr(run, action)()
     eventually(lambda: not alive(pid), 30)
     time.sleep(5)
+    assert training.numbers("starts") == [0]
+
+
+@pytest.mark.faults
+def test_a_task_marked_failed_while_sshd_is_down_ends_its_job(
+    airflow: Airflow, server: dict[str, Any], training: Training
+) -> None:
+    airflow.connect("away", server)
+    run = airflow.train("anywhere", training, steps=1000, connection="away")
+    training.wait_for_step(3)
+    run.wait("deferred")
+    (pid,) = training.numbers("pids")
+    os.killpg(server["pid"], signal.SIGKILL)
+    for session in sshd_sessions(server["port"]):
+        os.kill(session, signal.SIGKILL)
+    os.waitpid(server["pid"], 0)
+    run.mark_failed()
+    time.sleep(45)
+    assert alive(pid)
+    server.update(local_sshd.start(Path(server["key_file"]).parent, port=server["port"]))
+    eventually(lambda: not alive(pid), 30)
     assert training.numbers("starts") == [0]
 
 
