@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,12 +22,16 @@ CONF = {"max_steps": 6, "gpus": 1, "instructions": None, "perplexity_threshold":
 APPROVAL = "dagRuns/{run}/taskInstances/approve_plan/-1/hitlDetails"
 
 
-def trigger(stack: Stack) -> str:
-    """A run that waits for approval; all that does not need GPUs is done when this returns."""
-    sample = stack.home / "sample-of-plan"
+def documents(stack: Stack) -> str:
+    sample: Path = stack.home / "sample-of-plan"
     if not sample.exists():
         stack.module.generate_sample(sample, documents=60)
-    conf = {"recipe": "sample", "documents": str(sample / "parsed"), "num_shards": 2}
+    return str(sample / "parsed")
+
+
+def trigger(stack: Stack) -> str:
+    """A run that waits for approval; all that does not need GPUs is done when this returns."""
+    conf = {"recipe": "sample", "documents": documents(stack), "num_shards": 2}
     run_id = str(stack.api.trigger({**conf, **CONF, "require_approval": True}))
     until = time.monotonic() + 200
     while time.monotonic() < until:
@@ -120,3 +125,25 @@ def test_the_next_plan_is_the_last_run_and_a_rejected_one_spends_nothing(
     }
     assert states["report"] == "success"
     assert trainings(stack) == before
+
+
+def test_a_plan_that_does_not_fit_is_gone_on_with_where_the_form_says_so(stack: Stack) -> None:
+    conf = {
+        "recipe": "cpt_config_fast",
+        "documents": documents(stack),
+        "connection": "local_cluster",
+        "run_even_if_plan_says_no": True,
+    }
+    run_id = str(stack.api.trigger(conf))
+    states: dict[str, str | None] = {}
+    until = time.monotonic() + 100
+    # this machine has none of the four GPUs: the plan has been passed when that is said
+    while states.get("check_cluster") != "failed" and time.monotonic() < until:
+        time.sleep(0.5)
+        tasks = stack.api.get(f"dagRuns/{run_id}/taskInstances", limit=1000)["task_instances"]
+        states = {task["task_id"]: task["state"] for task in tasks}
+    ended = stack.api.client.patch(
+        f"/api/v2/dags/fast_cpt/dagRuns/{run_id}", json={"state": "failed"}
+    )
+    ended.raise_for_status()
+    assert (states["plan"], states["check_cluster"]) == ("success", "failed")
