@@ -289,6 +289,30 @@ def test_a_stopped_training_goes_on_with_the_same_curve_on_any_number_of_ranks(
         assert [x[key] for x in resumed] == pytest.approx([x[key] for x in whole], rel=1e-4)
 
 
+def test_an_offloaded_optimizer_draws_the_same_curve_also_after_a_stop(
+    trained: Path, corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = train_arguments(write_recipe(tmp_path), corpus, out, "--model", model)
+    offload = INCLUDE / "configs" / "ds_config_zero3_offload.json"
+    assert "offload_optimizer" in json.loads(offload.read_text())["zero_optimization"]
+    arguments[arguments.index("--deepspeed") + 1] = offload
+    process = launch("train_cpt.py", *arguments)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/12"):
+            break
+    os.killpg(process.pid, signal.SIGTERM)
+    process.stdout.read()
+    process.wait(60)
+    code, output = finish(launch("train_cpt.py", *arguments))
+    assert code == 0, output
+    assert "going on from checkpoints/step_" in output
+    for key in ("loss", "grad_norm", "tokens"):
+        here, there = ([line[key] for line in metrics(path)] for path in (out, trained / "out"))
+        assert here == pytest.approx(there, rel=1e-4)
+
+
 def test_adapters_are_trained_and_saved_with_their_base(
     corpus: Path, model: Path, tmp_path: Path
 ) -> None:
