@@ -608,6 +608,7 @@ class Slurm:
         for process in reversed(self.processes):
             process.terminate()
             process.wait(20)
+        shutil.rmtree(self.sockets)
 
 
 def free_port() -> int:
