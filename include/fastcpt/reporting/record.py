@@ -232,8 +232,10 @@ def summary(record: Path) -> dict[str, Any]:
 
 
 def planned(record: Path) -> dict[str, Any] | None:
-    """Hours and cost the plan promised, each ``[low, high]``; None without a plan. ``training`` are the
-    hours of train_cpt's steps alone."""
+    """Hours and cost the plan promised, each ``[low, high]``; None without a plan.
+
+    ``training`` are the hours of train_cpt's steps alone.
+    """
     plan = read(record, "plan.json")
     if not plan:
         return None

@@ -131,8 +131,8 @@ class Guard:
     """Skips a step whose loss or gradient norm is not finite or far above the recent ones.
 
     Far above: more than mean + ``skip_sigmas`` standard deviations of the last 128 steps
-    (OLMo-core's rule, with 6), once 64 are known. Finite values are remembered even where they were skipped: what stays
-    becomes the new normal.
+    (OLMo-core's rule, with 6), once 64 are known. Finite values are remembered even where they
+    were skipped: what stays becomes the new normal.
     """
 
     def __init__(self, training: Training) -> None:
@@ -166,8 +166,8 @@ class Guard:
         self.skipped_at = [n for n in self.skipped_at if n > step - WINDOW] + [step]
         if len(self.skipped_at) > self.most:
             raise TrainingError(
-                f"{len(self.skipped_at)} of the last {WINDOW} steps had a loss or gradient norm out of bounds, more than "
-                f"max_skipped_steps ({self.most}); the last was step {step} (loss {loss:.4g}, "
+                f"{len(self.skipped_at)} of the last {WINDOW} steps had a loss or gradient norm out "
+                f"of bounds, more than max_skipped_steps ({self.most}); the last was step {step} (loss {loss:.4g}, "
                 f"gradient norm {norm:.4g}). Lower learning_rate, lengthen warmup_steps, or look "
                 "at the data of these steps"
             )
