@@ -167,8 +167,8 @@ class Guard:
         if len(self.skipped_at) > self.most:
             raise TrainingError(
                 f"{len(self.skipped_at)} of the last {WINDOW} steps had a loss or gradient norm out "
-                f"of bounds, more than max_skipped_steps ({self.most}); the last was step {step} (loss {loss:.4g}, "
-                f"gradient norm {norm:.4g}). Lower learning_rate, lengthen warmup_steps, or look "
+                f"of bounds, more than max_skipped_steps ({self.most}); the last was step {step} "
+                f"(loss {loss:.4g}, gradient norm {norm:.4g}). Lower learning_rate, lengthen warmup_steps, or look "
                 "at the data of these steps"
             )
 
