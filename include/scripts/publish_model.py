@@ -25,6 +25,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from fastcpt.training.exits import exit_code
+    from fastcpt.training.exits import end
 
-    sys.exit(exit_code(main))
+    end(main)

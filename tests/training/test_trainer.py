@@ -477,13 +477,13 @@ def test_hosts_that_do_not_share_the_output_are_named(tmp_path: Path) -> None:
     script = tmp_path / "see.py"
     script.write_text(
         f"""
-import os, sys
+import os
 from pathlib import Path
-from fastcpt.training.exits import exit_code
+from fastcpt.training.exits import end
 from fastcpt.training.trainer import check_shared, start_ranks
 start_ranks()
 check_shared(Path({str(tmp_path)!r}) / "shared")
-sys.exit(exit_code(lambda: check_shared(Path({str(tmp_path)!r}) / os.environ["RANK"])))
+end(lambda: check_shared(Path({str(tmp_path)!r}) / os.environ["RANK"]))
 """
     )
     code, output = finish(launch(str(script)))
@@ -514,6 +514,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
 from fastcpt.recipe import Training
+from fastcpt.training.exits import end
 from fastcpt.training.model import load_model
 from fastcpt.training.trainer import deepspeed_config, start_ranks
 def own():  # pages of mapped files are the system's, which drops them when it needs room
@@ -530,8 +531,9 @@ def watch():
         time.sleep(0.01)
 threading.Thread(target=watch, daemon=True).start()
 load_model({str(tmp_path / "model")!r}, "sdpa", "bfloat16")
-print("\\ngrew", most[0] - before, "MB", flush=True)
+print(f"\\ngrew {{most[0] - before}} MB\\n", end="", flush=True)  # one write: ranks share the pipe
 dist.barrier()
+end(lambda: None)
 """
     )
     code, output = finish(launch(str(script)))
