@@ -46,6 +46,8 @@ command -v sshd >/dev/null || missing+=(openssh-server)
 [ -x .env/cluster/bin/python ] || "$python" -c 'import ensurepip' 2>/dev/null || ls "$tools"/root/usr/share/python-wheels/pip-*.whl >/dev/null 2>&1 || missing+=("$([ "$(id -u)" = 0 ] && echo python3-venv || echo python3-pip-whl)")
 if [ "${1:-}" = dev ]; then
   command -v chromium >/dev/null || missing+=(chromium)
+  # the browser's driver is linked to it
+  ldconfig -p | grep -q libatomic.so.1 || ls "$tools"/root/usr/lib/*/libatomic.so.1 >/dev/null 2>&1 || missing+=(libatomic1)
   command -v ip >/dev/null || missing+=(iproute2)
   [ "$(id -u)" != 0 ] || command -v slurmctld >/dev/null || missing+=(slurm-wlm munge)
 fi

@@ -116,11 +116,12 @@ def _wait_until_up(url: str, server: subprocess.Popen[bytes], log: Path) -> None
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    # Debian's Chromium; its sandbox does not work for root.
+    # Debian's Chromium. Unpacked for an ordinary user, its start script would look in /usr/lib.
+    unpacked = REPOSITORY / ".env/tools/root/usr/lib/chromium/chromium"
+    installed = unpacked if unpacked.exists() else "/usr/bin/chromium"
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
-        )
+        # its sandbox does not work for root
+        chromium = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
         yield chromium
         chromium.close()
 
