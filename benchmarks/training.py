@@ -183,6 +183,8 @@ def worker(args: argparse.Namespace) -> None:
             "tokens_per_s_per_gpu": round(rate),
             "mfu": round(rate * flop_per_token(shape, lora) / PEAK, 3),
             "memory_gb": round(trainer._memory_gb(device), 1),
+            # pages given back and fetched again because the memory was full: they cost time
+            "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
             "micro_batch": micro,
             "accumulation": args.accumulation,
             "start_s": round(ready - begin, 1),
