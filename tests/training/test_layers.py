@@ -95,6 +95,26 @@ def test_a_fused_model_has_the_loss_and_the_gradients_of_the_plain_one(
         torch.testing.assert_close(named[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_products_add_the_gradients_of_micro_batches_up_themselves(recompute: Any) -> None:
+    plain = llama(True, LLAMA3)
+    fused = copy.deepcopy(plain)
+    packing = with_fused_blocks(
+        fused, 40, "transformer_engine", False, False, None, CPU, add_up=True
+    )
+    for block in fused.model.layers:
+        block.recompute(recompute)
+    trainees = Trainee(plain, "sdpa", None), Trainee(fused, "transformer_engine", packing)
+    for _ in range(2):
+        for trainee in trainees:
+            trainee(batch(), CPU).backward()
+    gradients = {n: getattr(p, "main_grad", p.grad) for n, p in fused.named_parameters()}
+    assert fused.model.layers[0].mlp.fc1_weight.grad is None
+    named = plain_weights(gradients, fused.config)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(named[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_come_back_bit_for_bit() -> None:
     plain = llama(False, LLAMA3)
     before = {name: weight.clone() for name, weight in plain.state_dict().items()}

@@ -260,6 +260,33 @@ def test_one_rank_draws_the_same_curve_as_two(
     assert one == pytest.approx(two, rel=1e-4)
 
 
+def test_fused_blocks_on_one_rank_draw_the_same_curve(
+    trained: Path, corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "fused.py"
+    script.write_text(
+        f"""
+import runpy, sys
+sys.path[:0] = [{str(INCLUDE)!r}, {str(Path(__file__).parent / "fake")!r}]  # a GPU's layers in torch
+from fastcpt.training import trainer
+trainer.can_fuse = lambda *_: True
+trainer.UPDATED_AT_ONCE = 10_000  # several groups
+runpy.run_path({str(INCLUDE / "scripts/train_cpt.py")!r}, run_name="__main__")
+"""
+    )
+    out = tmp_path / "out"
+    arguments = train_arguments(write_recipe(tmp_path), corpus, out, "--model", model)
+    code, output = finish(launch(str(script), *arguments, ranks=1))
+    assert code == 0, output
+    assert "fused layers" in output
+    fused, plain = metrics(out), metrics(trained / "out")
+    for key in ("loss", "grad_norm"):
+        assert [x[key] for x in fused] == pytest.approx([x[key] for x in plain], rel=1e-3)
+    final = load_file(out / "final/model.safetensors")
+    for name, weight in load_file(trained / "out/final/model.safetensors").items():
+        torch.testing.assert_close(final[name], weight, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize(("kind", "ranks"), [(signal.SIGTERM, 2), (signal.SIGKILL, 1)])
 def test_a_stopped_training_goes_on_with_the_same_curve_on_any_number_of_ranks(
     trained: Path, corpus: Path, model: Path, tmp_path: Path, kind: signal.Signals, ranks: int

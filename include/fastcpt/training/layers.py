@@ -15,6 +15,9 @@ the frozen, fused weights; adapters of products that share an input share one pa
 products, and their sum needs no pass of its own (``addmm``).
 
 **FP8.** Per-tensor scaling; the weights are quantized once a step, not once a micro-batch.
+
+**One rank.** Nothing waits for a micro-batch's own gradients: the products add to those of the step
+(``add_up``), which spares writing, reading and adding them.
 """
 
 from __future__ import annotations
@@ -74,8 +77,14 @@ class Packing:
 class Block(nn.Module):  # type: ignore[misc]
     """A Llama layer; built from transformers' own, whose weights it takes."""
 
-    def __init__(self, layer: Any, config: Any, packing: Packing, attention: str) -> None:
-        """``layer`` may carry peft's adapters on the linear layers of ``ADAPTABLE``."""
+    def __init__(
+        self, layer: Any, config: Any, packing: Packing, attention: str, add_up: bool = False
+    ) -> None:
+        """``layer`` may carry peft's adapters on the linear layers of ``ADAPTABLE``.
+
+        ``add_up``: a matrix' gradient is not given to autograd, but added to its ``main_grad`` by
+        the very product that computes it.
+        """
         super().__init__()
         import transformer_engine.pytorch as te
 
@@ -95,7 +104,12 @@ class Block(nn.Module):  # type: ignore[misc]
             for name, parameter in layer.named_parameters()
         }
         norm = weights["input_layernorm.weight"]
-        made = {"bias": False, "params_dtype": norm.dtype, "device": norm.device}
+        made = {
+            "bias": False,
+            "params_dtype": norm.dtype,
+            "device": norm.device,
+            "fuse_wgrad_accumulation": add_up,
+        }
         normed = {**made, "normalization": "RMSNorm", "eps": config.rms_norm_eps}
         self.qkv = te.LayerNormLinear(
             hidden, sum(self.split), return_layernorm_output=adapted, **normed
@@ -117,6 +131,8 @@ class Block(nn.Module):  # type: ignore[misc]
             with torch.no_grad():
                 fused.copy_(torch.cat(taken))
             fused.requires_grad_(taken[0].requires_grad)
+            if add_up and fused.ndim > 1:
+                fused.main_grad = torch.zeros_like(fused)
         for linear in self.self_attn.children():
             linear.base_layer = nn.Identity()
 
@@ -203,10 +219,11 @@ def with_fused_blocks(
     keep_fp8_weights: bool,
     zero3: Any | None,
     device: torch.device,
+    add_up: bool = False,
 ) -> Packing:
     """Replace a Llama's layers by ``Block``s, in place; returns what they share.
 
-    ``size`` is the length of the longest row.
+    ``size`` is the length of the longest row; ``add_up`` as in ``Block``.
 
     ``zero3`` is DeepSpeed's configuration where weights are partitioned: each layer is gathered,
     fused and partitioned again before the next one.
@@ -224,7 +241,7 @@ def with_fused_blocks(
     for n, layer in enumerate(layers):
         before = list(layer.parameters())
         with _whole(before, zero3):
-            block = Block(layer, config, packing, attention)
+            block = Block(layer, config, packing, attention, add_up)
         layers[n] = block
         kept = {id(parameter) for parameter in block.parameters()}
         for parameter in before:  # DeepSpeed's own references would hold them

@@ -65,6 +65,7 @@ SILENCE = 25.0  # seconds without a progress line
 MARGIN = 0.02  # of time_budget_hours left unused
 LAUNCHER = 5.0  # seconds before this process began: the launcher's own imports
 SAVING = 1e9  # bytes/s of a first checkpoint; the next are measured
+UPDATED_AT_ONCE = 300_000_000  # weights
 SLOW = 0.75  # of the fastest GPU's products: one below it is throttled or broken
 
 
@@ -192,7 +193,8 @@ def deepspeed_config(
 
     ``block`` is the number of weights of one layer: the next one is fetched while one computes. A
     value the file fixes has to agree with the recipe: ``TrainingError`` otherwise. On a single
-    rank there is nothing to partition, and ZeRO-3's copies would only cost: stage 1 is used.
+    rank there is nothing to partition, and ZeRO-3's copies would only cost: stage 1 is used, and
+    gradients stay where they are.
     """
     try:
         config: dict[str, Any] = read_json(file)
@@ -221,6 +223,8 @@ def deepspeed_config(
             )
     if world == 1:
         zero["stage"] = 1
+        if "offload_optimizer" not in zero:  # which goes through their buffers
+            zero |= {"overlap_comm": False, "contiguous_gradients": False}
     config["steps_per_print"] = 10**9
     config["zero_allow_untested_optimizer"] = True  # GuardedAdamW
     return config
@@ -413,6 +417,7 @@ def _engine(
             memory.keep_fp8,
             config if world > 1 else None,
             device,
+            add_up=world == 1 and not targets and not offload,
         )
         for n, block in enumerate(inside.model.layers):
             block.recompute(
@@ -426,7 +431,7 @@ def _engine(
     causal.train()
     trainee = Trainee(causal, attention, packing)
     engine, *_ = deepspeed.initialize(
-        model=trainee, optimizer=_optimizer(trainee, training), config=config
+        model=trainee, optimizer=_optimizer(trainee, training, world), config=config
     )
     del partitioned
     if dist.get_rank() == 0:
@@ -648,18 +653,31 @@ class _Memory:
         return kept + (", weights kept gathered" if self.gathered else "")
 
 
-def _optimizer(trainee: Trainee, training: Training) -> GuardedAdamW:
-    """AdamW; norms and biases are not decayed."""
-    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+def _optimizer(trainee: Trainee, training: Training, world: int) -> GuardedAdamW:
+    """AdamW; norms and biases are not decayed.
+
+    A single rank's groups are cut to ``UPDATED_AT_ONCE`` weights: DeepSpeed's stage 1 makes the
+    float32 gradients of one group at a time.
+    """
+    vectors: list[torch.nn.Parameter] = []
+    matrices: list[list[torch.nn.Parameter]] = []
+    room = 0
     for parameter in trainee.parameters():
-        if parameter.requires_grad:
-            groups[len(getattr(parameter, "ds_shape", parameter.shape)) > 1].append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+            vectors.append(parameter)
+            continue
+        if not matrices or (world == 1 and parameter.numel() > room):
+            matrices.append([])
+            room = UPDATED_AT_ONCE
+        matrices[-1].append(parameter)
+        room -= parameter.numel()
+    groups = [{"params": group, "weight_decay": training.weight_decay} for group in matrices]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
     return GuardedAdamW(
-        [
-            {"params": parameters, "weight_decay": training.weight_decay if decayed else 0.0}
-            for decayed, parameters in groups.items()
-            if parameters
-        ],
+        groups,
         lr=0.0,  # DeepSpeed makes an empty first step; the loop sets the rate of every other
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
@@ -804,6 +822,7 @@ class _Loop:
         # two: the second one's activations stand beside the first one's gradients
         self.engine.micro_steps = max(0, self.accumulation - 2)
         try:
+            self._clear_sums()
             if self.engine.module.packing is not None:
                 self.engine.module.packing.fresh = True
             while self.engine.micro_steps < self.accumulation:
@@ -818,6 +837,12 @@ class _Loop:
             ) from error
         self.engine.micro_steps = 0
         self._say(f"a step fits: {_memory_gb(self.device):.1f} GB")
+
+    def _clear_sums(self) -> None:
+        """Begin a step's gradients where the products add them up themselves."""
+        for weight in self.engine.module.parameters():
+            if hasattr(weight, "main_grad"):
+                weight.grad = weight.main_grad.zero_()
 
     def start_clock(self, evaluated_tokens: int) -> None:
         """From here on time is counted as steps; before it, it was the start.
@@ -961,6 +986,7 @@ class _Loop:
         packing = self.engine.module.packing
         if packing is not None:
             packing.fresh = True
+        self._clear_sums()
         for turn in range(self.accumulation):
             own = (turn * self.world + self.rank) * micro
             loss = self.engine(make_batch(samples[own : own + micro], self.data.size), self.device)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import rms_norm, silu
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 
@@ -13,13 +13,36 @@ def _weight(*shape: int, made: dict[str, Any]) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=made["params_dtype"], device=made["device"]))
 
 
+class _Product(torch.autograd.Function):
+    """``x @ weight.T``; the weight's gradient is added to ``weight.main_grad``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, fresh: bool | None) -> Any:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.fresh = weight, fresh
+        return nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, out: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        if ctx.fresh:
+            ctx.weight.main_grad.zero_()
+        ctx.weight.main_grad += out.T @ x
+        return out @ ctx.weight, None, None
+
+
+def _linear(add_up: bool, x: torch.Tensor, weight: torch.Tensor, fresh: bool | None) -> Any:
+    return _Product.apply(x, weight, fresh) if add_up else nn.functional.linear(x, weight)
+
+
 class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int, **made: Any) -> None:
         super().__init__()
         self.weight = _weight(outputs, inputs, made=made)
+        self.add_up = made["fuse_wgrad_accumulation"]
 
     def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
-        return linear(x, self.weight)
+        return _linear(self.add_up, x, self.weight, is_first_microbatch)
 
 
 class LayerNormLinear(nn.Module):
@@ -30,10 +53,11 @@ class LayerNormLinear(nn.Module):
         self.layer_norm_weight = _weight(inputs, made=made)
         self.weight = _weight(outputs, inputs, made=made)
         self.both, self.eps = return_layernorm_output, eps
+        self.add_up = made["fuse_wgrad_accumulation"]
 
     def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         normed = rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
-        out = linear(normed, self.weight)
+        out = _linear(self.add_up, normed, self.weight, is_first_microbatch)
         return (out, normed) if self.both else out
 
 
@@ -46,12 +70,13 @@ class LayerNormMLP(nn.Module):
         self.layer_norm_weight = _weight(inputs, made=made)
         self.fc1_weight = _weight(2 * inner, inputs, made=made)
         self.fc2_weight = _weight(inputs, inner, made=made)
-        self.eps = eps
+        self.eps, self.add_up = eps, made["fuse_wgrad_accumulation"]
 
-    def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         normed = rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
-        gate, up = linear(normed, self.fc1_weight).chunk(2, dim=-1)
-        return linear(silu(gate) * up, self.fc2_weight)
+        product = _linear(self.add_up, normed, self.fc1_weight, is_first_microbatch)
+        gate, up = product.chunk(2, dim=-1)
+        return _linear(self.add_up, silu(gate) * up, self.fc2_weight, is_first_microbatch)
 
 
 class DotProductAttention(nn.Module):
