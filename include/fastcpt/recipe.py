@@ -144,6 +144,11 @@ class Corpus(Section):
     newest_share: float = Field(
         0.005, ge=0.0, le=0.5, description="Share of the kept documents held out, the newest acts."
     )
+    validation_tokens: int = Field(
+        500_000,
+        ge=1000,
+        description="Most tokens of each validation set, where its share would be more.",
+    )
     seed: int = 0
 
 

@@ -246,6 +246,15 @@ def test_held_out_sets_have_their_sizes(outcome: Any) -> None:
     assert set(newest) == {2019}
 
 
+def test_held_out_sets_end_where_their_tokens_do(outcome: Any) -> None:
+    records = [act(n, year=2000 + n % 20) for n in range(1, 101)]
+    shares = {"corpus__validation_share": 0.4, "corpus__newest_share": 0.2}
+    found = outcome(records, **shares, corpus__validation_tokens=1000)
+    for split in ("validation", "validation_newest"):
+        tokens = [row["tokens"] for row in found.values() if row["split"] == split]
+        assert 1000 - max(row["tokens"] for row in found.values()) < sum(tokens) <= 1000
+
+
 def test_a_new_version_does_not_make_an_act_new(outcome: Any) -> None:
     old = record("02001R0001-20260101", text_of(1), celex="02001R0001-20260101", date="2026-01-01")
     found = outcome([*acts(30), old])

@@ -116,7 +116,9 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> dict[str, Any]:
         [(table["digest"], table["part"]) for table in tables],
         recipe.score.model_dump(),
         recipe.selection.model_dump(),
-        recipe.corpus.model_dump(include={"validation_share", "newest_share", "seed"}),
+        recipe.corpus.model_dump(
+            include={"validation_share", "newest_share", "validation_tokens", "seed"}
+        ),
         tokenizer.sha256 if tokenizer else "untrained",
         _subjects_of_adapters(recipe),
     )
@@ -164,7 +166,7 @@ def _select_into(
     corpus.rank_by_score(tables, recipe)
     _drop_unwanted(corpus, recipe)
     taken, reserve = _fill(corpus, recipe, ratio, exact=tokenizer is not None)
-    _split(corpus, taken, reserve, pairs, recipe)
+    _split(corpus, taken, reserve, pairs, corpus.tokens(ratio), recipe)
     if not np.any(corpus.split == SPLITS.index("train")):
         raise SelectionError(_why_empty(corpus))
     funnel = _funnel(tables, corpus, ratio)
@@ -549,7 +551,12 @@ def take_within(sizes: npt.NDArray[Any], budget: int) -> Bools:
 
 
 def _split(
-    corpus: _Corpus, taken: Ints, reserve: Ints, pairs: npt.NDArray[np.int64], recipe: Recipe
+    corpus: _Corpus,
+    taken: Ints,
+    reserve: Ints,
+    pairs: npt.NDArray[np.int64],
+    tokens: Ints,
+    recipe: Recipe,
 ) -> None:
     """Hold out whole works: the newest acts first, then works at random.
 
@@ -563,14 +570,16 @@ def _split(
     )
     dated = newest_first.copy()
     held_out = np.zeros(len(corpus.part), dtype=bool)
-    newest = _first_groups(dated, works[taken], math.ceil(settings.newest_share * len(taken)))
+    most = settings.validation_tokens
+    count = math.ceil(settings.newest_share * len(taken))
+    newest = _first_groups(dated, works[taken], count, tokens[taken], most)
     rows = taken[np.isin(works[taken], newest)]
     corpus.split[rows] = SPLITS.index("validation_newest")
     held_out[rows] = True
     others = taken[~held_out[taken]]
     at_random = _groups_in_order(works[others], None, None, settings.seed)
     count = max(1, math.ceil(settings.validation_share * len(taken)))
-    drawn = _first_groups(at_random, works[others], count)
+    drawn = _first_groups(at_random, works[others], count, tokens[others], most)
     rows = others[np.isin(works[others], drawn)]
     corpus.split[rows] = SPLITS.index("validation")
     corpus.split[others[~np.isin(works[others], drawn)]] = SPLITS.index("train")
@@ -619,14 +628,24 @@ def _groups_in_order(
 
 
 def _first_groups(
-    order: npt.NDArray[np.uint64], works: npt.NDArray[np.uint64], documents: int
+    order: npt.NDArray[np.uint64],
+    works: npt.NDArray[np.uint64],
+    documents: int,
+    tokens: Ints,
+    most: int,
 ) -> npt.NDArray[np.uint64]:
-    """The first works of ``order`` that hold at least ``documents`` of the rows."""
+    """The first works of ``order`` that hold at least ``documents`` of the rows.
+
+    They end before ``most`` of the rows' ``tokens`` (estimated) are passed; one work is taken in
+    any case.
+    """
     if documents <= 0 or not len(order):
         return order[:0]
-    names, counts = np.unique(works, return_counts=True)
-    sums = np.cumsum(counts[np.searchsorted(names, order)])
-    return order[: int(np.searchsorted(sums, documents)) + 1]
+    names, index, counts = np.unique(works, return_inverse=True, return_counts=True)
+    places = np.searchsorted(names, order)
+    enough = int(np.searchsorted(np.cumsum(counts[places]), documents)) + 1
+    sums = np.cumsum(np.bincount(index, weights=tokens)[places])
+    return order[: min(enough, max(1, int(np.searchsorted(sums, most, side="right"))))]
 
 
 # What is told

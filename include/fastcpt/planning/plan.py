@@ -606,7 +606,8 @@ def _overheads(
     loading = 2 * job.shape.parameters / disk
     startup = STARTUP_SECONDS + loading
     saves = recipe.training.max_steps // recipe.training.save_steps + 1
-    held_out = corpus_tokens * (recipe.corpus.validation_share + recipe.corpus.newest_share)
+    shares = recipe.corpus.validation_share, recipe.corpus.newest_share
+    held_out = sum(min(corpus_tokens * s, recipe.corpus.validation_tokens) for s in shares)
     # model and base, each a forward (a third of a step) over windows that overlap by half
     evaluation = STARTUP_SECONDS + 2 * loading + 2 * 2 * held_out / 3 / rate
     if before is not None:
