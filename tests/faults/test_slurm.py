@@ -102,13 +102,9 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(
     number = slurm_id(tmp_path, "d")
     slurm.call("scontrol", "requeue", number)
     eventually(lambda: state(slurm.remote, tmp_path, "d") == "waiting", 30)
-    # Slurm itself waits two minutes before it starts a requeued job
-    eventually(
-        lambda: (
-            "requeued" not in slurm.call("scontrol", "update", f"JobId={number}", "StartTime=now")
-        ),
-        5,
-    )
+    # Slurm itself waits two minutes; within a second the node still refuses the old credential
+    start = ("scontrol", "update", f"JobId={number}", "StartTime=now+3")
+    eventually(lambda: "requeued" not in slurm.call(*start), 5)
     eventually(lambda: state(slurm.remote, tmp_path, "d") == "succeeded", 240, 1)
     starts = training.numbers("starts")
     assert len(starts) == 2

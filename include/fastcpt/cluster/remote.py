@@ -170,8 +170,8 @@ async def ask_async(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
         raise ConnectionLost(f"{remote.host} did not answer '{do}' in {patience} s") from None
     finally:
         if process.returncode is None:
+            # not waited for: its pipes are open in the shared connection until that ends, too
             process.kill()
-            await process.wait()
     return _answer(remote, do, process.returncode or 0, output, errors)
 
 
