@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,13 @@ def test_every_port_is_the_loopbacks_and_every_image_has_a_version(
     assert ports
     assert all(port.startswith("127.0.0.1:") for port in ports)
     assert all(":" in service["image"] for service in services.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", ["requirements-compose.txt", "requirements-celery.txt"])
+def test_the_pinned_packages_go_together(beside: str) -> None:
+    """As the image and a Celery worker install them; pip asks the registry, and installs nothing."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet"]
+    files = ["-r", "requirements.txt", "-r", beside]
+    done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
