@@ -139,10 +139,13 @@ class Corpus(Section):
     max_seq_length: int = Field(3072, ge=64, le=131_072, description="Tokens of a sequence.")
     num_shards: int = Field(16, ge=1, le=1024, description="Parquet files of training sequences.")
     validation_share: float = Field(
-        0.01, gt=0.0, le=0.5, description="Share of the kept documents held out, at random by work."
+        0.005,
+        gt=0.0,
+        le=0.5,
+        description="Share of the kept documents held out, at random by work.",
     )
     newest_share: float = Field(
-        0.005, ge=0.0, le=0.5, description="Share of the kept documents held out, the newest acts."
+        0.0025, ge=0.0, le=0.5, description="Share of the kept documents held out, the newest acts."
     )
     validation_tokens: int = Field(
         500_000,
