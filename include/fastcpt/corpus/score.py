@@ -107,6 +107,7 @@ def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> dic
         FORMAT,
         source,
         recipe.documents.fields.model_dump(),
+        recipe.documents.max_record_mb,
         settings.method,
         sorted(settings.subjects.items()),
         sorted(settings.languages),
@@ -146,7 +147,8 @@ def _score_into(folder: Path, part: str, recipe: Recipe, processes: int) -> dict
 
     def readable() -> Iterator[Document]:
         nonlocal set_aside
-        for document in read_documents(part, recipe.documents.fields, progress):
+        settings = recipe.documents
+        for document in read_documents(part, settings.fields, progress, settings.max_record_mb):
             if isinstance(document, Document):
                 yield document
             else:
