@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fastcpt.corpus.dates import newest_plausible
 from fastcpt.corpus.documents import DocumentsError, Unreadable, unreadable_message
 from fastcpt.corpus.duplicates import SignatureStore, groups_of
 from fastcpt.corpus.fingerprint import BINS, pieces_of
@@ -40,7 +41,7 @@ from fastcpt.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 BATCH = 65_536
 HALF_LIFE_YEARS = 15.0  # an act this much older than the corpus's newest has half its recency
 TOKENS_PER_PIECE = 1.15  # where there is no tokenizer yet
@@ -162,6 +163,7 @@ def _select_into(
         duplicate_of, pairs = _drop_duplicates(corpus, store)
     finally:
         store.close()
+    _warn_of_odd_dates(tables, corpus)
     ratio = tokens_per_piece(tables, tokenizer)
     corpus.rank_by_score(tables, recipe)
     _drop_unwanted(corpus, recipe)
@@ -186,8 +188,21 @@ def _select_into(
         "tokens_per_piece": ratio,
         "target_tokens": recipe.selection.target_tokens,
         "newest_year": corpus.newest_year,
+        "oddly_dated": len(corpus.oddly_dated),
         "funnel": funnel,
     }
+
+
+def _warn_of_odd_dates(tables: Sequence[dict[str, Any]], corpus: _Corpus) -> None:
+    rows = corpus.oddly_dated
+    if len(rows):
+        log.warning(
+            "%d documents are dated after %d, the newest year that is believed of this corpus; "
+            "they count as not dated. The first: %s",
+            len(rows),
+            corpus.newest_year,
+            ", ".join(f"'{name}'" for name in _ids_of(tables, rows[:5]).values()),
+        )
 
 
 class _Corpus:
@@ -224,8 +239,18 @@ class _Corpus:
         self.rank = np.full(count, -1, dtype=np.int64)
         self.recency = np.zeros(count, dtype=np.float32)
         self.citations = np.zeros(count, dtype=np.float32)
-        known = self.year[self.year > 0]
-        self.newest_year = int(known.max()) if len(known) else 0
+        self.newest_year = newest_plausible(self.year)
+        self.oddly_dated = self._forget_odd_dates()
+
+    def _forget_odd_dates(self) -> Ints:
+        """Rows whose date lies after the newest believable year: they count as not dated."""
+        odd = np.flatnonzero(self.year > self.newest_year)
+        self.date[odd] = 0
+        # a CELEX number says the act's year too
+        act_year = self.act_year[odd]
+        self.act_year[odd] = np.where(act_year > self.newest_year, 0, act_year)
+        self.year[odd] = self.act_year[odd]
+        return odd
 
     def alive(self) -> Ints:
         """Rows that no step has dropped yet."""
