@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -246,3 +247,10 @@ def test_a_tokenizer_that_was_compared_by_an_older_encoder_is_compared_again(
     old.parent.mkdir()
     old.write_text(json.dumps({"ranked": False}))
     assert faster(facts, [], tmp_path).ranked
+
+
+def test_a_million_blanks_are_encoded_too(tokenizer_folder: Path) -> None:
+    facts = replace(describe(tokenizer_folder / "tokenizer.json"), ranked=True)
+    text = "x" + " " * 1_000_000 + "y"
+    (ids,) = facts.encoder()([text])
+    assert facts.load().decode(ids.tolist()) == text

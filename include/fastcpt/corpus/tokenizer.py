@@ -15,6 +15,7 @@ import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,22 @@ class CorpusTokenizer:
 
     def encoder(self) -> Callable[[Sequence[str]], list[npt.NDArray[np.int32]]]:
         """A function from texts to their ids, without BOS and end of text, on one core."""
-        if self.ranked:
-            ranked = RankedEncoder.of(self.file)
+
+        ranked = RankedEncoder.of(self.file) if self.ranked else None
+        tokenizer = cache(self.load)  # a second, which tiktoken rarely needs
+
+        def by_library(texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+            encoded = tokenizer().encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+
+        def encoded(text: str) -> npt.NDArray[np.int32]:
             assert ranked is not None
-            return lambda texts: [ranked.encode(text) for text in texts]
-        tokenizer = self.load()
-        return lambda texts: [
-            np.array(encoding.ids, dtype=np.int32)
-            for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+            try:
+                return ranked.encode(text)
+            except ValueError:  # its regular expressions give up at some 700,000 blanks in a row
+                return by_library([text])[0]
+
+        return (lambda texts: [encoded(text) for text in texts]) if ranked else by_library
 
     def load(self) -> Tokenizer:
         """The tokenizer; what looks like a special token in a document is ordinary text."""
