@@ -36,6 +36,7 @@ from fastcpt.corpus.fingerprint import BINS, pieces_of
 from fastcpt.corpus.processes import Progress
 from fastcpt.corpus.score import LEGAL_COMPONENTS, PUBLISHED_COMPONENTS, named_in, naming
 from fastcpt.corpus.tokenizer import CorpusTokenizer, find_tokenizer
+from fastcpt.corpus.works import contained
 from fastcpt.files import digest_of, read_json, whole_file, write_json
 from fastcpt.recipe import Recipe
 
@@ -168,7 +169,10 @@ def _select_into(
     corpus.rank_by_score(tables, recipe)
     _drop_unwanted(corpus, recipe)
     taken, reserve = _fill(corpus, recipe, ratio, exact=tokenizer is not None)
-    _split(corpus, taken, reserve, pairs, corpus.tokens(ratio), recipe)
+    rows = np.sort(np.concatenate([taken, reserve]))
+    within = contained(rows, corpus.named[rows], lambda: _sketches(tables, rows))
+    joined = np.concatenate([pairs, within])
+    _split(corpus, taken, reserve, joined, corpus.tokens(ratio), recipe)
     if not np.any(corpus.split == SPLITS.index("train")):
         raise SelectionError(_why_empty(corpus))
     funnel = _funnel(tables, corpus, ratio)
@@ -231,6 +235,7 @@ class _Corpus:
                 progress.add(batch.num_rows)
         self.position, self.id_hash = columns["position"], columns["id_hash"]
         self.content, self.work = columns["content"], columns["work_hash"]
+        self.named = columns["named"]
         self.version, self.version_of = columns["version"], columns["version_of"]
         self.date, self.year, self.act_year = columns["date"], columns["year"], columns["act_year"]
         self.characters, self.pieces = columns["characters"], columns["pieces"]
@@ -290,6 +295,7 @@ _NUMBERS: dict[str, Any] = {
     "id_hash": np.uint64,
     "content": np.uint64,
     "work_hash": np.uint64,
+    "named": bool,
     "version": np.int32,
     "version_of": np.uint64,
     "date": np.int32,
@@ -323,6 +329,20 @@ def _signatures(batch: pa.RecordBatch) -> npt.NDArray[np.uint16]:
     begin = column.offset * width
     content = content[begin : begin + len(column) * width]
     return content.view(np.uint16).reshape(-1, BINS)
+
+
+def _sketches(
+    tables: Sequence[dict[str, Any]], rows: Ints
+) -> Iterator[tuple[Ints, npt.NDArray[np.uint64]]]:
+    """Of some rows (in order): places in ``rows``, each as often as its sketch has entries."""
+    row = 0
+    for table in tables:
+        for batch in _batches(table, ["sketch"]):
+            begin, end = np.searchsorted(rows, [row, row + batch.num_rows]).tolist()
+            sketches = batch.column("sketch").take(pa.array(rows[begin:end] - row))
+            row += batch.num_rows
+            counts = np.diff(sketches.offsets.to_numpy())
+            yield np.repeat(np.arange(begin, end), counts), np.asarray(sketches.flatten())
 
 
 def _points(batch: pa.RecordBatch, recipe: Recipe) -> Floats:
@@ -586,7 +606,7 @@ def _split(
     """Hold out whole works: the newest acts first, then works at random.
 
     A work is an act with its versions, corrigenda and translations; works of which any documents
-    are near-duplicates (dropped ones too) count as one.
+    are near-duplicates (dropped ones too), or one is contained in the other, count as one.
     """
     settings = recipe.corpus
     works = _joined_works(corpus, pairs)
