@@ -60,6 +60,7 @@ def generate(folder: Path, part: int, rows: int, documents: int) -> Path:
         "id_hash": own,
         "content": own,
         "work": names,
+        "named": np.ones(rows, dtype=bool),
         "work_hash": hashes,
         "version": version,
         "version_of": hashes,
@@ -83,6 +84,7 @@ def generate(folder: Path, part: int, rows: int, documents: int) -> Path:
         "signature": pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(BINS * 2), rows, [None, pa.py_buffer(signatures.tobytes())]
         ),
+        "sketch": pa.array([[]] * rows, pa.list_(pa.uint64())),
         "excerpt": pa.nulls(rows, pa.string()),
         **{f"score_{name}": rng.random(rows) for name in LEGAL_COMPONENTS},
     }

@@ -48,6 +48,7 @@ class Fields(Section):
     subject_matter: str = "metadata.subject_matter"
     language: str = "metadata.language"
     celex: str = "metadata.celex"
+    work: str = "metadata.work"
     in_force: str = "metadata.in_force"
     directory_code: str = "metadata.directory_code"
 
@@ -69,6 +70,12 @@ class Documents(Section):
         ge=0.0,
         le=1.0,
         description="Above this share of documents set aside as unreadable, scoring fails.",
+    )
+    max_record_mb: float = Field(
+        256.0,
+        gt=0.0,
+        le=2000.0,
+        description="Longer records (unpacked, in 10^6 bytes) are set aside, unread.",
     )
     replay: Replay | None = None
 

@@ -30,7 +30,40 @@ def test_a_number_says_which_work(
     )
 
 
-@pytest.mark.parametrize("text", ["", "contract 7", "copy-of-32016R0679", None])
+@pytest.mark.parametrize(
+    ("celex", "base", "part"),
+    [
+        ("12012P/TXT", "12012P", "/TXT"),
+        ("12016ME/TXT", "12016ME", "/TXT"),
+        ("12016E267", "12016E", "267"),
+        ("12012E/PRO/02", "12012E", "/PRO/02"),
+        ("12007L/AFI/DCL/A1", "12007L", "/AFI/DCL/A1"),
+        ("11957E", "11957E", ""),
+        ("11992M/AFI/DCL", "11992M", "/AFI/DCL"),
+        ("02016M/TXT-20200301", "12016M", "/TXT"),
+        ("12016P047", "12016P", "047"),
+        ("62014CJ0362_SUM", "62014CJ0362", ""),
+        ("62014CJ0362_RES", "62014CJ0362", ""),
+        ("91997E002334", "91997E002334", ""),
+        ("52012DC0010(01)", "52012DC0010(01)", ""),
+        ("E2019C0305(01)", "E2019C0305(01)", ""),
+        ("72016L0680DEU_202001234", "72016L0680DEU_202001234", ""),
+        ("C2008/115/01", "C2008/115/01", ""),
+        ("C/2024/01234", "C2024/01234", ""),
+        ("CELEX:32016R0679", "32016R0679", ""),
+        ("celex:02016R0679-20160504", "32016R0679", ""),
+    ],
+)
+def test_every_form_of_number(celex: str, base: str, part: str) -> None:
+    found = parse_celex(celex)
+    assert found is not None
+    assert (found.base, found.part) == (base, part)
+    assert found.year == int(base[1:5])
+
+
+@pytest.mark.parametrize(
+    "text", ["", "contract 7", "12016E and more", "1-2-3", "١٢٣٤٥R٠٦٧٩", "copy-of-32016R0679", None]
+)
 def test_what_is_no_number(text: str | None) -> None:
     assert parse_celex(text) is None
 

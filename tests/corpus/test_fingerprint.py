@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcpt.corpus.fingerprint import fingerprint, ngram_hashes, pieces_of, word_hashes
+from corpus.made import text_of
+from fastcpt.corpus import fingerprint as fingerprint_module
+from fastcpt.corpus.fingerprint import (
+    fingerprint,
+    ngram_hashes,
+    pieces_of,
+    word_hashes,
+    word_spans,
+)
 
 
 @given(st.text(alphabet="aAéß1 .,\n’漢\U0001f600", max_size=60))
@@ -57,3 +65,18 @@ def test_short_and_empty_texts_have_signatures() -> None:
     one, other = fingerprint("one two").signature, fingerprint("one three").signature
     assert (one == fingerprint("One TWO!").signature).all()
     assert (one == other).mean() < 0.1
+
+
+def test_long_texts_are_looked_at_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [text_of(n, 3 + n % 40) + ("," if n % 3 else " 12 345 678\n\n") for n in range(300)]
+    text = "\n".join(lines)
+    whole, words, spans = fingerprint(text), word_hashes(text), word_spans(text)
+    assert [text[begin:end] for begin, end in spans[:3].tolist()] == text.split()[:3]
+    monkeypatch.setattr(fingerprint_module, "WINDOW", 1000)
+    assert word_hashes(text).tolist() == words.tolist()
+    assert word_spans(text).tolist() == spans.tolist()
+    for one, other in zip(fingerprint(text), whole, strict=True):
+        assert np.array_equal(one, other)
+    # a line that is longer than a window is cut between words
+    monkeypatch.setattr(fingerprint_module, "WINDOW", 50)
+    assert word_hashes(text).tolist() == words.tolist()

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from fastcpt.corpus import leakage
 from fastcpt.corpus.documents import Document, files_under, identity, read_documents
 from fastcpt.corpus.fingerprint import OVERLAP, spread
 from fastcpt.corpus.pack import Packed, pack
+from fastcpt.corpus.passages import Stretches, ids_without
 from fastcpt.corpus.processes import Progress, cores, in_order, in_processes, over_parts
 from fastcpt.corpus.score import hash_of
 from fastcpt.corpus.select import funnel_table, take_within
@@ -43,11 +44,11 @@ from fastcpt.corpus.tokenizer import (
 )
 from fastcpt.corpus.tokens import read_index, token_folder, tokenize_part
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
-from fastcpt.recipe import Fields, Recipe
+from fastcpt.recipe import Documents, Fields, Recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
+FORMAT = 5
 ROWS_OF_GROUP = 256  # sequences read at once when the order is random
 MANIFEST = "corpus_manifest.json"
 
@@ -75,7 +76,7 @@ HELD_OUT = ("validation", "validation_newest")  # splits, and the names of their
 GENERAL = "validation_general"  # of the replay's documents, where there is replay
 ONE_GENERAL_IN = 16  # is never trained on, whatever the recipe
 MOST_GENERAL = 2_000_000  # characters held out, about 450,000 tokens
-MOST_OVERLAPS = 20
+MOST_LOST = 0.2  # of a held-out set's tokens: its figures would be of another set
 MOST_CHARACTERS_A_TOKEN = 8  # more than running text has: enough documents are tokenized for replay
 SMALL = 4_000_000  # characters: less is done sooner than processes start and tokenizers compare
 PROBE_CHARACTERS = 300_000  # compared before tiktoken is trusted with the corpus
@@ -166,7 +167,14 @@ class _Documents:
     split: npt.NDArray[Any]  # names, of SPLITS or why the build drops it
     rank: Ints
     characters: Ints
+    tokens: Ints  # estimated
     about: pa.Table  # id, work, bytes, year, doc_type, areas
+    # training documents with the held-out ones whose passages they go without, all by row
+    quoted: dict[int, list[int]] = field(default_factory=dict)
+    held_out: Ints = field(init=False)  # rows held out at first, some of which may be dropped
+
+    def __post_init__(self) -> None:
+        self.held_out = self.rows(*HELD_OUT)
 
     @classmethod
     def of_selection(cls, folder: Path, manifest: dict[str, Any], fields: Fields) -> _Documents:
@@ -181,6 +189,7 @@ class _Documents:
             split=np.array(split.dictionary.to_pylist(), dtype=object)[split.indices.to_numpy()],
             rank=table["rank"].to_numpy(),
             characters=table["characters"].to_numpy().astype(np.int64),
+            tokens=table["tokens"].to_numpy(),
             about=table.select(["id", "work", "bytes", "year", "doc_type", "areas"]),
         )
 
@@ -215,22 +224,24 @@ def _build_into(
     if documents.characters.sum() < SMALL:
         processes = processes or 1
     held_out = folder / ".held_out"
-    unseen = _General.held_out(replay, documents)
-    overlaps, spoiled = _overlaps(documents, unseen, held_out, processes)
+    unseen = _General.held_out(replay, documents, recipe.documents.max_record_mb)
+    overlaps = _overlaps(documents, unseen, held_out, processes)
     _drop_overlapping(documents, overlaps)
-    unseen.drop(spoiled)
+    unseen.drop(overlaps.spoiled)
     ids = _tokenized(documents, tokenizer, home, processes)
+    stretches, cut_off = _without_passages(documents, ids, held_out, tokenizer, processes)
     _cut_at_budget(documents, ids, chosen["target_tokens"])
     train = documents.rows("train")
-    _check_splits(documents, overlaps)
+    _check_splits(documents, overlaps.pairs)
     legal = ids.of(train)
     general = _replay(replay, int(legal.length.sum()), held_out, tokenizer, recipe, home, processes)
-    shutil.rmtree(held_out)
-    training = legal.and_(general.ids)
-    areas = _Areas.of(documents, train, len(general.ids.length))
+    pieces = stretches.pieces(train)
+    training = ids.in_pieces(pieces, stretches).and_(general.ids)
+    areas = _Areas.of(documents, pieces, len(general.ids.length))
     _check_adapters(areas, recipe)
     plan = _planned(training, recipe)
     shards = _write_shards(folder, plan, training, areas, recipe.corpus.num_shards, processes)
+    shutil.rmtree(held_out)
     validation = [
         _write_validation(folder, split, documents.about.take(pa.array(rows)), ids.of(rows))
         for split, rows in ((split, documents.rows(split)) for split in HELD_OUT)
@@ -268,7 +279,7 @@ def _build_into(
         },
         "shards": shards,
         "validation": validation,
-        "funnel": _funnel(chosen, documents, ids, general),
+        "funnel": _funnel(chosen, documents, ids, general, cut_off),
     }
 
 
@@ -309,24 +320,27 @@ def _training_texts(documents: _Documents, characters: int) -> Iterator[str]:
 
 def _texts(part: str, fields: Fields, positions: Ints) -> Iterator[str]:
     wanted = set(positions.tolist())
-    for document in read_documents(part, fields):
-        if isinstance(document, Document) and document.position in wanted:
+    for document in read_documents(part, fields, wanted=wanted):
+        if isinstance(document, Document):
             yield document.text
 
 
 # Overlaps with what is held out
 
 
+class _Overlaps(NamedTuple):
+    """What is held out and in training documents too, counted from the texts."""
+
+    pairs: list[tuple[int, int, float]]  # training row, held-out row, share of the former
+    formulas: list[tuple[int, float]]  # held-out row, the share of it that is formulas
+    spoiled: list[int]  # numbers of the held-out general documents that training ones overlap with
+
+
 def _overlaps(
     documents: _Documents, unseen: _General, table: Path, processes: int | None
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Pairs that overlap too much, counted from the texts.
-
-    Returns (training row, held-out row) of all pairs of legal documents, and the numbers of the
-    held-out general documents that a training document overlaps with. Leaves the held-out
-    documents' sequences in ``table``.
-    """
-    held_out = documents.rows(*HELD_OUT)
+) -> _Overlaps:
+    """Compare all training documents with the held-out ones, whose sequences stay in ``table``."""
+    held_out = documents.held_out
     found = [
         (part, documents.fields, positions)
         for part, _, positions in [*documents.by_part(held_out), *unseen.parts]
@@ -336,41 +350,120 @@ def _overlaps(
     parts = list(documents.by_part(documents.rows("train", "reserve")))
     progress = Progress("overlaps with held-out documents", "documents", len(documents.split))
     numbers = {path: number for number, (path, _) in enumerate(documents.parts)}
-    pairs: list[tuple[int, int]] = []
-    spoiled: set[int] = set()
+    matches: dict[int, leakage.Matches] = {}
     against = [(part, documents.fields, positions, table) for part, _, positions in parts]
-    for call, result in in_processes(leakage.overlaps, against, processes):
-        part, _, positions = parts[call]
-        rows = documents.rows_at(numbers[part], result.position)
-        for row, other in zip(rows.tolist(), result.held_out.tolist(), strict=True):
+    for call, result in in_processes(leakage.matches, against, processes):
+        matches[call] = result
+        progress.add(len(parts[call][2]))
+    formulas = leakage.write_formulas(table, list(matches.values()))
+    pairs: list[tuple[int, int, float]] = []
+    spoiled = set(np.flatnonzero(formulas[len(held_out) :] > leakage.MAX_FORMULAS).tolist())
+    for call, some in sorted(matches.items()):
+        result = leakage.overlaps(some, table)
+        rows = documents.rows_at(numbers[parts[call][0]], result.position)
+        for row, other, share in zip(rows, result.held_out, result.of_own, strict=True):
             if other < len(held_out):
-                pairs.append((row, int(held_out[other])))
+                pairs.append((int(row), int(held_out[other]), float(share)))
             else:
-                spoiled.add(other - len(held_out))
-        progress.add(len(positions))
-    return sorted(pairs), sorted(spoiled)
+                spoiled.add(int(other) - len(held_out))
+    shares = zip(held_out.tolist(), formulas.tolist(), strict=False)
+    return _Overlaps(sorted(pairs), list(shares), sorted(spoiled))
 
 
-def _drop_overlapping(documents: _Documents, pairs: list[tuple[int, int]]) -> None:
-    """Take documents that overlap with a held-out one out of the training set.
+def _drop_overlapping(documents: _Documents, overlaps: _Overlaps) -> None:
+    """Take what is held out too out of the training set.
 
-    A held-out document that very many overlap with (a notice made of formulas) measures nothing:
-    that one goes instead.
+    A document that is mostly a held-out one, or of which that is a great part, goes; of a larger
+    one only the passages. A held-out document of formulas measures nothing: that one goes.
     """
-    others, counts = np.unique([other for _, other in pairs], return_counts=True)
-    common = set(others[counts > MOST_OVERLAPS].tolist())
-    for row, other in pairs:
-        if other not in common:
+    held_out = {split: documents.rows(split) for split in HELD_OUT}
+    for row, share in overlaps.formulas:
+        if share > leakage.MAX_FORMULAS:
+            documents.split[row] = "common_text"
+    for split, rows in held_out.items():
+        _check_loss(documents, split, rows)
+    for row, other, of_own in overlaps.pairs:
+        if documents.split[other] == "common_text":
+            continue
+        if of_own > leakage.MAX_OVERLAP:
             documents.split[row] = "overlaps_held_out"
-    documents.split[sorted(common)] = "common_text"
-    if not len(documents.rows("validation")):
+        documents.quoted.setdefault(row, []).append(other)
+    documents.quoted = {
+        row: others
+        for row, others in documents.quoted.items()
+        if documents.split[row] != "overlaps_held_out"
+    }
+    _check_some_left(documents)
+
+
+def _check_loss(documents: _Documents, split: str, rows: Ints) -> None:
+    """Fail where a held-out set has lost so much that its figures are those of another set."""
+    lost = rows[documents.split[rows] == "common_text"]
+    share = documents.tokens[lost].sum() / max(1, documents.tokens[rows].sum())
+    if share < MOST_LOST:
+        return
+    ids = documents.about["id"].take(pa.array(lost[:3])).to_pylist()
+    named = ", ".join(f"'{name}'" for name in ids)
+    raise BuildError(
+        f"{split} would lose {len(lost)} of {len(rows)} documents, {share:.0%} of its tokens: more "
+        f"than {leakage.MAX_FORMULAS:.0%} of each stands in more than {leakage.FORMULA_DOCUMENTS} "
+        f"other documents, and measures nothing (the first: {named}). "
+        "Take the text that repeats out of the documents, or raise selection.min_characters so that "
+        "documents made of it are left out"
+    )
+
+
+def _check_some_left(documents: _Documents) -> None:
+    if not len(documents.rows("train", "reserve")):
+        dropped = len(documents.rows("overlaps_held_out"))
         raise BuildError(
-            "no validation document is left: each is part of very many training documents. "
-            "Remove boilerplate documents, or raise corpus.validation_share"
+            f"no training document is left: all {dropped} overlap with held-out documents by more "
+            f"than {leakage.MAX_OVERLAP:.0%}. Give more documents, or lower "
+            "corpus.validation_share and corpus.newest_share"
         )
 
 
-def _check_splits(documents: _Documents, pairs: list[tuple[int, int]]) -> None:
+def _without_passages(
+    documents: _Documents,
+    ids: _Ids,
+    table: Path,
+    tokenizer: CorpusTokenizer,
+    processes: int | None,
+) -> tuple[Stretches, dict[str, int]]:
+    """Cut the passages of held-out documents out of those that stay in training without them.
+
+    Sets their lengths and characters to what is left; returns its place, and what was cut off.
+    """
+    rows = np.array(sorted(documents.quoted), dtype=np.int64)
+    held_out = {row: n for n, row in enumerate(documents.held_out.tolist())}
+    parts = list(documents.by_part(rows))
+    numbers = {path: number for number, (path, _) in enumerate(documents.parts)}
+    calls = []
+    for part, _, positions in parts:
+        here = documents.rows_at(numbers[part], positions).tolist()
+        quoted = {
+            position: [held_out[other] for other in documents.quoted[row]]
+            for position, row in zip(positions.tolist(), here, strict=True)
+        }
+        calls.append((part, documents.fields, quoted, table, tokenizer))
+    left: dict[int, list[npt.NDArray[np.int32]]] = {}
+    cut_off = {"characters": 0, "tokens": 0}
+    for call, results in in_processes(ids_without, calls, processes):
+        positions = np.array([position for position, _, _ in results], dtype=np.int64)
+        here = documents.rows_at(numbers[parts[call][0]], positions).tolist()
+        for row, (_, characters, pieces) in zip(here, results, strict=True):
+            if not pieces:
+                documents.split[row] = "overlaps_held_out"
+                continue
+            left[row] = pieces
+            length = sum(map(len, pieces))
+            cut_off["characters"] += int(documents.characters[row]) - characters
+            cut_off["tokens"] += int(ids.length[row]) - length
+            documents.characters[row], ids.length[row] = characters, length
+    return Stretches.written(table / "stretches", left), cut_off
+
+
+def _check_splits(documents: _Documents, pairs: list[tuple[int, int, float]]) -> None:
     """Fail where something held out is trained on: a version of the work, or most of its text."""
     ids, works = documents.about["id"], documents.about["work"]
     train, held_out = documents.rows("train"), documents.rows(*HELD_OUT)
@@ -382,8 +475,9 @@ def _check_splits(documents: _Documents, pairs: list[tuple[int, int]]) -> None:
             f"held-out '{ids[other]}' and training document '{ids[row]}' are of one work, "
             f"{works[row]}"
         )
-    for row, other in pairs:
-        if documents.split[row] == "train" and documents.split[other] in HELD_OUT:
+    for row, other, _ in pairs:
+        cut_out = other in documents.quoted.get(row, ())
+        if not cut_out and documents.split[row] == "train" and documents.split[other] in HELD_OUT:
             raise LeakError(
                 f"training document '{ids[row]}' and held-out '{ids[other]}' share more than "
                 f"{leakage.MAX_OVERLAP:.0%} of their {OVERLAP}-word sequences"
@@ -404,6 +498,17 @@ class _Ids:
 
     def of(self, rows: Ints) -> _Ids:
         return _Ids(self.files, self.file[rows], self.offset[rows], self.length[rows])
+
+    def in_pieces(self, rows: Ints, stretches: Stretches) -> _Ids:
+        """Those of rows that ``stretches`` has given as pieces."""
+        ids = self.of(rows)
+        ids.files = [*ids.files, str(stretches.file)]
+        for row, lengths in stretches.length.items():
+            of_row = rows == row
+            if of_row.any():
+                ids.file[of_row] = len(self.files)
+                ids.offset[of_row], ids.length[of_row] = stretches.offset[row], lengths
+        return ids
 
     def and_(self, other: _Ids) -> _Ids:
         return _Ids(
@@ -504,14 +609,17 @@ class _General:
     about: pa.Table  # a row a document: id, bytes, year, doc_type, areas
 
     @classmethod
-    def held_out(cls, parts: Sequence[tuple[str, str]], documents: _Documents) -> _General:
+    def held_out(
+        cls, parts: Sequence[tuple[str, str]], documents: _Documents, max_record_mb: float
+    ) -> _General:
         """The first that the hash of their id holds out, as much text as ``validation`` has."""
         left = min(MOST_GENERAL, int(documents.characters[documents.rows("validation")].sum()))
         found: list[tuple[str, str, Ints]] = []
         about: list[dict[str, Any]] = []
         for part, source in parts:
             positions = []
-            for document in read_documents(part, documents.fields) if left > 0 else ():
+            every = read_documents(part, documents.fields, max_record_mb=max_record_mb)
+            for document in every if left > 0 else ():
                 if isinstance(document, Document) and _is_held_out(document):
                     positions.append(document.position)
                     about.append(_about(document))
@@ -577,9 +685,10 @@ def _replay(
     budget = left = math.floor(legal_tokens * share / (1 - share))
     fields = recipe.documents.fields
     for part, source in parts:
-        lengths = _first_lengths(part, fields, left * MOST_CHARACTERS_A_TOKEN)
+        lengths = _first_lengths(part, recipe.documents, left * MOST_CHARACTERS_A_TOKEN)
         positions = np.array(list(lengths), dtype=np.int64)
-        copied = leakage.overlaps(part, fields, positions, held_out).position
+        matches = leakage.matches(part, fields, positions, held_out)
+        copied = leakage.overlaps(matches, held_out).position
         positions = np.setdiff1d(positions, copied)
         tokenize_part(part, source, fields, tokenizer, positions, home, processes or cores())
         found = _read_ids([(part, source, positions)], fields, tokenizer, home)
@@ -599,13 +708,13 @@ def _replay(
     return _Replayed(chosen, characters)
 
 
-def _first_lengths(part: str, fields: Fields, characters: int) -> dict[int, int]:
+def _first_lengths(part: str, settings: Documents, characters: int) -> dict[int, int]:
     """A part's first documents that may be trained on, as many as have so many characters.
 
     Their positions, each with its own characters.
     """
     lengths: dict[int, int] = {}
-    for document in read_documents(part, fields):
+    for document in read_documents(part, settings.fields, max_record_mb=settings.max_record_mb):
         if isinstance(document, Document) and not _is_held_out(document):
             lengths[document.position] = len(document.text)
             characters -= len(document.text)
@@ -862,7 +971,11 @@ def _files(folder: Path, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def _funnel(
-    chosen: dict[str, Any], documents: _Documents, ids: _Ids, general: _Replayed
+    chosen: dict[str, Any],
+    documents: _Documents,
+    ids: _Ids,
+    general: _Replayed,
+    cut_off: dict[str, int],
 ) -> list[dict[str, Any]]:
     """The selection's funnel with what the build dropped, and what is kept in counted tokens."""
     funnel = [dict(row) for row in chosen["funnel"] if row["stage"] != "kept"]
@@ -880,6 +993,10 @@ def _funnel(
     for reason in ("overlaps_held_out", "common_text", "over_budget"):
         if len(documents.rows(reason)):
             funnel.append(row("build", reason))
+    if cut_off["tokens"]:
+        # passages, of documents that are counted where they are kept
+        cut = {"stage": "build", "reason": "quoted_by_held_out", "documents": 0}
+        funnel.append({**cut, **cut_off})
     funnel += [row("kept", split) for split in ("train", *HELD_OUT)]
     # the whole is the sum of its parts: kept ones counted, the others as they were estimated
     everything = next(row for row in funnel if row["stage"] == "read" and not row["reason"])

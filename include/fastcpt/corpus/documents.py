@@ -1,34 +1,39 @@
 """Documents as they come: JSON, JSONL (.gz, .zst) and Parquet, in a folder or behind a URL.
 
 A *part* is one file. Parts are read as streams, a record at a time, so that memory depends on
-the longest document and not on the folder (a plain ``.json`` file, which holds one document or a
-list of them, is the exception: it is read whole). What cannot be read comes out of the same
-stream as ``Unreadable`` with file, line and reason, and the rest goes on.
+the longest document and not on the folder, and no record is longer than the recipe allows. What
+cannot be read comes out of the same stream as ``Unreadable`` with file, line and reason, and the
+rest goes on.
 
 Any fsspec URL works where its file system's package is installed (``s3://`` wants s3fs).
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
+import logging
+import math
+import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import fsspec
 
+from fastcpt.corpus.parquet import DamagedParquetError, Unconvertible, read_rows
 from fastcpt.corpus.processes import Progress
+from fastcpt.corpus.streams import DamagedError, Most, elements, lines, unpacked
 from fastcpt.recipe import Documents, Fields
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 PACKED = ("", ".gz", ".zst")
-CHUNK = 1 << 20
 BATCH_CHARACTERS = 1 << 20  # handled in one call
-PARQUET_BATCH = 64  # documents in memory at once; some acts have 3 M characters
+MAX_RECORD_MB: float = Documents.model_fields["max_record_mb"].default
 
 
 class DocumentsError(ValueError):
@@ -50,17 +55,21 @@ class Document:
     celex: str | None
     in_force: bool | None
     directory_code: str | None
+    work: str | None = None
 
     @property
     def year(self) -> int | None:
         """The year of ``date``; None where it is missing or no date."""
-        found = re.match(r"(\d{4})(?!\d)", self.date or "")
+        found = re.match(r"(\d{4})(?!\d)", self.date or "", re.ASCII)
         return int(found[1]) if found else None
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A record set aside. ``line`` counts from 1 (in Parquet, rows); None is the file itself."""
+    """A record set aside. ``line`` counts from 1; None is the file itself.
+
+    In Parquet it counts rows, in a JSON list elements.
+    """
 
     file: str
     line: int | None
@@ -77,9 +86,12 @@ def list_parts(documents: Documents) -> list[str]:
 
 
 def files_under(path: str, key: str) -> list[str]:
-    """The readable files under ``path``; ``key`` is the recipe's key, for the error."""
+    """The files of documents under ``path``; ``key`` is the recipe's key, for the error.
+
+    Among them what ``read_documents`` will set aside whole.
+    """
     try:
-        system, root = fsspec.url_to_fs(path)
+        system, root = located(path)
     except (ValueError, ImportError) as error:
         raise DocumentsError(f"{key}: cannot open '{path}': {error}") from error
     if not system.exists(root):
@@ -92,7 +104,43 @@ def files_under(path: str, key: str) -> list[str]:
     if not parts:
         wanted = "JSON, JSONL (.gz, .zst) or Parquet"
         raise DocumentsError(f"{key}: no {wanted} files in '{path}' ({len(found)} other files)")
-    return parts if _is_local(system) else [system.unstrip_protocol(name) for name in parts]
+    if _is_local(system):
+        return sorted(map(_printable, parts))
+    for name in parts:
+        if "::" in name:
+            log.warning("%s: '%s' is left out: rename it, '::' has a meaning in URLs", key, name)
+    return [system.unstrip_protocol(name) for name in parts if "::" not in name]
+
+
+def located(part: str) -> tuple[Any, str]:
+    """A part's file system, and its name there.
+
+    Only what has ``://`` is a URL: in the name of a local file ``::`` is no chain of fsspec's.
+    """
+    if "://" in part:
+        system, name = fsspec.url_to_fs(part)
+        return system, str(name)
+    local = fsspec.filesystem("file")
+    return local, str(local._strip_protocol(part))
+
+
+def _printable(name: str) -> str:
+    r"""A local file's name; one that is not UTF-8 with its odd bytes as ``\xe9``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def why_set_aside(part: str) -> str | None:
+    """Why a part is not opened at all; None where it is. ``DocumentsError`` where it is gone."""
+    system, name = located(part)
+    if system.isfile(name):
+        return None
+    if _is_local(system):
+        if os.path.lexists(name):
+            broken = os.path.islink(name) and not os.path.exists(name)
+            return "a link to nothing" if broken else "no regular file (a pipe, socket or device)"
+        if re.search(r"\\x[89a-f][0-9a-f]", name):
+            return "the file's name is not UTF-8 text; rename it"
+    raise DocumentsError(f"'{part}' is gone since the documents were listed; start again")
 
 
 def _is_part(name: str) -> bool:
@@ -107,9 +155,9 @@ def _is_local(system: Any) -> bool:
 
 def identity(part: str) -> str:
     """What the part's content is known by: its SHA-256, or what an object store says of it."""
-    system, name = fsspec.url_to_fs(part)
-    if not system.exists(name):
-        raise DocumentsError(f"'{part}' is gone since the documents were listed; start again")
+    if reason := why_set_aside(part):
+        return f"{part}: {reason}"
+    system, name = located(part)
     if not _is_local(system):
         return str(system.checksum(name))
     with system.open(name, "rb") as stream:
@@ -118,28 +166,48 @@ def identity(part: str) -> str:
 
 def size_of(part: str) -> int:
     """Bytes of a part, as it lies there (packed); 0 where its store does not say."""
-    system, name = fsspec.url_to_fs(part)
+    if why_set_aside(part):
+        return 0
+    system, name = located(part)
     return int(system.size(name) or 0)
 
 
 def read_documents(
-    part: str, fields: Fields, progress: Progress | None = None
+    part: str,
+    fields: Fields,
+    progress: Progress | None = None,
+    max_record_mb: float = MAX_RECORD_MB,
+    wanted: Container[int] | None = None,
 ) -> Iterator[Document | Unreadable]:
     """Every record of a part, in its order. ``OSError`` where the file itself cannot be opened.
 
-    ``progress`` counts the bytes read, as they lie in the file.
+    ``progress`` counts the bytes read, as they lie in the file. Records of more than
+    ``max_record_mb`` are set aside. ``wanted``: only the records at these positions, which were
+    read before; their length is not judged again.
     """
+    if reason := why_set_aside(part):
+        yield Unreadable(part, None, reason)
+        return
+
+    def most(position: int) -> float:
+        if wanted is None:
+            return max_record_mb * 1e6
+        return math.inf if position in wanted else -1
+
     records = _parquet_records if part.endswith(".parquet") else _json_records
-    for position, record in enumerate(records(part, fields, progress)):
-        if record is _BLANK:
+    for position, record in enumerate(records(part, fields, progress, most)):
+        if record is _BLANK or (record is None and wanted is not None):
             continue
-        if isinstance(record, Unreadable):
+        if record is None:
+            limit = f"{max_record_mb:g} MB (documents.max_record_mb)"
+            yield Unreadable(part, position + 1, f"the record is longer than {limit}")
+        elif isinstance(record, Unreadable):
             yield record
-            continue
-        try:
-            yield _document(position, record, part, fields)
-        except WrongFieldError as error:
-            yield Unreadable(part, position + 1, str(error))
+        else:
+            try:
+                yield _document(position, record, part, fields)
+            except WrongFieldError as error:
+                yield Unreadable(part, position + 1, str(error))
 
 
 def in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -156,150 +224,74 @@ def in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-# Records
+# Records: an object, ``_BLANK``, ``Unreadable``, or None where it is too long
 
 
 _BLANK = object()  # an empty line: it counts as a line and is no record
+_NULL = object()  # what JSON calls null
 
 
 class WrongFieldError(ValueError):
     pass
 
 
-def _json_records(part: str, fields: Fields, progress: Progress | None) -> Iterator[Any]:
-    if part.removesuffix(".gz").removesuffix(".zst").endswith(".json"):
-        yield from _json_file(part, progress)
-        return
-    with fsspec.open(part, "rb") as stream:
+def _json_records(
+    part: str, fields: Fields, progress: Progress | None, most: Most
+) -> Iterator[Any]:
+    is_list = part.removesuffix(".gz").removesuffix(".zst").endswith(".json")
+    system, name = located(part)
+    with system.open(name, "rb") as stream:
         line = 0
         try:
-            for line, content in enumerate(_lines(_unpacked(part, stream, progress)), start=1):
-                yield _parsed(content, part, line) if content.strip() else _BLANK
-        except (EOFError, zlib.error, gzip.BadGzipFile, _CutShortError) as error:
+            records = (elements if is_list else lines)(unpacked(part, stream, progress), most)
+            for line, content in enumerate(records, start=1):
+                if content is None:
+                    yield None
+                elif is_list or content.strip():
+                    yield _parsed(content, part, line, is_list)
+                else:
+                    yield _BLANK
+        except DamagedError as error:
             yield Unreadable(part, line + 1, f"file is cut short or damaged here: {error}")
 
 
-def _json_file(part: str, progress: Progress | None) -> Iterator[Any]:
+def _parsed(content: bytes, part: str, line: int, of_list: bool) -> Any:
     try:
-        with fsspec.open(part, "rb") as stream:
-            content = b"".join(_unpacked(part, stream, progress))
-    except (EOFError, zlib.error, gzip.BadGzipFile, _CutShortError) as error:
-        yield Unreadable(part, None, f"file is cut short or damaged: {error}")
-        return
-    whole = _parsed(content, part, 1, of_file=True)
-    yield from whole if isinstance(whole, list) else [whole]
-
-
-def _parsed(content: bytes, part: str, line: int, of_file: bool = False) -> Any:
-    try:
-        return json.loads(content.decode("utf-8"))
+        record = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Unreadable(part, line, f"not UTF-8 text at byte {error.start}")
     except json.JSONDecodeError as error:
         if b"\x00" in content[:16]:
             return Unreadable(part, line, "not UTF-8 text (zero bytes; UTF-16?)")
-        where = error.lineno if of_file else line
-        return Unreadable(part, where, f"broken JSON: {error.msg} at column {error.colno}")
+        where = f"line {error.lineno} of it, column {error.colno}"
+        where = where if of_list else f"column {error.colno}"
+        return Unreadable(part, line, f"broken JSON: {error.msg} at {where}")
     except RecursionError:
         return Unreadable(part, line, "broken JSON: nested too deeply")
+    except ValueError:
+        return Unreadable(
+            part, line, f"a number of more than {sys.get_int_max_str_digits()} digits"
+        )
+    return _NULL if record is None else record
 
 
-class _Counted:
-    """A stream whose reads are counted."""
-
-    def __init__(self, stream: BinaryIO, progress: Progress):
-        self.stream, self.progress = stream, progress
-
-    def read(self, size: int = -1) -> bytes:
-        content = self.stream.read(size)
-        self.progress.add(len(content))
-        return content
-
-
-def _unpacked(part: str, stream: Any, progress: Progress | None) -> Iterator[bytes]:
-    if progress:
-        stream = _Counted(stream, progress)
-    if part.endswith(".zst"):
-        yield from _zstd_chunks(stream)
-        return
-    source: Any = gzip.GzipFile(fileobj=stream) if part.endswith(".gz") else stream
-    while chunk := source.read(CHUNK):
-        yield chunk
-
-
-class _CutShortError(Exception):
-    pass
-
-
-def _zstd_chunks(stream: Any) -> Iterator[bytes]:
-    """The frames of a .zst file, one after another.
-
-    The package's own stream reader takes the end of a truncated file for the end of the content.
-    """
-    import zstandard
-
-    frame = None
-    while compressed := stream.read(CHUNK):
-        while compressed:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                yield frame.decompress(compressed)
-            except zstandard.ZstdError as error:
-                raise _CutShortError(str(error)) from error
-            compressed = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise _CutShortError("the last zstd frame has no end")
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines of a stream of chunks; a line's pieces are joined once, however long it is."""
-    pieces: list[bytes] = []
-    for chunk in chunks:
-        *ended, rest = chunk.split(b"\n")
-        for line in ended:
-            yield b"".join([*pieces, line]) if pieces else line
-            pieces = []
-        if rest:
-            pieces.append(rest)
-    if pieces:
-        yield b"".join(pieces)
-
-
-def _parquet_records(part: str, fields: Fields, progress: Progress | None) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with fsspec.open(part, "rb") as stream:
+def _parquet_records(
+    part: str, fields: Fields, progress: Progress | None, most: Most
+) -> Iterator[Any]:
+    top = {path.split(".")[0] for path in fields.model_dump().values()}
+    system, name = located(part)
+    with system.open(name, "rb") as stream:
         row = 0
         try:
-            file = pq.ParquetFile(stream)
-            top = {path.split(".")[0] for path in fields.model_dump().values()}
-            names = [name for name in file.schema_arrow.names if name in top or "." in name]
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=names):
-                try:
-                    rows = batch.to_pylist()
-                except UnicodeDecodeError:
-                    # one bad row must not take its neighbours along
-                    rows = [_parquet_row(batch, n, part, row) for n in range(batch.num_rows)]
-                for record in rows:
-                    yield record
-                    row += 1
+            for record, share in read_rows(stream, top, most):
+                yield record
+                row += 1
                 if progress:
-                    progress.add(progress.total * len(rows) / file.metadata.num_rows)
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and not isinstance(error, pa.ArrowException):
-                raise
-            message = str(error).splitlines()[0]
-            yield Unreadable(part, row + 1 if row else None, f"Parquet cut short: {message}")
-
-
-def _parquet_row(batch: Any, number: int, part: str, before: int) -> Any:
-    try:
-        return batch.slice(number, 1).to_pylist()[0]
-    except UnicodeDecodeError as error:
-        return Unreadable(part, before + 1, f"not UTF-8 text at byte {error.start}")
+                    progress.add(progress.total * share)
+        except DamagedParquetError as error:
+            yield Unreadable(
+                part, row + 1 if row else None, f"Parquet cut short or damaged: {error}"
+            )
 
 
 # Fields
@@ -307,7 +299,8 @@ def _parquet_row(batch: Any, number: int, part: str, before: int) -> Any:
 
 def _document(position: int, record: Any, part: str, fields: Fields) -> Document:
     if not isinstance(record, dict):
-        raise WrongFieldError(f"the record is {_kind(record)}, not an object")
+        kind = "nothing" if record is _NULL else _kind(record)
+        raise WrongFieldError(f"the record is {kind}, not an object")
     text = value_at(record, fields.text)
     if text is None:
         raise WrongFieldError(f"'{fields.text}' is missing")
@@ -315,13 +308,7 @@ def _document(position: int, record: Any, part: str, fields: Fields) -> Document
         raise WrongFieldError(f"'{fields.text}' is {_kind(text)}, not text")
     if not text.strip():
         raise WrongFieldError(f"'{fields.text}' is empty")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise WrongFieldError(
-                f"'{fields.text}' has half a surrogate pair at character {error.start}"
-            ) from error
+    _check_encodable(text, fields.text)
     in_force = value_at(record, fields.in_force)
     return Document(
         position=position,
@@ -335,20 +322,31 @@ def _document(position: int, record: Any, part: str, fields: Fields) -> Document
         celex=_string(record, fields.celex),
         in_force=in_force if isinstance(in_force, bool) else None,
         directory_code=_string(record, fields.directory_code),
+        work=_string(record, fields.work),
     )
+
+
+def _check_encodable(text: str, path: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise WrongFieldError(
+                f"'{path}' has half a surrogate pair at character {error.start}"
+            ) from error
 
 
 def value_at(record: Mapping[str, Any], path: str) -> Any:
     """The value at a dotted path; None where it is missing. A key may itself hold the dots."""
-    if path in record:
-        return record[path]
     value: Any = record
-    for key in path.split("."):
+    for key in [path] if path in record else path.split("."):
         if value is None:
             return None
         if not isinstance(value, dict):
             raise WrongFieldError(f"'{path}': {_kind(value)} where an object is expected")
         value = value.get(key)
+        if isinstance(value, Unconvertible):
+            raise WrongFieldError(f"'{path}' {value.reason}")
     return value
 
 
@@ -356,9 +354,11 @@ def _string(record: Mapping[str, Any], path: str) -> str | None:
     value = value_at(record, path)
     if value is None or value == "":
         return None
-    if isinstance(value, (dict, list, bool)):
+    if isinstance(value, (dict, list, tuple, bool, bytes)):
         raise WrongFieldError(f"'{path}' is {_kind(value)}, not text")
-    return str(value)
+    text = str(value)
+    _check_encodable(text, path)
+    return text
 
 
 def _strings(record: Mapping[str, Any], path: str) -> tuple[str, ...]:
@@ -366,8 +366,10 @@ def _strings(record: Mapping[str, Any], path: str) -> tuple[str, ...]:
     if value is None:
         return ()
     if isinstance(value, str):
-        return (value,)
+        value = [value]
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        for item in value:
+            _check_encodable(item, path)
         return tuple(value)
     raise WrongFieldError(f"'{path}' is {_kind(value)}, not a list of texts")
 
@@ -394,8 +396,11 @@ def unreadable_message(unreadable: int, total: int, limit: float, first: Unreada
     )
 
 
-def open_lines(path: str) -> Iterator[tuple[int, Any]]:
+def open_lines(path: str, max_record_mb: float = MAX_RECORD_MB) -> Iterator[tuple[int, Any]]:
     """Line numbers (from 1) and records (or ``Unreadable``) of a JSONL file (.gz, .zst)."""
-    for line, record in enumerate(_json_records(path, Fields(), None), start=1):
-        if record is not _BLANK:
+    limit = max_record_mb * 1e6
+    for line, record in enumerate(_json_records(path, Fields(), None, lambda _: limit), start=1):
+        if record is None:
+            yield line, Unreadable(path, line, f"the line is longer than {max_record_mb:g} MB")
+        elif record is not _BLANK:
             yield line, record

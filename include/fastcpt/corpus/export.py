@@ -39,8 +39,8 @@ def export_documents(selection: str, fields: Fields, folder: Path) -> int:
             zstandard.ZstdCompressor(level=3).stream_writer(file) as packed,
             io.TextIOWrapper(packed, encoding="utf-8", newline="\n") as lines,
         ):
-            for document in read_documents(part["part"], fields):
-                if isinstance(document, Document) and document.position in positions:
+            for document in read_documents(part["part"], fields, wanted=positions):
+                if isinstance(document, Document):
                     lines.write(json.dumps(_record(document), ensure_ascii=False) + "\n")
                     written += 1
     return written
@@ -56,6 +56,7 @@ def _record(document: Document) -> dict[str, Any]:
         "celex": document.celex,
         "in_force": document.in_force,
         "directory_code": document.directory_code,
+        "work": document.work,
     }
     known = {key: value for key, value in metadata.items() if value not in (None, "", [])}
     return {"id": document.id, "full_text": document.text, "metadata": known}

@@ -1,7 +1,8 @@
 """What a text is made of, as arrays: words, pieces, hashed word n-grams, a MinHash signature.
 
-Everything here works on the text's code points as one numpy array, so that a document costs a
-few passes over memory and no Python loop over its words (about 60 MB of text a second and core).
+Everything here works on the text's code points as numpy arrays of some millions, so that a
+document costs a few passes over memory and no Python loop over its words (about 60 MB of text a
+second and core).
 
 *Words* are runs of letters and digits, compared in lower case. *Pieces* are what a byte-pair
 tokenizer's first split yields: runs of letters, groups of up to three digits, runs of signs. A
@@ -10,11 +11,14 @@ text has about 1.1 tokens a piece, and figures and tables few characters a piece
 The signature is one-permutation MinHash (Li, Owen, Zhang 2012) with the empty bins filled by
 rotation (Shrivastava, Li 2014): the share of equal entries estimates the Jaccard similarity of
 two texts' sets of 5-word sequences, with a standard error of at most 1 / (2 sqrt(128)) = 0.044.
+The sketch is every 128th of these sequences, by its hash: what share of the lesser sketch is in
+the greater estimates how much of a text is contained in another (FracMinHash; Irber et al. 2022).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -26,6 +30,8 @@ Hashes = npt.NDArray[np.uint64]
 SHINGLE = 5  # words of a sequence that near-duplicates are compared by
 OVERLAP = 13  # words of a sequence that counts as copied (GPT-3's decontamination used 13)
 BINS = 128
+ONE_SKETCHED_IN = 128
+WINDOW = 1 << 22  # characters looked at together; each takes some 60 bytes
 _BITS_OF_BIN = 7
 _NOTHING, _LETTER, _DIGIT, _SIGN = 0, 1, 2, 3
 _NEWLINE = 10
@@ -35,6 +41,7 @@ class Fingerprint(NamedTuple):
     """``signature``: (128,) uint16. ``running``: characters in lines of running text."""
 
     signature: npt.NDArray[np.uint16]
+    sketch: Hashes  # sorted
     words: int
     pieces: int
     running: int
@@ -81,16 +88,42 @@ def _code_points(text: str) -> npt.NDArray[np.uint32]:
     return np.minimum(codes, np.uint32(0xFFFD))
 
 
+def _windows(text: str) -> Iterator[str]:
+    """A text in pieces that no word, and if there are lines no line, goes over."""
+    begin = 0
+    while len(text) - begin > WINDOW:
+        ends = (text.rfind(sign, begin, begin + WINDOW) + 1 for sign in "\n ")
+        end = next(filter(None, ends), begin + WINDOW)
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
 def word_hashes(text: str) -> Hashes:
     """One hash a word, in the text's order; equal words (in any case) have equal hashes."""
     kinds, values = _tables()
-    codes = _code_points(text)
-    return _word_hashes(values[codes], kinds[codes])
+    codes = map(_code_points, _windows(text))
+    return np.concatenate([_word_hashes(values[some], kinds[some]) for some in codes])
+
+
+def word_spans(text: str) -> npt.NDArray[np.int64]:
+    """(words, 2): where each word of ``word_hashes`` begins and ends in the text."""
+    begin = 0
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for window in _windows(text):
+        found.append(begin + _word_edges(_tables()[0][_code_points(window)]).reshape(-1, 2))
+        begin += len(window)
+    return np.concatenate(found)
+
+
+def _word_edges(kinds: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Begin and end of each word, one after another."""
+    in_word = (kinds == _LETTER) | (kinds == _DIGIT)
+    return np.flatnonzero(np.diff(in_word, prepend=False, append=False))
 
 
 def _word_hashes(values: Hashes, kinds: npt.NDArray[np.uint8]) -> Hashes:
-    in_word = (kinds == _LETTER) | (kinds == _DIGIT)
-    edges = np.flatnonzero(np.diff(in_word, prepend=False, append=False))
+    edges = _word_edges(kinds)
     starts, ends = edges[::2], edges[1::2]
     if not len(starts):
         return np.empty(0, dtype=np.uint64)
@@ -160,15 +193,25 @@ def signature_of(ngrams: Hashes) -> npt.NDArray[np.uint16]:
 def fingerprint(text: str) -> Fingerprint:
     """All of a text's figures in one pass over its code points."""
     class_of, value_of = _tables()
-    codes = _code_points(text)
-    kinds = class_of[codes]
-    words = _word_hashes(value_of[codes], kinds)
-    begins = _piece_starts(kinds)
+    words: list[Hashes] = []
+    pieces = running = 0
+    for window in _windows(text):
+        codes = _code_points(window)
+        kinds = class_of[codes]
+        words.append(_word_hashes(value_of[codes], kinds))
+        begins = _piece_starts(kinds)
+        pieces += int(np.count_nonzero(begins))
+        running += _running_characters(codes, begins)
+    hashes = np.concatenate(words)
+    ngrams = ngram_hashes(hashes, SHINGLE)
+    # by bits that the signature does not look at
+    sketched = (ngrams >> np.uint64(32)) % np.uint64(ONE_SKETCHED_IN) == 0
     return Fingerprint(
-        signature=signature_of(ngram_hashes(words, SHINGLE)),
-        words=len(words),
-        pieces=int(np.count_nonzero(begins)),
-        running=_running_characters(codes, begins),
+        signature=signature_of(ngrams),
+        sketch=np.unique(ngrams[sketched]),
+        words=len(hashes),
+        pieces=pieces,
+        running=running,
     )
 
 

@@ -11,19 +11,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from fastcpt.corpus.celex import parse_celex
 from fastcpt.corpus.documents import (
     DocumentsError,
     Unreadable,
     identity,
+    located,
     open_lines,
     unreadable_message,
     value_at,
 )
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
-from fastcpt.recipe import Recipe, Sft
+from fastcpt.recipe import Documents, Recipe, Sft
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def build_instructions(recipe: Recipe, home: Path) -> dict[str, Any] | None:
     settings = recipe.sft
     if settings.instructions is None:
         return None
-    system, name = fsspec.url_to_fs(settings.instructions)
+    system, name = located(settings.instructions)
     if not system.isfile(name):
         raise DocumentsError(
             f"sft.instructions: there is no file '{settings.instructions}'; give a JSONL file "
@@ -56,7 +55,7 @@ def build_instructions(recipe: Recipe, home: Path) -> dict[str, Any] | None:
     folder = home / "instructions" / digest
     if (folder / "manifest.json").exists():
         return {**read_json(folder / "manifest.json"), "path": str(folder), "reused": True}
-    rows, unreadable = _read(settings, recipe.documents.max_unreadable_share)
+    rows, unreadable = _read(settings, recipe.documents)
     train, held_out = _split(rows, settings.held_out)
     for file, part in (("train.jsonl", train), ("held_out.jsonl", held_out)):
         with whole_file(folder / file) as aside:
@@ -83,13 +82,14 @@ def build_instructions(recipe: Recipe, home: Path) -> dict[str, Any] | None:
     return {**manifest, "path": str(folder), "reused": False}
 
 
-def _read(settings: Sft, limit: float) -> tuple[list[dict[str, str]], int]:
+def _read(settings: Sft, documents: Documents) -> tuple[list[dict[str, str]], int]:
     file = settings.instructions
     assert file is not None
     rows: dict[str, dict[str, str]] = {}
     unreadable: list[Unreadable] = []
     total = 0
-    for line, record in open_lines(file):
+    limit = documents.max_unreadable_share
+    for line, record in open_lines(file, documents.max_record_mb):
         total += 1
         try:
             row = record if isinstance(record, Unreadable) else _row(record, settings)

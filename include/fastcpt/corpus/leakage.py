@@ -1,13 +1,16 @@
 """Whether held-out documents are trained on after all, by the words they share.
 
 A training document and a held-out one overlap by the share of either's 13-word sequences that
-stand in the other, the greater of the two. Formulas and citations make nearly all acts share
-some: among 140,000 pairs of EU acts 0.5 % overlap by more than 0.05, and 9 pairs by more than 0.3,
-all of them sister acts written from one draft. Everything is counted exactly, from the texts.
+stand in the other. Formulas and citations make nearly all acts share some: among 140,000 pairs of
+EU acts 0.5 % overlap by more than 0.05, and 9 pairs by more than 0.3, all of them sister acts written
+from one draft. A sequence that stands in many documents is a formula and counts in no overlap.
+Everything is counted exactly, from the texts: ``write_table`` of what is held out, ``matches`` of
+each part, ``write_formulas`` once all parts are counted, then ``overlaps``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,107 +18,229 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcpt.corpus.documents import Document, read_documents
-from fastcpt.corpus.fingerprint import OVERLAP, ngram_hashes, word_hashes
+from fastcpt.corpus.fingerprint import OVERLAP, ngram_hashes, word_hashes, word_spans
 from fastcpt.corpus.processes import Progress
 from fastcpt.files import whole_file
 from fastcpt.recipe import Fields
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Hashes = npt.NDArray[np.uint64]
 
 MAX_OVERLAP = 0.3
+FORMULA_DOCUMENTS = 20  # what stands in more documents, held-out ones among them, is a formula
+MAX_FORMULAS = 0.7  # of a held-out document's sequences: it has too little of its own to measure
 _PLACES = 16  # of the filter, for each held-out sequence: one in 16 others passes it
 
 
+class Matches(NamedTuple):
+    """What of some documents stands in held-out ones; sequences by their place in the table.
+
+    ``seen``: sequences, and in how many of the documents each stands (``documents``). Of documents
+    that may overlap (``position``, ``sequences`` of their own): ``begins[n]:begins[n + 1]`` are
+    document n's ``places``, each found ``times`` in it.
+    """
+
+    seen: Ints
+    documents: Ints
+    position: Ints
+    sequences: Ints
+    begins: Ints
+    places: Ints
+    times: Ints
+
+
 class Overlaps(NamedTuple):
-    """Pairs that share more than ``MAX_OVERLAP``: a position of the part, a held-out number."""
+    """Pairs that share more than ``MAX_OVERLAP``: a position of the part, a held-out number.
+
+    ``of_own``: the share of the part's document; ``of_held_out``: of the held-out one.
+    """
 
     position: Ints
     held_out: Ints
-    share: npt.NDArray[np.float64]
+    of_own: Floats
+    of_held_out: Floats
 
 
-def _sequences(text: str) -> npt.NDArray[np.uint64]:
-    return np.unique(ngram_hashes(word_hashes(text), OVERLAP))
+class _Table(NamedTuple):
+    """Sequence n, in order, stands in ``numbers[begins[n]:begins[n + 1]]`` held-out documents."""
+
+    hashes: Hashes
+    begins: Ints
+    numbers: npt.NDArray[np.int32]
+    sizes: Ints  # sequences of each held-out document
+    filter: npt.NDArray[np.uint8]
+
+    @classmethod
+    def at(cls, folder: Path) -> _Table:
+        # mapped: the processes of a machine share one copy in memory
+        return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls._fields))
+
+    def places_of(self, sequences: Hashes) -> Ints:
+        """Places of those of the sequences that are held out, in their order; -1 for others."""
+        found = np.full(len(sequences), -1, dtype=np.int64)
+        bits = len(self.filter).bit_length() + 2
+        leading = _leading(sequences, bits)
+        # nearly all end here
+        likely = np.flatnonzero((self.filter[leading >> 3] >> (leading & 7)) & 1 == 1)
+        if len(self.hashes):
+            places = np.searchsorted(self.hashes, sequences[likely])
+            places = np.minimum(places, len(self.hashes) - 1)
+            same = self.hashes[places] == sequences[likely]
+            found[likely[same]] = places[same]
+        return found
+
+    def held_out_of(self, places: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
+        """The held-out documents that sequences stand in, and how many each stands in."""
+        spans = self.begins[places + 1] - self.begins[places]
+        first = np.repeat(self.begins[places] - (np.cumsum(spans) - spans), spans)
+        return self.numbers[first + np.arange(int(spans.sum()))], spans
+
+    def shares(self, places: Ints, times: Ints, sequences: int) -> tuple[Floats, Floats]:
+        """What share of a document, and of each held-out one, some common sequences are."""
+        numbers, spans = self.held_out_of(places)
+        count = len(self.sizes)
+        own = np.bincount(numbers, weights=np.repeat(times, spans), minlength=count)
+        other = np.bincount(numbers, minlength=count)
+        return own / max(1, sequences), other / np.maximum(1, self.sizes)
 
 
-def held_out_sequences(
-    part: str, fields: Fields, positions: Ints
-) -> tuple[Ints, list[npt.NDArray[np.uint64]]]:
+def held_out_sequences(part: str, fields: Fields, positions: Ints) -> tuple[Ints, list[Hashes]]:
     """Positions and hashed word sequences of a part's held-out documents."""
-    wanted = set(positions.tolist())
     found: list[int] = []
     sequences = []
-    for document in read_documents(part, fields):
-        if isinstance(document, Document) and document.position in wanted:
+    for document in read_documents(part, fields, wanted=set(positions.tolist())):
+        if isinstance(document, Document):
             found.append(document.position)
-            sequences.append(_sequences(document.text))
-            if len(found) == len(wanted):
+            sequences.append(np.unique(_sequences(document.text)))
+            if len(found) == len(positions):
                 break
     return np.array(found, dtype=np.int64), sequences
 
 
-def write_table(folder: Path, sequences: list[npt.NDArray[np.uint64]]) -> None:
-    """All held-out documents' sequences, sorted, with the number of the document each is of."""
+def _sequences(text: str) -> Hashes:
+    return ngram_hashes(word_hashes(text), OVERLAP)
+
+
+def write_table(folder: Path, sequences: list[Hashes]) -> None:
+    """All held-out documents' sequences, sorted, with the numbers of the documents each is of."""
     sizes = np.array([len(item) for item in sequences], dtype=np.int64)
-    hashes = np.concatenate([*sequences, np.empty(0, dtype=np.uint64)])
+    every = np.concatenate([*sequences, np.empty(0, dtype=np.uint64)])
     numbers = np.repeat(np.arange(len(sequences), dtype=np.int32), sizes)
-    order = np.lexsort((numbers, hashes))
+    order = np.lexsort((numbers, every))
+    hashes, counts = np.unique(every, return_counts=True)
     # bit n of the filter is set where some sequence's leading bits are n
-    bits = max(16, (len(hashes) * _PLACES).bit_length())
+    bits = max(16, (len(every) * _PLACES).bit_length())
     places = _leading(hashes, bits)
     maybe = np.zeros((1 << bits) // 8, dtype=np.uint8)
     np.bitwise_or.at(maybe, places >> 3, np.left_shift(1, places & 7).astype(np.uint8))
-    columns = {"hashes": hashes[order], "numbers": numbers[order], "sizes": sizes, "filter": maybe}
-    for name, column in columns.items():
-        with whole_file(folder / f"{name}.npy") as aside, aside.open("wb") as file:
-            np.save(file, column)
+    begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    for name, column in zip(
+        _Table._fields, (hashes, begins, numbers[order], sizes, maybe), strict=True
+    ):
+        _write(folder / f"{name}.npy", column)
+    (folder / "formula.npy").unlink(missing_ok=True)
 
 
-def overlaps(part: str, fields: Fields, positions: Ints, table: Path) -> Overlaps:
-    """Which of a part's documents (by position) overlap with held-out ones."""
-    # mapped: the processes of a machine share one copy in memory
-    hashes, numbers, sizes, maybe = (
-        np.load(table / f"{name}.npy", mmap_mode="r")
-        for name in ("hashes", "numbers", "sizes", "filter")
-    )
-    bits = len(maybe).bit_length() + 2
+def _write(path: Path, column: npt.NDArray[Any]) -> None:
+    with whole_file(path) as aside, aside.open("wb") as file:
+        np.save(file, column)
+
+
+def matches(part: str, fields: Fields, positions: Ints, folder: Path) -> Matches:
+    """What a part's documents (by position) have in common with held-out ones."""
+    table = _Table.at(folder)
     wanted = set(positions.tolist())
     progress = Progress(f"overlaps of {part.rsplit('/', 1)[-1]}", "documents", len(wanted))
-    found: list[tuple[int, int, float]] = []
-    for document in read_documents(part, fields) if wanted else ():
-        if isinstance(document, Document) and document.position in wanted:
-            own = ngram_hashes(word_hashes(document.text), OVERLAP)
-            places = _leading(own, bits)
-            # nearly all end here
-            likely = np.sort(own[(maybe[places >> 3] >> (places & 7)) & 1 == 1])
-            of_own = _counts(likely, hashes, numbers, len(sizes)) / max(1, len(own))
-            of_other = _counts(np.unique(likely), hashes, numbers, len(sizes)) / sizes
-            share = np.maximum(of_own, of_other)
-            found += [
-                (document.position, int(n), float(share[n]))
-                for n in np.flatnonzero(share > MAX_OVERLAP)
-            ]
+    nothing = np.empty(0, dtype=np.int64)
+    seen, likely = [nothing], []
+    for document in read_documents(part, fields, wanted=wanted) if wanted else ():
+        if isinstance(document, Document):
+            own = _sequences(document.text)
+            places = table.places_of(own)
+            places, times = np.unique(places[places >= 0], return_counts=True)
+            seen.append(places)
+            # without the formulas it can only be less
+            shares = table.shares(places, times, len(own))
+            if max(float(share.max(initial=0.0)) for share in shares) > MAX_OVERLAP:
+                likely.append((document.position, len(own), places, times))
             progress.add(1)
-    columns: list[Any] = list(zip(*found, strict=True)) if found else [(), (), ()]
+    every, documents = np.unique(np.concatenate(seen), return_counts=True)
+    lengths = [len(places) for _, _, places, _ in likely]
+    return Matches(
+        every,
+        documents,
+        np.array([position for position, _, _, _ in likely], dtype=np.int64),
+        np.array([own for _, own, _, _ in likely], dtype=np.int64),
+        np.cumsum([0, *lengths]),
+        np.concatenate([nothing, *(places for _, _, places, _ in likely)]),
+        np.concatenate([nothing, *(times for _, _, _, times in likely)]),
+    )
+
+
+def write_formulas(folder: Path, found: Sequence[Matches]) -> Floats:
+    """Mark what stands in many documents; the share of each held-out document that is formulas."""
+    table = _Table.at(folder)
+    documents = np.diff(table.begins)
+    for item in found:
+        documents[item.seen] += item.documents
+    formula = documents > FORMULA_DOCUMENTS
+    _write(folder / "formula.npy", formula)
+    numbers, _ = table.held_out_of(np.flatnonzero(formula))
+    return np.bincount(numbers, minlength=len(table.sizes)) / np.maximum(1, table.sizes)
+
+
+def overlaps(found: Matches, folder: Path) -> Overlaps:
+    """Which documents overlap with held-out ones, by all that is no formula."""
+    table = _Table.at(folder)
+    formula = np.load(folder / "formula.npy", mmap_mode="r")
+    pairs: list[tuple[int, int, float, float]] = []
+    for n, (position, sequences) in enumerate(
+        zip(found.position.tolist(), found.sequences.tolist(), strict=True)
+    ):
+        some = slice(found.begins[n], found.begins[n + 1])
+        own = ~formula[found.places[some]]
+        of_own, of_held_out = table.shares(
+            found.places[some][own], found.times[some][own], sequences
+        )
+        for number in np.flatnonzero(np.maximum(of_own, of_held_out) > MAX_OVERLAP).tolist():
+            pairs.append((position, number, float(of_own[number]), float(of_held_out[number])))
+    columns: list[Any] = list(zip(*pairs, strict=True)) if pairs else [(), (), (), ()]
     return Overlaps(
         np.array(columns[0], dtype=np.int64),
         np.array(columns[1], dtype=np.int64),
         np.array(columns[2], dtype=np.float64),
+        np.array(columns[3], dtype=np.float64),
     )
 
 
-def _leading(hashes: npt.NDArray[np.uint64], bits: int) -> Ints:
+def stretches_without(text: str, held_out: Sequence[int], folder: Path) -> list[str]:
+    """What of a text is left without the passages that some held-out documents have too.
+
+    A passage is a run of sequences that stand in one of them, formulas among them only where they
+    join others. Between two passages at least a sequence's words are left, or nothing is.
+    """
+    table = _Table.at(folder)
+    formula = np.load(folder / "formula.npy", mmap_mode="r")
+    spans = word_spans(text)
+    places = table.places_of(_sequences(text))
+    known = np.flatnonzero(places >= 0)
+    known = known[~formula[places[known]]]
+    numbers, counts = table.held_out_of(places[known])
+    of_them = np.isin(numbers, held_out)
+    known = np.unique(np.repeat(known, counts)[of_them])
+    inside = np.zeros(len(spans), dtype=bool)
+    for place in range(OVERLAP):
+        inside[np.minimum(known + place, len(spans) - 1)] = True
+    edges = np.flatnonzero(np.diff(~inside, prepend=False, append=False)).reshape(-1, 2)
+    edges = edges[edges[:, 1] - edges[:, 0] >= OVERLAP]
+    found = []
+    for first, after in edges.tolist():
+        begin = 0 if first == 0 else int(spans[first, 0])
+        end = len(text) if after == len(spans) else int(spans[after - 1, 1])
+        found.append(text[begin:end])
+    return found
+
+
+def _leading(hashes: Hashes, bits: int) -> Ints:
     return (hashes >> np.uint64(64 - bits)).astype(np.int64)
-
-
-def _counts(
-    sequences: npt.NDArray[np.uint64],
-    hashes: npt.NDArray[np.uint64],
-    numbers: npt.NDArray[np.int32],
-    count: int,
-) -> Ints:
-    """How many of the sequences stand in each held-out document."""
-    first = np.searchsorted(hashes, sequences, side="left")
-    spans = np.searchsorted(hashes, sequences, side="right") - first
-    places = np.repeat(first - (np.cumsum(spans) - spans), spans) + np.arange(int(spans.sum()))
-    return np.bincount(numbers[places], minlength=count)

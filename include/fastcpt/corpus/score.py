@@ -40,7 +40,7 @@ from fastcpt.recipe import Recipe, Score
 log = logging.getLogger(__name__)
 
 # Raised when a column's meaning changes: old tables are then scored again.
-FORMAT = 2
+FORMAT = 3
 ROW_GROUP = 4096
 SHOWN_UNREADABLE = 1000  # of a part, in its file; all are counted
 EXCERPT = 2000  # characters
@@ -61,7 +61,8 @@ _COLUMNS = {
     "id": pa.string(),
     "id_hash": pa.uint64(),
     "content": pa.uint64(),  # of the text: equal texts, equal values
-    "work": pa.string(),  # base CELEX, else the id
+    "work": pa.string(),  # base CELEX, else the name that the document gives, else its id
+    "named": pa.bool_(),  # by either of the first two
     "work_hash": pa.uint64(),
     "version": pa.int32(),  # yyyymmdd of a consolidated version, else 0
     "version_of": pa.uint64(),  # versions of one act in one language share it
@@ -80,6 +81,7 @@ _COLUMNS = {
     "pieces": pa.int32(),
     "cites": pa.list_(pa.uint64()),
     "signature": pa.binary(BINS * 2),
+    "sketch": pa.list_(pa.uint64()),
     "excerpt": pa.string(),  # of one document in sixteen: selection counts its tokens
 }
 
@@ -107,6 +109,7 @@ def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> dic
         FORMAT,
         source,
         recipe.documents.fields.model_dump(),
+        recipe.documents.max_record_mb,
         settings.method,
         sorted(settings.subjects.items()),
         sorted(settings.languages),
@@ -146,7 +149,8 @@ def _score_into(folder: Path, part: str, recipe: Recipe, processes: int) -> dict
 
     def readable() -> Iterator[Document]:
         nonlocal set_aside
-        for document in read_documents(part, recipe.documents.fields, progress):
+        settings = recipe.documents
+        for document in read_documents(part, settings.fields, progress, settings.max_record_mb):
             if isinstance(document, Document):
                 yield document
             else:
@@ -195,9 +199,9 @@ def score_document(document: Document, settings: Score) -> dict[str, Any]:
     content = document.text.encode("utf-8")
     date = _date_number(document.date)
     year = document.year or (celex.year if celex else 0)
-    work = celex.base if celex else document.id
+    work = celex.base if celex else document.work or document.id
     # a corrigendum is no version of the act: it stands alone, beside it in the splits
-    version_of = document.id if celex is None or celex.corrigendum else work
+    version_of = document.id if celex is None or celex.corrigendum else work + celex.part
     language = (document.language or "").lower()
     row = {
         "position": document.position,
@@ -205,6 +209,7 @@ def score_document(document: Document, settings: Score) -> dict[str, Any]:
         "id_hash": hash_of(document.id),
         "content": int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"),
         "work": work,
+        "named": bool(celex or document.work),
         "work_hash": hash_of(work),
         "version": celex.version if celex else 0,
         "version_of": hash_of(version_of, language),
@@ -223,6 +228,7 @@ def score_document(document: Document, settings: Score) -> dict[str, Any]:
         "pieces": figures.pieces,
         "cites": sorted(hash_of(base) for base in cited_works(document.text) - {work}),
         "signature": figures.signature.tobytes(),
+        "sketch": figures.sketch.tolist(),
         "excerpt": _excerpt(document.text, hash_of(document.id)),
     }
     if settings.method == "published":

@@ -29,18 +29,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fastcpt.corpus.dates import newest_plausible
 from fastcpt.corpus.documents import DocumentsError, Unreadable, unreadable_message
 from fastcpt.corpus.duplicates import SignatureStore, groups_of
 from fastcpt.corpus.fingerprint import BINS, pieces_of
 from fastcpt.corpus.processes import Progress
 from fastcpt.corpus.score import LEGAL_COMPONENTS, PUBLISHED_COMPONENTS, named_in, naming
 from fastcpt.corpus.tokenizer import CorpusTokenizer, find_tokenizer
+from fastcpt.corpus.works import contained
 from fastcpt.files import digest_of, read_json, whole_file, write_json
 from fastcpt.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 BATCH = 65_536
 HALF_LIFE_YEARS = 15.0  # an act this much older than the corpus's newest has half its recency
 TOKENS_PER_PIECE = 1.15  # where there is no tokenizer yet
@@ -162,11 +164,15 @@ def _select_into(
         duplicate_of, pairs = _drop_duplicates(corpus, store)
     finally:
         store.close()
+    _warn_of_odd_dates(tables, corpus)
     ratio = tokens_per_piece(tables, tokenizer)
     corpus.rank_by_score(tables, recipe)
     _drop_unwanted(corpus, recipe)
     taken, reserve = _fill(corpus, recipe, ratio, exact=tokenizer is not None)
-    _split(corpus, taken, reserve, pairs, corpus.tokens(ratio), recipe)
+    rows = np.sort(np.concatenate([taken, reserve]))
+    within = contained(rows, corpus.named[rows], lambda: _sketches(tables, rows))
+    joined = np.concatenate([pairs, within])
+    _split(corpus, taken, reserve, joined, corpus.tokens(ratio), recipe)
     if not np.any(corpus.split == SPLITS.index("train")):
         raise SelectionError(_why_empty(corpus))
     funnel = _funnel(tables, corpus, ratio)
@@ -186,8 +192,21 @@ def _select_into(
         "tokens_per_piece": ratio,
         "target_tokens": recipe.selection.target_tokens,
         "newest_year": corpus.newest_year,
+        "oddly_dated": len(corpus.oddly_dated),
         "funnel": funnel,
     }
+
+
+def _warn_of_odd_dates(tables: Sequence[dict[str, Any]], corpus: _Corpus) -> None:
+    rows = corpus.oddly_dated
+    if len(rows):
+        log.warning(
+            "%d documents are dated after %d, the newest year that is believed of this corpus; "
+            "they count as not dated. The first: %s",
+            len(rows),
+            corpus.newest_year,
+            ", ".join(f"'{name}'" for name in _ids_of(tables, rows[:5]).values()),
+        )
 
 
 class _Corpus:
@@ -216,6 +235,7 @@ class _Corpus:
                 progress.add(batch.num_rows)
         self.position, self.id_hash = columns["position"], columns["id_hash"]
         self.content, self.work = columns["content"], columns["work_hash"]
+        self.named = columns["named"]
         self.version, self.version_of = columns["version"], columns["version_of"]
         self.date, self.year, self.act_year = columns["date"], columns["year"], columns["act_year"]
         self.characters, self.pieces = columns["characters"], columns["pieces"]
@@ -224,8 +244,18 @@ class _Corpus:
         self.rank = np.full(count, -1, dtype=np.int64)
         self.recency = np.zeros(count, dtype=np.float32)
         self.citations = np.zeros(count, dtype=np.float32)
-        known = self.year[self.year > 0]
-        self.newest_year = int(known.max()) if len(known) else 0
+        self.newest_year = newest_plausible(self.year)
+        self.oddly_dated = self._forget_odd_dates()
+
+    def _forget_odd_dates(self) -> Ints:
+        """Rows whose date lies after the newest believable year: they count as not dated."""
+        odd = np.flatnonzero(self.year > self.newest_year)
+        self.date[odd] = 0
+        # a CELEX number says the act's year too
+        act_year = self.act_year[odd]
+        self.act_year[odd] = np.where(act_year > self.newest_year, 0, act_year)
+        self.year[odd] = self.act_year[odd]
+        return odd
 
     def alive(self) -> Ints:
         """Rows that no step has dropped yet."""
@@ -265,6 +295,7 @@ _NUMBERS: dict[str, Any] = {
     "id_hash": np.uint64,
     "content": np.uint64,
     "work_hash": np.uint64,
+    "named": bool,
     "version": np.int32,
     "version_of": np.uint64,
     "date": np.int32,
@@ -298,6 +329,20 @@ def _signatures(batch: pa.RecordBatch) -> npt.NDArray[np.uint16]:
     begin = column.offset * width
     content = content[begin : begin + len(column) * width]
     return content.view(np.uint16).reshape(-1, BINS)
+
+
+def _sketches(
+    tables: Sequence[dict[str, Any]], rows: Ints
+) -> Iterator[tuple[Ints, npt.NDArray[np.uint64]]]:
+    """Of some rows (in order): places in ``rows``, each as often as its sketch has entries."""
+    row = 0
+    for table in tables:
+        for batch in _batches(table, ["sketch"]):
+            begin, end = np.searchsorted(rows, [row, row + batch.num_rows]).tolist()
+            sketches = batch.column("sketch").take(pa.array(rows[begin:end] - row))
+            row += batch.num_rows
+            counts = np.diff(sketches.offsets.to_numpy())
+            yield np.repeat(np.arange(begin, end), counts), np.asarray(sketches.flatten())
 
 
 def _points(batch: pa.RecordBatch, recipe: Recipe) -> Floats:
@@ -561,7 +606,7 @@ def _split(
     """Hold out whole works: the newest acts first, then works at random.
 
     A work is an act with its versions, corrigenda and translations; works of which any documents
-    are near-duplicates (dropped ones too) count as one.
+    are near-duplicates (dropped ones too), or one is contained in the other, count as one.
     """
     settings = recipe.corpus
     works = _joined_works(corpus, pairs)

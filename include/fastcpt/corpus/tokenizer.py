@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ log = logging.getLogger(__name__)
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
 END = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>")
 PAD = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>")
+ENCODER = 2  # raised when ``RankedEncoder`` learns: tokenizers are then compared again
 TRAINING_CHARACTERS = 20_000_000  # of the corpus that a tokenizer is trained on
 
 # Llama 3's first split: contractions, words with the sign before them, up to three digits, signs
@@ -57,15 +61,22 @@ class CorpusTokenizer:
 
     def encoder(self) -> Callable[[Sequence[str]], list[npt.NDArray[np.int32]]]:
         """A function from texts to their ids, without BOS and end of text, on one core."""
-        if self.ranked:
-            ranked = RankedEncoder.of(self.file)
+
+        ranked = RankedEncoder.of(self.file) if self.ranked else None
+        tokenizer = cache(self.load)  # a second, which tiktoken rarely needs
+
+        def by_library(texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
+            encoded = tokenizer().encode_batch_fast(list(texts), add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+
+        def encoded(text: str) -> npt.NDArray[np.int32]:
             assert ranked is not None
-            return lambda texts: [ranked.encode(text) for text in texts]
-        tokenizer = self.load()
-        return lambda texts: [
-            np.array(encoding.ids, dtype=np.int32)
-            for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+            try:
+                return ranked.encode(text)
+            except ValueError:  # its regular expressions give up at some 700,000 blanks in a row
+                return by_library([text])[0]
+
+        return (lambda texts: [encoded(text) for text in texts]) if ranked else by_library
 
     def load(self) -> Tokenizer:
         """The tokenizer; what looks like a special token in a document is ordinary text."""
@@ -73,7 +84,36 @@ class CorpusTokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True
+        reached = _reached_as_text(tokenizer)
+        if reached:
+            # the model's own vocabulary has them as pieces: no piece goes over their first letter
+            borders = "|".join(
+                f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in reached
+            )
+            split = pre_tokenizers.Split(Regex(borders), behavior="isolated")
+            own = tokenizer.pre_tokenizer
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([own, split]) if own else split
         return tokenizer
+
+
+def _reached_as_text(tokenizer: Tokenizer) -> list[str]:
+    """Special tokens that a text yields where it spells them, with no one having asked for it.
+
+    A unigram model lists them among its pieces, with the best of scores.
+    """
+    unigram = type(tokenizer.model).__name__ == "Unigram"
+
+    def is_reached(number: int, token: str) -> bool:
+        spelled = (token, f"a{token}b", f" {token} ")
+        return unigram or any(
+            number in tokenizer.encode(text, add_special_tokens=False).ids for text in spelled
+        )
+
+    return sorted(
+        token.content
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special and len(token.content) > 1 and is_reached(number, token.content)
+    )
 
 
 def find_tokenizer(recipe: Recipe) -> CorpusTokenizer | None:
@@ -186,23 +226,37 @@ class RankedEncoder:
     """A byte-level BPE tokenizer run by tiktoken, three to five times as fast as ``tokenizers``.
 
     tiktoken merges whichever pair makes the entry of the least id; a ``tokenizer.json`` lists its
-    merges. For vocabularies numbered in the order of their merges (Llama 3, OLMo, Qwen, GPT) that
-    is the same, but nothing in the file promises it: ``faster`` compares.
+    merges. For vocabularies numbered in the order of their merges (Llama 3, OLMo, Qwen 2, GPT-2,
+    GPT-NeoX) that is the same, but nothing in the file promises it: ``faster`` compares. One
+    regular expression may split the text, and NFC go before it; what splits in several steps
+    (DeepSeek) is left to ``tokenizers``.
     """
 
-    def __init__(self, pattern: str, ranks: dict[bytes, int], literal: dict[str, int]):
+    def __init__(self, pattern: str, ranks: dict[bytes, int], added: _Added, composed: bool):
         import tiktoken
 
-        self.literal = set(literal)
+        self._added, self._composed = added, composed
         self._encoding = tiktoken.Encoding(
-            "corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=literal
+            "corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
         )
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        ids = self._encoding.encode_to_numpy(
-            text, allowed_special=self.literal, disallowed_special=()
-        )
-        return ids.astype(np.int32)
+        pieces = [
+            part
+            for raw in _split(self._added.raw, text)
+            for part in ([raw] if raw in self._added.ids else self._ordinary(raw))
+        ]
+        return np.concatenate([np.empty(0, dtype=np.int32), *map(self._encoded, pieces)])
+
+    def _ordinary(self, text: str) -> list[str]:
+        composed = unicodedata.normalize("NFC", text) if self._composed else text
+        return _split(self._added.composed, composed)
+
+    def _encoded(self, piece: str) -> npt.NDArray[np.int32]:
+        number = self._added.ids.get(piece)
+        if number is not None:
+            return np.array([number], dtype=np.int32)
+        return self._encoding.encode_to_numpy(piece, disallowed_special=()).astype(np.int32)
 
     @classmethod
     def of(cls, file: Path) -> RankedEncoder | None:
@@ -210,29 +264,62 @@ class RankedEncoder:
         content = json.loads(file.read_text(encoding="utf-8"))
         model = content["model"]
         pattern = _pattern(content.get("pre_tokenizer"))
+        normalizers = _steps(content.get("normalizer"), "normalizers")
         plain = (
             model.get("type") == "BPE"
-            and not content.get("normalizer")
+            and [step["type"] for step in normalizers] in ([], ["NFC"])
             and not any(model.get(key) for key in _UNUSUAL_BPE)
         )
-        if pattern is None or not plain:
+        added = _Added.of(content.get("added_tokens", []))
+        if pattern is None or added is None or not plain:
             return None
-        added = content.get("added_tokens", [])
-        # special tokens in a text are ordinary text; others that were added stand for themselves
-        literal = [token for token in added if not token["special"]]
-        if any(token[key] for token in literal for key in ("single_word", "lstrip", "rstrip")):
-            return None
-        numbers = {token["id"] for token in added}
         byte_of = {letter: number for number, letter in _byte_letters().items()}
         try:
             ranks = {
                 bytes(byte_of[letter] for letter in entry): number
                 for entry, number in model["vocab"].items()
-                if number not in numbers
+                if number not in added.numbers
             }
-            return cls(pattern, ranks, {token["content"]: token["id"] for token in literal})
+            return cls(pattern, ranks, added, composed=bool(normalizers))
         except (KeyError, ValueError):
             return None
+
+
+@dataclass(frozen=True)
+class _Added:
+    """What was added to a vocabulary and stands for itself in a text; special tokens do not.
+
+    ``raw`` finds what is looked for before the text is normalized, ``composed`` after it, both
+    the longest first.
+    """
+
+    ids: dict[str, int]
+    raw: re.Pattern[str] | None
+    composed: re.Pattern[str] | None
+    numbers: set[int]  # of the special ones too
+
+    @classmethod
+    def of(cls, added: Sequence[dict[str, Any]]) -> _Added | None:
+        """None where some of them take blanks along, or stand for whole words alone."""
+        literal = [token for token in added if not token["special"]]
+        if any(token[key] for token in literal for key in ("single_word", "lstrip", "rstrip")):
+            return None
+        return cls(
+            {token["content"]: token["id"] for token in literal},
+            _any_of(token["content"] for token in literal if not token["normalized"]),
+            _any_of(token["content"] for token in literal if token["normalized"]),
+            {token["id"] for token in added},
+        )
+
+
+def _any_of(words: Iterable[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    # in brackets: splitting keeps what it splits at
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
+def _split(pattern: re.Pattern[str] | None, text: str) -> list[str]:
+    return pattern.split(text) if pattern else [text]
 
 
 _UNUSUAL_BPE = (
@@ -244,19 +331,33 @@ _UNUSUAL_BPE = (
 )
 
 
-def _pattern(steps: Any) -> str | None:
-    """The regular expression of a first split that is followed by nothing but bytes."""
-    if not steps or steps.get("type") != "Sequence" or len(steps["pretokenizers"]) != 2:
+# GPT-2's first split, which the package's ByteLevel step has built in
+_GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, one or several."""
+    if not step:
+        return []
+    if step.get("type") == "Sequence":
+        return [inner for item in step[key] for inner in _steps(item, key)]
+    return [step]
+
+
+def _pattern(first_split: dict[str, Any] | None) -> str | None:
+    """The one regular expression that a first split consists of, before it turns to bytes."""
+    *splits, level = _steps(first_split, "pretokenizers") or [{}]
+    if level.get("type") != "ByteLevel" or level.get("add_prefix_space"):
         return None
-    split, level = steps["pretokenizers"]
+    if not splits:
+        return _GPT_2 if level.get("use_regex", True) else None
+    split = splits[0]
+    if len(splits) > 1 or split.get("type") != "Split" or level.get("use_regex", True):
+        return None
     isolated = split.get("behavior") == "Isolated" and not split.get("invert")
     matched = split.get("behavior") == "Removed" and split.get("invert")
-    if split.get("type") != "Split" or level.get("type") != "ByteLevel":
-        return None
-    if not (isolated or matched) or level.get("use_regex") or level.get("add_prefix_space"):
-        return None
     pattern: str | None = split["pattern"].get("Regex")
-    return pattern
+    return pattern if isolated or matched else None
 
 
 def _byte_letters() -> dict[int, str]:
@@ -273,7 +374,7 @@ def faster(tokenizer: CorpusTokenizer, texts: Iterable[str], home: Path) -> Corp
     Compared on every code point of the scripts in use, on the vocabulary's own entries and on
     ``texts`` of the corpus; the outcome is kept in ``home/tokenizers``.
     """
-    outcome = home / "tokenizers" / f"{tokenizer.sha256[:16]}.json"
+    outcome = home / "tokenizers" / f"{tokenizer.sha256[:16]}-{ENCODER}.json"
     if not outcome.exists():
         write_json(outcome, {"ranked": _same_ids(tokenizer, [*_PROBES, *texts])})
     ranked = bool(read_json(outcome)["ranked"])

@@ -138,8 +138,8 @@ class _OpenFile:
 def _wanted(part: str, fields: Fields, positions: Ints) -> Iterator[Document]:
     """The documents at some positions."""
     left = set(positions.tolist())
-    for document in read_documents(part, fields) if left else ():
-        if isinstance(document, Document) and document.position in left:
+    for document in read_documents(part, fields, wanted=set(left)) if left else ():
+        if isinstance(document, Document):
             left.remove(document.position)
             yield document
             if not left:

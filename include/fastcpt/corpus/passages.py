@@ -1,0 +1,81 @@
+"""Acts without the passages that a held-out document has too.
+
+An amending act can quote as much of a large act as makes most of its own text. If it is held out,
+the passages leave training and not the large act: what stands before, between and after them is
+tokenized again, each stretch a piece of its own, so that nothing is joined that is apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcpt.corpus import leakage
+from fastcpt.corpus.documents import Document, read_documents
+from fastcpt.corpus.tokenizer import CorpusTokenizer
+from fastcpt.files import whole_file
+from fastcpt.recipe import Fields
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass
+class Stretches:
+    """What is left of some documents, by their row: the ids' places in ``file``."""
+
+    file: Path
+    offset: dict[int, Ints]
+    length: dict[int, Ints]
+
+    @classmethod
+    def written(cls, file: Path, left: Mapping[int, list[npt.NDArray[np.int32]]]) -> Stretches:
+        """Write the ids of what is left, by row."""
+        rows = sorted(left)
+        ids = [piece for row in rows for piece in left[row]]
+        with whole_file(file) as aside:
+            np.concatenate([np.empty(0, dtype=np.int32), *ids]).tofile(aside)
+        length = {row: np.array([len(piece) for piece in left[row]]) for row in rows}
+        ends = np.cumsum([0, *(int(length[row].sum()) for row in rows)])
+        offset = {
+            row: end + np.cumsum(length[row]) - length[row]
+            for row, end in zip(rows, ends.tolist(), strict=False)
+        }
+        return cls(file, offset, length)
+
+    def pieces(self, rows: Ints) -> Ints:
+        """The rows, each as often as it has pieces."""
+        counts = np.ones(len(rows), dtype=np.int64)
+        for place in np.flatnonzero(np.isin(rows, list(self.length))).tolist():
+            counts[place] = len(self.length[int(rows[place])])
+        return np.repeat(rows, counts)
+
+
+def ids_without(
+    part: str,
+    fields: Fields,
+    quoted: Mapping[int, Sequence[int]],
+    folder: Path,
+    tokenizer: CorpusTokenizer,
+) -> list[tuple[int, int, list[npt.NDArray[np.int32]]]]:
+    """What is left of a part's documents: position, characters, the ids of each stretch.
+
+    ``quoted``: by position, the held-out documents (numbers in ``leakage``'s table) that have
+    passages of it. The first stretch begins as a document does, the last ends as one.
+    """
+    encode = tokenizer.encoder()
+    found = []
+    for document in read_documents(part, fields, wanted=set(quoted)):
+        if isinstance(document, Document):
+            texts = leakage.stretches_without(document.text, quoted[document.position], folder)
+            pieces = encode(texts)
+            if pieces:
+                bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+                pieces[0] = np.concatenate([np.array(bos, dtype=np.int32), pieces[0]])
+                pieces[-1] = np.append(pieces[-1], np.int32(tokenizer.end_id))
+            pieces = [piece for piece in pieces if len(piece)]
+            found.append((document.position, sum(map(len, texts)), pieces))
+    return found

@@ -1,0 +1,95 @@
+"""Documents that are parts of others: where nothing names the works, they are of one work.
+
+An extract, an older version that has grown, or an act with and without its annexes are hardly alike
+as a whole (Jaccard similarity), but the lesser stands in the greater. How much of it does is
+estimated from the sketches (``fingerprint``): every 128th sequence of five words. Shorter documents
+than some thousand words have too little of a sketch; the build compares what is held out exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Hashes = npt.NDArray[np.uint64]
+Sketches = Callable[[], Iterable[tuple[Ints, Hashes]]]
+
+CONTAINED = 0.5  # of the lesser document's sequences stand in the greater
+LEAST = 8  # sequences of a sketch: of fewer nothing can be said
+FORMULA_DOCUMENTS = 20  # what stands in more documents is a formula, and says nothing
+AT_ONCE = 1 << 25  # sequences in memory
+
+
+def contained(rows: Ints, named: npt.NDArray[np.bool_], sketches: Sketches) -> Ints:
+    """Pairs of rows, (n, 2), of which one is mostly contained in the other.
+
+    ``named``: which of the rows have a name of their work; of two that have, the names decide.
+    ``sketches`` yields, any number of times, places in ``rows`` and a sequence of each.
+    """
+    nothing = np.empty((0, 2), dtype=np.int64)
+    if named.all():
+        return nothing
+    total = sum(len(sequences) for _, sequences in sketches())
+    # one range of the sequences after another
+    ranges = 1 << max(0, (total // AT_ONCE).bit_length())
+    sizes = np.zeros(len(rows), dtype=np.int64)
+    found, counts = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
+    for number in range(ranges):
+        places, sequences = _in_range(sketches, number, ranges)
+        pairs, more = _shared(places, sequences, sizes, named)
+        found, counts = _added(np.concatenate([found, pairs]), np.concatenate([counts, more]))
+    left = (found >> np.uint64(32)).astype(np.int64)
+    right = (found & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    lesser = np.minimum(sizes[left], sizes[right])
+    mostly = (lesser >= LEAST) & (counts >= CONTAINED * lesser)
+    return np.stack([rows[left[mostly]], rows[right[mostly]]], axis=1)
+
+
+def _in_range(sketches: Sketches, number: int, ranges: int) -> tuple[Ints, Hashes]:
+    places: list[Ints] = [np.empty(0, dtype=np.int64)]
+    sequences: list[Hashes] = [np.empty(0, dtype=np.uint64)]
+    for some, hashes in sketches():
+        here = hashes % np.uint64(ranges) == number
+        places.append(some[here])
+        sequences.append(hashes[here])
+    return np.concatenate(places), np.concatenate(sequences)
+
+
+def _shared(
+    places: Ints, sequences: Hashes, sizes: Ints, named: npt.NDArray[np.bool_]
+) -> tuple[Hashes, Ints]:
+    """Pairs of places, packed into 64 bits, with how many sequences they share.
+
+    Adds to ``sizes`` how many sequences of each place were looked at.
+    """
+    order = np.lexsort((places, sequences))
+    places, sequences = places[order], sequences[order]
+    begins = np.flatnonzero(np.concatenate([[True], sequences[1:] != sequences[:-1]]))
+    many = np.diff(np.append(begins, len(sequences)))
+    kept = np.repeat(many <= FORMULA_DOCUMENTS, many) if len(sequences) else np.empty(0, bool)
+    places, sequences = places[kept], sequences[kept]
+    sizes += np.bincount(places, minlength=len(sizes))
+    pairs, counts = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
+    for apart in range(1, FORMULA_DOCUMENTS):
+        same = sequences[apart:] == sequences[:-apart]
+        left, right = places[:-apart][same], places[apart:][same]
+        unnamed = ~(named[left] & named[right])
+        packed = (left[unnamed].astype(np.uint64) << np.uint64(32)) | right[unnamed].astype(
+            np.uint64
+        )
+        pairs, counts = _added(
+            np.concatenate([pairs, packed]),
+            np.concatenate([counts, np.ones(len(packed), dtype=np.int64)]),
+        )
+        if not same.any():
+            break
+    return pairs, counts
+
+
+def _added(pairs: Hashes, counts: Ints) -> tuple[Hashes, Ints]:
+    """Equal pairs as one, with the sum of their counts."""
+    unique, index = np.unique(pairs, return_inverse=True)
+    return unique, np.bincount(index, weights=counts, minlength=len(unique)).astype(np.int64)
