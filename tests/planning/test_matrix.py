@@ -19,7 +19,8 @@ def test_all_eight_options_stand_beside_their_claims(published):
 def test_none_of_the_claims_holds_for_70b(published):
     for row in published:
         assert not row.plan.fits_time, row.name
-        assert row.plan.cost.low > 5 * float(row.plan.claim["cost"].strip("$+"))
+        times = 3 if row.plan.gpus == 16 else 5  # over two hosts the range is wider
+        assert row.plan.cost.low > times * float(row.plan.claim["cost"].strip("$+"))
 
 
 def test_option_7_has_both_stages(published):

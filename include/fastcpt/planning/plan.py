@@ -14,11 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from fastcpt.files import read_json
 from fastcpt.planning.costs import (
@@ -36,17 +33,24 @@ from fastcpt.planning.costs import (
 )
 from fastcpt.planning.hardware import Hardware, hardware_of, prices_source
 from fastcpt.planning.history import Measured, last_run
+from fastcpt.planning.measured import measured_rows, published_rows
+from fastcpt.planning.ranges import (
+    OF_LAST_RUN,
+    Range,
+    differing,
+    measured_range,
+    range_words,
+    widened,
+)
 from fastcpt.planning.shapes import KNOWN, Shape, known_name, shape_of
 from fastcpt.recipe import CONFIGS, Lora, Recipe, Training
 
-MEASURED = Path(__file__).with_name("measured.yaml")
 OFFLOAD_FILE = "ds_config_zero3_offload.json"
 CHARACTERS_PER_TOKEN = 4.4  # running legal text, Llama's and dolma2's vocabularies
 BYTES_PER_TOKEN_ON_DISK = 1.1  # of the shards: zstd over int32 ids
 STARTUP_SECONDS = 120.0  # packages imported, kernels built, NCCL up; without loading weights
 A_LAYER_SECONDS = 1e-3  # of a generated token: transformers' launches, whatever the GPU; assumed
 GENERATED_TOGETHER = 32  # answers (fastcpt.training.generation)
-OF_LAST_RUN, OF_MEASUREMENTS, SLOWER = 0.07, 0.15, 0.25  # half-widths of a rate's range
 NEAR_BEST = 0.01  # a smaller micro-batch is taken where it costs no more than this
 WORTH_IT = 0.03  # less than this is no reason to change a recipe
 MORE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -54,22 +58,6 @@ MORE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 class PlanRefused(ValueError):
     """The recipe does not fit; the message says why, and what would."""
-
-
-@dataclass(frozen=True)
-class Range:
-    low: float
-    high: float
-
-    def times(self, factor: float) -> Range:
-        return Range(self.low * factor, self.high * factor)
-
-    def plus(self, more: float) -> Range:
-        return Range(self.low + more, self.high + more)
-
-    def words(self, digits: int = 1) -> str:
-        low, high = f"{self.low:,.{digits}f}", f"{self.high:,.{digits}f}"
-        return low if low == high else f"{low} to {high}"
 
 
 @dataclass(frozen=True)
@@ -398,7 +386,8 @@ def _cpu_plan(plain: Plan, before: Measured | None) -> Plan:
 
 
 def _last(before: Measured) -> str:
-    return f"last run here, {before.run} of {before.time[:10]}"
+    there = f"{before.gpus}x{before.gpu}"
+    return f"last run here, {before.run} of {before.time[:10]} on {there}"
 
 
 def _gpu_plan(
@@ -645,72 +634,21 @@ def _answers(recipe: Recipe, job: Job, hardware: Hardware) -> float:
 # Rates
 
 
-@cache
-def _table() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(MEASURED.read_text(encoding="utf-8"))
-    return content
-
-
 def _rate(
     recipe: Recipe, job: Job, hardware: Hardware, before: Measured | None
 ) -> tuple[Range, str]:
     """Tokens/s a GPU as a range, and where it comes from."""
-    gpu = hardware.gpu
-    assert gpu is not None
     likely = tokens_per_second(job, hardware)
-    if before is not None:
-        # on another number of GPUs or micro-batch: by the cost model's ratio
-        there = hardware.with_count(before.gpus)
-        then = job_of(recipe, job.shape, there, before.micro_batch)
-        then = replace(then, accumulation=before.accumulation)
-        ratio = likely / tokens_per_second(then, there)
-        rate = before.tokens_per_s_per_gpu * ratio
-        spread = Range(rate * (1 - OF_LAST_RUN), rate * (1 + OF_LAST_RUN))
-        return spread, _last(before)
-    for row in _table()["rows"]:
-        method = "lora" if "lora" in row else "full"
-        same = (method, row.get("fp8", False)) == (job.method, job.fp8)
-        if same and row["cluster"].endswith(f"x{gpu.name}") and hardware.hosts == 1:
-            spread = Range(likely * (1 - OF_MEASUREMENTS), likely * (1 + OF_MEASUREMENTS))
-            return spread, f"this project's measurements on {gpu.name}, scaled by its cost model"
-    best = published_rate(job, hardware)
-    high = likely * (1 + OF_MEASUREMENTS)
-    source = f"cost model fitted on H100 and H200, not measured on {gpu.name}"
-    if best and hardware.hosts == 1:
-        high = best[0]  # nobody showed more
-        source += f"; at best {best[1]}"
-    return Range(min(likely, high) * (1 - SLOWER), high), source
-
-
-def published_rate(job: Job, hardware: Hardware) -> tuple[float, str] | None:
-    """The best published tokens/s a GPU of the same model and method, scaled by operations and
-    peak to this sequence and chip; with its words. None where nobody published one."""
-    gpu = hardware.gpu
-    assert gpu is not None
-    name = next((known for known, shape in KNOWN.items() if shape == job.shape), None)
-    found: list[tuple[float, str]] = []
-    for row in _table()["published"]:
-        if (row["model"], row["method"], row["precision"]) != (name, job.method, job.precision):
-            continue
-        table = _gpus()
-        scale = gpu.peak(job.fp8) / table[row["gpu"]].peak(job.fp8)
-        lora = Lora() if job.lora else None
-        scale *= model_flops(job.shape, row["sequence"], lora) / model_flops(
-            job.shape, job.sequence, job.lora
-        )
-        words = f"{row['rate']:,} tokens/s a GPU on {row['gpu']} ({row['source']})"
-        # another chip's figure says less than the same one's
-        found.append((row["rate"] * scale, words))
-        if row["gpu"] == gpu.name:
-            return found[-1]
-    return max(found, default=None)
-
-
-@cache
-def _gpus() -> dict[str, Any]:
-    from fastcpt.planning.hardware import gpu_table
-
-    return dict(gpu_table())
+    if before is None:
+        return measured_range(job, hardware, likely, measured_rows(), published_rows())
+    # on another number of GPUs or micro-batch: by the cost model's ratio
+    there = hardware.with_count(before.gpus)
+    then = job_of(recipe, job.shape, there, before.micro_batch)
+    then = replace(then, accumulation=before.accumulation)
+    rate = before.tokens_per_s_per_gpu * likely / tokens_per_second(then, there)
+    differences = differing(job, hardware, then, there)
+    found = widened(rate, OF_LAST_RUN, differences)
+    return found, _last(before) + range_words(found, rate, differences)
 
 
 # What else would do
