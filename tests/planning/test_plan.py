@@ -142,7 +142,14 @@ def test_fp8_where_there_is_none_is_planned_in_bf16(hybrid):
     assert "A100 has no FP8" in found.message()
     assert found.alternatives[0].what == "bf16"
     sections = ("training", "stage2", "sft.training")
-    assert found.alternatives[0].changes == {f"{name}.use_fp8": False for name in sections}
+    # and the cluster it is for, each training's 128 sequences a step split over it
+    assert found.alternatives[0].changes == {
+        **{f"{name}.use_fp8": False for name in sections},
+        **{f"{name}.per_device_train_batch_size": 2 for name in sections},
+        **{f"{name}.gradient_accumulation_steps": 8 for name in sections},
+        "cluster.gpus": 8,
+        "cluster.gpu": "A100",
+    }
     assert found.alternatives[0].fits
 
 
@@ -165,17 +172,25 @@ def test_a_time_budget_of_the_trainer_bounds_hours_and_tokens(hybrid):
 def test_disk_there_holds_one_checkpoint_more_than_are_kept(hybrid):
     found = plan(changed(hybrid, SMALL), cluster="8xH100")
     # two kept, one being written, 12 B a parameter; base, trained and published model, 2 B each;
-    # 2 B tokens at 1.1 B in the shards and 4 B as the trainer reads them
-    assert found.checkpoint_disk_gb == pytest.approx((3 * 12 + 6) * 1.2358 + 5.1 * 2, rel=1e-3)
+    # 2 B tokens at 1.1 B in the shards and 4 B as the trainer reads them; stage 2's checkpoints and
+    # model too, since a missed gate starts it
+    stage2 = (3 * 12 + 2) * 1.2358
+    assert found.stage2_disk_gb == pytest.approx(stage2, rel=1e-3)
+    assert found.checkpoint_disk_gb == pytest.approx(
+        (3 * 12 + 6) * 1.2358 + stage2 + 5.1 * 2, rel=1e-3
+    )
     tuned = plan(changed(hybrid, {**SMALL, "sft.instructions": "i.jsonl"}), cluster="8xH100")
     more = tuned.checkpoint_disk_gb - found.checkpoint_disk_gb
     assert more == pytest.approx((3 * 12 + 2) * 1.2358, rel=1e-3)
     facts = {"gpus": [{"name": "NVIDIA H100", "memory_gb": 85.5}] * 8, "memory_gb": 2000.0}
     recipe = changed(hybrid, {**SMALL, "cluster.gpus": 8})
-    assert plan(recipe, cluster={**facts, "disk_free_gb": 63.0}).fits_disk
-    full = plan(recipe, cluster={**facts, "disk_free_gb": 50.0})
+    assert plan(recipe, cluster={**facts, "disk_free_gb": 110.0}).fits_disk
+    full = plan(recipe, cluster={**facts, "disk_free_gb": 100.0})
     assert not full.fits
-    assert "disk: shards, checkpoints and models take 62 GB there" in full.message()
+    assert (
+        "disk: shards, checkpoints and models take 109 GB there (47 of them stage 2's"
+        in full.message()
+    )
 
 
 def test_fine_tuning_is_in_the_hours_where_there_are_instructions(hybrid):

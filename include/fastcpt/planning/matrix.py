@@ -53,6 +53,7 @@ class Option:
             (found.fits_time, "time"),
             (found.fits_money, "money"),
             (found.fits_disk, "disk"),
+            (found.fits_passes, "passes"),
         ]
         return ", ".join(word for fits, word in checks if not fits)
 
