@@ -126,6 +126,7 @@ class Plan:
     host_seen: bool = False  # by check_cluster; else a usual host's
     stage2_hours: Range | None = None
     stage2_cost: Range | None = None
+    stage2_passes: float | None = None
     best_micro_batch: dict[str, Any] | None = None
     alternatives: tuple[Alternative, ...] = ()
     problems: tuple[str, ...] = ()  # what keeps it from running at all
@@ -161,8 +162,11 @@ class Plan:
         passes = {"passes": self.passes, "fits_passes": self.fits_passes}
         return {**content, **passes, "fits": self.fits, "message": self.message()}
 
-    def message(self) -> str:
-        """Why it does not fit and what would, in lines; that it fits, in one."""
+    def message(self, command: str = "the same command with") -> str:
+        """Why it does not fit and what would, in lines; that it fits, in one.
+
+        ``command``: what the user types to list the alternatives again, to take one of them.
+        """
         what = f"'{self.recipe}' ({self.model}, {self.method}, {self.precision}) on {self.cluster}"
         if self.fits:
             return f"{what}: fits."
@@ -173,6 +177,7 @@ class Plan:
                 f"  {number}. {_alternative_words(choice)}"
                 for number, choice in enumerate(self.alternatives, 1)
             ]
+            lines.append(f"To have one as a recipe: {command} --take NUMBER --out FILE.yaml")
         return "\n".join(lines)
 
     def _reasons(self) -> Iterator[str]:
@@ -209,8 +214,8 @@ class Plan:
                 f"there is allows {self.steps_in_passes:,} (training.max_steps)"
             )
 
-    def text(self) -> str:
-        """The whole plan, to read."""
+    def text(self, command: str = "the same command with") -> str:
+        """The whole plan, to read; ``command`` as in ``message``."""
         passes = ""
         if self.passes and self.max_passes:
             verdict = "" if self.fits_passes else ": DOES NOT FIT"
@@ -271,6 +276,8 @@ class Plan:
             rows.append(("", self.price_source or ""))
         if self.stage2_hours:
             cost = f", ${self.stage2_cost.words(0)}" if self.stage2_cost else ""
+            if self.stage2_passes:
+                cost += f", {self.stage2_passes:,.1f} passes"
             rows.append(
                 ("stage 2", f"{self.stage2_hours.words()} h more{cost}, where the gate is missed")
             )
@@ -305,7 +312,7 @@ class Plan:
                 )
             )
         lines = [f"{name:<16}{value}" for name, value in rows]
-        return "\n".join([f"plan of '{self.recipe}'", *lines, "", self.message()])
+        return "\n".join([f"plan of '{self.recipe}'", *lines, "", self.message(command)])
 
 
 def _against(budget: float | None, fits: bool, unit: str) -> str:
@@ -359,10 +366,10 @@ def plan(
     return replace(found, alternatives=tuple(alternatives(recipe, tokens, hardware, history, keep)))
 
 
-def require_fit(plan: Plan) -> None:
+def require_fit(plan: Plan, command: str = "the same command with") -> None:
     """``PlanRefused`` with the plan's message unless it fits."""
     if not plan.fits:
-        raise PlanRefused(plan.message())
+        raise PlanRefused(plan.message(command))
 
 
 def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None) -> Plan:
@@ -537,6 +544,7 @@ def _gpu_plan(
         host_seen=hardware.seen,
         fits_disk=hardware.disk_free_gb is None or disk <= hardware.disk_free_gb,
         stage2_hours=stage2,
+        stage2_passes=more / plain.corpus_tokens if plain.corpus_tokens else None,
         stage2_cost=None if price is None else stage2.times(price * hardware.count),
         best_micro_batch=None
         if best is None or (gain < WORTH_IT and memory["total"] <= available)
