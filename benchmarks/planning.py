@@ -3,9 +3,12 @@
     python benchmarks/planning.py [--fit]
 
 Fits the efficiencies of ``fastcpt.planning.costs`` on the rows of ``measured.yaml`` and, for each
-row, on all others alone: the error left out is what a plan of something new has to expect. No GPU;
-half a minute. ``--fit`` prints the efficiencies to put into ``costs.Efficiency`` after a new row.
-The last line is one JSON object.
+row, on all others alone: the error left out is what a plan of something new has to expect. Rows help
+their likes, so whole groups are left out too (a model size, a number of GPUs): how often does the
+plan's range, made without them, hold what was measured? Beside it the range as it was before it
+widened with distance, and the rates that others published for programs of their own. No GPU; a
+minute. ``--fit`` prints the efficiencies to put into ``costs.Efficiency`` after a new row. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -13,15 +16,28 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "include"))
 
-from fastcpt.planning.costs import EFFICIENCY, Efficiency, tokens_per_second
-from fastcpt.planning.measured import RATE_TOLERANCE, Row, check_rows, measured_rows
+from fastcpt.planning.costs import EFFICIENCY, Efficiency, Job, tokens_per_second
+from fastcpt.planning.hardware import Hardware
+from fastcpt.planning.measured import (
+    RATE_TOLERANCE,
+    Published,
+    Row,
+    check_rows,
+    measured_rows,
+    published_rows,
+)
+from fastcpt.planning.plan import best_job, changed
+from fastcpt.planning.ranges import OF_MEASUREMENTS, Range, called, measured_range, published_rate
+from fastcpt.recipe import DEFAULT_RECIPE, load_recipe
 
 # What one would say before any run: shares of peak that kernels of the kind are known for, passes
 # counted by hand. A number that few rows speak of stays near it.
@@ -71,6 +87,142 @@ def fit(rows: list[Row]) -> Efficiency:
     return efficiency(x)
 
 
+# Whole groups left out
+
+GROUPS: dict[str, Callable[[Job], Any]] = {
+    "model size": lambda job: job.shape.parameters,
+    "GPUs": lambda job: job.ranks,
+}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A measured or published rate (tokens/s a GPU) that the range did not know of."""
+
+    group: str
+    what: str
+    rate: float
+    predicted: float
+    range: Range
+    earlier: Range
+
+    @property
+    def inside(self) -> bool:
+        return self.range.low <= self.rate <= self.range.high
+
+    @property
+    def inside_earlier(self) -> bool:
+        return self.earlier.low <= self.rate <= self.earlier.high
+
+
+def left_out_groups(rows: list[Row]) -> list[LeftOut]:
+    """The trainer's rows, each with the range of a plan that knows neither it nor its group.
+
+    For every model size and every number of GPUs among the trainer's rows: all rows of it left out
+    (other programs' too), the efficiencies fitted on the rest, and the range made from the rest.
+    """
+    found = []
+    for group, key in GROUPS.items():
+        for value in sorted({key(job) for job, _, facts in rows if _trainers(facts)}):
+            kept = [row for row in rows if key(row[0]) != value]
+            efficiency = fit(kept)
+            for job, hardware, facts in rows:
+                if key(job) != value or not _trainers(facts):
+                    continue
+                likely = tokens_per_second(job, hardware, efficiency)
+                now, _ = measured_range(job, hardware, likely, kept, published_rows())
+                before = earlier_range(job, hardware, likely, kept, published_rows())
+                name = called(job.shape) if group == "model size" else f"{value} GPU(s)"
+                found.append(LeftOut(name, facts["what"], facts["rate"], likely, now, before))
+    return found
+
+
+def _trainers(facts: dict[str, Any]) -> bool:
+    return str(facts["what"]).startswith("trainer")
+
+
+def peers(rows: list[Row]) -> list[LeftOut]:
+    """Each published rate and the range of a plan for its model, method, GPUs and sequence, which
+    knows of the other published rates only. Their programs are not this one."""
+    found = []
+    published = published_rows()
+    for row in published:
+        job = _planned(row)
+        if job is None:
+            continue
+        likely = tokens_per_second(job, row.hardware)
+        others = [other for other in published if other != row]
+        now, _ = measured_range(job, row.hardware, likely, rows, others)
+        before = earlier_range(job, row.hardware, likely, rows, others)
+        what = f"{called(row.shape)} {row.method}, {job.precision}, {row.source}"
+        found.append(LeftOut(row.hardware.name, what, row.rate, likely, now, before))
+    return found
+
+
+def _planned(row: Published) -> Job | None:
+    """The trainer's own way of running a published row's job; None where it does not fit."""
+    assert row.hardware.gpu is not None
+    recipe = changed(
+        load_recipe(DEFAULT_RECIPE),
+        {
+            "lora": {} if row.method == "lora" else None,
+            "corpus.max_seq_length": row.sequence,
+            "training.use_fp8": row.fp8,
+        },
+    )
+    return best_job(recipe, row.shape, row.hardware)
+
+
+def earlier_range(
+    job: Job, hardware: Hardware, likely: float, rows: list[Row], published: list[Published]
+) -> Range:
+    """The range before it widened with distance: 15 % either way wherever method and precision were
+    measured on the chip, whatever the size and the number of GPUs; else from a quarter below up to
+    the best published rate."""
+    assert hardware.gpu is not None
+    for row, there, _ in rows:
+        same = (row.method, row.fp8) == (job.method, job.fp8)
+        if same and there.gpu == hardware.gpu and hardware.hosts == 1:
+            return Range(0.85 * likely, 1.15 * likely)
+    # a chip's own published rate came before those of others, whatever it was measured on
+    own = [row for row in published if row.hardware.gpu == hardware.gpu]
+    one = [replace(row, hardware=hardware) for row in own]
+    best = published_rate(job, hardware, one)
+    if best is None and (other := published_rate(job, hardware, published)):
+        best = (other[0] / (1 + OF_MEASUREMENTS), other[1])
+    high = best[0] if best and hardware.hosts == 1 else 1.15 * likely
+    return Range(0.75 * min(likely, high), high)
+
+
+def print_left_out(rows: list[LeftOut], title: str) -> dict[str, Any]:
+    """A line a row, and the share inside; as JSON too."""
+    print(f"\n{title:<72}{'rate':>9}{'range':>20}{'':>4}{'earlier range':>20}")
+    for row in rows:
+        ends = [f"{r.low:,.0f} to {r.high:,.0f}" for r in (row.range, row.earlier)]
+        inside = ["in" if inside else "out" for inside in (row.inside, row.inside_earlier)]
+        print(
+            f"{row.group + ': ' + row.what:<72.72}{row.rate:>9,.0f}{ends[0]:>20} {inside[0]:<3}"
+            f"{ends[1]:>20} {inside[1]}"
+        )
+    inside, earlier = sum(row.inside for row in rows), sum(row.inside_earlier for row in rows)
+    widths = [
+        float(np.median([r.high / r.low for r in ranges]))
+        for ranges in ([row.range for row in rows], [row.earlier for row in rows])
+    ]
+    print(
+        f"{inside} of {len(rows)} inside, {earlier} before; the range's ends lie {widths[0]:.2f} times "
+        f"apart, {widths[1]:.2f} before (median)"
+    )
+    return {
+        "rows": len(rows),
+        "inside": inside,
+        "inside_before": earlier,
+        "median_width": round(widths[0], 3),
+        "median_width_before": round(widths[1], 3),
+        "outside": [f"{row.group}: {row.what}" for row in rows if not row.inside],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fit", action="store_true", help="print the efficiencies fitted on all")
@@ -105,7 +257,10 @@ def main() -> None:
         )
     inside = sum(abs(row["error_left_out"]) <= RATE_TOLERANCE for row in results)
     print(f"{inside} of {len(results)} rows within {RATE_TOLERANCE:.0%} when left out")
-    print(json.dumps({"benchmark": "planning", "rows": results, "within_left_out": inside}))
+    groups = print_left_out(left_out_groups(rows), "left out by group: the trainer's rows")
+    published = print_left_out(peers(rows), "published by others, of their own programs")
+    summary = {"within_left_out": inside, "groups": groups, "published": published}
+    print(json.dumps({"benchmark": "planning", "rows": results, **summary}))
 
 
 if __name__ == "__main__":

@@ -72,9 +72,10 @@ def plan() -> Facts:
     text_bytes = _text_bytes(parts)
     found = make_plan(recipe, estimated_tokens(text_bytes, recipe), None, HOME / HISTORY)
     add(record, "plan.json", found.to_json())
-    print(found.text())
+    command = _plan_command(record, found)
+    print(found.text(command))
     if not values["run_even_if_plan_says_no"]:
-        require_fit(found)
+        require_fit(found, command)
     groups = min(MOST_GROUPS, len(parts), 1 + text_bytes // GROUP_BYTES)
     return {
         "recipe": str(record / "recipe.yaml"),
@@ -108,10 +109,19 @@ def final_plan(context: Context) -> Facts:
     tokens = _result(context, "build")["corpus"]["tokens"]
     found = make_plan(recipe_of(first), tokens, cluster, HOME / HISTORY)
     path = add(Path(first["record"]), "plan.json", found.to_json())
-    print(found.text())
+    command = _plan_command(Path(first["record"]), found)
+    print(found.text(command))
     if not context["params"]["run_even_if_plan_says_no"]:
-        require_fit(found)
-    return {"path": str(path), "text": found.text()}
+        require_fit(found, command)
+    return {"path": str(path), "text": found.text(command)}
+
+
+def _plan_command(record: Path, found: Any) -> str:
+    """What plans the run's recipe again from a shell, to write one of the alternatives."""
+    words = (
+        f"include/scripts/plan_run.py --config {record / 'recipe.yaml'} --cluster {found.cluster}"
+    )
+    return f"{words} --tokens {found.corpus_tokens}" if found.corpus_tokens else words
 
 
 def list_documents(plan: Facts) -> list[list[str]]:

@@ -168,3 +168,27 @@ def test_the_forms_limits_are_the_recipes() -> None:
 def test_the_recipes_are_plain_yaml() -> None:
     for path in CONFIGS.glob("*.yaml"):
         assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hours", ".inf"),
+        ("hours", ".nan"),
+        ("money", ".inf"),
+        ("money", "-1"),
+        ("max_passes", "0"),
+        ("max_passes", ".inf"),
+        ("max_passes", "-4"),
+    ],
+)
+def test_a_budget_is_a_number_above_0(tmp_path, key, value):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"description: x\nbudget:\n  {key}: {value}\n")
+    with pytest.raises(RecipeError, match=rf"mine.yaml:3: budget\.{key}: "):
+        load_recipe(path)
+
+
+def test_a_corpus_is_seen_four_times_at_most_unless_the_recipe_says_otherwise():
+    assert load_recipe("cpt_config_fast").budget.max_passes == 4
+    assert load_recipe("cpt_config").budget.max_passes == 5

@@ -327,10 +327,21 @@ class Cluster(Section):
 
 
 class Budget(Section):
-    hours: float | None = Field(None, gt=0.0, description="The plan refuses to take longer.")
-    money: float | None = Field(None, gt=0.0, description="The plan refuses to cost more (USD).")
+    hours: float | None = Field(
+        None, gt=0.0, allow_inf_nan=False, description="The plan refuses to take longer."
+    )
+    money: float | None = Field(
+        None, gt=0.0, allow_inf_nan=False, description="The plan refuses to cost more (USD)."
+    )
     price_per_gpu_hour: float | None = Field(
-        None, ge=0.0, description="USD; else planning's table."
+        None, ge=0.0, allow_inf_nan=False, description="USD; else planning's table."
+    )
+    max_passes: float = Field(
+        4.0,
+        gt=0.0,
+        le=100_000.0,
+        allow_inf_nan=False,
+        description="The plan refuses to train more often on the same corpus.",
     )
 
 

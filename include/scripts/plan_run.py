@@ -5,6 +5,7 @@
     plan_run.py --all --cluster 8xH100 --tokens 900000000          the eight options
     plan_run.py --cluster 4xB200 --hours 6 --budget 180 --out my.yaml
                                                                   the most tokens for that
+    plan_run.py --cluster 4xB200 --take 2 --out my.yaml            alternative 2 as a recipe
     plan_run.py --check                                            predicted against measured
 
 The exit status is 1 where the recipe does not fit, 2 where it cannot be planned.
@@ -12,17 +13,23 @@ The exit status is 1 where the recipe does not fit, 2 where it cannot be planned
 
 import argparse
 import json
+import math
 import os
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastcpt.files import read_json, whole_file
+from fastcpt.planning.alternatives import numbered, own_recipe, placed
+from fastcpt.planning.hardware import hardware_of
 from fastcpt.planning.history import FILE
 from fastcpt.planning.matrix import matrix, matrix_markdown, matrix_picture, matrix_text
 from fastcpt.planning.measured import check_rows, check_text
 from fastcpt.planning.plan import (
+    Keep,
+    Plan,
     PlanRefused,
     changed,
     estimated_tokens,
@@ -59,9 +66,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--cluster", help="Such as 4xB200; the recipe's own without it.")
     parser.add_argument("--model", help="Name or folder in place of the recipe's model.")
     corpus = parser.add_mutually_exclusive_group()
-    corpus.add_argument("--tokens", type=int, help="Tokens of the corpus.")
+    corpus.add_argument("--tokens", type=count, help="Tokens of the corpus.")
     corpus.add_argument("--manifest", type=Path, help="corpus_manifest.json of a build.")
-    corpus.add_argument("--documents_bytes", type=int, help="Bytes of the documents, unpacked.")
+    corpus.add_argument("--documents_bytes", type=count, help="Bytes of the documents, unpacked.")
     parser.add_argument(
         "--history", type=Path, default=HISTORY, help=f"Earlier runs; {FILE} of FASTCPT_HOME."
     )
@@ -69,17 +76,63 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="--all as a Markdown table.")
     parser.add_argument("--picture", type=Path, help="--all as a picture (.svg, .png).")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--hours", type=float, help="Solve: the hours there are.")
-    parser.add_argument("--budget", type=float, help="Solve: the money there is (USD).")
+    parser.add_argument("--hours", type=amount, help="Solve: the hours there are.")
+    parser.add_argument("--budget", type=amount, help="Solve: the money there is (USD).")
     parser.add_argument(
-        "--solve_for",
-        choices=["tokens", "gpus"],
-        default="tokens",
-        help="Most tokens, fewest GPUs.",
+        "--solve_for", choices=["tokens", "gpus"], help="Most tokens (default), fewest GPUs."
     )
-    parser.add_argument("--out", type=Path, help="Solve: the recipe's file (YAML).")
+    parser.add_argument(
+        "--out", type=recipe_file, help="Write what was planned as a recipe (YAML)."
+    )
+    parser.add_argument("--take", type=count, help="For --out: the alternative of this number.")
+    parser.add_argument(
+        "--keep_model", action="store_true", help="No alternatives with another model."
+    )
+    parser.add_argument(
+        "--keep_method", action="store_true", help="No alternatives with LoRA for full training."
+    )
     parser.add_argument("--check", action="store_true", help="Predicted against measured rates.")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    of_one = ("documents_bytes", "hours", "budget", "solve_for", "out", "take", "keep_model",
+              "keep_method")  # fmt: skip
+    given = [f"--{name}" for name in of_one if getattr(arguments, name) not in (None, False)]
+    if given and (arguments.all or arguments.check):
+        parser.error(f"{given[0]} is for one recipe: leave out --all and --check, or {given[0]}")
+    if arguments.take is not None and arguments.out is None:
+        parser.error("--take writes an alternative: say where with --out FILE.yaml")
+    if arguments.solve_for and not solving(arguments):
+        parser.error("--solve_for: nothing to solve for: give --hours, --budget or both")
+    return arguments
+
+
+def count(text: str) -> int:
+    if not re.fullmatch(r"\+?[0-9_]+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not '{text}'")
+    return int(text)
+
+
+def amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not '{text}'")
+    return value
+
+
+def recipe_file(text: str) -> Path:
+    path = Path(text)
+    named = re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", path.stem)
+    if not named or path.suffix not in {".yaml", ".yml"}:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no recipe's file: a name of letters, digits, . _ - that ends in .yaml"
+        )
+    return path
+
+
+def solving(arguments: argparse.Namespace) -> bool:
+    return arguments.hours is not None or arguments.budget is not None
 
 
 def one_recipe(arguments: argparse.Namespace) -> int:
@@ -87,38 +140,73 @@ def one_recipe(arguments: argparse.Namespace) -> int:
     if arguments.model:
         recipe = changed(recipe, {"model.name_or_path": arguments.model, "model.config": None})
     tokens = corpus_tokens(arguments, recipe)
-    solving = arguments.hours is not None or arguments.budget is not None
-    if solving:
+    if solving(arguments):
         limits = {"budget.hours": arguments.hours, "budget.money": arguments.budget}
-        solve = most_tokens if arguments.solve_for == "tokens" else fewest_gpus
         recipe = changed(recipe, limits)
-        if arguments.out:
-            # a recipe of its own: no claim of the guide's is about it
-            own = {"name": arguments.out.stem, "description": solved_words(arguments, recipe)}
-            recipe = changed(recipe, {**own, "claim": None})
-        recipe, found = solve(recipe, tokens, arguments.cluster, arguments.history)
-        if arguments.out:
-            with whole_file(arguments.out) as aside:
-                aside.write_text(recipe.to_yaml(), encoding="utf-8")
+    if arguments.take is not None:
+        recipe, found = taken(arguments, recipe, tokens)
     else:
-        found = plan(recipe, tokens, arguments.cluster, arguments.history)
+        recipe, found = planned(arguments, recipe, tokens)
     print(json.dumps(found.to_json(), indent=2) if arguments.json else found.text())
-    if solving and arguments.out:
+    if arguments.out and (found.fits or arguments.take is not None):
+        with whole_file(arguments.out) as aside:
+            aside.write_text(recipe.to_yaml(), encoding="utf-8")
         print(f"recipe written to {arguments.out}", file=sys.stderr)
+    elif arguments.out:
+        print(f"{arguments.out} not written: the recipe does not fit", file=sys.stderr)
     return 0 if found.fits else 1
+
+
+def planned(
+    arguments: argparse.Namespace, recipe: Recipe, tokens: int | None
+) -> tuple[Recipe, Plan]:
+    """The recipe as it is, or solved for hours and money; with its plan."""
+    cluster, history, keep = arguments.cluster, arguments.history, kept(arguments)
+    if arguments.out:
+        words = f"{recipe.name} as planned (plan_run.py)"
+        if solving(arguments):
+            words = solved_words(arguments, recipe)
+        recipe = own_recipe(recipe, arguments.out.stem, words)
+    if solving(arguments):
+        solve = fewest_gpus if arguments.solve_for == "gpus" else most_tokens
+        return solve(recipe, tokens, cluster, history, keep)
+    if arguments.out:
+        recipe = placed(recipe, hardware_of(recipe.cluster, cluster))
+    return recipe, plan(recipe, tokens, cluster, history, keep)
+
+
+def taken(arguments: argparse.Namespace, recipe: Recipe, tokens: int | None) -> tuple[Recipe, Plan]:
+    """The alternative under ``--take`` as a recipe, and its plan."""
+    cluster, history = arguments.cluster, arguments.history
+    if solving(arguments):
+        try:
+            planned(arguments, recipe, tokens)
+        except PlanRefused:
+            pass  # what it lists are the alternatives
+        else:
+            raise ValueError(f"--take {arguments.take}: solved it fits, nothing else is listed")
+    choice = numbered(plan(recipe, tokens, cluster, history, kept(arguments)), arguments.take)
+    words = f"{recipe.name}: {choice.what} (plan_run.py)"
+    recipe = own_recipe(recipe, arguments.out.stem, words, choice.changes)
+    return recipe, plan(recipe, tokens, choice.cluster, history, kept(arguments))
+
+
+def kept(arguments: argparse.Namespace) -> list[Keep]:
+    keep: list[Keep] = ["model"] if arguments.keep_model else []
+    return [*keep, "method"] if arguments.keep_method else keep
 
 
 def solved_words(arguments: argparse.Namespace, recipe: Recipe) -> str:
     limits = [f"{arguments.hours:g} h"] if arguments.hours is not None else []
     limits += [f"${arguments.budget:,.0f}"] if arguments.budget is not None else []
-    what = "The most tokens" if arguments.solve_for == "tokens" else "The fewest GPUs"
+    what = "The fewest GPUs" if arguments.solve_for == "gpus" else "The most tokens"
     return f"{what} of {recipe.name} for {' and '.join(limits)} (plan_run.py)"
 
 
 def all_options(arguments: argparse.Namespace) -> int:
     tokens = arguments.tokens
     if arguments.manifest:
-        tokens = int(read_json(arguments.manifest)["tokens"])
+        tokens = manifest_tokens(arguments.manifest)
     rows = matrix(tokens, arguments.cluster, arguments.model, arguments.history)
     if arguments.picture:
         matrix_picture(rows, arguments.picture)
@@ -131,10 +219,17 @@ def all_options(arguments: argparse.Namespace) -> int:
 
 def corpus_tokens(arguments: argparse.Namespace, recipe: Recipe) -> int | None:
     if arguments.manifest:
-        return int(read_json(arguments.manifest)["tokens"])
+        return manifest_tokens(arguments.manifest)
     if arguments.documents_bytes is not None:
         return estimated_tokens(arguments.documents_bytes, recipe)
     return arguments.tokens
+
+
+def manifest_tokens(manifest: Path) -> int:
+    tokens = read_json(manifest).get("tokens")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"--manifest {manifest}: 'tokens' must be a whole number above 0")
+    return tokens
 
 
 if __name__ == "__main__":

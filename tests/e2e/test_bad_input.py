@@ -24,6 +24,8 @@ pytestmark = pytest.mark.slow
         ({"tokenizer": "/nowhere/tokenizer"}, "ANY", "/nowhere/tokenizer"),
         ({"instructions": "/nowhere/i.jsonl"}, "ANY", "sft.instructions"),
         ({"recipe": "cpt_config_fast"}, "plan", "does not fit"),
+        ({"recipe": "cpt_config_fast"}, "plan", "more tokens are needed, not more steps"),
+        ({"recipe": "cpt_config_fast"}, "plan", "recipe.yaml --cluster 4xB200 --tokens"),
     ],
     ids=lambda value: str(next(iter(value), "")) if isinstance(value, dict) else None,
 )

@@ -19,7 +19,8 @@ def test_all_eight_options_stand_beside_their_claims(published):
 def test_none_of_the_claims_holds_for_70b(published):
     for row in published:
         assert not row.plan.fits_time, row.name
-        assert row.plan.cost.low > 5 * float(row.plan.claim["cost"].strip("$+"))
+        times = 3 if row.plan.gpus == 16 else 5  # over two hosts the range is wider
+        assert row.plan.cost.low > times * float(row.plan.claim["cost"].strip("$+"))
 
 
 def test_option_7_has_both_stages(published):
@@ -27,12 +28,20 @@ def test_option_7_has_both_stages(published):
 
 
 def test_ones_own_model_corpus_and_cluster():
-    rows = matrix(300_000_000, "8xH100", "meta-llama/Llama-3.2-1B")
+    rows = matrix(3_000_000_000, "8xH100", "meta-llama/Llama-3.2-1B")
     assert {row.plan.model for row in rows} == {"Llama-3.2-1B"}
     assert [row.plan.cluster for row in rows] == ["8xH100"] * 3 + ["16xH100"] + ["8xH100"] * 4
     # the hybrid takes 40 % of it, the filtered corpus 30 %, the full run all
-    assert [rows[n].plan.corpus_tokens for n in (6, 2, 0)] == [120_000_000, 90_000_000, 300_000_000]
+    assert [rows[n].plan.corpus_tokens for n in (6, 2, 0)] == [
+        1_200_000_000,
+        900_000_000,
+        3_000_000_000,
+    ]
     assert any(row.plan.fits for row in rows)
+    # a tenth of it would be trained on 39 times
+    few = matrix(300_000_000, "8xH100", "meta-llama/Llama-3.2-1B")
+    assert few[6].plan.passes == pytest.approx(39.3, abs=0.05)
+    assert few[6].missing == "passes"
 
 
 def test_markdown_has_a_row_an_option(published):

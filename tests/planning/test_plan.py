@@ -142,7 +142,14 @@ def test_fp8_where_there_is_none_is_planned_in_bf16(hybrid):
     assert "A100 has no FP8" in found.message()
     assert found.alternatives[0].what == "bf16"
     sections = ("training", "stage2", "sft.training")
-    assert found.alternatives[0].changes == {f"{name}.use_fp8": False for name in sections}
+    # and the cluster it is for, each training's 128 sequences a step split over it
+    assert found.alternatives[0].changes == {
+        **{f"{name}.use_fp8": False for name in sections},
+        **{f"{name}.per_device_train_batch_size": 2 for name in sections},
+        **{f"{name}.gradient_accumulation_steps": 8 for name in sections},
+        "cluster.gpus": 8,
+        "cluster.gpu": "A100",
+    }
     assert found.alternatives[0].fits
 
 
@@ -165,17 +172,25 @@ def test_a_time_budget_of_the_trainer_bounds_hours_and_tokens(hybrid):
 def test_disk_there_holds_one_checkpoint_more_than_are_kept(hybrid):
     found = plan(changed(hybrid, SMALL), cluster="8xH100")
     # two kept, one being written, 12 B a parameter; base, trained and published model, 2 B each;
-    # 2 B tokens at 1.1 B in the shards and 4 B as the trainer reads them
-    assert found.checkpoint_disk_gb == pytest.approx((3 * 12 + 6) * 1.2358 + 5.1 * 2, rel=1e-3)
+    # 2 B tokens at 1.1 B in the shards and 4 B as the trainer reads them; stage 2's checkpoints and
+    # model too, since a missed gate starts it
+    stage2 = (3 * 12 + 2) * 1.2358
+    assert found.stage2_disk_gb == pytest.approx(stage2, rel=1e-3)
+    assert found.checkpoint_disk_gb == pytest.approx(
+        (3 * 12 + 6) * 1.2358 + stage2 + 5.1 * 2, rel=1e-3
+    )
     tuned = plan(changed(hybrid, {**SMALL, "sft.instructions": "i.jsonl"}), cluster="8xH100")
     more = tuned.checkpoint_disk_gb - found.checkpoint_disk_gb
     assert more == pytest.approx((3 * 12 + 2) * 1.2358, rel=1e-3)
     facts = {"gpus": [{"name": "NVIDIA H100", "memory_gb": 85.5}] * 8, "memory_gb": 2000.0}
     recipe = changed(hybrid, {**SMALL, "cluster.gpus": 8})
-    assert plan(recipe, cluster={**facts, "disk_free_gb": 63.0}).fits_disk
-    full = plan(recipe, cluster={**facts, "disk_free_gb": 50.0})
+    assert plan(recipe, cluster={**facts, "disk_free_gb": 110.0}).fits_disk
+    full = plan(recipe, cluster={**facts, "disk_free_gb": 100.0})
     assert not full.fits
-    assert "disk: shards, checkpoints and models take 62 GB there" in full.message()
+    assert (
+        "disk: shards, checkpoints and models take 109 GB there (47 of them stage 2's"
+        in full.message()
+    )
 
 
 def test_fine_tuning_is_in_the_hours_where_there_are_instructions(hybrid):
@@ -286,3 +301,70 @@ def test_the_source_of_a_rate_is_named(hybrid):
     assert measured.rate_source.startswith("this project's measurements on H200")
     assert measured.tokens_per_s.high / measured.tokens_per_s.low == pytest.approx(1.15 / 0.85)
     assert "30,624 tokens/s a GPU on B200" in plan(eight, cluster="4xB200").rate_source
+
+
+def test_more_passes_than_allowed_ask_for_more_tokens_not_more_steps(hybrid):
+    recipe = changed(hybrid, SMALL)
+    found = plan(recipe, 900_000_000, "8xH100")
+    assert found.passes == pytest.approx(12_000 * 128 * 3072 / 900e6)  # 5.24
+    assert (found.max_passes, found.fits_passes, found.fits) == (4.0, False, False)
+    # 12,000 steps are 4.72 B tokens: 1.18 B four times; 0.9 B four times are 9,155.27 steps
+    assert (
+        "passes: 5.2 over a corpus of 900,000,000 tokens, at most 4 (budget.max_passes): more tokens are "
+        "needed, not more steps: 1,179,648,000 for these 12,000 steps; the corpus there is allows 9,155"
+    ) in found.message()
+    assert "5.2 passes over 900,000,000 (at most 4): DOES NOT FIT" in found.text()
+    content = found.to_json()
+    assert (content["max_passes"], content["fits_passes"]) == (4.0, False)
+    fits = [choice for choice in found.alternatives if choice.fits]
+    assert fits
+    for choice in fits:
+        assert choice.tokens <= 4 * 900_000_000
+    assert changed(recipe, fits[0].changes).training.max_steps == 9155
+    enough = plan(recipe, 1_179_648_000, "8xH100")
+    assert enough.fits
+    assert plan(changed(recipe, {"budget.max_passes": 5.3}), 900_000_000, "8xH100").fits
+
+
+def test_an_empty_corpus_is_said(hybrid):
+    with pytest.raises(ValueError, match="a corpus of 0 tokens: there is nothing to train on"):
+        plan(hybrid, 0, "8xH100")
+
+
+def test_the_disk_of_a_70b_holds_stage_2_too(hybrid):
+    found = plan(hybrid, cluster="4xB200")
+    # (2 kept + 1) x 12 B and the model's 2 B of 70.55 B parameters
+    assert found.stage2_disk_gb == pytest.approx(2681, abs=1)
+    assert found.checkpoint_disk_gb > 2 * found.stage2_disk_gb
+    # each training keeps as many checkpoints as it says itself
+    fewer = plan(changed(hybrid, {"stage2.save_total_limit": 1}), cluster="4xB200")
+    assert found.checkpoint_disk_gb - fewer.checkpoint_disk_gb == pytest.approx(12 * 70.55, abs=1)
+    facts = {"gpus": [{"name": "NVIDIA B200", "memory_gb": 192.0}] * 4, "memory_gb": 2000.0}
+    short = plan(hybrid, cluster={**facts, "disk_free_gb": found.checkpoint_disk_gb - 1})
+    assert not short.fits_disk
+    assert "(2,681 of them stage 2's, where the gate is missed)" in short.message()
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"),
+    [
+        ("cpt_config", 4.19),
+        ("cpt_config_16gpu", 4.19),
+        ("cpt_config_fast", 2.36),
+        ("cpt_config_filtered", 4.19),
+        ("cpt_config_reduced_steps", 1.05),
+        ("cpt_config_short", 2.10),
+        ("cpt_lora_config", 2.10),
+        ("cpt_stage1_fast", 1.97),
+        ("cpt_stage2_deep", 5.90),
+    ],
+)
+def test_the_guides_own_steps_are_within_their_recipes_passes(name, passes):
+    found = plan(load_recipe(name))
+    assert found.passes == pytest.approx(passes, abs=0.01)
+    assert found.fits_passes
+
+
+def test_the_tiny_recipes_train_on_any_few_documents():
+    assert plan(load_recipe("sample"), 1000).fits
+    assert plan(load_recipe("local"), 1000).fits

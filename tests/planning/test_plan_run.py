@@ -97,6 +97,24 @@ def test_the_corpus_can_be_a_builds_manifest(tmp_path):
         (["--config", "cpt_config_fats"], "did you mean 'cpt_config_fast'"),
         (["--config", "sample", "--hours", "2"], "name a cluster"),
         (["--manifest", "/nowhere.json"], "No such file"),
+        *[
+            ([option, value], f"argument {option}: must be a {kind} above 0, not '{value}'")
+            for option, kind, values in (
+                ("--tokens", "whole number", ["-5", "0", "1.5", "many"]),
+                ("--documents_bytes", "whole number", ["-5", "0"]),
+                ("--take", "whole number", ["0"]),
+                ("--hours", "number", ["0", "-1", "nan", "inf", "long"]),
+                ("--budget", "number", ["0", "-1", "nan", "inf"]),
+            )
+            for value in values
+        ],
+        (["--take", "1"], "say where with --out FILE.yaml"),
+        (["--out", "my plan.yaml"], "'my plan.yaml' is no recipe's file"),
+        (["--out", "plan"], "'plan' is no recipe's file"),
+        (["--take", "40", "--out", "x.yaml"], "--take 40: 5 alternatives are listed"),
+        (["--config", "sample", "--take", "1", "--out", "x.yaml"], "'sample' fits as it is"),
+        (["--all", "--out", "x.yaml"], "--out is for one recipe"),
+        (["--solve_for", "gpus"], "nothing to solve for: give --hours, --budget or both"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_a_line(arguments, said):
@@ -104,3 +122,77 @@ def test_what_cannot_be_planned_is_said_in_a_line(arguments, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+    assert "pydantic" not in done.stderr
+
+
+def figures(done):
+    keys = ("tokens", "hours", "cost", "memory_gb", "cluster", "fits", "passes")
+    content = json.loads(done.stdout)
+    return {key: content[key] for key in keys}
+
+
+def test_any_listed_alternative_is_written_and_plans_to_the_same_figures(tmp_path):
+    corpus = ("--tokens", 900_000_000, "--cluster", "8xH100")
+    listed = plan_run(*corpus, "--json")
+    choices = json.loads(listed.stdout)["alternatives"]
+    assert len(choices) >= 4
+    for number, choice in enumerate(choices, 1):
+        out = tmp_path / f"taken_{number}.yaml"
+        taken = plan_run(*corpus, "--take", number, "--out", out, "--json")
+        assert taken.returncode == (0 if choice["fits"] else 1), taken.stderr
+        assert f"recipe written to {out}" in taken.stderr
+        again = plan_run("--config", out, "--tokens", 900_000_000, "--json")
+        assert figures(again) == figures(taken)
+        assert figures(again)["hours"] == choice["hours"]
+        assert figures(again)["tokens"] == choice["tokens"]
+        assert load_recipe(out).description.startswith(f"cpt_config_fast: {choice['what']}")
+
+
+def test_a_number_of_the_solvers_list_is_of_that_list(tmp_path):
+    wanted = ("--cluster", "4xB200", "--hours", 24, "--tokens", 2_000_000_000)
+    refused = plan_run(*wanted)
+    assert refused.returncode == 1
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("  2. ")]
+    out = tmp_path / "second.yaml"
+    plan_run(*wanted, "--take", 2, "--out", out)
+    assert line.split(", on ")[0].removeprefix("  2. ") in load_recipe(out).description
+    assert load_recipe(out).budget.hours == 24
+
+
+def test_what_fits_is_written_as_it_was_planned(tmp_path):
+    out = tmp_path / "small.yaml"
+    wanted = ("--model", "meta-llama/Llama-3.2-1B", "--cluster", "8xH100")
+    done = plan_run(*wanted, "--out", out, "--json")
+    assert done.returncode == 0
+    assert figures(plan_run("--config", out, "--json")) == figures(done)
+    recipe = load_recipe(out)
+    assert (recipe.cluster.gpus, recipe.cluster.gpu, recipe.claim) == (8, "H100", None)
+    assert recipe.global_batch_size == 128
+
+
+def test_what_does_not_fit_is_not_written_and_that_is_said(tmp_path):
+    out = tmp_path / "large.yaml"
+    done = plan_run("--out", out)
+    assert done.returncode == 1
+    assert f"{out} not written: the recipe does not fit" in done.stderr
+    assert not out.exists()
+
+
+def test_what_is_kept_is_in_all_alternatives():
+    def words(*options):
+        content = json.loads(plan_run("--cluster", "4xB200", "--json", *options).stdout)
+        return " | ".join(choice["what"] for choice in content["alternatives"])
+
+    assert "Llama-3.1-8B" in words()
+    assert "LoRA" in words()
+    assert "Llama" not in words("--keep_model")
+    assert "LoRA" in words("--keep_model")
+    assert "LoRA" not in words("--keep_method")
+
+
+def test_a_manifest_without_tokens_says_so(tmp_path):
+    manifest = tmp_path / "corpus_manifest.json"
+    manifest.write_text(json.dumps({"tokens": 0}))
+    done = plan_run("--manifest", manifest)
+    assert done.returncode == 2
+    assert "'tokens' must be a whole number above 0" in done.stderr

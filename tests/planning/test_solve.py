@@ -56,7 +56,7 @@ def test_the_fewest_gpus_keep_the_tokens(recipe):
 def test_what_cannot_be_is_refused_with_what_can(recipe):
     seventy = changed(recipe, {"model.name_or_path": "meta-llama/Llama-3.1-70B"})
     with pytest.raises(
-        PlanRefused, match=r"What would fit, best first:\n  - Llama-3\.1-8B in place"
+        PlanRefused, match=r"What would fit, best first:\n  1\. Llama-3\.1-8B in place"
     ):
         most_tokens(seventy, cluster="4xB200")
     with pytest.raises(PlanRefused, match="does not fit"):
@@ -67,3 +67,18 @@ def test_something_must_bound_it(recipe):
     free = changed(recipe, {"budget.hours": None, "budget.money": None})
     with pytest.raises(ValueError, match="give hours"):
         most_tokens(free, cluster="4xB200")
+
+
+@pytest.mark.parametrize("hours", [24.0, 1e9])
+def test_hours_without_end_are_bounded_by_the_passes(recipe, hours):
+    free = changed(recipe, {"budget.hours": hours, "budget.money": None})
+    solved, found = most_tokens(free, 100_000_000, "8xH100")
+    # 393,216 tokens a step: 4 x 100 M are 1,017 steps and a bit
+    assert solved.training.max_steps == 1017
+    assert found.passes == pytest.approx(4.0, abs=0.005)
+    assert "to train longer, more tokens are needed, not more steps" in found.text()
+
+
+def test_a_corpus_below_a_step_is_refused(recipe):
+    with pytest.raises(PlanRefused, match=r"more tokens are needed, not more steps"):
+        most_tokens(recipe, 50_000, "8xH100")

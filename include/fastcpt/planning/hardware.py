@@ -81,9 +81,9 @@ class Hardware:
         return self.host.memory_gb * self.hosts
 
     def with_count(self, count: int) -> Hardware:
-        """The same machines, more or fewer of them."""
-        usual = self.gpu.per_host if self.gpu else self.per_host
-        return replace(self, count=count, per_host=max(self.per_host, min(count, usual)))
+        """The same machines, more or fewer of them; hosts that were seen hold as many as they do."""
+        usual = self.gpu.per_host if self.gpu and not self.seen else self.per_host
+        return replace(self, count=count, per_host=usual if self.seen else min(count, usual))
 
 
 @cache

@@ -14,7 +14,8 @@ from typing import Any
 
 from fastcpt.files import whole_file
 from fastcpt.planning.hardware import hardware_of
-from fastcpt.planning.plan import Plan, Range, changed, plan, selected_tokens
+from fastcpt.planning.plan import Plan, changed, plan, selected_tokens
+from fastcpt.planning.ranges import Range
 from fastcpt.recipe import load_recipe
 
 # The guide's number, its name for the option, its recipe.
@@ -52,6 +53,7 @@ class Option:
             (found.fits_time, "time"),
             (found.fits_money, "money"),
             (found.fits_disk, "disk"),
+            (found.fits_passes, "passes"),
         ]
         return ", ".join(word for fits, word in checks if not fits)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,10 +17,10 @@ from fastcpt.planning.costs import (
     tokens_per_second,
 )
 from fastcpt.planning.hardware import Hardware, named_hardware
-from fastcpt.planning.plan import MEASURED
 from fastcpt.planning.shapes import KNOWN, Shape
 from fastcpt.recipe import Lora
 
+MEASURED = Path(__file__).with_name("measured.yaml")
 RATE_TOLERANCE, MEMORY_TOLERANCE = 0.15, 0.10
 SEQUENCE = 3072  # of every row, unless it says otherwise
 
@@ -53,9 +55,49 @@ class Checked:
 Row = tuple[Job, Hardware, dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Published:
+    """What others reached with a program of their own; ``rate`` in tokens/s a GPU.
+
+    ``bound`` is False where the cards were held below their power: no bound of the chip.
+    """
+
+    shape: Shape
+    method: str
+    fp8: bool
+    hardware: Hardware
+    sequence: int
+    rate: int
+    source: str
+    bound: bool = True
+
+
+@cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(MEASURED.read_text(encoding="utf-8"))
+    return content
+
+
 def measured_rows() -> list[Row]:
     """Every measured row: its job, its machines, and what is written of it."""
-    return [_read(dict(row)) for row in yaml.safe_load(MEASURED.read_text("utf-8"))["rows"]]
+    return [_read(dict(row)) for row in _content()["rows"]]
+
+
+def published_rows() -> list[Published]:
+    """Every published rate."""
+    return [
+        Published(
+            _shape(row),
+            row["method"],
+            row["precision"] == "fp8",
+            named_hardware(row["cluster"]),
+            row["sequence"],
+            row["rate"],
+            row["source"],
+            row.get("bound", True),
+        )
+        for row in _content()["published"]
+    ]
 
 
 def check_rows(efficiency: Efficiency = EFFICIENCY) -> list[Checked]:
@@ -87,9 +129,12 @@ def _read(row: dict[str, Any]) -> Row:
     lora = Lora(lora_dropout=row["lora"]) if "lora" in row else None
     settings = {key: value for key, value in row.items() if key not in FACTS}
     defaults = {"sequence": SEQUENCE, "accumulation": 1, "ranks": hardware.count}
-    shape = Shape(*row["shape"]) if "shape" in row else KNOWN[row["model"]]
-    job = Job(shape=shape, lora=lora, **{**defaults, **settings})
+    job = Job(shape=_shape(row), lora=lora, **{**defaults, **settings})
     return job, hardware, row
+
+
+def _shape(row: dict[str, Any]) -> Shape:
+    return Shape(*row["shape"]) if "shape" in row else KNOWN[row["model"]]
 
 
 def check_text(rows: list[Checked]) -> str:

@@ -12,13 +12,10 @@ method on that chip, up to the best published rate elsewhere. ``docs/planning.md
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, Literal
 
 from fastcpt.files import read_json
 from fastcpt.planning.costs import (
@@ -36,40 +33,35 @@ from fastcpt.planning.costs import (
 )
 from fastcpt.planning.hardware import Hardware, hardware_of, prices_source
 from fastcpt.planning.history import Measured, last_run
+from fastcpt.planning.measured import measured_rows, published_rows
+from fastcpt.planning.placement import SECTIONS, batch_of, batch_problem, placement
+from fastcpt.planning.ranges import (
+    OF_LAST_RUN,
+    Range,
+    differing,
+    measured_range,
+    range_words,
+    widened,
+)
 from fastcpt.planning.shapes import KNOWN, Shape, known_name, shape_of
 from fastcpt.recipe import CONFIGS, Lora, Recipe, Training
 
-MEASURED = Path(__file__).with_name("measured.yaml")
 OFFLOAD_FILE = "ds_config_zero3_offload.json"
 CHARACTERS_PER_TOKEN = 4.4  # running legal text, Llama's and dolma2's vocabularies
 BYTES_PER_TOKEN_ON_DISK = 1.1  # of the shards: zstd over int32 ids
 STARTUP_SECONDS = 120.0  # packages imported, kernels built, NCCL up; without loading weights
 A_LAYER_SECONDS = 1e-3  # of a generated token: transformers' launches, whatever the GPU; assumed
 GENERATED_TOGETHER = 32  # answers (fastcpt.training.generation)
-OF_LAST_RUN, OF_MEASUREMENTS, SLOWER = 0.07, 0.15, 0.25  # half-widths of a rate's range
 NEAR_BEST = 0.01  # a smaller micro-batch is taken where it costs no more than this
 WORTH_IT = 0.03  # less than this is no reason to change a recipe
 MORE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
+Keep = Literal["model", "method"]
+
+
 class PlanRefused(ValueError):
     """The recipe does not fit; the message says why, and what would."""
-
-
-@dataclass(frozen=True)
-class Range:
-    low: float
-    high: float
-
-    def times(self, factor: float) -> Range:
-        return Range(self.low * factor, self.high * factor)
-
-    def plus(self, more: float) -> Range:
-        return Range(self.low + more, self.high + more)
-
-    def words(self, digits: int = 1) -> str:
-        low, high = f"{self.low:,.{digits}f}", f"{self.high:,.{digits}f}"
-        return low if low == high else f"{low} to {high}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +71,7 @@ class Alternative:
     what: str
     changes: dict[str, Any]
     tokens: int
+    cluster: str
     hours: Range
     cost: Range | None
     memory_gb: float
@@ -105,6 +98,7 @@ class Plan:
     corpus_tokens: int | None
     budget_hours: float | None = None
     budget_money: float | None = None
+    max_passes: float | None = None
     flops: float | None = None
     memory_gb: dict[str, float] | None = None
     available_gb: float | None = None
@@ -125,9 +119,14 @@ class Plan:
     transfer_gb: float | None = None
     transfer_hours: Range | None = None
     checkpoint_disk_gb: float | None = None
+    stage2_disk_gb: float | None = None  # of it, stage 2's, which only a missed gate starts
     fits_disk: bool = True
+    host_memory_gb: float | None = None  # of all hosts, where the optimizer is offloaded
+    host_available_gb: float | None = None
+    host_seen: bool = False  # by check_cluster; else a usual host's
     stage2_hours: Range | None = None
     stage2_cost: Range | None = None
+    stage2_passes: float | None = None
     best_micro_batch: dict[str, Any] | None = None
     alternatives: tuple[Alternative, ...] = ()
     problems: tuple[str, ...] = ()  # what keeps it from running at all
@@ -140,25 +139,45 @@ class Plan:
         return self.tokens / self.corpus_tokens if self.corpus_tokens else None
 
     @property
+    def fits_passes(self) -> bool:
+        """Whether the corpus is seen no more often than ``budget.max_passes`` allows."""
+        return self.passes is None or self.max_passes is None or self.passes <= self.max_passes
+
+    @property
+    def steps_in_passes(self) -> int | None:
+        """The steps that ``max_passes`` over the corpus are; None where the corpus is not known."""
+        if not self.corpus_tokens or not self.tokens or self.max_passes is None:
+            return None
+        return int(self.max_passes * self.corpus_tokens * self.steps // self.tokens)
+
+    @property
     def fits(self) -> bool:
         fits = self.fits_memory and self.fits_time and self.fits_money and self.fits_disk
-        return fits and not self.problems
+        return fits and self.fits_passes and not self.problems
 
     def to_json(self) -> dict[str, Any]:
         """Every field, ranges as {low, high}, with ``passes``, ``fits`` and ``message``."""
         content = asdict(self)
         content["alternatives"] = [asdict(alternative) for alternative in self.alternatives]
-        return {**content, "passes": self.passes, "fits": self.fits, "message": self.message()}
+        passes = {"passes": self.passes, "fits_passes": self.fits_passes}
+        return {**content, **passes, "fits": self.fits, "message": self.message()}
 
-    def message(self) -> str:
-        """Why it does not fit and what would, in lines; that it fits, in one."""
+    def message(self, command: str = "the same command with") -> str:
+        """Why it does not fit and what would, in lines; that it fits, in one.
+
+        ``command``: what the user types to list the alternatives again, to take one of them.
+        """
         what = f"'{self.recipe}' ({self.model}, {self.method}, {self.precision}) on {self.cluster}"
         if self.fits:
             return f"{what}: fits."
         lines = [f"{what} does not fit:", *(f"  - {reason}" for reason in self._reasons())]
         if self.alternatives:
             lines.append("What would fit, best first:" if self.alternatives[0].fits else "Nearest:")
-            lines += [f"  - {_alternative_words(choice)}" for choice in self.alternatives[:6]]
+            lines += [
+                f"  {number}. {_alternative_words(choice)}"
+                for number, choice in enumerate(self.alternatives, 1)
+            ]
+            lines.append(f"To have one as a recipe: {command} --take NUMBER --out FILE.yaml")
         return "\n".join(lines)
 
     def _reasons(self) -> Iterator[str]:
@@ -183,13 +202,27 @@ class Plan:
             yield f"money: ${self.cost.words(0)}, budget ${self.budget_money:,.0f}"
         if not self.fits_disk:
             yield (
-                f"disk: shards, checkpoints and models take {self.checkpoint_disk_gb:,.0f} GB there, more than "
-                "is free; free some, or keep fewer checkpoints (training.save_total_limit)"
+                f"disk: shards, checkpoints and models take {self.checkpoint_disk_gb:,.0f} GB there "
+                f"({self.stage2_disk_gb:,.0f} of them stage 2's, where the gate is missed), more than is "
+                "free; free some, or keep fewer checkpoints (save_total_limit of training and stage2)"
+            )
+        if not self.fits_passes and self.passes and self.max_passes and self.corpus_tokens:
+            yield (
+                f"passes: {self.passes:,.1f} over a corpus of {self.corpus_tokens:,} tokens, at most "
+                f"{self.max_passes:g} (budget.max_passes): more tokens are needed, not more steps: "
+                f"{math.ceil(self.tokens / self.max_passes):,} for these {self.steps:,} steps; the corpus "
+                f"there is allows {self.steps_in_passes:,} (training.max_steps)"
             )
 
-    def text(self) -> str:
-        """The whole plan, to read."""
-        passes = f", {self.passes:.1f} passes over {self.corpus_tokens:,}" if self.passes else ""
+    def text(self, command: str = "the same command with") -> str:
+        """The whole plan, to read; ``command`` as in ``message``."""
+        passes = ""
+        if self.passes and self.max_passes:
+            verdict = "" if self.fits_passes else ": DOES NOT FIT"
+            passes = (
+                f", {self.passes:,.1f} passes over {self.corpus_tokens:,} "
+                f"(at most {self.max_passes:g}){verdict}"
+            )
         rows = [
             (
                 "model",
@@ -243,6 +276,8 @@ class Plan:
             rows.append(("", self.price_source or ""))
         if self.stage2_hours:
             cost = f", ${self.stage2_cost.words(0)}" if self.stage2_cost else ""
+            if self.stage2_passes:
+                cost += f", {self.stage2_passes:,.1f} passes"
             rows.append(
                 ("stage 2", f"{self.stage2_hours.words()} h more{cost}, where the gate is missed")
             )
@@ -251,17 +286,33 @@ class Plan:
                 ("transfer", f"{self.transfer_gb:,.1f} GB, {self.transfer_hours.words(2)} h")
             )
         if self.checkpoint_disk_gb is not None:
+            stage2 = (
+                f", {self.stage2_disk_gb:,.0f} of them stage 2's" if self.stage2_disk_gb else ""
+            )
+            free = "" if self.fits_disk else ": NOT FREE"
+            rows.append(("disk there", f"{self.checkpoint_disk_gb:,.0f} GB{stage2}{free}"))
+        if self.host_memory_gb is not None:
+            there = "the hosts'" if self.host_seen else "what such hosts usually have:"
             rows.append(
                 (
-                    "disk there",
-                    f"{self.checkpoint_disk_gb:,.0f} GB{'' if self.fits_disk else ': NOT FREE'}",
+                    "host memory",
+                    f"{self.host_memory_gb:,.0f} GB for the offloaded optimizer, of {there} "
+                    f"{self.host_available_gb:,.0f} GB",
                 )
             )
         if self.claim:
             rows.append(("published claim", f"{self.claim['hours']} h, {self.claim['cost']}"))
         rows += [("note", note) for note in self.notes]
+        if self.fits_passes and self.steps_in_passes == self.steps:
+            rows.append(
+                (
+                    "note",
+                    f"no more steps than these are within {self.max_passes:g} passes over the corpus "
+                    "(budget.max_passes): to train longer, more tokens are needed, not more steps",
+                )
+            )
         lines = [f"{name:<16}{value}" for name, value in rows]
-        return "\n".join([f"plan of '{self.recipe}'", *lines, "", self.message()])
+        return "\n".join([f"plan of '{self.recipe}'", *lines, "", self.message(command)])
 
 
 def _against(budget: float | None, fits: bool, unit: str) -> str:
@@ -274,7 +325,7 @@ def _alternative_words(choice: Alternative) -> str:
     cost = f", ${choice.cost.words(0)}" if choice.cost else ""
     verdict = "" if choice.fits else " (does not fit either)"
     return (
-        f"{choice.what}: {choice.tokens / 1e9:.3g} B tokens, {choice.hours.words()} h{cost}, "
+        f"{choice.what}, on {choice.cluster}: {choice.tokens / 1e9:.3g} B tokens, {choice.hours.words()} h{cost}, "
         f"{choice.memory_gb:.0f} GB a GPU{verdict}"
     )
 
@@ -299,29 +350,32 @@ def plan(
     tokens: int | None = None,
     cluster: Mapping[str, Any] | str | None = None,
     history: Path | None = None,
+    keep: Iterable[Keep] = (),
 ) -> Plan:
     """Plan ``recipe``'s continued pre-training.
 
     ``tokens``: of the corpus; None takes the recipe's ``target_tokens``. ``cluster``: facts of
     ``check_cluster``, a name (``4xB200``), or None for the recipe's own. ``history``: the file that
-    ``record_run`` writes. Raises ``ValueError`` kinds for a cluster or model that cannot be read;
+    ``record_run`` writes. ``keep``: what the alternatives may not change. Raises ``ValueError`` kinds for a cluster or model that cannot be read;
     that a recipe does not fit is an answer, not an error (``require_fit``).
     """
     hardware = hardware_of(recipe.cluster, cluster)
     found = plan_on(recipe, tokens, hardware, history)
     if found.fits or hardware.gpu is None:
         return found
-    return replace(found, alternatives=tuple(alternatives(recipe, tokens, hardware, history)))
+    return replace(found, alternatives=tuple(alternatives(recipe, tokens, hardware, history, keep)))
 
 
-def require_fit(plan: Plan) -> None:
+def require_fit(plan: Plan, command: str = "the same command with") -> None:
     """``PlanRefused`` with the plan's message unless it fits."""
     if not plan.fits:
-        raise PlanRefused(plan.message())
+        raise PlanRefused(plan.message(command))
 
 
 def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None) -> Plan:
     """The plan on given machines, without its alternatives."""
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"a corpus of {tokens} tokens: there is nothing to train on")
     training, shape = recipe.training, shape_of(recipe)
     sequence = recipe.corpus.max_seq_length
     name = recipe.model.name_or_path
@@ -338,6 +392,7 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
         corpus_tokens=tokens if tokens is not None else recipe.selection.target_tokens,
         budget_hours=recipe.budget.hours,
         budget_money=recipe.budget.money,
+        max_passes=recipe.budget.max_passes,
         claim=recipe.claim.model_dump() if recipe.claim else None,
     )
     if shape is None:
@@ -347,12 +402,9 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
     if hardware.gpu is None:
         return _cpu_plan(plain, before)
     micro = training.per_device_train_batch_size
-    if recipe.global_batch_size % (micro * hardware.count):
-        reason = (
-            f"batch: a step's {recipe.global_batch_size} sequences cannot be split over "
-            f"{hardware.count} GPUs with {micro} at a time; change per_device_train_batch_size"
-        )
-        return replace(plain, problems=(reason,))
+    unsplit = batch_problem(recipe, hardware)
+    if unsplit is not None:
+        return replace(plain, problems=(unsplit,))
     if training.use_fp8 and hardware.gpu.fp8 is None:
         # planned in bf16, which is what would run there
         bf16 = changed(recipe, {"training.use_fp8": False})
@@ -398,7 +450,8 @@ def _cpu_plan(plain: Plan, before: Measured | None) -> Plan:
 
 
 def _last(before: Measured) -> str:
-    return f"last run here, {before.run} of {before.time[:10]}"
+    there = f"{before.gpus}x{before.gpu}"
+    return f"last run here, {before.run} of {before.time[:10]} on {there}"
 
 
 def _gpu_plan(
@@ -442,20 +495,22 @@ def _gpu_plan(
     corpus = plain.corpus_tokens or tokens
     # each training's checkpoints, one more than are kept, and its model; the base model and what is
     # published; the shards, and their rows as the trainer reads them
-    trainings = 2 if recipe.sft.instructions else 1
-    disk = trainings * (checkpoint_bytes(job) * (training.save_total_limit + 1) + 2 * job.trained)
-    disk = (disk + 4 * shape.parameters + corpus * (BYTES_PER_TOKEN_ON_DISK + 4)) / 1e9
+    stage2_disk = training_disk(recipe.stage2, job) / 1e9
+    disk = training_disk(training, job) / 1e9 + stage2_disk
+    if recipe.sft.instructions:
+        disk += training_disk(recipe.sft.training, job) / 1e9
+    disk += (4 * shape.parameters + corpus * (BYTES_PER_TOKEN_ON_DISK + 4)) / 1e9
     problems = plain.problems
     if not host_has_memory(job, hardware):
         problems += (
             f"host memory: offloading takes {host_bytes(job) / 1e9:,.0f} GB of main memory, "
-            f"the hosts have about {hardware.host_memory_gb:,.0f}",
+            f"the hosts {'have' if hardware.seen else 'usually have'} {hardware.host_memory_gb:,.0f}",
         )
     back = 2 * shape.parameters if recipe.publish.destination == "bring_back" else 0
     moved = (corpus * BYTES_PER_TOKEN_ON_DISK + back) / 1e9
     slow, fast = hardware.host.ssh_mbit_s
     peak = gpu.peak(job.fp8) * hardware.count
-    more = recipe.stage2.max_steps * _batch(recipe, recipe.stage2) * job.sequence
+    more = recipe.stage2.max_steps * batch_of(recipe, recipe.stage2) * job.sequence
     stage2 = Range(more / everyone.high, more / everyone.low).times(1 / 3600)
     best = best_job(recipe, shape, hardware)
     gain = tokens_per_second(best, hardware) / tokens_per_second(job, hardware) - 1 if best else 0.0
@@ -483,8 +538,13 @@ def _gpu_plan(
         transfer_gb=moved,
         transfer_hours=Range(moved * 8000 / fast / 3600, moved * 8000 / slow / 3600),
         checkpoint_disk_gb=disk,
+        stage2_disk_gb=stage2_disk,
+        host_memory_gb=host_bytes(job) / 1e9 if job.offload else None,
+        host_available_gb=hardware.host_memory_gb if job.offload else None,
+        host_seen=hardware.seen,
         fits_disk=hardware.disk_free_gb is None or disk <= hardware.disk_free_gb,
         stage2_hours=stage2,
+        stage2_passes=more / plain.corpus_tokens if plain.corpus_tokens else None,
         stage2_cost=None if price is None else stage2.times(price * hardware.count),
         best_micro_batch=None
         if best is None or (gain < WORTH_IT and memory["total"] <= available)
@@ -587,9 +647,9 @@ def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
     return {**parts, "total": sum(parts.values())}
 
 
-def _batch(recipe: Recipe, training: Training) -> int:
-    micro = training.per_device_train_batch_size
-    return micro * training.gradient_accumulation_steps * recipe.cluster.gpus
+def training_disk(training: Training, job: Job) -> float:
+    """Bytes that a training leaves there: its checkpoints, one more than are kept, and its model."""
+    return checkpoint_bytes(job) * (training.save_total_limit + 1) + 2 * job.trained
 
 
 def _overheads(
@@ -620,7 +680,7 @@ def _overheads(
     }
     if recipe.sft.instructions:
         sft = recipe.sft.training
-        rows = sft.max_steps * _batch(recipe, sft)
+        rows = sft.max_steps * batch_of(recipe, sft)
         seconds["fine-tuning"] = startup + rows * job.sequence / rate
         seconds["its evaluation"] = STARTUP_SECONDS + loading + _answers(recipe, job, hardware)
     return {name: value / 3600 for name, value in seconds.items()}
@@ -645,103 +705,61 @@ def _answers(recipe: Recipe, job: Job, hardware: Hardware) -> float:
 # Rates
 
 
-@cache
-def _table() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(MEASURED.read_text(encoding="utf-8"))
-    return content
-
-
 def _rate(
     recipe: Recipe, job: Job, hardware: Hardware, before: Measured | None
 ) -> tuple[Range, str]:
     """Tokens/s a GPU as a range, and where it comes from."""
-    gpu = hardware.gpu
-    assert gpu is not None
     likely = tokens_per_second(job, hardware)
-    if before is not None:
-        # on another number of GPUs or micro-batch: by the cost model's ratio
-        there = hardware.with_count(before.gpus)
-        then = job_of(recipe, job.shape, there, before.micro_batch)
-        then = replace(then, accumulation=before.accumulation)
-        ratio = likely / tokens_per_second(then, there)
-        rate = before.tokens_per_s_per_gpu * ratio
-        spread = Range(rate * (1 - OF_LAST_RUN), rate * (1 + OF_LAST_RUN))
-        return spread, _last(before)
-    for row in _table()["rows"]:
-        method = "lora" if "lora" in row else "full"
-        same = (method, row.get("fp8", False)) == (job.method, job.fp8)
-        if same and row["cluster"].endswith(f"x{gpu.name}") and hardware.hosts == 1:
-            spread = Range(likely * (1 - OF_MEASUREMENTS), likely * (1 + OF_MEASUREMENTS))
-            return spread, f"this project's measurements on {gpu.name}, scaled by its cost model"
-    best = published_rate(job, hardware)
-    high = likely * (1 + OF_MEASUREMENTS)
-    source = f"cost model fitted on H100 and H200, not measured on {gpu.name}"
-    if best and hardware.hosts == 1:
-        high = best[0]  # nobody showed more
-        source += f"; at best {best[1]}"
-    return Range(min(likely, high) * (1 - SLOWER), high), source
-
-
-def published_rate(job: Job, hardware: Hardware) -> tuple[float, str] | None:
-    """The best published tokens/s a GPU of the same model and method, scaled by operations and
-    peak to this sequence and chip; with its words. None where nobody published one."""
-    gpu = hardware.gpu
-    assert gpu is not None
-    name = next((known for known, shape in KNOWN.items() if shape == job.shape), None)
-    found: list[tuple[float, str]] = []
-    for row in _table()["published"]:
-        if (row["model"], row["method"], row["precision"]) != (name, job.method, job.precision):
-            continue
-        table = _gpus()
-        scale = gpu.peak(job.fp8) / table[row["gpu"]].peak(job.fp8)
-        lora = Lora() if job.lora else None
-        scale *= model_flops(job.shape, row["sequence"], lora) / model_flops(
-            job.shape, job.sequence, job.lora
-        )
-        words = f"{row['rate']:,} tokens/s a GPU on {row['gpu']} ({row['source']})"
-        # another chip's figure says less than the same one's
-        found.append((row["rate"] * scale, words))
-        if row["gpu"] == gpu.name:
-            return found[-1]
-    return max(found, default=None)
-
-
-@cache
-def _gpus() -> dict[str, Any]:
-    from fastcpt.planning.hardware import gpu_table
-
-    return dict(gpu_table())
+    if before is None:
+        return measured_range(job, hardware, likely, measured_rows(), published_rows())
+    # on another number of GPUs or micro-batch: by the cost model's ratio
+    there = hardware.with_count(before.gpus)
+    then = job_of(recipe, job.shape, there, before.micro_batch)
+    then = replace(then, accumulation=before.accumulation)
+    rate = before.tokens_per_s_per_gpu * likely / tokens_per_second(then, there)
+    differences = differing(job, hardware, then, there)
+    found = widened(rate, OF_LAST_RUN, differences)
+    return found, _last(before) + range_words(found, rate, differences)
 
 
 # What else would do
 
 
 def alternatives(
-    recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None = None
+    recipe: Recipe,
+    tokens: int | None,
+    hardware: Hardware,
+    history: Path | None = None,
+    keep: Iterable[Keep] = (),
 ) -> list[Alternative]:
     """Changed recipes with their own figures, best first.
 
     What fits comes first; of that, what keeps a twentieth of the tokens; of that, what gives least
     up: another micro-batch, FP8, more GPUs, offload, a smaller model, LoRA. Each is cut to
-    the tokens that the budgets allow where it is too much.
+    the tokens that the budgets allow where it is too much. ``keep`` leaves out what changes the model,
+    or full training to LoRA.
     """
     found: list[tuple[tuple[bool, int, int], Alternative]] = []
     planned = recipe.training.max_steps * recipe.global_batch_size * recipe.corpus.max_seq_length
-    for order, (what, changes, count) in enumerate(_changes(recipe, hardware)):
+    for order, (what, changes, count) in enumerate(_changes(recipe, hardware, set(keep))):
         machines = hardware.with_count(count)
+        changes = {**placement(changed(recipe, changes), machines), **changes}
         figures = plan_on(changed(recipe, changes), tokens, machines, history)
         if not figures.fits and not figures.problems and figures.fits_memory:
             cut = cut_to_budget(changed(recipe, changes), figures)
-            if cut is not None and count == hardware.count:
+            if cut is not None and (count == hardware.count or not figures.fits_passes):
                 what = f"{what}, fewer tokens" if what else "fewer tokens"
                 changes = {**changes, **cut}
                 figures = plan_on(changed(recipe, changes), tokens, machines, history)
         if not what or figures.hours is None or figures.memory_gb is None:
             continue
+        if figures.host_memory_gb is not None:
+            what = f"{what}, {figures.host_memory_gb:,.0f} GB of host memory"
         choice = Alternative(
             what,
             changes,
             figures.tokens,
+            figures.cluster,
             figures.hours,
             figures.cost,
             figures.memory_gb["total"],
@@ -753,17 +771,27 @@ def alternatives(
     return [choice for _, choice in sorted(found, key=lambda item: item[0])]
 
 
-def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str, Any], int]]:
+def _changes(
+    recipe: Recipe, hardware: Hardware, keep: set[Keep]
+) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Words, dotted keys, and GPUs of what could be changed, the least loss first."""
     count, shape, gpu = hardware.count, shape_of(recipe), hardware.gpu
     assert gpu is not None
     if shape is None:
         return
-    precision: dict[str, Any] = {}
+    needed: dict[str, Any] = {}
+    first = []
     if recipe.training.use_fp8 and (gpu.fp8 is None or not fuses(recipe, shape)):
-        precision = everywhere({"use_fp8": False})
-        recipe = changed(recipe, precision)
-        yield "bf16", precision, count
+        needed = everywhere({"use_fp8": False})
+        recipe = changed(recipe, needed)
+        first.append("bf16")
+    more_gpus = list(_enough_gpus(recipe, hardware, shape, needed))
+    if recipe.global_batch_size % count:
+        needed = {**needed, **placement(recipe, hardware)}
+        recipe = changed(recipe, needed)
+        first.append(f"steps of {recipe.global_batch_size} sequences")
+    if first:
+        yield ", ".join(first), needed, count
     best = best_job(recipe, shape, hardware)
     own = job_of(recipe, shape, hardware, recipe.training.per_device_train_batch_size)
     if best and (
@@ -771,28 +799,28 @@ def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str
         or tokens_per_second(best, hardware) > (1 + WORTH_IT) * tokens_per_second(own, hardware)
     ):
         words = f"micro-batch {best.micro_batch}, checkpointing {best.recomputation}"
-        yield words, {**precision, **job_changes(recipe, best, hardware)}, count
+        yield words, {**needed, **job_changes(recipe, best, hardware)}, count
     else:
-        yield "", precision, count  # the recipe itself, on fewer tokens
+        yield "", needed, count  # the recipe itself, on fewer tokens
     if gpu.fp8 is not None and not recipe.training.use_fp8 and fuses(recipe, shape):
-        tuned = _tuned(recipe, everywhere({"use_fp8": True}), hardware)
+        tuned = _tuned(recipe, {**needed, **everywhere({"use_fp8": True})}, hardware)
         if tuned is not None:
             yield "FP8", tuned, count
-    yield from _enough_gpus(recipe, hardware, shape, precision)
+    yield from more_gpus
     if recipe.lora is None and best is None:  # where memory suffices it would only be slower
-        offload = {**precision, **everywhere({"deepspeed": OFFLOAD_FILE})}
+        offload = {**needed, **everywhere({"deepspeed": OFFLOAD_FILE})}
         offloaded = _tuned(recipe, offload, hardware)
         if offloaded is not None:
             yield "optimizer offloaded to the hosts", offloaded, count
     smaller = [name for name in KNOWN if KNOWN[name].parameters < 0.9 * shape.parameters]
-    for name in reversed(smaller[-2:]):
-        model = {**precision, "model.name_or_path": f"meta-llama/{name}", "model.config": None}
+    for name in () if "model" in keep else reversed(smaller[-2:]):
+        model = {**needed, "model.name_or_path": f"meta-llama/{name}", "model.config": None}
         tuned = _tuned(recipe, model, hardware)
         if tuned is not None:
             yield f"{name} in place of {_called(recipe, shape)}", tuned, count
-    if recipe.lora is None:
+    if recipe.lora is None and "method" not in keep:
         rate = min(1e-3, 10 * recipe.training.learning_rate)  # LoRA learns at about ten times
-        lora = {**precision, "lora": Lora().model_dump(), "training.learning_rate": rate}
+        lora = {**needed, "lora": Lora().model_dump(), "training.learning_rate": rate}
         tuned = _tuned(recipe, lora, hardware)
         if tuned is not None:
             yield "LoRA on q, k, v, o", tuned, count
@@ -801,9 +829,6 @@ def _changes(recipe: Recipe, hardware: Hardware) -> Iterator[tuple[str, dict[str
 def _called(recipe: Recipe, shape: Shape) -> str:
     name = recipe.model.name_or_path
     return (known_name(name) if name else None) or f"{shape.parameters / 1e9:.0f}B"
-
-
-SECTIONS = ("training", "stage2", "sft.training")
 
 
 def everywhere(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -816,21 +841,8 @@ def job_changes(recipe: Recipe, job: Job, hardware: Hardware) -> dict[str, Any]:
 
     The later trainings keep their own batches too, with micro-batches that are no larger.
     """
-    assert hardware.gpu is not None
-    cluster = {"gpus": hardware.count, "gpu": hardware.gpu.name}
-    changes: dict[str, Any] = {
-        f"cluster.{key}": value
-        for key, value in cluster.items()
-        if getattr(recipe.cluster, key) != value
-    }
-    trainings = (recipe.training, recipe.stage2, recipe.sft.training)
-    for section, training in zip(SECTIONS, trainings, strict=True):
-        a_gpu = max(1, _batch(recipe, training) // hardware.count)
-        micro = next(m for m in range(job.micro_batch, 0, -1) if a_gpu % m == 0)
-        changes[f"{section}.per_device_train_batch_size"] = micro
-        changes[f"{section}.gradient_accumulation_steps"] = a_gpu // micro
-        changes[f"{section}.gradient_checkpointing"] = "auto"
-    return changes
+    automatic = everywhere({"gradient_checkpointing": "auto"})
+    return {**placement(recipe, hardware, job.micro_batch), **automatic}
 
 
 def _tuned(recipe: Recipe, changes: dict[str, Any], hardware: Hardware) -> dict[str, Any] | None:
@@ -868,7 +880,8 @@ def _enough_gpus(
 
 
 def cut_to_budget(recipe: Recipe, figures: Plan) -> dict[str, Any] | None:
-    """The steps that the hours and the money allow, as changes; None where not even one does."""
+    """The steps that hours, money and passes allow, as changes; None where not even one is allowed, or
+    all are."""
     if figures.hours is None:
         return None
     parts, steps = dict(figures.hours_parts), recipe.training.max_steps
@@ -877,15 +890,17 @@ def cut_to_budget(recipe: Recipe, figures: Plan) -> dict[str, Any] | None:
     allowed = recipe.budget.hours if recipe.budget.hours is not None else float("inf")
     if recipe.budget.money is not None and figures.cost:
         allowed = min(allowed, recipe.budget.money / (figures.cost.high / figures.hours.high))
-    if allowed >= figures.hours.high:
-        return None
-    a_step = (figures.hours.high - fixed) / steps
-    steps = int((allowed - fixed) / a_step * 0.999)
-    if steps < 1:
+    fewer = steps
+    if allowed < figures.hours.high:
+        a_step = (figures.hours.high - fixed) / steps
+        fewer = int((allowed - fixed) / a_step * 0.999)
+    if not figures.fits_passes and figures.steps_in_passes is not None:
+        fewer = min(fewer, figures.steps_in_passes)
+    if not 0 < fewer < steps:
         return None
     return {
-        "training.max_steps": steps,
-        "training.warmup_steps": min(recipe.training.warmup_steps, steps // 10),
+        "training.max_steps": fewer,
+        "training.warmup_steps": min(recipe.training.warmup_steps, fewer // 10),
     }
 
 

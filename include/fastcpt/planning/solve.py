@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from fastcpt.planning.costs import Job
 from fastcpt.planning.hardware import Hardware, hardware_of
 from fastcpt.planning.plan import (
     MORE_GPUS,
+    Keep,
     Plan,
     PlanRefused,
     alternatives,
@@ -31,15 +32,24 @@ def most_tokens(
     tokens: int | None = None,
     cluster: Mapping[str, Any] | str | None = None,
     history: Path | None = None,
+    keep: Iterable[Keep] = (),
 ) -> tuple[Recipe, Plan]:
     """The recipe with as many steps as its budget allows on the cluster, and its plan.
 
     ``recipe.budget`` must have hours or money. Micro-batch and recomputation become the fastest
-    that fit. Raises ``PlanRefused`` where no step fits, with what would.
+    that fit. Raises ``PlanRefused`` where no step fits, with what would; its alternatives are changes
+    of ``recipe``, ``keep`` what they may not change.
     """
     _require_budget(recipe)
     hardware = _gpus_of(recipe, cluster)
-    other = changed(recipe, job_changes(recipe, _best(recipe, hardware), hardware))
+
+    def refused() -> PlanRefused:
+        return _refused(recipe, tokens, hardware, history, keep)
+
+    job = _best(recipe, hardware)
+    if job is None:
+        raise refused()
+    other = changed(recipe, job_changes(recipe, job, hardware))
 
     def with_steps(steps: int) -> tuple[Recipe, Plan]:
         warmup = min(recipe.training.warmup_steps, steps // 10)
@@ -47,7 +57,7 @@ def most_tokens(
         return cut, plan_on(cut, tokens, hardware, history)
 
     if not with_steps(1)[1].fits:
-        raise _refused(other, tokens, hardware, history, with_steps(1)[1])
+        raise refused()
     # hours and money only grow with the steps: the last number that fits, by halving
     low, high = 1, MOST_STEPS
     while low < high:
@@ -61,6 +71,7 @@ def fewest_gpus(
     tokens: int | None = None,
     cluster: Mapping[str, Any] | str | None = None,
     history: Path | None = None,
+    keep: Iterable[Keep] = (),
 ) -> tuple[Recipe, Plan]:
     """The recipe on the fewest GPUs of the cluster's kind that keep its budget, tokens unchanged.
 
@@ -80,7 +91,7 @@ def fewest_gpus(
         found = plan_on(other, tokens, hardware, history)
         if found.fits:
             return other, found
-    raise _refused(recipe, tokens, given, history, plan_on(recipe, tokens, given, history))
+    raise _refused(recipe, tokens, given, history, keep)
 
 
 def _require_budget(recipe: Recipe) -> None:
@@ -97,23 +108,20 @@ def _gpus_of(recipe: Recipe, cluster: Mapping[str, Any] | str | None) -> Hardwar
     return hardware
 
 
-def _best(recipe: Recipe, hardware: Hardware) -> Job:
+def _best(recipe: Recipe, hardware: Hardware) -> Job | None:
     shape = shape_of(recipe)
     if shape is None:
         raise ValueError(plan_on(recipe, None, hardware, None).notes[0])
-    if recipe.global_batch_size % hardware.count:
-        raise ValueError(
-            f"a step's {recipe.global_batch_size} sequences cannot be split over {hardware.count} "
-            "GPUs: change gradient_accumulation_steps"
-        )
-    job = best_job(recipe, shape, hardware)
-    if job is None:
-        raise _refused(recipe, None, hardware, None, plan_on(recipe, None, hardware, None))
-    return job
+    return best_job(recipe, shape, hardware)
 
 
 def _refused(
-    recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None, found: Plan
+    recipe: Recipe,
+    tokens: int | None,
+    hardware: Hardware,
+    history: Path | None,
+    keep: Iterable[Keep],
 ) -> PlanRefused:
-    others = tuple(alternatives(recipe, tokens, hardware, history))
+    found = plan_on(recipe, tokens, hardware, history)
+    others = tuple(alternatives(recipe, tokens, hardware, history, keep))
     return PlanRefused(replace(found, alternatives=others).message())

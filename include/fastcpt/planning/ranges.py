@@ -1,0 +1,177 @@
+"""How wide a planned rate's range is: by how far the plan lies from what was measured.
+
+Where a job like the planned one was measured, the range is the cost model's rate give or take
+``OF_MEASUREMENTS``, or a run's own rate give or take ``OF_LAST_RUN``. Each way in which the plan
+differs from that measurement moves both ends further apart by a factor: so much a doubling of GPUs,
+hosts, parameters and sequence, so much for another chip, method, precision or kernels. The differences
+are taken for independent, so the logarithms of their factors add in squares. The measurement that
+leaves the narrowest range is taken, and named.
+
+``benchmarks/planning.py`` leaves whole model sizes and GPU counts out and counts how often the range
+holds what was measured there. Those groups are a doubling of GPUs away and up to six of size; the
+factors for more GPUs, hosts, chips and methods are judged, not measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fastcpt.planning.costs import Job, model_flops
+from fastcpt.planning.hardware import Hardware
+from fastcpt.planning.measured import Published, Row
+from fastcpt.planning.shapes import KNOWN, Shape
+from fastcpt.recipe import Lora
+
+OF_LAST_RUN, OF_MEASUREMENTS = 0.07, 0.15  # half-widths where nothing differs
+A_DOUBLING_OF_GPUS, A_DOUBLING_OF_HOSTS = 1.10, 1.15
+A_DOUBLING_OF_SIZE, A_DOUBLING_OF_SEQUENCE = 1.03, 1.03
+ANOTHER_CHIP = 0.2  # power of how many times its peak, memory's bandwidth or link differs most
+ANOTHER_WAY = 1.15  # full in place of LoRA, FP8 of bf16, other kernels
+
+
+@dataclass(frozen=True)
+class Range:
+    low: float
+    high: float
+
+    def times(self, factor: float) -> Range:
+        return Range(self.low * factor, self.high * factor)
+
+    def plus(self, more: float) -> Range:
+        return Range(self.low + more, self.high + more)
+
+    def words(self, digits: int = 1) -> str:
+        low, high = f"{self.low:,.{digits}f}", f"{self.high:,.{digits}f}"
+        return low if low == high else f"{low} to {high}"
+
+
+def measured_range(
+    job: Job,
+    hardware: Hardware,
+    likely: float,
+    rows: Iterable[Row],
+    published: Iterable[Published] = (),
+) -> tuple[Range, str]:
+    """Tokens/s a GPU around the cost model's ``likely``, and in words what they rest on.
+
+    On a chip that no row was measured on, the range goes up to the best that was shown of that model
+    and method, here or elsewhere: nobody did more, and inside a host that much can be done.
+    """
+    rows = list(rows)
+    differences = [differing(job, hardware, row, there) for row, there, _ in rows]
+    nearest = min(range(len(rows)), key=lambda n: _together(differences[n]))
+    row, there, _ = rows[nearest]
+    assert hardware.gpu is not None
+    assert there.gpu is not None
+    found, best = widened(likely, OF_MEASUREMENTS, differences[nearest]), None
+    chips = {other.gpu.name for _, other, _ in rows if other.gpu is not None}
+    if hardware.gpu.name not in chips:
+        own = [
+            Published(row.shape, row.method, row.fp8, there, row.sequence, facts["rate"], "here")
+            for row, there, facts in rows
+            if row.kernels == "fused"
+        ]
+        best = published_rate(job, hardware, [*published, *own])
+    if best is not None:
+        high = best[0] if hardware.hosts == 1 else min(found.high, best[0])
+        found = Range(found.low * min(1.0, best[0] / likely), high)
+    source = (
+        f"this project's measurements on {there.gpu.name} ({_gpus(there.count)}, "
+        f"{called(row.shape)}, {row.method}, {row.precision}), scaled by its cost model"
+        f"{range_words(found, likely, differences[nearest])}"
+    )
+    return found, f"{source}; at best {best[1]}" if best else source
+
+
+def widened(likely: float, half_width: float, differences: dict[str, float]) -> Range:
+    """``likely`` give or take ``half_width``, its ends moved apart by the differences' factors."""
+    factor = _together(differences)
+    return Range(likely * (1 - half_width) / factor, likely * (1 + half_width) * factor)
+
+
+def _together(differences: dict[str, float]) -> float:
+    return math.exp(math.hypot(*(math.log(factor) for factor in differences.values())))
+
+
+def range_words(found: Range, likely: float, differences: dict[str, float]) -> str:
+    """The range's ends around ``likely``, and what it was widened for."""
+    ends = f": {found.low / likely - 1:+.0%} to {found.high / likely - 1:+.0%}"
+    return f"{ends}, wider for {', '.join(differences)}" if differences else ends
+
+
+def differing(job: Job, hardware: Hardware, row: Job, there: Hardware) -> dict[str, float]:
+    """How the job differs from a measured row: in words, each with the factor (above 1) that it moves
+    the ends of a range apart by."""
+    assert hardware.gpu is not None
+    assert there.gpu is not None
+    gpu, other = hardware.gpu, there.gpu
+    ratios = [gpu.memory_tb_s / other.memory_tb_s, gpu.peak(False) / other.peak(False)]
+    if hardware.count > 1:
+        ratios.append(gpu.link_gb_s / other.link_gb_s)
+    farthest = max(abs(math.log(ratio)) for ratio in ratios)
+    kernels = (job.kernels, job.attention == "sdpa")
+    found = {
+        _gpus(hardware.count): A_DOUBLING_OF_GPUS ** _doublings(hardware.count, there.count),
+        f"{hardware.hosts} hosts": A_DOUBLING_OF_HOSTS ** _doublings(hardware.hosts, there.hosts),
+        called(job.shape): A_DOUBLING_OF_SIZE
+        ** _doublings(job.shape.parameters, row.shape.parameters),
+        f"sequences of {job.sequence}": A_DOUBLING_OF_SEQUENCE
+        ** _doublings(job.sequence, row.sequence),
+        gpu.name: math.exp(ANOTHER_CHIP * farthest),
+        job.method: ANOTHER_WAY if job.method != row.method else 1.0,
+        job.precision: ANOTHER_WAY if job.fp8 != row.fp8 else 1.0,
+        f"{job.kernels} kernels": ANOTHER_WAY
+        if kernels != (row.kernels, row.attention == "sdpa")
+        else 1.0,
+        "offload": ANOTHER_WAY if job.offload != row.offload else 1.0,
+    }
+    return {words: factor for words, factor in found.items() if factor > 1.005}
+
+
+def _doublings(a: float, b: float) -> float:
+    return abs(math.log2(a / b))
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"
+
+
+def called(shape: Shape) -> str:
+    """A shape's name where it is known, else its size."""
+    name = next((known for known, other in KNOWN.items() if other == shape), None)
+    return name or f"{shape.parameters / 1e9:.2g} B parameters"
+
+
+def published_rate(
+    job: Job, hardware: Hardware, published: Iterable[Published]
+) -> tuple[float, str] | None:
+    """The best tokens/s a GPU that was shown of the same model and method, scaled by operations and
+    peak to this sequence and chip; with its words. None where nobody showed any.
+
+    A figure of the same chip inside one host counts before those of other chips or of many hosts:
+    these say less of it, so ``OF_MEASUREMENTS`` is added to them.
+    """
+    assert hardware.gpu is not None
+    same: list[tuple[float, str]] = []
+    others: list[tuple[float, str]] = []
+    for row in published:
+        alike = (row.shape, row.method, row.fp8) == (job.shape, job.method, job.fp8)
+        if not alike or not row.bound:
+            continue
+        gpu = row.hardware.gpu
+        assert gpu is not None
+        scale = hardware.gpu.peak(job.fp8) / gpu.peak(job.fp8)
+        lora = Lora() if job.lora else None
+        scale *= model_flops(job.shape, row.sequence, lora)
+        scale /= model_flops(job.shape, job.sequence, job.lora)
+        words = (
+            f"{row.rate:,} tokens/s a GPU on {gpu.name} ({row.source}, {_gpus(row.hardware.count)})"
+        )
+        here = gpu.name == hardware.gpu.name and row.hardware.hosts == 1
+        if here:
+            same.append((row.rate * scale, words))
+        else:
+            others.append((row.rate * scale * (1 + OF_MEASUREMENTS), words))
+    return max(same or others, default=None)
