@@ -135,9 +135,8 @@ def write_table(folder: Path, sequences: list[Hashes]) -> None:
     maybe = np.zeros((1 << bits) // 8, dtype=np.uint8)
     np.bitwise_or.at(maybe, places >> 3, np.left_shift(1, places & 7).astype(np.uint8))
     begins = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    for name, column in zip(
-        _Table._fields, (hashes, begins, numbers[order], sizes, maybe), strict=True
-    ):
+    table = _Table(hashes, begins, numbers[order], sizes, maybe)
+    for name, column in table._asdict().items():
         _write(folder / f"{name}.npy", column)
     (folder / "formula.npy").unlink(missing_ok=True)
 
