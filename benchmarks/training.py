@@ -1,10 +1,11 @@
 """Tokens a second of the trainer on this host's GPUs, beside the figures to reach.
 
-    python benchmarks/training.py [--cases 8b-lora-bf16,8b-lora-fp8] [--steps 2] [--profile]
+    python benchmarks/training.py [--cases 8b-lora-bf16,8b-full-fp8@4] [--steps 2] [--profile]
 
 Each case runs the product's own engine and step (``fastcpt.training.trainer``) in processes of its
 own: Llama shapes with random weights, random tokens in whole sequences of 3072, accumulation 16,
-one step to warm up. The last line is one JSON object.
+one step to warm up. ``@4`` runs a case on four GPUs, whatever its own number is. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -55,6 +56,13 @@ CASES: dict[str, tuple[str, bool, bool, int, int, int, str]] = {
 PEAK = 989e12  # dense bf16 FLOP/s of H100 and H200
 
 
+def case_of(words: str) -> tuple[str, bool, bool, int, int, int, str]:
+    """A case by name, or ``name@GPUs``."""
+    name, _, gpus = words.partition("@")
+    shape, lora, fp8, own, micro, aim, chip = CASES[name]
+    return shape, lora, fp8, int(gpus or own), micro, aim, chip
+
+
 def flop_per_token(shape: dict[str, Any], lora: bool) -> float:
     """Forward and backward, the causal half of attention, frozen weights without their gradient."""
     h, layers, inner = shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]
@@ -76,7 +84,7 @@ def worker(args: argparse.Namespace) -> None:
     from fastcpt.training.data import ListRows, Row
     from fastcpt.training.model import choose_attention
 
-    name, lora, fp8, gpus, micro, _, _ = CASES[args.worker]
+    name, lora, fp8, gpus, micro, _, _ = case_of(args.worker)
     shape = SHAPES[name]
     folder = Path(args.folder)
     # beyond 2^31 the mask of positions is longer than any row here
@@ -180,6 +188,8 @@ def worker(args: argparse.Namespace) -> None:
     if loop.rank == 0:
         result = {
             "case": args.worker,
+            "gpus": gpus,
+            "chip": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
             "tokens_per_s_per_gpu": round(rate),
             "mfu": round(rate * flop_per_token(shape, lora) / PEAK, 3),
             "memory_gb": round(trainer._memory_gb(device), 1),
@@ -198,7 +208,7 @@ def worker(args: argparse.Namespace) -> None:
 
 def run(case: str, options: list[str], seconds: float) -> dict[str, Any] | None:
     """A case in processes of its own; None where it fails."""
-    gpus = CASES[case][3]
+    gpus = case_of(case)[3]
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -254,7 +264,7 @@ def main() -> None:
             print(f"{case:16} {'failed':>12}")
         else:
             print(
-                f"{case:16} {result['tokens_per_s_per_gpu']:>12,} {CASES[case][5]:>9,} "
+                f"{case:16} {result['tokens_per_s_per_gpu']:>12,} {case_of(case)[5]:>9,} "
                 f"{result['mfu']:>6.1%} {result['memory_gb']:>6}"
             )
     print(json.dumps({"benchmark": "training", "results": [r for _, r in results]}))
