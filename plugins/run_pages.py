@@ -18,7 +18,7 @@ from airflow.configuration import conf
 from airflow.plugins_manager import AirflowPlugin
 from airflow.sdk import BaseOperatorLink
 
-from fastcpt.reporting.record import read, record_folder, summary, summary_text
+from fastcpt.reporting.record import RecordError, read, record_folder, summary, summary_text
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -45,31 +45,30 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 """
 
 
+# What a damaged record can raise: files that do not parse, and values of another kind than ours.
+DAMAGED = (ValueError, TypeError, LookupError, AttributeError, OSError)
+
+
 def records(home: Path) -> dict[str, Path]:
-    """Every run record by the name of its folder, the newest first."""
+    """Every run record by the name of its folder, the newest first; damaged ones at the end."""
     runs = home / "runs"
     if not runs.is_dir():
         return {}
     folders = [path for path in runs.iterdir() if path.is_dir() and not path.is_symlink()]
-    folders.sort(key=lambda path: read(path, "run.json").get("started", ""), reverse=True)
+    folders.sort(key=_started, reverse=True)
     return {path.name: path for path in folders}
+
+
+def _started(record: Path) -> str:
+    try:
+        return str(read(record, "run.json").get("started", ""))
+    except DAMAGED:
+        return ""
 
 
 def list_page(home: Path) -> str:
     """The table of all records. Links are relative: the page works under any prefix."""
-    rows = []
-    for name, record in records(home).items():
-        facts, run = summary(record), read(record, "run.json")
-        state = facts["state"] or "not ended"
-        started = run.get("started", "")[:16].replace("T", " ")
-        perplexity = "" if facts["perplexity"] is None else f"{facts['perplexity']:,.2f}"
-        base = "" if facts["base_perplexity"] is None else f"{facts['base_perplexity']:,.2f}"
-        rows.append(
-            f'<tr><td><a href="run/{escape(name)}">{escape(facts["run"] or name)}</a></td>'
-            f"<td>{escape(started)}</td><td>{escape(facts['recipe'] or '')}</td>"
-            f'<td class="{escape(state)}">{escape(state)}</td><td class="number">{perplexity}</td>'
-            f'<td class="number">{base}</td><td>{escape(facts["branch"] or "")}</td></tr>'
-        )
+    rows = [_row(name, record) for name, record in records(home).items()]
     if not rows:
         return _page("Fast CPT runs", "<p>No run has left a record yet.</p>")
     header = (
@@ -79,12 +78,43 @@ def list_page(home: Path) -> str:
     return _page("Fast CPT runs", f"<table>{header}{''.join(rows)}</table>")
 
 
+def _row(name: str, record: Path) -> str:
+    link = f'<tr><td><a href="run/{escape(name)}">'
+    try:
+        facts = summary(record)
+        state = str(facts["state"] or "not ended")
+        started = _started(record)[:16].replace("T", " ")
+        perplexity = "" if facts["perplexity"] is None else f"{facts['perplexity']:,.2f}"
+        base = "" if facts["base_perplexity"] is None else f"{facts['base_perplexity']:,.2f}"
+        return (
+            f"{link}{escape(str(facts['run'] or name))}</a></td>"
+            f"<td>{escape(started)}</td><td>{escape(str(facts['recipe'] or ''))}</td>"
+            f'<td class="{escape(state)}">{escape(state)}</td><td class="number">{perplexity}</td>'
+            f'<td class="number">{base}</td><td>{escape(facts["branch"] or "")}</td></tr>'
+        )
+    except DAMAGED as error:
+        return (
+            f'{link}{escape(name)}</a></td><td></td><td></td><td class="failed">damaged</td>'
+            f'<td colspan="3">{escape(_why(error))}</td></tr>'
+        )
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a record, in a sentence."""
+    if isinstance(error, RecordError):
+        return str(error)
+    return f"a file of it holds something unexpected: {type(error).__name__}: {error}"
+
+
 def run_page(record: Path) -> str:
     """The report of one run; before it is written, the summary of what is known."""
     report = record / "report.html"
     if report.is_file():
         return report.read_text("utf-8")
-    body = f"<p>The report comes at the end.</p><pre>{escape(summary_text(record))}</pre>"
+    try:
+        body = f"<p>The report comes at the end.</p><pre>{escape(summary_text(record))}</pre>"
+    except DAMAGED as error:
+        body = f'<p class="failed">This record is damaged: {escape(_why(error))}</p>'
     return _page(f"Fast CPT run {record.name}", body)
 
 
@@ -124,7 +154,10 @@ class RunRecordLink(BaseOperatorLink):
     def get_link(self, operator: Any, *, ti_key: Any) -> str:
         """The record's page inside Airflow's UI; empty, so that no button shows, without one."""
         record = record_folder(HOME, ti_key.run_id)
-        if read(record, "run.json").get("dag") != ti_key.dag_id:
+        try:
+            if read(record, "run.json").get("dag") != ti_key.dag_id:
+                return ""
+        except RecordError:
             return ""
         return f"{ROOT}/plugin{PREFIX}{PREFIX}/run/{record.name}"
 

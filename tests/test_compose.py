@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+
+from fastcpt.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "docker-compose.yaml").read_text()
+COMPOSE = ROOT / "docker-compose.yaml"
+TEXT = COMPOSE.read_text()
 SECRET = re.compile(r"\$\{(\w*(?:PASSWORD|KEY|SECRET)\w*)([^}]*)\}")
 
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, dict[str, Any]]:
-    return dict(yaml.safe_load(TEXT)["services"])
+    return dict(read_yaml(COMPOSE)["services"])
 
 
 def test_airflow_knows_every_option_that_is_set(services: dict[str, dict[str, Any]]) -> None:

@@ -142,6 +142,21 @@ def test_the_form_overrides_the_recipe() -> None:
     assert (recipe.training.max_steps, recipe.training.warmup_steps) == (50, 5)
 
 
+def test_fewer_steps_in_the_form_leave_the_later_stages_warm_up() -> None:
+    # 50 steps: a tenth of them; stage 2 warms up over the 500 of its 30,000 steps that the recipe means
+    fewer = load_recipe("cpt_stage1_fast", form_overrides({"max_steps": 50}))
+    assert (fewer.training.max_steps, fewer.training.warmup_steps) == (50, 5)
+    assert fewer.stage2 == load_recipe("cpt_stage1_fast").stage2
+    assert (fewer.stage2.max_steps, fewer.stage2.warmup_steps) == (30_000, 500)
+    assert fewer.sft.training == load_recipe("cpt_stage1_fast").sft.training
+
+
+@pytest.mark.parametrize("name", ["a/b\ntags: x", "", "  ", "a\tb", " a/b", "a/b\r", "a\u2028b"])
+def test_a_base_model_that_is_plainly_no_name_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"model\.name_or_path: not a hub name or folder"):
+        load_recipe("cpt_config_fast", {"model.name_or_path": name})
+
+
 def test_a_wrong_override_is_named_as_one() -> None:
     with pytest.raises(RecipeError, match=r"^override: gate.perplexity_threshold: .*, not 0.5$"):
         load_recipe("cpt_config_fast", {"gate.perplexity_threshold": 0.5})
@@ -167,7 +182,7 @@ def test_the_forms_limits_are_the_recipes() -> None:
 
 def test_the_recipes_are_plain_yaml() -> None:
     for path in CONFIGS.glob("*.yaml"):
-        assert isinstance(yaml.safe_load(path.read_text()), dict)
+        assert isinstance(yaml.safe_load(path.read_text()), dict)  # by another reader than ours
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,14 @@ Knows neither Airflow nor torch: every room of the library may import this modul
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fastcpt.yaml_files import YamlError, read_yaml_lines
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DEFAULT_RECIPE = "cpt_config_fast"
@@ -189,6 +190,13 @@ class Model(Section):
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
         "auto", description="auto takes the fastest that is installed, and logs it."
     )
+
+    @field_validator("name_or_path")
+    @classmethod
+    def is_a_name(cls, name: str | None) -> str | None:
+        if name is not None and (not name.isprintable() or name != name.strip() or not name):
+            raise ValueError("not a hub name or folder: empty, or with line ends or outer blanks")
+        return name
 
     @model_validator(mode="after")
     def one_source(self) -> Model:
@@ -421,26 +429,20 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     path = find_recipe(str(name))
     try:
-        node: Any = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path.name}: not UTF-8 text at byte {error.start}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{path.name}:{mark.line + 1}" if mark else path.name
-        raise RecipeError(f"{where}: not valid YAML: {error.problem}") from error
+        content, lines = read_yaml_lines(path)
+    except YamlError as error:
+        raise RecipeError(str(error)) from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path.name}: a recipe is a mapping of sections, this file is not")
     content.setdefault("name", path.stem)
     for key, value in (overrides or {}).items():
         _put(content, key, value)
-    if "training.max_steps" in (overrides or {}):
-        _shorten_warmup(content["training"])
     whole = _with_inherited_training(content)
+    if "training.max_steps" in (overrides or {}):
+        whole["training"] = _with_short_warmup(whole["training"])
     try:
         return Recipe.model_validate(whole)
     except ValidationError as error:
-        lines = _lines(node)
         problems = [
             _problem(path.name, lines, item, set(overrides or {}))
             for item in error.errors()
@@ -484,17 +486,6 @@ def _is_inherited(loc: tuple[int | str, ...], content: dict[str, Any]) -> bool:
     return False
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``3e-5`` as a number, as people write it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
-    list("-+0123456789."),
-)
-
-
 def _put(content: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
@@ -505,22 +496,15 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
     content[last] = value
 
 
-def _shorten_warmup(training: dict[str, Any]) -> None:
-    # who overrides the steps in the form has no field for the warm-up: a tenth of them at most
+def _with_short_warmup(training: dict[str, Any]) -> dict[str, Any]:
+    """The first stage's settings with a warm-up of a tenth of its steps at most.
+
+    Who overrides the steps in the form has no field for it. The later stages keep theirs.
+    """
     steps, warmup = training["max_steps"], training.get("warmup_steps", 500)
-    if isinstance(steps, int) and isinstance(warmup, int):
-        training["warmup_steps"] = min(warmup, steps // 10)
-
-
-def _lines(node: yaml.Node, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], int]:
-    """The line (from 1) of every key of a composed YAML document."""
-    found: dict[tuple[str, ...], int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*path, str(key.value))
-            found[here] = key.start_mark.line + 1
-            found.update(_lines(value, here))
-    return found
+    if not (isinstance(steps, int) and isinstance(warmup, int)):
+        return training
+    return {**training, "warmup_steps": min(warmup, steps // 10)}
 
 
 def _problem(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -231,6 +232,24 @@ def test_the_card_of_a_hub_model_names_it_and_how_it_was_adapted(
     assert "base_model: meta-llama/Llama-3.1-8B\n" in card
     assert "8,030,261,248 parameters, trained from `meta-llama/Llama-3.1-8B`" in card
     assert "Low-rank adapters (r 64, alpha 128, on q_proj, k_proj, v_proj, o_proj)" in card
+
+
+def test_the_cards_front_matter_is_yaml_whatever_the_base_model_is_called(
+    tmp_path: Path, record: Path
+) -> None:
+    plain = load_recipe(write_recipe(tmp_path / "r", model={"name_or_path": "a/b", "config": None}))
+    for name in ("a/b\nlicense: mit", "a: b", "yes", "1e5", "a/b/c", "{a}", "a/b#c"):
+        # as a recipe of an older version has it: this one's would be refused
+        model = plain.model.model_copy(update={"name_or_path": name})
+        card = card_of(plain.model_copy(update={"model": model}), record)
+        front = yaml.safe_load(card.split("---\n")[1])
+        told = {"base_model": name} if name in ("yes", "1e5") else {}
+        assert front == {
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "tags": ["legal", "continued-pretraining"],
+            **told,
+        }
 
 
 def test_the_card_names_no_folder_of_the_base_model(tmp_path: Path, record: Path) -> None:

@@ -14,8 +14,13 @@ from fastcpt.recipe import Cluster
 
 REQUIREMENTS = "requirements-cluster.txt"
 GPU_REQUIREMENTS = "requirements-cluster-gpu.txt"
-# training is shipped whole, with the two modules that it shares with the other rooms
-SHIPPED = ("fastcpt/__init__.py", "fastcpt/recipe.py", "fastcpt/files.py")
+# training is shipped whole, with the modules that it shares with the other rooms
+SHIPPED = (
+    "fastcpt/__init__.py",
+    "fastcpt/recipe.py",
+    "fastcpt/files.py",
+    "fastcpt/yaml_files.py",
+)
 SHIPPED_FOLDERS = ("fastcpt/training", "scripts", "configs")
 
 

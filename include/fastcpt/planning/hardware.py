@@ -13,9 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastcpt.recipe import Cluster
+from fastcpt.yaml_files import read_yaml
 
 TABLE = Path(__file__).with_name("gpus.yaml")
 
@@ -88,7 +87,7 @@ class Hardware:
 
 @cache
 def _table() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_yaml(TABLE)
     return content
 
 

@@ -7,8 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastcpt.planning.costs import (
     EFFICIENCY,
     Efficiency,
@@ -19,6 +17,7 @@ from fastcpt.planning.costs import (
 from fastcpt.planning.hardware import Hardware, named_hardware
 from fastcpt.planning.shapes import KNOWN, Shape
 from fastcpt.recipe import Lora
+from fastcpt.yaml_files import read_yaml
 
 MEASURED = Path(__file__).with_name("measured.yaml")
 RATE_TOLERANCE, MEMORY_TOLERANCE = 0.15, 0.10
@@ -74,7 +73,7 @@ class Published:
 
 @cache
 def _content() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(MEASURED.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_yaml(MEASURED)
     return content
 
 

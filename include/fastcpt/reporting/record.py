@@ -24,16 +24,15 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
 from fastcpt.recipe import Recipe
+from fastcpt.yaml_files import read_yaml
 
 # In the order they run; each has a folder of its name in the record.
 TRAININGS = ("train_cpt", "train_cpt_stage2", "train_sft")
@@ -47,6 +46,10 @@ ON_GPUS = {
 REPOSITORY = Path(__file__).resolve().parents[3]
 # The packages that what a run makes depends on; the cluster's own are in training.json.
 PACKAGES = ("apache-airflow", "numpy", "pyarrow", "pydantic", "tokenizers", "zstandard")
+
+
+class RecordError(ValueError):
+    """A file of a record is damaged; the message names it and says how."""
 
 
 def record_folder(home: Path, run: str) -> Path:
@@ -167,20 +170,27 @@ def close_record(record: Path, state: str) -> None:
 
 
 def read(record: Path, name: str) -> dict[str, Any]:
-    """A JSON object of the record; empty where the run has not got to it."""
-    try:
-        content: dict[str, Any] = read_json(record / name)
-    except FileNotFoundError:
-        return {}
-    return content
+    """A JSON object of the record; empty where the run has not got to it. ``RecordError``."""
+    return _mapping(record / name, read_json)
 
 
 def recipe_of(record: Path) -> dict[str, Any]:
-    """The recipe as plain sections. Not validated: old records outlive changes of the format."""
+    """The recipe as plain sections. Not validated: old records outlive changes of the format.
+
+    ``RecordError`` where the file is damaged.
+    """
+    return _mapping(record / "recipe.yaml", read_yaml)
+
+
+def _mapping(file: Path, reader: Callable[[Path], Any]) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = yaml.safe_load((record / "recipe.yaml").read_text("utf-8"))
+        content = reader(file)
     except FileNotFoundError:
         return {}
+    except (ValueError, OSError) as error:
+        raise RecordError(f"{file.name} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise RecordError(f"{file.name} is damaged: it holds no named values")
     return content
 
 

@@ -12,6 +12,7 @@ each of them in ``adapters/`` for peft: what a server of several adapters on one
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -34,6 +36,7 @@ FORMAT = 1
 SHARD = "5GB"
 SILENCE = 20.0  # seconds without a line of progress
 FACTS = "publication.json"
+HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 TRAININGS = {
     "train_cpt": "continued pre-training",
     "train_cpt_stage2": "continued pre-training, stage 2",
@@ -164,7 +167,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _base_name(recipe: Recipe) -> str | None:
     """The base model's hub name; None for random weights or a folder, which means nothing here."""
     name = recipe.model.name_or_path
-    return None if name is None or name.startswith(("/", ".", "~")) else name
+    return name if name and re.fullmatch(HUB_NAME, name) else None
 
 
 def model_card(
@@ -182,16 +185,18 @@ def model_card(
     those whose adapters lie in ``adapters/``.
     """
     base = _base_name(recipe)
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
-    if base:
-        front.append(f"base_model: {base}")
-    front += ["tags:", "- legal", "- continued-pretraining"]
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **({"base_model": base} if base else {}),
+        "tags": ["legal", "continued-pretraining"],
+    }
     origin = f"`{base}`" if base else "a base model kept in a folder of its own"
     if recipe.model.config is not None:
         origin = "random weights (`model.config` of the recipe)"
     tuned = ", then fine-tuned on instructions" if facts["train_sft/training"] else ""
     parts = [
-        "---\n" + "\n".join(front) + "\n---",
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
         f"A language model of {parameters:,} parameters, trained from {origin} on legal texts"
         f"{tuned} by the Fast CPT recipe `{recipe.name}`. {recipe.description}".rstrip(),
