@@ -8,7 +8,7 @@
     plan_run.py --cluster 4xB200 --take 2 --out my.yaml            alternative 2 as a recipe
     plan_run.py --check                                            predicted against measured
 
-The exit status is 1 where the recipe does not fit, 2 where it cannot be planned.
+The exit status is 1 where the recipe does not fit; 2 where it cannot run at all, or not be planned.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from fastcpt.planning.history import FILE
 from fastcpt.planning.matrix import matrix, matrix_markdown, matrix_picture, matrix_text
 from fastcpt.planning.measured import check_rows, check_text
 from fastcpt.planning.plan import (
+    CannotRun,
     Keep,
     Plan,
     PlanRefused,
@@ -52,7 +53,7 @@ def main() -> int:
         return all_options(arguments) if arguments.all else one_recipe(arguments)
     except PlanRefused as refused:
         print(refused, file=sys.stderr)
-        return 1
+        return 2 if isinstance(refused, CannotRun) else 1
     except (ValueError, OSError) as error:
         print(f"plan_run.py: {error}", file=sys.stderr)
         return 2
@@ -154,7 +155,7 @@ def one_recipe(arguments: argparse.Namespace) -> int:
         print(f"recipe written to {arguments.out}", file=sys.stderr)
     elif arguments.out:
         print(f"{arguments.out} not written: the recipe does not fit", file=sys.stderr)
-    return 0 if found.fits else 1
+    return 2 if found.problems else 0 if found.fits else 1
 
 
 def planned(
@@ -214,7 +215,10 @@ def all_options(arguments: argparse.Namespace) -> int:
         print(json.dumps([row.to_json() for row in rows], indent=2))
     else:
         print(matrix_markdown(rows) if arguments.markdown else matrix_text(rows))
-    return 0
+    problems = dict.fromkeys(problem for row in rows for problem in row.plan.problems)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 2 if problems else 0
 
 
 def corpus_tokens(arguments: argparse.Namespace, recipe: Recipe) -> int | None:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
         ({"tokenizer": "/nowhere/tokenizer"}, "ANY", "/nowhere/tokenizer"),
         ({"instructions": "/nowhere/i.jsonl"}, "ANY", "sft.instructions"),
         ({"recipe": "cpt_config_fast"}, "plan", "does not fit"),
+        ({"recipe": "cpt_stage2_deep"}, "plan", "'output/cpt_stage1_fast/final' is not known here"),
         ({"recipe": "cpt_config_fast"}, "plan", "more tokens are needed, not more steps"),
         ({"recipe": "cpt_config_fast"}, "plan", "recipe.yaml --cluster 4xB200 --tokens"),
     ],
@@ -34,7 +35,7 @@ def test_a_wrong_value_ends_the_run_with_one_clear_message(
 ) -> None:
     if values.get("documents") == "EMPTY":
         values = {**values, "documents": str(tmp_path)}
-    if values.get("recipe") == "cpt_config_fast":
+    if str(values.get("recipe")).startswith("cpt_"):
         values = {**values, "connection": "local_cluster"}
     run = stack.run(**values)
     assert run.outcome == "failed"

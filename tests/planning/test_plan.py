@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fastcpt.planning.plan import (
+    CannotRun,
     PlanRefused,
     changed,
     estimated_tokens,
@@ -261,9 +262,23 @@ def test_transfer_is_the_shards_there_and_the_model_back(hybrid):
 def test_a_model_that_only_the_cluster_knows_is_not_guessed():
     found = plan(load_recipe("cpt_stage2_deep"))
     assert found.hours is None
-    assert found.fits
-    assert "shape of 'output/cpt_stage1_fast/final' is not known here" in found.notes[0]
+    assert not found.fits
+    assert (
+        "(output/cpt_stage1_fast/final, full, FP8) on 4xB200 cannot run:\n  - model: "
+        "'output/cpt_stage1_fast/final' is not known here, so neither are its memory, hours and cost: put "
+        "its config.json there on this machine too"
+    ) in found.message()
     assert "rate            unknown" in found.text()
+    with pytest.raises(CannotRun, match="hf download some/model config.json"):
+        require_fit(plan(load_recipe("cpt_config_fast", {"model.name_or_path": "some/model"})))
+
+
+@pytest.mark.parametrize("name", ["cpt_config_fast", "sample"])
+def test_an_unknown_model_fits_nowhere(name):
+    found = plan(changed(load_recipe(name), {"model.config": None, "model.name_or_path": "/nope"}))
+    assert (found.fits, found.hours, found.memory_gb) == (False, None, None)
+    with pytest.raises(CannotRun, match="'/nope' is not known here"):
+        require_fit(found)
 
 
 @pytest.mark.parametrize("name", ["sample", "local"])

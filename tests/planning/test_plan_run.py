@@ -125,6 +125,46 @@ def test_what_cannot_be_planned_is_said_in_a_line(arguments, said):
     assert "pydantic" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--all"], ["--all", "--markdown"], ["--json"], ["--hours", "6"],
+     ["--config", "sample"], ["--cluster", "8xH100", "--tokens", "900000000"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_unknown_model_cannot_be_planned(arguments):
+    done = plan_run("--model", "/nope/dir", *arguments)
+    assert done.returncode == 2
+    assert "model: '/nope/dir' is not known here" in done.stdout + done.stderr
+    assert "fits." not in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_hub_name_is_planned_by_the_config_that_was_downloaded(tmp_path, monkeypatch):
+    # the layout of Hugging Face's own cache
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    config = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256}
+    config |= {"model_type": "llama", "tie_word_embeddings": True}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    wanted = ("--model", "some/model", "--cluster", "8xH100", "--json")
+    assert plan_run(*wanted).returncode == 2
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    done = plan_run(*wanted)
+    known = plan_run("--model", "meta-llama/Llama-3.2-1B", "--cluster", "8xH100", "--json")
+    assert done.returncode == known.returncode == 0
+    assert figures(done) == figures(known)
+
+
+def test_a_config_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    done = plan_run("--model", tmp_path)
+    assert done.returncode == 2
+    assert f"{tmp_path}/config.json: no JSON" in done.stderr
+
+
 def figures(done):
     keys = ("tokens", "hours", "cost", "memory_gb", "cluster", "fits", "passes")
     content = json.loads(done.stdout)

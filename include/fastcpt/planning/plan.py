@@ -43,7 +43,7 @@ from fastcpt.planning.ranges import (
     range_words,
     widened,
 )
-from fastcpt.planning.shapes import KNOWN, Shape, known_name, shape_of
+from fastcpt.planning.shapes import KNOWN, Shape, known_name, shape_of, unknown_model
 from fastcpt.recipe import CONFIGS, Lora, Recipe, Training
 
 OFFLOAD_FILE = "ds_config_zero3_offload.json"
@@ -62,6 +62,10 @@ Keep = Literal["model", "method"]
 
 class PlanRefused(ValueError):
     """The recipe does not fit; the message says why, and what would."""
+
+
+class CannotRun(PlanRefused):
+    """The recipe cannot run at all, or not be planned, whatever hours and money there are."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Plan:
     stage2_passes: float | None = None
     best_micro_batch: dict[str, Any] | None = None
     alternatives: tuple[Alternative, ...] = ()
-    problems: tuple[str, ...] = ()  # what keeps it from running at all
+    problems: tuple[str, ...] = ()  # what keeps it from running, or from being planned, at all
     notes: tuple[str, ...] = ()
     claim: dict[str, str] | None = None
 
@@ -170,7 +174,8 @@ class Plan:
         what = f"'{self.recipe}' ({self.model}, {self.method}, {self.precision}) on {self.cluster}"
         if self.fits:
             return f"{what}: fits."
-        lines = [f"{what} does not fit:", *(f"  - {reason}" for reason in self._reasons())]
+        verdict = "cannot run" if self.problems else "does not fit"
+        lines = [f"{what} {verdict}:", *(f"  - {reason}" for reason in self._reasons())]
         if self.alternatives:
             lines.append("What would fit, best first:" if self.alternatives[0].fits else "Nearest:")
             lines += [
@@ -367,9 +372,9 @@ def plan(
 
 
 def require_fit(plan: Plan, command: str = "the same command with") -> None:
-    """``PlanRefused`` with the plan's message unless it fits."""
+    """``PlanRefused`` with the plan's message unless it fits; ``CannotRun`` where it never would."""
     if not plan.fits:
-        raise PlanRefused(plan.message(command))
+        raise (CannotRun if plan.problems else PlanRefused)(plan.message(command))
 
 
 def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None) -> Plan:
@@ -396,7 +401,8 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
         claim=recipe.claim.model_dump() if recipe.claim else None,
     )
     if shape is None:
-        return replace(plain, notes=(_unknown_shape(name),))
+        assert name is not None  # a shape of one's own is known
+        return replace(plain, problems=(unknown_model(name),))
     plain = replace(plain, flops=model_flops(shape, sequence, recipe.lora) * plain.tokens)
     before = last_run(history, recipe, shape, hardware)
     if hardware.gpu is None:
@@ -418,13 +424,6 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
         plain = replace(plain, problems=(reason,))
     job = job_of(recipe, shape, hardware, micro)
     return _gpu_plan(plain, recipe, job, hardware, before)
-
-
-def _unknown_shape(name: str | None) -> str:
-    return (
-        f"the shape of '{name}' is not known here, so neither are time and memory; known are "
-        f"{', '.join(KNOWN)} and folders on this machine with a config.json"
-    )
 
 
 def _cpu_plan(plain: Plan, before: Measured | None) -> Plan:

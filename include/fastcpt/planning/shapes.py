@@ -107,21 +107,61 @@ def known_name(name: str) -> str | None:
 
 
 def shape_of(recipe: Recipe) -> Shape | None:
-    """The shape of a recipe's model: its own config, a folder's ``config.json``, or a known name.
+    """The shape of a recipe's model: its own config, a ``config.json`` here, or a known name.
 
-    None where none of them tells (a folder that only the cluster sees). Raises ``ValueError``
-    for a config that lacks a dimension.
+    The file is that of a folder, or of a hub name in this machine's hub cache. None where none of
+    them tells (a folder that only the cluster sees): ``unknown_model`` has the words. Raises
+    ``ValueError`` for a config that lacks a dimension.
     """
     model = recipe.model
     if model.config is not None:
         vocabulary = recipe.tokenizer.train_vocab_size or 128_256
         return shape_from_config({"vocab_size": vocabulary, **model.config}, "model.config")
     assert model.name_or_path is not None  # the recipe has one of the two
-    config = Path(model.name_or_path).expanduser() / "config.json"
-    if config.is_file():
-        return shape_from_config(json.loads(config.read_text()), str(config))
+    file = config_file(model.name_or_path)
+    if file is not None:
+        return shape_from_config(read_config(file), str(file))
     known = known_name(model.name_or_path)
     return KNOWN[known] if known else None
+
+
+def config_file(name: str) -> Path | None:
+    """The ``config.json`` of a folder, or of a hub name that was downloaded to this machine."""
+    file = Path(name).expanduser() / "config.json"
+    if file.is_file():
+        return file
+    # slow to import, and only for names that are no folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # no hub name: a path
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of a ``config.json``; ``ValueError`` where it is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: no JSON ({error}); copy it from the model again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: no JSON object; copy it from the model again")
+    return content
+
+
+def unknown_model(name: str) -> str:
+    """Why nothing can be planned for a model, and what helps."""
+    help = f"put its config.json there on this machine too ({Path(name) / 'config.json'})"
+    help += ", or plan a model of its shape (--model)"
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        help = f"have its config.json here: hf download {name} config.json"
+    return (
+        f"model: '{name}' is not known here, so neither are its memory, hours and cost: {help}. Known "
+        f"without a file are {', '.join(KNOWN)}"
+    )
 
 
 def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:

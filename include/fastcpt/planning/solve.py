@@ -11,6 +11,7 @@ from fastcpt.planning.costs import Job
 from fastcpt.planning.hardware import Hardware, hardware_of
 from fastcpt.planning.plan import (
     MORE_GPUS,
+    CannotRun,
     Keep,
     Plan,
     PlanRefused,
@@ -111,7 +112,7 @@ def _gpus_of(recipe: Recipe, cluster: Mapping[str, Any] | str | None) -> Hardwar
 def _best(recipe: Recipe, hardware: Hardware) -> Job | None:
     shape = shape_of(recipe)
     if shape is None:
-        raise ValueError(plan_on(recipe, None, hardware, None).notes[0])
+        raise ValueError(plan_on(recipe, None, hardware, None).problems[0])
     return best_job(recipe, shape, hardware)
 
 
@@ -124,4 +125,5 @@ def _refused(
 ) -> PlanRefused:
     found = plan_on(recipe, tokens, hardware, history)
     others = tuple(alternatives(recipe, tokens, hardware, history, keep))
-    return PlanRefused(replace(found, alternatives=others).message())
+    refusal = CannotRun if found.problems else PlanRefused
+    return refusal(replace(found, alternatives=others).message())
