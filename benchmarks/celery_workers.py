@@ -74,6 +74,7 @@ def built_by_workers(home: Path, conf: dict[str, Any]) -> tuple[dict[str, Any], 
     """The mapped tasks by worker, seconds until the corpus was there, and where it is."""
     os.environ["FASTCPT_HOME"] = str(home)
     import local_stack
+    import process_groups
 
     local = local_stack.environment
     celery = settings(home)
@@ -81,7 +82,10 @@ def built_by_workers(home: Path, conf: dict[str, Any]) -> tuple[dict[str, Any], 
     state = local_stack.start()
     try:
         environment = {**os.environ, **state["settings"], **celery}
-        state["pids"] += [start_worker(name, home, environment) for name in WORKERS]
+        workers = [start_worker(name, home, environment) for name in WORKERS]
+        state["processes"] += [
+            process_groups.entry(pid, "airflow celery worker") for pid in workers
+        ]
         with local_stack.Api(state) as api:
             api.log_in()
             run = api.trigger(conf)

@@ -21,12 +21,12 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import local_sshd
+import process_groups
 
 from fastcpt.cluster import far_side
 from fastcpt.corpus.sample import generate_sample
@@ -206,19 +206,25 @@ def start() -> dict[str, Any]:
     HOME.mkdir(mode=0o700, parents=True, exist_ok=True)
     if STATE.exists():
         state = json.loads(STATE.read_text())
-        if any(_is_ours(pid, state) for pid in state["pids"]):
-            raise RuntimeError("Airflow is already running here. End it with `make down` first.")
+        for started in state.get("processes", []):
+            if started["command"] != "sshd" and process_groups.is_ours(started, state["marker"]):
+                raise RuntimeError(
+                    "Airflow is already running here. End it with `make down` first."
+                )
         end(state)
     port = free_port()
-    state: dict[str, Any] = {"pids": [], "port": port, "marker": secrets.token_hex(8)}
+    state: dict[str, Any] = {"processes": [], "port": port, "marker": secrets.token_hex(8)}
     try:
         cluster = local_sshd.start(HOME / "sshd")
-        state["pids"].append(cluster["pid"])
+        state["processes"].append(process_groups.entry(cluster["pid"], "sshd"))
+        write_json(STATE, state)
         passwords = HOME / "passwords.json"
         if not passwords.exists():
             with open(os.open(passwords, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
                 json.dump({USER: secrets.token_urlsafe(12)}, file)
-        settings = environment(cluster, port) | {"FASTCPT_STACK": state["marker"]}
+        # without the second, processes that write their title lose the mark to it
+        marks = {process_groups.MARK: state["marker"], "SPT_NOENV": "1"}
+        settings = environment(cluster, port) | marks
         airflow = str(REPOSITORY / ".env/airflow/bin/airflow")
         _call([airflow, "db", "migrate"], settings)
         _call(
@@ -237,7 +243,7 @@ def start() -> dict[str, Any]:
                     start_new_session=True,
                     cwd=HOME,
                 )
-            state["pids"].append(process.pid)
+            state["processes"].append(process_groups.entry(process.pid, f"airflow {command}"))
             write_json(STATE, state)
         state["url"] = f"http://127.0.0.1:{port}"
         state["settings"] = {
@@ -262,52 +268,22 @@ def _call(command: list[str], settings: dict[str, str]) -> None:
         )
 
 
-def _is_ours(pid: int, state: dict[str, Any]) -> bool:
-    """Whether a process of the state file lives and is the one that was started, not a reused pid."""
-    try:
-        environ = Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        try:
-            os.kill(pid, 0)
-        except OSError:
-            return False
-        return not Path("/proc").is_dir()
-    return f"FASTCPT_STACK={state['marker']}".encode() in environ
-
-
 def end(state: dict[str, Any]) -> None:
-    """End every process group of the stack: politely, then for sure."""
+    """End every process group of the stack, and no other that has got the number of one."""
     # a second signal (make and the shell send one each) must not leave half of it running
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.SIG_IGN)
     # jobs outlive their connection, but not the machine that plays their host
     for job in sorted((HOME / "cluster" / "jobs").glob("*")):
         far_side.stop(str(HOME / "cluster"), job.name)
-    groups = [pid for pid in state["pids"] if _group_lives(pid)]
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for group in groups:
-            with suppress(ProcessLookupError, ChildProcessError):
-                os.killpg(group, number)
-        for _ in range(60):
-            if not any(_group_lives(group) for group in groups):
-                break
-            time.sleep(0.1)
+    if "processes" not in state:
+        print(f"{STATE} is of an older version and says too little to end anything safely.")
+        print(f"Look at these processes and end them by hand: {state.get('pids')}")
+    for stranger in process_groups.end(state.get("processes", []), state["marker"]):
+        print(
+            f"Process {stranger['pid']} is not (or no longer) this stack's '{stranger['command']}': left alone."
+        )
     STATE.unlink(missing_ok=True)
-
-
-def _group_lives(group: int) -> bool:
-    _reap()
-    try:
-        os.killpg(group, 0)
-    except OSError:
-        return False
-    return True
-
-
-def _reap() -> None:
-    with suppress(ProcessLookupError, ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
 
 
 def up() -> int:
