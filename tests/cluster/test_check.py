@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
+import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,58 @@ def test_nobody_listening_may_heal(remote: Remote, tmp_path: Path) -> None:
 def test_a_key_file_that_is_not_there_is_named() -> None:
     with pytest.raises(ClusterError, match="key_file '/nowhere/key' is no file"):
         Remote("h", key_file="/nowhere/key")
+
+
+@pytest.fixture
+def sockets(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where shared connections are kept, in a temporary folder of the test's own."""
+    # not pytest's: its names are too long for sockets
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder) / f"fast_cpt-{os.getuid()}"
+
+
+@pytest.mark.parametrize("way", [ask_now, ask_in_the_triggerer])
+@pytest.mark.parametrize(
+    ("in_the_way", "said"),
+    [
+        ("link", "is a symbolic link"),
+        ("file", "is no folder"),
+        ("open", r"is open to other users \(mode 0755\)"),
+        ("other", r"belongs to another user \(number 12345\)"),
+    ],
+)
+def test_a_folder_of_sockets_that_others_could_write_to_is_refused(
+    remote: Remote, tmp_path: Path, sockets: Path, way: Any, in_the_way: str, said: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    if in_the_way == "link":
+        sockets.symlink_to(elsewhere)
+    elif in_the_way == "file":
+        sockets.write_text("")
+    else:
+        sockets.mkdir()
+        sockets.chmod(0o755 if in_the_way == "open" else 0o700)
+    if in_the_way == "other":
+        if os.getuid() != 0:
+            pytest.fail("giving a folder to another user takes root: run this test as root")
+        os.chown(sockets, 12345, 12345)
+    with pytest.raises(ClusterError, match=f"'{sockets}', where ssh .*, {said}: remove it"):
+        way(remote, tmp_path)
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("name", ["long" * 25, "with a % sign"])
+def test_a_temporary_folder_whose_name_ssh_does_not_take_is_no_obstacle(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    ask_now(remote, tmp_path)
+    # and connections are shared there as well
+    path = next(word for word in remote.ssh() if word.startswith("ControlPath="))
+    assert stat.S_ISSOCK(Path(path.partition("=")[2]).stat().st_mode)
 
 
 @pytest.mark.parametrize("host", ["-oProxyCommand=touch /tmp/x", "a\nb", ""])

@@ -11,10 +11,13 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shlex
+import stat
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +34,10 @@ ASK_TIMEOUT_S = {"poll": 60, "stop": 60, "submit": 120, "check": 180}
 LONGEST_ASK_S = 6 * 3600
 # So long a task goes on asking a host that stopped answering, before it fails and is tried again.
 OUTAGE_S = 300.0
+
+# A socket's path has at most 104 bytes on macOS (108 on Linux), of which ssh takes 34 for the name
+# that it makes up, and ssh replaces some signs in it.
+SOCKETS = re.compile(r"[A-Za-z0-9_/.+-]{1,68}")
 
 FAST_CIPHERS = "aes128-gcm@openssh.com,aes256-gcm@openssh.com"
 
@@ -97,15 +104,33 @@ class Remote:
         return command
 
 
-@cache
 def _sockets() -> str:
-    """A folder for control sockets that only this user can read; short, as sockets' names must be."""
-    folder = Path(tempfile.gettempdir()) / f"fast_cpt-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    state = folder.stat()
-    if state.st_uid != os.getuid() or state.st_mode & 0o077:
-        return tempfile.mkdtemp(prefix="fast_cpt-")
-    return str(folder)
+    """The folder of the control sockets, made where it is missing: this user's and nobody else's.
+
+    Raises ``ClusterError`` where something else lies in its place: whoever can write there could
+    answer for the host.
+    """
+    name = f"fast_cpt-{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / name
+    if not SOCKETS.fullmatch(str(folder)):
+        folder = Path("/tmp") / name
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    state = folder.lstat()
+    if stat.S_ISLNK(state.st_mode):
+        wrong = "is a symbolic link"
+    elif not stat.S_ISDIR(state.st_mode):
+        wrong = "is no folder"
+    elif state.st_uid != os.getuid():
+        wrong = f"belongs to another user (number {state.st_uid})"
+    elif state.st_mode & 0o077:
+        wrong = f"is open to other users (mode {stat.S_IMODE(state.st_mode):04o})"
+    else:
+        return str(folder)
+    raise ClusterError(
+        f"'{folder}', where ssh keeps its shared connections, {wrong}: remove it, or set TMPDIR to "
+        "a folder of your own"
+    )
 
 
 @cache
