@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from fastcpt.reporting.record import record_folder
+
 # every run's documents and instructions lie there: what a user types goes all the way as a name
 SAMPLE = "sample '$(touch pwned)' \"`touch pwned`\"; touch pwned #"
 SCRIPTS = Path(__file__).resolve().parents[2] / "include" / "scripts"
@@ -97,7 +99,7 @@ class Run:
 
     @property
     def record(self) -> Path:
-        return self.stack.home / "runs" / self.run_id.replace(":", "-").replace("+", "-")
+        return record_folder(self.stack.home, self.run_id)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,11 @@
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import load_recipe
@@ -14,11 +17,48 @@ RUN = "manual__2026-11-23T01:00:00+00:00"
 
 def test_a_run_id_becomes_one_folder_below_runs(home):
     folder = records.record_folder(home, RUN)
-    assert folder == home / "runs" / "manual__2026-11-23T01-00-00-00-00"
-    assert records.record_folder(home, "../../etc").parent == home / "runs"
-    for name in ("", ".", ".."):
-        with pytest.raises(ValueError, match="cannot name the record"):
-            records.record_folder(home, name)
+    assert folder.parent == home / "runs"
+    assert re.fullmatch(r"manual__2026-11-23T01-00-00-00-00-[0-9a-f]{8}", folder.name)
+    assert records.record_folder(home, RUN) == folder
+    with pytest.raises(ValueError, match="has no record"):
+        records.record_folder(home, "")
+
+
+# what Airflow takes in a run id, and what reads the same in a folder's name
+run_ids = st.text(st.sampled_from("aAbB19.:+~-_/ é\u0301"), min_size=1, max_size=250)
+
+
+@given(one=run_ids, other=run_ids)
+@example("exp:1", "exp-1")
+@example("exp:1", "exp+1")
+@example("Exp", "exp")
+@example("exp", "exp.")
+@example("a" * 249 + "b", "a" * 250)
+@example(".", "..")
+def test_two_runs_never_share_a_folder(one, other):
+    home = Path("home")
+    names = [records.record_folder(home, run).name for run in (one, other)]
+    # also on a disk that does not tell upper from lower case
+    assert (names[0].casefold() == names[1].casefold()) == (one == other)
+    for name in names:
+        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,128}", name)
+
+
+def test_two_runs_whose_ids_look_alike_keep_their_own_recipes(home):
+    for run, recipe in (("exp:1", "sample"), ("exp-1", "cpt_config_fast")):
+        records.open_record(home, run, "fast_cpt", load_recipe(recipe))
+    first, second = (records.record_folder(home, run) for run in ("exp:1", "exp-1"))
+    assert load_recipe(first / "recipe.yaml") == load_recipe("sample")
+    assert records.summary(second)["recipe"] == "cpt_config_fast"
+    assert read_json(first / "run.json")["run"] == "exp:1"
+
+
+def test_a_record_of_an_older_version_is_found_by_its_own_run_alone(home):
+    older = home / "runs" / "exp-1"
+    write_json(older / "run.json", {"run": "exp:1"})
+    assert records.record_folder(home, "exp:1") == older
+    for other in ("exp-1", "exp+1"):
+        assert records.record_folder(home, other) != older
 
 
 def test_a_record_opens_with_recipe_code_and_versions(home):

@@ -1,6 +1,6 @@
 """A run's record: one folder of small files that says what was run, on what, and what came of it.
 
-    home/runs/<run>/
+    home/runs/<run>-<digest>/
         run.json                  run, DAG, start and end, state, code version, package versions
         recipe.yaml               the recipe with every default written out
         plan.json                 what the plan promised
@@ -53,11 +53,24 @@ class RecordError(ValueError):
 
 
 def record_folder(home: Path, run: str) -> Path:
-    """The folder of the record of ``run`` (an Airflow run id); not created."""
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", run)
-    if not name.strip("."):
-        raise ValueError(f"'{run}' cannot name the record of a run")
-    return home / "runs" / name
+    """The folder of the record of ``run`` (an Airflow run id): no other run's; not created.
+
+    A readable part and a digest of the id: two ids may read the same in a folder's name, or differ
+    in upper and lower case alone. A record that an older version began without it is found too.
+    """
+    if not run:
+        raise ValueError("a run without an id has no record")
+    readable = re.sub(r"[^A-Za-z0-9_.-]", "-", run)
+    own = home / "runs" / f"{readable[:120].strip('.-') or 'run'}-{digest_of(run)[:8]}"
+    older = home / "runs" / readable
+    return older if not own.is_dir() and _is_record_of(older, run) else own
+
+
+def _is_record_of(folder: Path, run: str) -> bool:
+    try:
+        return read(folder, "run.json").get("run") == run
+    except RecordError:
+        return False
 
 
 def open_record(home: Path, run: str, dag: str, recipe: Recipe) -> Path:
