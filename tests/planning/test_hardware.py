@@ -41,10 +41,45 @@ def test_an_unknown_gpu_says_where_to_add_it():
 @pytest.mark.parametrize(
     ("nvidia_smi", "known"),
     [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"),
-     ("NVIDIA GB200", "GB200"), ("NVIDIA B200", "B200"), ("NVIDIA L40S", "L40S")],
+     ("NVIDIA GB200", "GB200"), ("NVIDIA B200", "B200"), ("NVIDIA L40S", "L40S"),
+     ("NVIDIA A100-SXM4-40GB", "A100-40GB"), ("NVIDIA A100-PCIE-40GB", "A100-PCIe-40GB"),
+     ("NVIDIA A100 80GB PCIe", "A100-PCIe"), ("NVIDIA H100 PCIe", "H100-PCIe"),
+     ("NVIDIA H100 NVL", "H100-NVL"), ("NVIDIA H200", "H200"), ("NVIDIA H200 NVL", "H200-NVL"),
+     ("h100 sxm5 80 GB", "H100"), ("H200-141GB", "H200"), ("A100-40GB", "A100-40GB")],
 )  # fmt: skip
 def test_nvidia_smis_names_are_known(nvidia_smi, known):
     assert find_gpu(nvidia_smi).name == known
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["H100 80GB HBM3 MIG 3g.40gb", "H100-96GB", "A100-64GB", "GH200 480GB", "H20", "B200 Max-Q"],
+)
+def test_a_card_that_the_table_does_not_tell_apart_is_refused(name):
+    with pytest.raises(HardwareError, match=r"is not in gpus.yaml.*add its figures there"):
+        find_gpu(name)
+
+
+def test_every_card_of_the_table_is_found_by_its_name():
+    for name, gpu in gpu_table().items():
+        assert named_hardware(f"2x{name}").name == f"2x{name}"
+        assert find_gpu(name) == gpu
+
+
+def test_cards_have_their_own_memory_peak_and_link():
+    """By NVIDIA's data sheets: dense, without sparsity."""
+    forty = named_hardware("2xA100-40GB").gpu
+    assert (forty.memory_gb, forty.memory_tb_s) == (42.9, 1.555)
+    pcie, nvl, sxm = (find_gpu(name) for name in ("H100-PCIe", "H100-NVL", "H100"))
+    assert (pcie.bf16, pcie.fp8, pcie.memory_tb_s) == (0.756, 1.513, 2.0)
+    assert (nvl.bf16, nvl.fp8, nvl.memory_tb_s) == (0.835, 1.671, 3.9)
+    assert pcie.link_gb_s == nvl.link_gb_s < sxm.link_gb_s / 8
+
+
+def test_a_seen_card_of_another_size_is_refused():
+    facts = {**FACTS, "gpus": [{"name": "NVIDIA H100", "memory_gb": 42.9}]}
+    with pytest.raises(HardwareError, match=r"NVIDIA H100 has 42.9 GB, a H100 85.5: it is another"):
+        hardware_of(Cluster(gpus=1), facts)
 
 
 def test_what_was_seen_takes_the_place_of_the_table():

@@ -154,6 +154,32 @@ def test_fp8_where_there_is_none_is_planned_in_bf16(hybrid):
     assert found.alternatives[0].fits
 
 
+def test_a_40_gb_card_is_planned_with_40_gb(hybrid):
+    recipe = changed(hybrid, {"training.use_fp8": False, **SMALL})
+    named = plan(recipe, cluster="2xA100-40GB")
+    assert named.cluster == "2xA100-40GB"
+    assert named.available_gb == pytest.approx(0.97 * 42.9)
+    gpus = [{"name": "NVIDIA A100-SXM4-40GB", "memory_gb": 42.9}] * 2
+    seen = plan(changed(recipe, {"cluster.gpus": 2}), cluster={"gpus": gpus, "memory_gb": 2000.0})
+    assert (seen.cluster, seen.memory_gb) == (named.cluster, named.memory_gb)
+    eighty = plan(recipe, cluster="2xA100")
+    # slower memory, and nobody here measured either
+    assert named.tokens_per_s.high < eighty.tokens_per_s.high
+    eight = changed(recipe, {"model.name_or_path": "meta-llama/Llama-3.1-8B"})
+    assert plan(eight, cluster="2xA100").fits_memory
+    assert not plan(eight, cluster="2xA100-40GB").fits_memory
+
+
+@pytest.mark.parametrize("card", ["H100-PCIe", "H100-NVL"])
+def test_cards_in_slots_are_slower_and_less_sure_than_sxm(hybrid, card):
+    recipe = changed(hybrid, {"model.name_or_path": "meta-llama/Llama-3.1-8B"})
+    slot, sxm = plan(recipe, cluster=f"8x{card}"), plan(recipe, cluster="8xH100")
+    assert slot.peak_hours > 1.15 * sxm.peak_hours
+    assert slot.tokens_per_s.low < 0.8 * sxm.tokens_per_s.low
+    assert slot.tokens_per_s.high < sxm.tokens_per_s.high
+    assert card in slot.rate_source
+
+
 def test_a_batch_that_cannot_be_split_is_a_problem(hybrid):
     found = plan(changed(hybrid, SMALL), cluster="6xH100")
     assert not found.fits

@@ -94,6 +94,8 @@ def test_the_corpus_can_be_a_builds_manifest(tmp_path):
     ("arguments", "said"),
     [
         (["--cluster", "4xQ1"], "GPU 'Q1' is not in gpus.yaml"),
+        (["--cluster", "2xA100-64GB"], "GPU 'A100-64GB' is not in gpus.yaml"),
+        (["--all", "--cluster", "8xH100-MIG"], "('mig' is not known of H100)"),
         (["--config", "cpt_config_fats"], "did you mean 'cpt_config_fast'"),
         (["--config", "sample", "--hours", "2"], "name a cluster"),
         (["--manifest", "/nowhere.json"], "No such file"),

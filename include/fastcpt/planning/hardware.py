@@ -107,17 +107,40 @@ def usual_host() -> Host:
     return Host(**{**facts, "ssh_mbit_s": tuple(facts["ssh_mbit_s"])})
 
 
+# Words of nvidia-smi's and shops' names that tell no card from another.
+NO_NEWS = re.compile(r"nvidia|tesla|gpu|sxm\d?|hbm3e?")
+
+
 def find_gpu(name: str) -> Gpu:
-    """A chip by the table's name or nvidia-smi's (``NVIDIA H100 80GB HBM3``)."""
+    """A chip by the table's name or nvidia-smi's (``NVIDIA H100 80GB HBM3``).
+
+    Every word counts: ``H100 NVL`` and ``A100 40GB`` are cards of their own, and a word that no card
+    of the table has is refused (``HardwareError``).
+    """
     table = gpu_table()
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    # longest first: GB200 before B200
-    for known in sorted(table, key=len, reverse=True):
-        if any(word == known.lower() for word in words):
-            return table[known]
-    raise HardwareError(
-        f"GPU '{name}' is not in {TABLE.name} (there: {', '.join(table)}): add its figures there"
-    )
+    words = _words(name)
+    best = max((known for known in table if _words(known) <= words), key=len, default=None)
+    odd = set()
+    if best is not None:
+        memory = table[best].memory_gb
+        unread = words - _words(best)
+        odd = {w for w in unread if not (NO_NEWS.fullmatch(w) or _is_memory(w, memory))}
+    if best is None or odd:
+        why = f" ('{' '.join(sorted(odd))}' is not known of {best})" if odd else ""
+        raise HardwareError(
+            f"GPU '{name}' is not in {TABLE.name}{why} (there: {', '.join(table)}): add its figures there"
+        )
+    return table[best]
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", re.sub(r"(\d)[ -]+gb\b", r"\1gb", name.lower())))
+
+
+def _is_memory(word: str, memory_gb: float) -> bool:
+    """Whether ``80gb`` is what a card of so many 10^9 bytes is sold as."""
+    size = re.fullmatch(r"(\d+)gb", word)
+    return size is not None and memory_gb / 1.08 < int(size[1]) < memory_gb * 1.01
 
 
 def named_hardware(name: str) -> Hardware:
@@ -148,7 +171,13 @@ def seen_hardware(facts: Mapping[str, Any], cluster: Cluster) -> Hardware:
             f"the cluster mixes {' and '.join(names)}: the slowest would set the pace"
         )
     memory = min(float(gpu["memory_gb"]) for gpu in found)
-    gpu = replace(find_gpu(names[0]), memory_gb=memory)
+    gpu = find_gpu(names[0])
+    if not 0.9 < memory / gpu.memory_gb < 1.1:
+        raise HardwareError(
+            f"the cluster's {names[0]} has {memory:.1f} GB, a {gpu.name} {gpu.memory_gb:.1f}: it is "
+            f"another card; add its figures to {TABLE.name}"
+        )
+    gpu = replace(gpu, memory_gb=memory)
     return Hardware(gpu, cluster.gpus, len(found), host, True, disk)
 
 

@@ -28,6 +28,7 @@ OF_LAST_RUN, OF_MEASUREMENTS = 0.07, 0.15  # half-widths where nothing differs
 A_DOUBLING_OF_GPUS, A_DOUBLING_OF_HOSTS = 1.10, 1.15
 A_DOUBLING_OF_SIZE, A_DOUBLING_OF_SEQUENCE = 1.03, 1.03
 ANOTHER_CHIP = 0.2  # power of how many times its peak, memory's bandwidth or link differs most
+NVLINK = 100  # GB/s of a link: cards in PCIe slots have less
 ANOTHER_WAY = 1.15  # full in place of LoRA, FP8 of bf16, other kernels
 
 
@@ -57,7 +58,7 @@ def measured_range(
     """Tokens/s a GPU around the cost model's ``likely``, and in words what they rest on.
 
     On a chip that no row was measured on, the range goes up to the best that was shown of that model
-    and method, here or elsewhere: nobody did more, and inside a host that much can be done.
+    and method, here or elsewhere: nobody did more, and over NVLink that much can be done.
     """
     rows = list(rows)
     differences = [differing(job, hardware, row, there) for row, there, _ in rows]
@@ -75,7 +76,8 @@ def measured_range(
         ]
         best = published_rate(job, hardware, [*published, *own])
     if best is not None:
-        high = best[0] if hardware.hosts == 1 else min(found.high, best[0])
+        joined = hardware.hosts == 1 and (hardware.count == 1 or hardware.gpu.link_gb_s >= NVLINK)
+        high = best[0] if joined else min(found.high, best[0])
         found = Range(found.low * min(1.0, best[0] / likely), high)
     source = (
         f"this project's measurements on {there.gpu.name} ({_gpus(there.count)}, "

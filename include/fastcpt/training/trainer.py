@@ -697,7 +697,10 @@ class _Work:
     """
 
     # dense bf16 FLOP/s (NVIDIA's datasheets), by a word of the GPU's name
-    PEAKS = (("H100", 989e12), ("H200", 989e12), ("B200", 2250e12), ("A100", 312e12))
+    PEAKS = (
+        *(("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H200 NVL", 835e12)),
+        *(("H100", 989e12), ("H200", 989e12), ("B200", 2250e12), ("A100", 312e12)),
+    )
 
     def __init__(self, trainee: Trainee, device: torch.device) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
