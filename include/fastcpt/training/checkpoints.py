@@ -3,7 +3,8 @@
 A checkpoint holds what the optimizer knows: the float32 weights and Adam's two moments (12 bytes a
 trained weight; frozen ones come from the base model again). Each rank writes its own slices under
 the weights' names, and reads those it needs from whichever files have them: a training goes on with
-another number of ranks. Ranks write into ``.step_N.partial``, which gets its name when all have.
+another number of ranks. Ranks write into ``.step_N.partial``, which gets its name when all of it is
+on the disk, ``digests.json`` last. What is not as it was written is not used (``digests``).
 On hosts that share no file system a checkpoint cannot be renamed for all at once: the output folder
 has to be shared.
 """
@@ -11,7 +12,6 @@ has to be shared.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -21,7 +21,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from fastcpt.files import read_json, write_json
+from fastcpt.files import flush, read_json, write_json
+from fastcpt.training.digests import (
+    digest_of_file,
+    save_tensors,
+    what_is_damaged,
+    write_digests,
+)
 from fastcpt.training.layers import plain_weights
 from fastcpt.training.model import Trainee
 
@@ -29,7 +35,7 @@ PARTS = (None, "exp_avg", "exp_avg_sq")  # None: the float32 weights
 
 
 class CheckpointError(ValueError):
-    """A checkpoint does not fit this training."""
+    """A checkpoint does not fit this training, or none of several is whole."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -49,11 +55,15 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int)
             shutil.rmtree(left_over)
         partial.mkdir(parents=True)
     dist.barrier()
-    torch.save(_own_state(engine), partial / f"rank_{dist.get_rank()}.pt")
-    dist.barrier()
+    own = f"rank_{dist.get_rank()}.pt"
+    written: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(written, (own, save_tensors(_own_state(engine), partial / own)))
     if dist.get_rank() == 0:
         write_json(partial / "state.json", {**state, "ranks": dist.get_world_size()})
+        written.append(("state.json", digest_of_file(partial / "state.json")))
+        write_digests(partial, dict(written))
         partial.rename(target)
+        flush(folder)
         for old in checkpoints(folder)[:-keep]:
             gone = old.with_name(f".{old.name}.partial")
             old.rename(gone)
@@ -61,25 +71,55 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int)
     dist.barrier()
 
 
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written; None where there is none at all.
+
+    Called by every rank; each looks at its share of the files. A damaged one is said and set aside
+    as what a killed training leaves. ``CheckpointError`` where all are damaged.
+    """
+    found = checkpoints(folder)
+    damaged: list[str] = []
+    for checkpoint in reversed(found):
+        wrong: list[Any] = [None] * dist.get_world_size()
+        own = what_is_damaged(checkpoint, dist.get_rank(), dist.get_world_size())
+        dist.all_gather_object(wrong, own)
+        wrong = sorted({one for one in wrong if one})
+        if not wrong:
+            if damaged and dist.get_rank() == 0:
+                for line in damaged:
+                    print(f"damaged and not used: {line}", flush=True)
+                for newer in found[found.index(checkpoint) + 1 :]:
+                    newer.rename(newer.with_name(f".{newer.name}.partial"))
+            dist.barrier()
+            return checkpoint
+        damaged.append(f"{folder.name}/{checkpoint.name}: {'; '.join(wrong)}")
+    if damaged:
+        raise CheckpointError(
+            f"none of the checkpoints in {folder} is whole ({', '.join(damaged)}). Look for the "
+            "fault of that disk; remove the folder to begin again from the first step"
+        )
+    return None
+
+
 def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
-    """Put the newest checkpoint into the engine; returns its state, None where there is none.
+    """Put the newest whole checkpoint into the engine; returns its state, None without any.
 
     Called once before the first step, also where there is no checkpoint.
     """
     _make_moments(engine)
-    found = checkpoints(folder)
-    if not found:
+    newest = newest_whole(folder)
+    if newest is None:
         return None
-    state: dict[str, Any] = read_json(found[-1] / "state.json")
+    state: dict[str, Any] = read_json(newest / "state.json")
     files = [
-        torch.load(found[-1] / f"rank_{rank}.pt", map_location="cpu", mmap=True)
+        torch.load(newest / f"rank_{rank}.pt", map_location="cpu", mmap=True)
         for rank in range(state["ranks"])
     ]
     ours = {name for name, parameter in _trained(engine)}
     theirs = set(files[0]["slices"])
     if ours != theirs:
         raise CheckpointError(
-            f"{found[-1]} is of another model or other layers ({len(theirs)} weights, this "
+            f"{newest} is of another model or other layers ({len(theirs)} weights, this "
             f"training has {len(ours)}); use another output folder"
         )
     with torch.no_grad():
@@ -226,8 +266,7 @@ def save_final(
         for file in tokenizer.iterdir():
             if "token" in file.name or file.suffix in {".txt", ".jinja"}:
                 shutil.copyfile(file, partial / file.name)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(partial, target)
+        _put_in_place(partial, target)
     dist.barrier()
 
 
@@ -254,9 +293,17 @@ def save_mean(adapters: dict[str, Path], subjects: dict[str, list[str]], target:
         for area, folder in adapters.items():
             shutil.copytree(folder, partial / "areas" / area)
         write_json(partial / "areas.json", subjects)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(partial, target)
+        _put_in_place(partial, target)
     dist.barrier()
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    """Give a folder its name, in the place of what has it, when all of it is on the disk."""
+    for path in [*partial.rglob("*"), partial]:
+        flush(path)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    flush(target.parent)
 
 
 def _has_frozen(engine: Any) -> bool:
