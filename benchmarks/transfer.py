@@ -70,7 +70,7 @@ def measure(folder: Path, server: dict[str, object], arguments: argparse.Namespa
         ask(remote, "verify", folder=str(target), files=[])
         began = time.monotonic()
         shares = transfer._shares(list(sizes), sizes, transfer.STREAMS)
-        transfer._rsync(remote, shares, sizes, f"{shards}/", f"HOST:{target}/")
+        transfer._send(remote, shards, str(target), shares, sizes)
         moved.append(time.monotonic() - began)
         print(
             f"cat | ssh cat {plain[-1]:.2f} s, with the transfer's ciphers {same_cipher[-1]:.2f} s, "

@@ -40,8 +40,9 @@ def start(
             subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     shutil.copyfile(folder / "client_key.pub", folder / "authorized_keys")
     (folder / "authorized_keys").chmod(0o600)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     if port is None:
-        with socket.socket() as probe:
+        with socket.socket(family) as probe:
             probe.bind((address, 0))
             port = int(probe.getsockname()[1])
     key = (folder / "host_key.pub").read_text().split()
@@ -84,7 +85,7 @@ def start(
     while time.monotonic() < until:
         if process.poll() is not None:
             break
-        with socket.socket() as probe:
+        with socket.socket(family) as probe:
             if probe.connect_ex((address, port)) == 0:
                 return {
                     "pid": process.pid,

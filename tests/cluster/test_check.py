@@ -84,7 +84,7 @@ def ask_in_the_triggerer(to: Remote, folder: Path) -> None:
 
 def rsync_to(to: Remote, folder: Path) -> None:
     (folder / "file").write_text("content")
-    transfer._rsync(to, [["file"]], {"file": 7}, f"{folder}/", f"HOST:{folder}/there/")
+    transfer._send(to, folder, str(folder), [["file"]], {"file": 7})
 
 
 ways = pytest.mark.parametrize("way", [ask_now, ask_in_the_triggerer, rsync_to])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
+import local_sshd
 import pytest
 
 from fastcpt.cluster import transfer
@@ -117,3 +119,64 @@ def test_a_folder_comes_back(remote: Remote, shards: Path, tmp_path: Path) -> No
 def test_a_folder_that_is_not_there_cannot_come_back(remote: Remote, tmp_path: Path) -> None:
     with pytest.raises(ClusterError, match="no folder"):
         fetch(remote, str(tmp_path / "none"), tmp_path / "back")
+
+
+# Apple's rsync, and GNU's before 3.2.4, leave it to the remote shell to split what they are given
+rsyncs = pytest.mark.parametrize("old", [False, True], ids=["gnu", "old arguments"])
+
+
+@rsyncs
+@pytest.mark.parametrize("name", ["two words", "GHOST/$(id)", 'it\'s "quoted"; *', "-dash"])
+def test_a_folder_there_may_have_any_name(
+    remote: Remote,
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    old: bool,
+) -> None:
+    if old:
+        monkeypatch.setenv("RSYNC_OLD_ARGS", "1")
+    there = tmp_path / name
+    assert send(remote, shards, str(there), files_of(shards))["sent"] == 6
+    assert files_of(there, [file["file"] for file in files_of(shards)]) == files_of(shards)
+    assert fetch(remote, str(there), tmp_path / "back")["fetched"] == 7
+    assert files_of(tmp_path / "back", [file["file"] for file in files_of(shards)]) == files_of(
+        shards
+    )
+
+
+def test_a_host_that_is_part_of_the_path_leaves_the_path_alone(
+    remote: Remote, shards: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "HOST" / "GHOST"
+    here = tmp_path / "HOST here"
+    shutil.copytree(shards, here)
+    send(remote, here, str(there), files_of(here))
+    assert files_of(there / "validation") == files_of(shards / "validation")
+
+
+@rsyncs
+def test_files_whose_names_begin_like_comments_arrive(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    if old:
+        monkeypatch.setenv("RSYNC_OLD_ARGS", "1")
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("#x", ";x", "#", " led by a blank", "two\nlines", "x"):
+        (here / name).write_text(name)
+    assert send(remote, here, str(tmp_path / "there"), files_of(here))["sent"] == 6
+    assert fetch(remote, str(tmp_path / "there"), tmp_path / "back")["fetched"] == 7
+    assert (tmp_path / "back" / "#x").read_text() == "#x"
+
+
+def test_an_ipv6_host_is_sent_to_and_fetched_from(shards: Path, tmp_path: Path) -> None:
+    facts = local_sshd.start(tmp_path / "sshd", address="::1")
+    try:
+        host = Remote("::1", facts["user"], facts["port"], facts["key_file"], facts["known_hosts"])
+        there = str(tmp_path / "there")
+        assert send(host, shards, there, files_of(shards))["sent"] == 6
+        assert fetch(host, there, tmp_path / "back")["fetched"] == 7
+    finally:
+        os.killpg(facts["pid"], signal.SIGTERM)

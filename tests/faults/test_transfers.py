@@ -140,6 +140,15 @@ def test_a_disk_that_fills_up_under_way_is_named_and_not_ready(
 
 
 @pytest.mark.faults
+def test_a_disk_of_this_machine_that_is_full_is_not_taken_for_the_far_one(
+    server: dict[str, Any], tmp_path: Path, small_disk: Path
+) -> None:
+    shards(tmp_path / "there", 4, 8_000_000)
+    with pytest.raises(ClusterError, match="the disk of this machine is full"):
+        transfer.fetch(remote_of(server), str(tmp_path / "there"), small_disk / "back")
+
+
+@pytest.mark.faults
 def test_a_cut_network_delays_a_transfer_and_nothing_else(host: Host, tmp_path: Path) -> None:
     files = shards(tmp_path / "from", 4, 100_000_000)
     target = tmp_path / "to"

@@ -2,7 +2,8 @@
 
 What the other side has is told by SHA-256 alone: rsync's own quick check takes a damaged file of
 the right size for good. Only files that are absent or differ are sent, by several rsync side by
-side (one SSH stream is bound by one core), each with options that GNU rsync and Apple's have. A
+side (one SSH stream is bound by one core), each with options that GNU rsync and Apple's have. The
+folder there is entered by the remote shell, quoted: rsyncs differ in what they make of a space in it. A
 READY file comes last. Interrupted transfers go on where they stopped (``--partial-dir``).
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE
 from tempfile import TemporaryFile
@@ -80,9 +83,8 @@ def send(
         asked = [by_name[name] for name in names]
         return list(ask_through(remote, "verify", folder=folder, files=asked)["differ"])
 
-    differ = _move(
-        remote, differ, sizes, streams, f"{local}/", f"HOST:{state['path']}/", still_differ
-    )
+    move = partial(_send, remote, local, state["path"])
+    differ = _move(move, differ, sizes, streams, still_differ)
     if differ:
         raise ClusterError(
             f"{remote.host}: {', '.join(differ[:3])} differ there after {ROUNDS} transfers: "
@@ -110,13 +112,12 @@ def fetch(remote: Remote, folder: str, local: Path, streams: int = STREAMS) -> d
     sizes = {file["file"]: int(file["bytes"]) for file in files}
     fetched = list(differ)
     by_name = {file["file"]: file for file in files}
+    move = partial(_fetch, remote, state["path"], local)
     differ = _move(
-        remote,
+        move,
         differ,
         sizes,
         streams,
-        f"HOST:{state['path']}/",
-        f"{local}/",
         lambda names: _differ(local, [by_name[name] for name in names]),
     )
     if differ:
@@ -133,12 +134,10 @@ def fetch(remote: Remote, folder: str, local: Path, streams: int = STREAMS) -> d
 
 
 def _move(
-    remote: Remote,
+    move: Callable[[list[list[str]], dict[str, int]], None],
     differ: list[str],
     sizes: dict[str, int],
     streams: int,
-    source: str,
-    target: str,
     still_differ: Callable[[Sequence[str]], list[str]],
 ) -> list[str]:
     """Transfer the files ``differ`` until none does; returns those that arrive damaged each time.
@@ -152,7 +151,7 @@ def _move(
         )
         lost = None
         try:
-            _rsync(remote, _shares(differ, sizes, streams), sizes, source, target)
+            move(_shares(differ, sizes, streams), sizes)
             rounds += 1
         except ConnectionLost as error:
             lost = error
@@ -184,24 +183,50 @@ def _shares(names: Sequence[str], sizes: dict[str, int], streams: int) -> list[l
     return shares
 
 
-def _rsync(
-    remote: Remote, shares: list[list[str]], sizes: dict[str, int], source: str, target: str
+def _send(
+    remote: Remote, local: Path, there: str, shares: list[list[str]], sizes: dict[str, int]
 ) -> None:
+    """The files of ``shares`` from ``local`` to the folder ``there``, which exists."""
+    full = f"{remote.host}: the disk there is full; free some, then clear this task"
+    _rsync(remote, there, [f"{local.absolute()}/", _place(remote)], shares, sizes, full)
+
+
+def _fetch(
+    remote: Remote, there: str, local: Path, shares: list[list[str]], sizes: dict[str, int]
+) -> None:
+    """The files of ``shares`` from the folder ``there`` to ``local``."""
+    full = f"the disk of this machine is full, at {local}; free some, then clear this task"
+    _rsync(remote, there, [_place(remote), f"{local.absolute()}/"], shares, sizes, full)
+
+
+def _place(remote: Remote) -> str:
+    """The folder that the remote shell entered, as rsync names it: an IPv6 address in brackets."""
+    return f"[{remote.host}]:./" if ":" in remote.host else f"{remote.host}:./"
+
+
+def _rsync(
+    remote: Remote,
+    there: str,
+    ends: list[str],
+    shares: list[list[str]],
+    sizes: dict[str, int],
+    full: str,
+) -> None:
+    """Both ``ends`` are rsync's; ``full`` is what it means that the receiving disk is."""
     progress = _Progress(sum(sizes[name] for share in shares for name in share))
     command = [
         *("rsync", "-tLI", f"--timeout={IDLE_TIMEOUT_S}", "--partial-dir=.rsync-partial"),
-        *("--files-from=-", "--out-format=%n", "--progress"),
+        *("--files-from=-", "-0", "--out-format=%n", "--progress"),
         # what it makes there is its owner's alone
-        *("--rsync-path", "umask 077 && rsync", "-e", quoted_ssh(remote)),
-        source.replace("HOST", remote.host, 1),
-        target.replace("HOST", remote.host, 1),
+        *("--rsync-path", f"umask 077 && cd {shlex.quote(there)} && rsync"),
+        *("-e", quoted_ssh(remote), *ends),
     ]
 
     def transfer(share: list[str], process: subprocess.Popen[str], complaints: IO[str]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         with suppress(BrokenPipeError):  # it has ended: its exit code says why
-            process.stdin.write("".join(f"{name}\n" for name in share))
+            process.stdin.write("".join(f"{_listed(name)}\0" for name in share))
             process.stdin.close()
         name = ""
         # a name as its file begins, then, rewriting their line, the bytes of it so far
@@ -212,7 +237,7 @@ def _rsync(
                 progress.tell(name, int(so_far[1].replace(",", "")))
         if process.wait():
             complaints.seek(0)
-            raise _rsync_error(remote, process.returncode, complaints.read())
+            raise _rsync_error(remote, full, process.returncode, complaints.read())
 
     with ExitStack() as files, ThreadPoolExecutor(len(shares)) as streams:
         running, transfers = [], []
@@ -231,6 +256,11 @@ def _rsync(
             for process in running:
                 process.terminate()
             raise
+
+
+def _listed(name: str) -> str:
+    """A file's name in a list for rsync, which takes ``#x`` and ``;x`` for comments, with -0 too."""
+    return f"./{name}" if name.startswith(("#", ";")) else name
 
 
 class _Progress:
@@ -255,11 +285,9 @@ class _Progress:
         )
 
 
-def _rsync_error(remote: Remote, code: int, said: str) -> Exception:
+def _rsync_error(remote: Remote, full: str, code: int, said: str) -> Exception:
     if "No space left" in said or "Disk quota exceeded" in said:
-        return ClusterError(
-            f"{remote.host}: the disk there is full; free some, then clear this task"
-        )
+        return ClusterError(full)
     if code == 127 or "rsync: command not found" in said or "rsync: not found" in said:
         return ClusterError(f"{remote.host} has no rsync: install the package rsync there")
     # ssh failed: rsync passes its code on, or sees a broken stream (12); (13) is a file's own error
