@@ -12,7 +12,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ def start(
     address: str = "127.0.0.1",
     port: int | None = None,
     inside: Sequence[str] = (),
+    more: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
     """Start the server; returns ``{pid, port, host, user, key_file, known_hosts}``.
 
     Keys stay in ``folder`` from one start to the next. The process leads a group of its own.
-    ``inside`` is a command that runs the server somewhere else (``ip netns exec ...``).
+    ``inside`` is a command that runs the server somewhere else (``ip netns exec ...``); ``more`` are
+    settings of sshd_config besides these, or instead.
     """
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if sshd is None:
@@ -61,6 +63,7 @@ def start(
         "StrictModes": "no",  # a folder under /tmp is writable by others, the files are not
         "MaxStartups": "100",
         "MaxSessions": "200",
+        **(more or {}),
     }
     # a login starts with a clean environment; these are what an unpacked rsync needs
     passed = {"PATH": os.environ["PATH"], **(environment or {})}

@@ -295,7 +295,7 @@ def test_a_model_that_only_the_cluster_knows_is_not_guessed():
         "its config.json there on this machine too"
     ) in found.message()
     assert "rate            unknown" in found.text()
-    with pytest.raises(CannotRun, match="hf download some/model config.json"):
+    with pytest.raises(CannotRun, match=r"hf download some/model config\.json"):
         require_fit(plan(load_recipe("cpt_config_fast", {"model.name_or_path": "some/model"})))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastcpt.cluster.first_contact import first_contact
 from fastcpt.cluster.remote import ClusterError, Remote, ask
 from fastcpt.recipe import Cluster
 
@@ -11,11 +12,13 @@ OLDEST_PYTHON = (3, 8)
 
 
 def check_cluster(remote: Remote, cluster: Cluster) -> dict[str, Any]:
-    """What the host is and has (``far_side.check``: GPUs, memory and disk in GB, python, rsync).
+    """Log in for the first time; what the host is and has (``far_side.check``: GPUs, memory and disk
+    in GB, python, rsync).
 
     Raises ``ClusterError`` that lists everything the recipe needs and the host lacks, and
     ``ConnectionLost`` where it does not answer. With ``cpu_only``, cores stand in for GPUs.
     """
+    first_contact(remote)
     facts = ask(remote, "check", root=cluster.root)
     missing = list(_missing(facts, cluster))
     if missing:

@@ -48,6 +48,10 @@ class ClusterError(ValueError):
     """The cluster cannot be used as it is; trying again does not help, the message says what to do."""
 
 
+class LoginRefused(ClusterError):
+    """The host does not take the key. Where it has taken it before, that may pass."""
+
+
 class ConnectionLost(OSError):
     """The cluster did not answer this time; trying again may help."""
 
@@ -230,14 +234,17 @@ def connection_error(remote: Remote, said: str) -> Exception:
             f"the host key of {where} is not the one in {known_hosts}: somebody else may be answering. "
             "Compare it with what the host's owner tells you (ssh-keygen -lf), then correct the file"
         )
+    # before the refusal that follows from it
+    if "Bad owner or permissions" in said or "UNPROTECTED PRIVATE KEY" in said:
+        return ClusterError(f"ssh does not take the key file: {said}")
+    if "Unable to negotiate" in said:
+        return ClusterError(f"{where} and this machine have no algorithm in common: {said}")
     if "Permission denied" in said:
-        return ClusterError(
+        return LoginRefused(
             f"{where} refused the login of {remote.user or 'this user'} with "
             f"{remote.key_file or 'the keys of the agent'}: check the connection's login and key_file, "
             "and that the key is in authorized_keys there"
         )
-    if "Bad owner or permissions" in said or "UNPROTECTED PRIVATE KEY" in said:
-        return ClusterError(f"ssh does not take the key file: {said}")
     reason = said.splitlines()[-1] if said else "no reason given"
     return ConnectionLost(f"no connection to {where}: {reason}")
 
