@@ -23,6 +23,7 @@ from fastcpt.cluster.remote import (
     OUTAGE_S,
     ClusterError,
     ConnectionLost,
+    LoginRefused,
     Remote,
     ask_async,
     ask_through,
@@ -229,9 +230,11 @@ class RemoteJobTrigger(BaseTrigger):
         remote: Remote | None = None
         seen: int | None = None
         last_lines = [""]
-        waits_for = ""
+        told_why = ""
+        # the rest of the task's time: from here on a clock that is set does not shorten it
+        until = clock() + self.ends_by - time.time() if self.ends_by else None
         while True:
-            if self.ends_by and time.time() > self.ends_by:
+            if until is not None and clock() > until:
                 await self.on_kill()
                 yield TriggerEvent({"timeout": f"job {self.name} took longer than the task may"})
                 return
@@ -240,7 +243,10 @@ class RemoteJobTrigger(BaseTrigger):
                     # not asgiref's: it loses what a cancel says, and with it Airflow's call of on_kill
                     remote = await asyncio.to_thread(remote_of, self.connection)
                 answer = await _poll(remote, self.root, self.name, seen)
-            except ConnectionLost as error:
+                if "error" in answer:
+                    raise ConnectionLost(f"{remote.host}: {answer['error']}")
+            except (ConnectionLost, LoginRefused) as error:
+                # the login was taken when the job was started: it may be the home that is away
                 self.log.warning("%s; asking again", error)
                 remote = None  # the connection may have been corrected
                 if clock() - answered > UNREACHABLE_S:
@@ -253,6 +259,12 @@ class RemoteJobTrigger(BaseTrigger):
                 return
             answered = clock()
             status, piece = answer["status"], base64.b64decode(answer["log"])
+            if "cut" in answer:
+                self.log.warning(
+                    "job.log was cut there: %d bytes, %d were shown before. It is shown from its beginning",
+                    answer["size"],
+                    answer["cut"],
+                )
             all_read = answer["seen"] + len(piece) >= answer["size"]
             ended = status["state"] not in jobs.ACTIVE
             lines, taken = _lines(piece, whole=ended and all_read)
@@ -270,9 +282,10 @@ class RemoteJobTrigger(BaseTrigger):
             if ended and all_read:
                 yield TriggerEvent({"status": status, "last_lines": last_lines})
                 return
-            if status["state"] == "waiting" and status.get("why", "") != waits_for:
-                waits_for = status["why"]
-                self.log.info("waiting: %s", waits_for)
+            why = status.get("why", "")
+            if why and why != told_why:
+                self.log.info("%s: %s", status["state"], why)
+            told_why = why
             if not taken:
                 # what was shown is acknowledged at once: a restart repeats next to nothing
                 await asyncio.sleep(POLL_S if clock() - began < SHORT_S else LONG_POLL_S)
@@ -296,15 +309,24 @@ class RemoteJobTrigger(BaseTrigger):
                 answer = await ask_async(
                     remote, "stop", root=self.root, name=self.name, owner=self.owner
                 )
-            except ConnectionLost as error:
+            except (ConnectionLost, LoginRefused) as error:
                 self.log.warning("%s; asking again", error)
                 if time.monotonic() > until:
                     self.log.error("job %s was not ended: end it there by hand", self.name)
                     return
                 await asyncio.sleep(POLL_S)
+            except ClusterError as error:
+                self.log.error("job %s was not ended: %s", self.name, error)
+                return
             else:
                 if not answer["ended"]:
                     self.log.error("job %s could not be ended: end it there by hand", self.name)
+                elif answer.get("left_alone"):
+                    self.log.info("job %s is another try's by now: it runs on", self.name)
+                elif answer["was"] in jobs.ACTIVE:
+                    self.log.info("job %s was ended", self.name)
+                else:
+                    self.log.info("job %s had ended before: %s", self.name, answer["was"])
                 return
 
 

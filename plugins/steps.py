@@ -508,9 +508,8 @@ def keep_training(context: Context, files: dict[str, str | None]) -> Facts:
 
 def _job_seconds(files: dict[str, str | None]) -> float | None:
     status: Facts = json.loads(files.get("status") or "{}")
-    if "running_since" not in status or "ended" not in status:
-        return None
-    return round(float(status["ended"] - status["running_since"]), 1)
+    seconds: float | None = status.get("seconds")
+    return seconds
 
 
 def keep_evaluation(context: Context, files: dict[str, str | None]) -> Facts:

@@ -7,11 +7,11 @@ job's folder and started in a session of its own.
 
     <root>/jobs/<name>/   job.sh, spec.json, secrets.json (0600), job.log, status.json, lock
 
-The lock is held by the supervisor and inherited by the job: while anything of a job lives, it
-cannot be started again. ``status.json`` is written whole, with a heartbeat. A job that ends without
-saying so is seen by its supervisor's pid or the host's other boot id; what is left of it is ended
-before it is started again. Under Slurm the supervisor runs inside the allocation, and the queue
-answers for it while it waits or when it was ended.
+The locks are the supervisor's alone: a job is over when its processes are, and those carry the
+job's folder in their environment, so that they are found and ended wherever they fled to. What ends
+or watches a job needs no room on the disk: notes are kept where there is some. A job that ends
+without saying so is seen by its supervisor's pid or the host's other boot id. Under Slurm the
+supervisor runs inside the allocation, and the queue answers for it while it waits or was ended.
 """
 
 import base64
@@ -28,7 +28,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Dict, List, Optional
+from functools import lru_cache
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 HEARTBEAT_S = 5.0
 # Training saves a checkpoint on SIGTERM; 20 s keep the promise that all has ended within 30.
@@ -49,12 +50,20 @@ LOG_PIECE = 1024 * 1024
 ANSWER_PIECES = 8
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 PR_SET_CHILD_SUBREAPER = 36
+# In the environment of what belongs to a job: its folder; of its own processes: who holds which locks.
 MARK = "FASTCPT_JOB"
+HOLDS = "FASTCPT_HOLDS"
+# Given up when a job has ended on a full disk, so that its last status can be written.
+RESERVE = 64 * 1024
+# A folder that is not there for so long was removed, and is not just being mounted again.
+GONE_S = 10.0
 ACTIVE = ("starting", "waiting", "running")
 # this file's own text, set by whoever sends it
 SOURCE = ""
 
 Answer = Dict[str, Any]
+# Slurm's jobs (state and reason by id); None where its controller does not answer
+Queue = Optional[Dict[str, List[str]]]
 
 
 def expand(path: str) -> str:
@@ -71,12 +80,31 @@ def write_whole(path: str, text: str, mode: int = 0o600) -> None:
     os.replace(aside, path)
 
 
-def read_json(path: str) -> Any:
+def note(path: str, value: Any) -> bool:
+    """Write JSON where the disk has room: what ends or watches a job does not depend on it."""
     try:
-        with open(path) as file:
-            return json.load(file)
+        write_whole(path, json.dumps(value))
+    except OSError:
+        unlink(path + ".%d.partial" % os.getpid())
+        return False
+    return True
+
+
+def unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def read_json(path: str, kind: type) -> Any:
+    """What a file of JSON holds; None where there is none or it is damaged: not a ``kind``."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, kind) else None
 
 
 def boot_id() -> str:
@@ -242,18 +270,22 @@ class Door:
     """Held while a job is started or ended: two that come at once go in one after the other."""
 
     def __init__(self, folder: str) -> None:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        self.lock = os.open(os.path.join(folder, "door"), os.O_RDWR | os.O_CREAT, 0o600)
+        self.folder, self.lock = folder, -1
 
     def __enter__(self) -> None:
+        try:
+            self.lock = os.open(os.path.join(self.folder, "door"), os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError:
+            return  # a full or read-only disk, or no folder any more: a job can be ended all the same
         fcntl.flock(self.lock, fcntl.LOCK_EX)
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.lock)
+        if self.lock >= 0:
+            os.close(self.lock)
 
 
 def locked(folder: str) -> Optional[int]:
-    """The lock's descriptor, or None while something of the job lives."""
+    """The lock's descriptor, or None while the job's supervisor lives."""
     lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -261,6 +293,17 @@ def locked(folder: str) -> Optional[int]:
         os.close(lock)
         return None
     return lock
+
+
+def held(folder: str) -> bool:
+    """Whether a supervisor holds the job's lock; one that cannot be opened is nobody's."""
+    try:
+        lock = locked(folder)
+    except OSError:
+        return False
+    if lock is not None:
+        os.close(lock)
+    return lock is None
 
 
 def submit(
@@ -283,33 +326,37 @@ def submit(
     ``slurm`` are options of sbatch: with them Slurm runs the job and shares out the GPUs.
     """
     folder = job_folder(root, name)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
     with Door(folder):
         status = state_of(folder)
         if status["state"] in ACTIVE:
-            spec = read_json(os.path.join(folder, "spec.json"))
-            if spec["digest"] == digest:
-                write_whole(
-                    os.path.join(folder, "owners.json"), json.dumps([*owners(folder), owner])
-                )
+            spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
+            if spec.get("digest") == digest:
+                if not note(os.path.join(folder, "owners.json"), [*owners(folder), owner]):
+                    return {"unavailable": "no room in %s to note whose job %s is" % (folder, name)}
                 return {"found": "running", "folder": folder}
-            if not end(folder, owner):
+        if status["state"] in ACTIVE or living(folder):
+            answer = end(folder, owner)
+            if "unavailable" in answer:
+                return answer
+            if not answer["ended"]:
                 return {"error": "job %s is running and could not be ended" % name}
         if result and os.path.exists(expand(result)):
             return {"found": "complete", "folder": folder}
-        end_strays(folder)
         lock = locked(folder)
         if lock is None:
             return {"error": "something of job %s lives and could not be ended" % name}
         begin_folder(folder, owner)
         write_whole(os.path.join(folder, "job.sh"), script)
-        write_whole(os.path.join(folder, "secrets.json"), json.dumps(secrets))
         write_whole(os.path.join(folder, "supervisor.py"), SOURCE)
         spec = {"name": name, "digest": digest, "locks": shared_locks(root, alone)}
+        write_whole(os.path.join(folder, "spec.json"), json.dumps(spec))
+        write_whole(os.path.join(folder, "secrets.json"), json.dumps(secrets))
         if slurm is not None:
             os.close(lock)
             return sbatch(folder, spec, slurm, extra_lines or [])
-        write_whole(os.path.join(folder, "spec.json"), json.dumps(spec))
-        write_status(folder, {"state": "starting", "boot_id": boot_id(), "started": time.time()})
+        status = {"state": "starting", "boot_id": boot_id(), "started": time.time()}
+        write_whole(os.path.join(folder, "status.json"), json.dumps(status))
         complaints = os.open(os.path.join(folder, "supervisor.log"), LOG_FLAGS, 0o600)
         subprocess.Popen(
             [sys.executable, os.path.join(folder, "supervisor.py"), folder, str(lock)],
@@ -330,175 +377,221 @@ def begin_folder(folder: str, owner: str) -> None:
     if os.path.exists(log):
         os.replace(log, log + ".1")
     for name in ("stopped.json", "status.json"):
-        if os.path.exists(os.path.join(folder, name)):
-            os.unlink(os.path.join(folder, name))
+        unlink(os.path.join(folder, name))
+    write_whole(os.path.join(folder, "reserve"), os.urandom(RESERVE // 2).hex())
     write_whole(os.path.join(folder, "seen"), "0")
     write_whole(os.path.join(folder, "owners.json"), json.dumps([owner]))
 
 
 def owners(folder: str) -> List[str]:
-    return read_json(os.path.join(folder, "owners.json")) or []
+    return read_json(os.path.join(folder, "owners.json"), list) or []
 
 
-def write_status(folder: str, status: Answer) -> None:
-    status["heartbeat"] = time.time()
-    write_whole(os.path.join(folder, "status.json"), json.dumps(status))
+def said(folder: str) -> Optional[Answer]:
+    """What the job's supervisor has last said; None where that is not there or damaged."""
+    status: Optional[Answer] = read_json(os.path.join(folder, "status.json"), dict)
+    return status if status and isinstance(status.get("state"), str) else None
 
 
-def state_of(folder: str, queue: Optional[Dict[str, List[str]]] = None) -> Answer:
+def state_of(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answer:
     """The job's status as it is: what it says of itself, checked against what is there."""
-    status: Optional[Answer] = read_json(os.path.join(folder, "status.json"))
-    if status is None:
-        return {"state": "absent"}
-    spec = read_json(os.path.join(folder, "spec.json")) or {}
+    status = said(folder)
+    spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
     if spec.get("slurm_id"):
-        status = state_in_slurm(status, spec["slurm_id"], queue)
+        status = state_in_slurm(status or {"state": "waiting"}, spec["slurm_id"], queue())
+    elif status is None:
+        if not held(folder):
+            return {"state": "absent", "why": "there is no status of it any more"}
+        status = {"state": "running", "why": "its status.json is damaged"}
     elif status["state"] in ACTIVE and not lives(folder, status):
         # it may have ended between the two looks
-        status = read_json(os.path.join(folder, "status.json")) or status
+        status = said(folder) or status
         if status["state"] in ACTIVE:
             rebooted = status.get("boot_id") != boot_id()
             status["state"] = "lost"
             status["why"] = "the host was rebooted" if rebooted else "its supervisor is gone"
-    stopped = read_json(os.path.join(folder, "stopped.json"))
-    if stopped and status["state"] not in ACTIVE:
+    elif status["state"] in ACTIVE and stands_still(status.get("supervisor")):
+        again = "kill -CONT %d" % status["supervisor"]
+        status["why"] = "its supervisor is stopped and sees nothing; go on with: " + again
+    stopped = read_json(os.path.join(folder, "stopped.json"), dict)
+    if stopped and status["state"] in ("lost", "cancelled"):
         status.update(stopped)
     return status
 
 
 def poll(root: str, jobs: List[Answer]) -> Answer:
-    """Status and next piece of log of each of ``jobs`` ({name, seen}).
+    """Status and next piece of log of each of ``jobs`` ({name, seen}); ``error`` where it has none.
 
     ``seen`` bytes of the log have arrived; None asks for what the reader before left. It is kept
-    here, so that a reader that was restarted goes on where the last one ended.
+    here, so that a reader that was restarted goes on where the last one ended. ``cut`` tells that
+    the log has become shorter than what was seen of it: it is read from its beginning.
     """
-    queue: Optional[Dict[str, List[str]]] = None
-    answers = []
+    queue = lru_cache(maxsize=None)(squeue)
+    answers: List[Answer] = []
     budget = ANSWER_PIECES * LOG_PIECE
     for job in jobs:
         folder = job_folder(root, job["name"])
-        spec = read_json(os.path.join(folder, "spec.json")) or {}
-        if queue is None and spec.get("slurm_id"):
-            queue = squeue()
-        # first the state, then the log: what a job wrote before it ended is there
-        status = state_of(folder, queue)
-        seen = job["seen"]
-        kept = os.path.join(folder, "seen")
-        before = read_json(kept) or 0
-        if seen is None:
-            seen = before
-        elif seen != before and status["state"] != "absent":
-            write_whole(kept, str(seen))
-        piece, size = b"", 0
-        log = os.path.join(folder, "job.log")
-        if os.path.exists(log):
-            size = os.path.getsize(log)
-            with open(log, "rb") as file:
-                file.seek(seen)
-                piece = file.read(min(LOG_PIECE, budget))
+        try:
+            # first the state, then the log: what a job wrote before it ended is there
+            status = state_of(folder, queue)
+            answer = next_piece(folder, job["seen"], budget)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            # one job's damaged files are no matter of the others
+            answers.append({"error": "%s in %s: %s" % (type(error).__name__, folder, error)})
+            continue
+        piece = answer["log"]
         budget -= len(piece)
-        text = base64.b64encode(piece).decode()
-        answers.append({"status": status, "log": text, "seen": seen, "size": size})
+        answers.append({**answer, "status": status, "log": base64.b64encode(piece).decode()})
     return {"jobs": answers}
+
+
+def next_piece(folder: str, seen: Optional[int], most: int) -> Answer:
+    """The next bytes of a job's log, at most ``most``, as ``{log, seen, size}``."""
+    kept, log = os.path.join(folder, "seen"), os.path.join(folder, "job.log")
+    before = max(0, read_json(kept, int) or 0)
+    if seen is None:
+        seen = before
+    size = os.path.getsize(log) if os.path.exists(log) else 0
+    answer: Answer = {"size": size}
+    if size < seen:
+        answer["cut"], seen = seen, 0
+    if seen != before and os.path.isdir(folder):
+        note(kept, seen)
+    piece = b""
+    if size:
+        with open(log, "rb") as file:
+            file.seek(seen)
+            piece = file.read(min(LOG_PIECE, most))
+    return {**answer, "seen": seen, "log": piece}
 
 
 def lives(folder: str, status: Answer) -> bool:
     """Whether a job's supervisor is there; before it has said its pid, whether the lock is held."""
     if status.get("boot_id") != boot_id():
         return False
-    if status.get("supervisor"):
+    if status.get("supervisor") and os.path.isdir("/proc/self"):
         return mark(status["supervisor"]) == folder
-    lock = locked(folder)
-    if lock is None:
-        return True
-    os.close(lock)
-    return False
+    return held(folder)
 
 
 def stop(root: str, name: str, owner: Optional[str] = None) -> Answer:
-    """End a job: its process group, then whatever of it is left. True when nothing lives.
+    """End a job and all that is left of it; ``{ended, was}`` says whether, and its state before.
 
-    A job that ``owner`` neither started nor found is left alone: it is a later try's.
+    A job that ``owner`` neither started nor found is left alone: it is a later try's. One whose
+    folder was removed is ended by what its processes carry.
     """
     folder = job_folder(root, name)
-    if not os.path.isdir(folder):
-        return {"ended": True}
     with Door(folder):
-        if owner is not None and owner not in owners(folder):
+        if owner is not None and os.path.isdir(folder) and owner not in owners(folder):
             return {"ended": True, "left_alone": True}
-        return {"ended": end(folder, owner or "")}
+        return end(folder, owner or "")
 
 
-def end(folder: str, owner: str) -> bool:
+def end(folder: str, owner: str) -> Answer:
+    """Signals first; what is to be noted is noted where the disk has room."""
     status = state_of(folder)
-    if status["state"] in ACTIVE:
-        write_whole(
-            os.path.join(folder, "stopped.json"),
-            json.dumps({"state": "cancelled", "stopped_for": owner}),
-        )
-    spec = read_json(os.path.join(folder, "spec.json")) or {}
+    active = status["state"] in ACTIVE
+    stopped = {"state": "cancelled", "stopped_for": owner}
+    spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
     if spec.get("slurm_id"):
-        return scancel(folder, spec["slurm_id"])
-    supervisor = status.get("supervisor")
-    if supervisor and mark(supervisor) == folder:
-        signal_quietly(os.kill, supervisor, signal.SIGTERM)
-    until = time.time() + GRACE_S + 2
-    while time.time() < until:
-        lock = locked(folder)
-        if lock is not None:
-            os.close(lock)
+        signalled = run_slurm(["scancel", "--batch", "--signal=TERM", spec["slurm_id"]], {})
+        if active and signalled.returncode == 0:
+            note(os.path.join(folder, "stopped.json"), stopped)
+        gone = scancel(spec["slurm_id"])
+        if gone is None:
+            return {"unavailable": NO_CONTROLLER}
+        if gone:
+            end_strays(folder)
+            forget_secrets(folder)
+        return {"ended": gone, "was": status["state"]}
+    told: List[int] = []
+    noted = not active
+    until = time.monotonic() + GRACE_S + 2
+    while time.monotonic() < until:
+        there = supervisors(folder)
+        for pid in there:
+            if pid not in told:
+                signal_quietly(os.kill, pid, signal.SIGTERM)
+                signal_quietly(os.kill, pid, signal.SIGCONT)
+                told.append(pid)
+        if told and not noted:
+            noted = note(os.path.join(folder, "stopped.json"), stopped)
+        # held and nobody there: it has just been started
+        if not there and not held(folder):
             break
-        if supervisor and mark(supervisor) != folder:
-            break
-        if not supervisor:
-            # it has just been started and has not said its pid yet
-            supervisor = (read_json(os.path.join(folder, "status.json")) or {}).get("supervisor")
-            if supervisor and mark(supervisor) == folder:
-                signal_quietly(os.kill, supervisor, signal.SIGTERM)
         time.sleep(0.1)
     end_strays(folder)
-    lock = locked(folder)
-    if lock is None:
-        return False
-    os.close(lock)
+    if living(folder) or held(folder):
+        return {"ended": False, "was": status["state"]}
     forget_secrets(folder)
-    status = read_json(os.path.join(folder, "status.json"))
-    if status and status["state"] in ACTIVE:
-        status["state"] = "cancelled"
-        write_status(folder, status)
-    return True
+    if not noted:
+        note(os.path.join(folder, "stopped.json"), stopped)
+    left = said(folder)
+    if active and left and left["state"] in ACTIVE:
+        note(os.path.join(folder, "status.json"), {**left, **stopped})
+    return {"ended": True, "was": status["state"]}
 
 
 def forget_secrets(folder: str) -> None:
-    if os.path.exists(os.path.join(folder, "secrets.json")):
-        os.unlink(os.path.join(folder, "secrets.json"))
+    unlink(os.path.join(folder, "secrets.json"))
+
+
+# Processes, by what they carry in their environment
+
+
+def processes() -> Iterator[int]:
+    """All but this one; none on a host without /proc."""
+    if os.path.isdir("/proc/self"):
+        for entry in os.listdir("/proc"):
+            if entry.isdigit() and int(entry) != os.getpid():
+                yield int(entry)
+
+
+def environment_of(pid: int) -> Dict[str, str]:
+    """A process's environment at its start; empty where it has ended or is somebody else's."""
+    try:
+        with open("/proc/%d/environ" % pid, "rb") as file:
+            entries = os.fsdecode(file.read()).split("\0")
+    except OSError:
+        return {}
+    pairs = [entry.partition("=") for entry in entries]
+    return {name: value for name, _, value in pairs}
 
 
 def mark(pid: int) -> str:
-    """The folder of the job that a process belongs to, by its environment; empty for any other.
+    """The folder of the job that a process belongs to; empty for any other.
 
     Not its name: another orchestrator's job with another root may have the same one.
     """
+    return environment_of(pid).get(MARK, "")
+
+
+def living(folder: str) -> List[int]:
+    return [pid for pid in processes() if mark(pid) == folder]
+
+
+def supervisors(folder: str) -> List[int]:
+    """A job's supervisor: what carries its folder and is no process of the job itself."""
+    if not os.path.isdir("/proc/self"):
+        pid = (said(folder) or {}).get("supervisor")
+        return [pid] if pid and held(folder) else []
+    found = [(pid, environment_of(pid)) for pid in processes()]
+    return [pid for pid, its in found if its.get(MARK) == folder and HOLDS not in its]
+
+
+def stands_still(pid: Optional[int]) -> bool:
+    """Whether a process was stopped (SIGSTOP)."""
     try:
-        with open("/proc/%d/environ" % pid, "rb") as file:
-            for entry in file.read().split(b"\0"):
-                if entry.startswith(MARK.encode() + b"="):
-                    return os.fsdecode(entry.split(b"=", 1)[1])
+        with open("/proc/%d/stat" % (pid or 0)) as file:
+            return file.read().rpartition(")")[2].split()[0] in "Tt"
     except OSError:
-        pass
-    return ""
+        return False
 
 
 def end_strays(folder: str) -> None:
-    """Kill every process that carries the job's mark: what outlived its supervisor."""
-    if not os.path.isdir("/proc"):
-        return
+    """Kill every other process that carries the job's mark: what outlived its supervisor or it."""
     for _ in range(50):
-        alive = [
-            int(entry)
-            for entry in os.listdir("/proc")
-            if entry.isdigit() and int(entry) != os.getpid() and mark(int(entry)) == folder
-        ]
+        alive = living(folder)
         if not alive:
             return
         for pid in alive:
@@ -513,31 +606,75 @@ def signal_quietly(send: Callable[[int, int], None], target: int, number: int) -
         pass
 
 
+def other_holder(lock: str, folder: str) -> str:
+    """The folder of another job that works under a lock, whatever became of the lock's file.
+
+    What no supervisor watches any more is ended: nobody else would, and it has the GPUs.
+    """
+    for pid in processes():
+        environment = environment_of(pid)
+        boot, supervisor, *locks = environment.get(HOLDS, "\n").split("\n")
+        other = environment.get(MARK, "")
+        if lock in locks and other != folder:
+            if boot == boot_id() and mark(int(supervisor)) != other:
+                signal_quietly(os.kill, pid, signal.SIGKILL)
+            return other
+    return ""
+
+
+# The supervisor
+
+
 def supervise(folder: str, lock: Optional[int]) -> None:
-    """Run job.sh to its end: heartbeats while it runs, its exit code when it has ended.
+    """Run job.sh to its end, and say how it ended when nothing of it lives any more.
 
     Without a ``lock`` it is Slurm that runs this, and that may run it again (a requeue).
     """
-    spec = read_json(os.path.join(folder, "spec.json"))
-    status = read_json(os.path.join(folder, "status.json"))
+    spec = read_json(os.path.join(folder, "spec.json"), dict)
+    status: Answer = {"state": "starting", "started": (said(folder) or {}).get("started")}
     status.update(name=spec["name"], supervisor=os.getpid(), boot_id=boot_id())
     status.update(host=os.uname().nodename)
     ending: List[float] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.time()))
+    signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.monotonic()))
+    if lock is not None:
+        os.set_inheritable(lock, False)
     if sys.platform.startswith("linux"):
         # orphans of the job become children of this process and end with it
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    locks = [] if lock is None else [lock]
-    for path in spec["locks"]:
-        locks.append(wait_for(path, folder, status, ending))
-    if ending:
-        status.update(state="lost", why="ended from outside", ended=time.time())
-        write_status(folder, status)
-        return
-    environment = dict(os.environ)
-    environment.update(read_json(os.path.join(folder, "secrets.json")) or {})
-    if lock is not None:
+    locks = [wait_for(path, folder, status, ending) for path in spec["locks"]]
+    began = time.monotonic()
+    try:
+        code = None if ending else run_job(folder, lock, spec["locks"], status, ending)
+    except OSError as error:
+        code = None
+        status["why"] = "it could not be started: %s" % error
+    else:
+        status["why"] = "ended from outside"
+    end_strays(folder)
+    for shared in locks:
+        if shared >= 0:
+            os.close(shared)
+    status.update(exit_code=code, ended=time.time(), seconds=round(time.monotonic() - began, 1))
+    if code is None or (ending and code):
+        # `stop` says so in a file of its own; anything else may be a host going down
+        status["state"] = "lost"
+    else:
+        status["state"] = "succeeded" if code == 0 else "failed"
+        status.pop("why")
+    if lock is not None or status["state"] != "lost":
         forget_secrets(folder)
+    unlink(os.path.join(folder, "reserve"))
+    removed = Removed(folder)
+    while not note(os.path.join(folder, "status.json"), status) and not ending and not removed():
+        time.sleep(1)
+
+
+def run_job(
+    folder: str, lock: Optional[int], locks: List[str], status: Answer, ending: List[float]
+) -> Optional[int]:
+    """The exit code of job.sh; None where it was ended because this process was told to end."""
+    environment = {**os.environ, HOLDS: "\n".join([boot_id(), str(os.getpid()), *locks])}
+    environment.update(read_json(os.path.join(folder, "secrets.json"), dict) or {})
     with open(os.open(os.path.join(folder, "job.log"), LOG_FLAGS, 0o600), "ab") as log:
         job = subprocess.Popen(
             ["bash", os.path.join(folder, "job.sh")],
@@ -545,78 +682,113 @@ def supervise(folder: str, lock: Optional[int]) -> None:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=locks,
             env=environment,
             cwd=folder,
         )
+    if lock is not None:
+        forget_secrets(folder)
     status.update(state="running", pid=job.pid, running_since=time.time())
-    beat = 0.0
-    while True:
-        code = job.poll()
-        if code is not None:
-            break
-        if time.time() - beat > HEARTBEAT_S:
-            beat = time.time()
-            try:
-                write_status(folder, status)
-            except OSError:
-                pass  # a full disk: the job is what counts, and it may free some
-        if ending:
-            code = end_group(job, ending[0])
-            break
+    removed = Removed(folder)
+    noted, tried = False, -HEARTBEAT_S
+    while job.poll() is None and not ending:
+        if not noted and time.monotonic() - tried > HEARTBEAT_S:
+            tried = time.monotonic()
+            noted = note(os.path.join(folder, "status.json"), status)
+        if removed():
+            ending.append(time.monotonic())
         time.sleep(0.2)
+    code = job.poll()
+    if code is None:
+        end_group(job)
     # whatever the job left behind in its group ends with it
     signal_quietly(os.killpg, job.pid, signal.SIGKILL)
-    status.update(exit_code=code, ended=time.time())
-    if ending:
-        # `stop` says so in a file of its own; anything else may be a host going down
-        status.update(state="lost", why="ended from outside")
-    else:
-        status.update(state="succeeded" if code == 0 else "failed")
-        forget_secrets(folder)
-    while True:
+    return code
+
+
+class Removed:
+    """Whether a job's folder was removed while it ran; one that is away for a moment was not."""
+
+    def __init__(self, folder: str) -> None:
+        self.spec, self.missed = os.path.join(folder, "spec.json"), 0.0
+
+    def __call__(self) -> bool:
         try:
-            return write_status(folder, status)
+            os.stat(self.spec)
+        except FileNotFoundError:
+            self.missed = self.missed or time.monotonic()
+            return time.monotonic() - self.missed > GONE_S
         except OSError:
-            time.sleep(HEARTBEAT_S)
+            pass
+        self.missed = 0.0
+        return False
 
 
-def end_group(job: "subprocess.Popen[bytes]", asked: float) -> int:
+def end_group(job: "subprocess.Popen[bytes]") -> None:
     """SIGTERM to a process group, SIGKILL to what is left of it after the grace."""
+    until = time.monotonic() + GRACE_S
     signal_quietly(os.killpg, job.pid, signal.SIGTERM)
-    while job.poll() is None and time.time() < asked + GRACE_S:
+    while job.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
     signal_quietly(os.killpg, job.pid, signal.SIGKILL)
-    return job.wait()
+    job.wait()
 
 
 def shared_locks(root: str, alone: str) -> List[str]:
     """The locks that a job holds against others: of its root, and of all roots on this host."""
-    of_root = os.path.join(expand(root), "gpus.lock")
+    of_root = os.path.join(os.path.realpath(expand(root)), "gpus.lock")
     # a home may be shared by several hosts
     of_host = expand("~/.fast_cpt/gpus-%s.lock" % os.uname().nodename)
     return {"no": [], "root": [of_root], "host": [of_root, of_host]}[alone]
 
 
+def same_file(lock: int, path: str) -> bool:
+    """Whether a lock is still the one at its path: somebody may have removed the file."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return False
+    return os.path.samestat(there, os.fstat(lock))
+
+
+def sign(lock: int, name: str) -> None:
+    """For those that wait: whose turn it is. On a full disk they are not told."""
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, name.encode(), 0)
+    except OSError:
+        pass
+
+
 def wait_for(path: str, folder: str, status: Answer, ending: List[float]) -> int:
     """A shared lock's descriptor, once it is free or the job is asked to end."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    beat = 0.0
+    lock, told = -1, ""
+    removed = Removed(folder)
     while not ending:
         try:
+            if lock < 0:
+                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # for those that wait: whose turn it is
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, status["name"].encode(), 0)
-            break
-        except OSError:
-            if time.time() - beat > HEARTBEAT_S:
-                beat = time.time()
-                holder = os.pread(lock, 1024, 0).decode(errors="replace")
-                status.update(state="waiting", why="job %s has the GPUs (%s)" % (holder, path))
-                write_status(folder, status)
-            time.sleep(0.5)
+            if not same_file(lock, path):
+                os.close(lock)
+                lock = -1
+                continue
+            holder = os.path.basename(other_holder(path, folder))
+            if not holder:
+                sign(lock, status["name"])
+                break
+            why = "job %s has the GPUs (%s)" % (holder, path)
+        except BlockingIOError:
+            holder = os.pread(lock, 1024, 0).decode(errors="replace")
+            why = "job %s has the GPUs (%s)" % (holder, path)
+        except OSError as error:
+            why = str(error)
+        status.update(state="waiting", why=why)
+        if why != told and note(os.path.join(folder, "status.json"), status):
+            told = why
+        if removed():
+            ending.append(time.monotonic())
+        time.sleep(0.5)
     status.pop("why", None)
     return lock
 
@@ -633,6 +805,7 @@ ENDED = {
     "BOOT_FAIL": "its node did not start",
     "DEADLINE": "Slurm ended it at its deadline",
 }
+NO_CONTROLLER = "Slurm's controller does not answer"
 
 
 def sbatch(folder: str, spec: Answer, options: List[str], extra_lines: List[str]) -> Answer:
@@ -644,32 +817,38 @@ def sbatch(folder: str, spec: Answer, options: List[str], extra_lines: List[str]
     lines = ["#!/bin/bash"] + ["#SBATCH " + line for line in extra_lines]
     lines.append("exec python3 ./supervisor.py . slurm")
     write_whole(os.path.join(folder, "batch.sh"), "\n".join(lines) + "\n")
-    write_whole(os.path.join(folder, "spec.json"), json.dumps(spec))
-    write_status(folder, {"state": "waiting", "started": time.time()})
-    done = run_slurm(["sbatch", *fixed, *options, os.path.join(folder, "batch.sh")], {MARK: folder})
+    status = {"state": "waiting", "started": time.time()}
+    write_whole(os.path.join(folder, "status.json"), json.dumps(status))
+    command = ["sbatch", *fixed, *options, os.path.join(folder, "batch.sh")]
+    done = run_slurm(command, {MARK: folder}, 60)
     if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        if "ontact" in said or "imed out" in said:
-            return {"unavailable": "Slurm's controller does not answer: " + said}
-        return {"error": "sbatch refused the job: " + said}
+        answer = done.stderr.decode(errors="replace").strip()
+        if "ontact" in answer or "imed out" in answer:
+            return {"unavailable": "%s: %s" % (NO_CONTROLLER, answer)}
+        forget_secrets(folder)
+        return {"error": "sbatch refused the job: " + answer}
     spec["slurm_id"] = done.stdout.decode().strip().split(";")[0]
     write_whole(os.path.join(folder, "spec.json"), json.dumps(spec))
     return {"found": "started", "folder": folder, "slurm_id": spec["slurm_id"]}
 
 
-def run_slurm(command: List[str], mark: Dict[str, str]) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **mark},
-        timeout=60,
-    )
+def run_slurm(
+    command: List[str], mark: Dict[str, str], patience: float = 15
+) -> "subprocess.CompletedProcess[bytes]":
+    try:
+        return subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **mark},
+            timeout=patience,
+        )
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, b"", b"timed out")
 
 
-def squeue() -> Dict[str, List[str]]:
-    """State and reason of the login's jobs, by id; empty where the controller does not answer."""
+def squeue() -> Queue:
     command = [
         "squeue",
         "--noheader",
@@ -677,22 +856,18 @@ def squeue() -> Dict[str, List[str]]:
         "--user=%d" % os.getuid(),
         "--format=%A|%T|%r",
     ]
-    try:
-        done = run_slurm(command, {})
-    except subprocess.TimeoutExpired:
-        return {"": ["", ""]}
+    done = run_slurm(command, {})
     if done.returncode:
-        return {"": ["", ""]}
+        return None
     rows = [line.split("|") for line in done.stdout.decode().splitlines()]
     return {row[0]: row[1:] for row in rows}
 
 
-def state_in_slurm(status: Answer, slurm_id: str, queue: Optional[Dict[str, List[str]]]) -> Answer:
+def state_in_slurm(status: Answer, slurm_id: str, queue: Queue) -> Answer:
     if status["state"] in ("succeeded", "failed"):
         return status
-    queue = squeue() if queue is None else queue
-    if "" in queue:
-        return {**status, "state": "running", "why": "Slurm's controller does not answer"}
+    if queue is None:
+        return {**status, "state": "running", "why": NO_CONTROLLER}
     state, reason = queue.get(slurm_id, ["", ""])
     if state in WAITING:
         return {**status, "state": "waiting", "why": "Slurm: %s, %s" % (state, reason)}
@@ -704,20 +879,23 @@ def state_in_slurm(status: Answer, slurm_id: str, queue: Optional[Dict[str, List
     return {**status, "state": "lost", "why": why}
 
 
-def scancel(folder: str, slurm_id: str) -> bool:
-    """SIGTERM, then the end. True when Slurm has nothing of the job left."""
-    run_slurm(["scancel", "--batch", "--signal=TERM", slurm_id], {})
-    asked = time.time()
-    while time.time() < asked + GRACE_S + 7:
-        state = squeue().get(slurm_id, ["gone", ""])[0]
-        if state not in WAITING + RUNNING:
-            break
-        if state in WAITING or time.time() > asked + GRACE_S:
+def scancel(slurm_id: str) -> Optional[bool]:
+    """Wait for the end of a job that has its SIGTERM, and see to it after the grace.
+
+    True when Slurm has nothing of the job left, None when its controller does not answer.
+    """
+    asked = time.monotonic()
+    while True:
+        queue = squeue()
+        if queue is None:
+            return None
+        state = queue.get(slurm_id, ["gone"])[0]
+        waited = time.monotonic() - asked
+        if state not in WAITING + RUNNING or waited > GRACE_S + 7:
+            return state not in WAITING + RUNNING
+        if state in WAITING or waited > GRACE_S:
             run_slurm(["scancel", slurm_id], {})
         time.sleep(0.5)
-    end_strays(folder)
-    forget_secrets(folder)
-    return squeue().get(slurm_id, ["gone", ""])[0] not in WAITING + RUNNING
 
 
 # Several hosts: one command on each, started over SSH or by srun, ended together.
@@ -760,16 +938,16 @@ def on_hosts(gpus: int, hosts: List[str], command: List[str]) -> int:
         tell(node, json.dumps({**settings, "command": words}))
         nodes.append(node)
     ending: List[float] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.time()))
-    beat, code, told = time.time(), 0, False
+    signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.monotonic()))
+    beat, code, told = time.monotonic(), 0, False
     while None in [node.poll() for node in nodes]:
         failed = [node.returncode for node in nodes if node.returncode]
         if (failed or ending) and not told:
             told, code = True, failed[0] if failed else 143
             for node in nodes:
                 hang_up(node)
-        elif time.time() - beat > HEARTBEAT_S and not told:
-            beat = time.time()
+        elif time.monotonic() - beat > HEARTBEAT_S and not told:
+            beat = time.monotonic()
             for node in nodes:
                 tell(node, "alive")
         time.sleep(0.2)
@@ -810,22 +988,22 @@ def node() -> int:
         env={**os.environ, **environment},
         start_new_session=True,
     )
-    heard = time.time()
+    heard = time.monotonic()
     ending: List[float] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.time()))
+    signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.monotonic()))
     while job.poll() is None:
         try:
             readable, _, _ = select.select([sys.stdin.buffer], [], [], 0.2)
         except InterruptedError:
             continue
         if readable:
-            heard = time.time()
+            heard = time.monotonic()
             if not os.read(0, 65536):
                 break
-        if ending or time.time() - heard > SILENCE_S:
+        if ending or time.monotonic() - heard > SILENCE_S:
             break
     if job.poll() is None:
-        end_group(job, time.time())
+        end_group(job)
         return 143
     signal_quietly(os.killpg, job.pid, signal.SIGKILL)
     return job.returncode if job.returncode >= 0 else 128 - job.returncode

@@ -1,8 +1,7 @@
 """Jobs on the cluster that outlive the connection: started once, found again, ended for sure.
 
-The protocol is the far side's (``far_side``): a folder a job with ``job.sh``, a lock, a status with
-a heartbeat and a log. A job's name does not depend on the try, so that a retry finds the job of
-the try before.
+The protocol is the far side's (``far_side``): a folder a job with ``job.sh``, a lock, a status and a
+log. A job's name does not depend on the try, so that a retry finds the job of the try before.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastcpt.cluster.remote import ClusterError, Remote, ask, ask_through
+from fastcpt.cluster.remote import ClusterError, Remote, ask_through
 from fastcpt.files import digest_of
 from fastcpt.recipe import Cluster
 
@@ -126,7 +125,7 @@ def submit(remote: Remote, root: str, job: Job, owner: str = "") -> str:
 
 def stop(remote: Remote, root: str, name: str, owner: str | None = None) -> None:
     """End the job and every process of it; ``ClusterError`` when one is left."""
-    if not ask(remote, "stop", root=root, name=name, owner=owner)["ended"]:
+    if not ask_through(remote, "stop", root=root, name=name, owner=owner)["ended"]:
         raise ClusterError(f"{remote.host}: job {name} could not be ended; end it there by hand")
 
 

@@ -153,8 +153,8 @@ def _request(do: str, values: dict[str, Any]) -> bytes:
 def ask(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
     """One request to the far side (a function of ``far_side.REQUESTS``) and its answer.
 
-    Raises ``ClusterError`` for a refused key, a wrong host key or what the far side says cannot
-    be, ``ConnectionLost`` when it does not answer.
+    Raises ``ClusterError`` for a wrong host key or what the far side says cannot be (``LoginRefused``
+    for a refused key), ``ConnectionLost`` when it does not answer.
     """
     command = [*remote.ssh(), "--", remote.host, "exec python3 -"]
     patience = ASK_TIMEOUT_S.get(do, LONGEST_ASK_S)
