@@ -10,7 +10,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARY = REPOSITORY / "include" / "fastcpt"
 ROOMS = ["corpus", "planning", "cluster", "training", "reporting"]
-SHARED = {"fastcpt.recipe", "fastcpt.files", "fastcpt.yaml_files", "fastcpt"}
+SHARED = {"fastcpt.recipe", "fastcpt.files", "fastcpt.ids", "fastcpt.yaml_files", "fastcpt"}
 GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}
 
 

@@ -30,6 +30,7 @@ from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import select
 from fastcpt.corpus.tokenizer import describe
+from fastcpt.corpus.tokens import TokenFiles, write_ids
 from fastcpt.files import sha256_of_file
 from fastcpt.recipe import Recipe
 
@@ -349,14 +350,26 @@ def test_a_build_killed_at_any_instant_goes_on(
     assert ended.returncode == -signal.SIGKILL
     complete = {
         path: path.stat().st_mtime_ns
-        for path in home.rglob("*")
-        if path.suffix in {".ids", ".parquet"} and not path.name.startswith(".")
+        for path in [*home.glob("tokens/*/*.ids?"), *home.rglob("*.parquet")]
+        if not path.name.startswith(".")
     }
     corpus = build(selection, recipe, home, 1)
     whole = build(selection, recipe, tmp_path / "another", 1)
     assert bytes_of(Path(corpus["path"])) == bytes_of(Path(whole["path"]))
     # what was complete was not made again
     assert {path: path.stat().st_mtime_ns for path in complete} | complete == complete
+
+
+@pytest.mark.parametrize(("largest", "width"), [(65_535, 2), (65_536, 3), (128_255, 3)])
+def test_kept_ids_take_two_bytes_where_the_vocabulary_allows(
+    tmp_path: Path, largest: int, width: int
+) -> None:
+    ids = np.array([0, 255, 256, largest, 7], dtype=np.int32)
+    file = write_ids(tmp_path / "some", ids)
+    assert file.stat().st_size == width * len(ids)
+    with TokenFiles([str(file)]) as files:
+        places = (np.array(column) for column in ([0, 0], [3, 0], [2, 3]))
+        assert files.read(*places).tolist() == [largest, 7, 0, 255, 256]
 
 
 KILLED_AT_A_FILE = """

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +41,7 @@ from fastcpt.corpus.tokenizer import (
     train_tokenizer,
     write_tokenizer,
 )
-from fastcpt.corpus.tokens import read_index, token_folder, tokenize_part
+from fastcpt.corpus.tokens import TokenFiles, read_index, token_folder, tokenize_part
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
 from fastcpt.recipe import Documents, Fields, Recipe
 
@@ -838,7 +837,7 @@ def write_shard(
         with (
             whole_file(path) as aside,
             _writer(aside, SHARD_SCHEMA) as writer,
-            _TokenFiles(files) as source,
+            TokenFiles(files) as source,
         ):
             for begin in range(0, len(firsts), ROWS_OF_GROUP):
                 some = slice(firsts[begin], ends[min(begin + ROWS_OF_GROUP, len(firsts)) - 1])
@@ -881,37 +880,6 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-class _TokenFiles:
-    """Pieces of files of int32 ids, read where they lie: nothing is mapped or kept."""
-
-    def __init__(self, files: list[str]):
-        self.files = files
-        self.open: dict[int, int] = {}
-
-    def __enter__(self) -> _TokenFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self.open.values():
-            os.close(descriptor)
-
-    def read(self, file: Ints, offset: Ints, length: Ints) -> npt.NDArray[np.int32]:
-        """The pieces' ids, one after another."""
-        values = np.empty(int(length.sum()), dtype=np.int32)
-        content = memoryview(values.data).cast("B")
-        at = 0
-        for number, begin, count in zip(
-            file.tolist(), offset.tolist(), length.tolist(), strict=True
-        ):
-            if number not in self.open:
-                if len(self.open) >= 256:
-                    os.close(self.open.pop(next(iter(self.open))))
-                self.open[number] = os.open(self.files[number], os.O_RDONLY)
-            os.preadv(self.open[number], [content[at * 4 : (at + count) * 4]], begin * 4)
-            at += count
-        return values
-
-
 def _write_validation(folder: Path, split: str, about: pa.Table, ids: _Ids) -> dict[str, Any]:
     """One set of held-out documents, a row each, in the order of their ids."""
     name = f"{split}/validation_shard_00.parquet"
@@ -921,7 +889,7 @@ def _write_validation(folder: Path, split: str, about: pa.Table, ids: _Ids) -> d
     with (
         whole_file(folder / name) as aside,
         _writer(aside, VALIDATION_SCHEMA) as writer,
-        _TokenFiles(ids.files) as source,
+        TokenFiles(ids.files) as source,
     ):
         for begin in range(0, len(order), 64):
             some = slice(begin, begin + 64)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fastcpt.corpus import leakage
 from fastcpt.corpus.documents import Document, read_documents
 from fastcpt.corpus.tokenizer import CorpusTokenizer
-from fastcpt.files import whole_file
+from fastcpt.corpus.tokens import write_ids
 from fastcpt.recipe import Fields
 
 Ints = npt.NDArray[np.int64]
@@ -36,8 +36,7 @@ class Stretches:
         """Write the ids of what is left, by row."""
         rows = sorted(left)
         ids = [piece for row in rows for piece in left[row]]
-        with whole_file(file) as aside:
-            np.concatenate([np.empty(0, dtype=np.int32), *ids]).tofile(aside)
+        file = write_ids(file, np.concatenate([np.empty(0, dtype=np.int32), *ids]))
         length = {row: np.array([len(piece) for piece in left[row]]) for row in rows}
         ends = np.cumsum([0, *(int(length[row].sum()) for row in rows)])
         offset = {

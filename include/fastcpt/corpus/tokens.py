@@ -1,14 +1,16 @@
 """Token ids of a part's documents, kept so that no document is tokenized twice.
 
 ``home/tokens/<digest>`` belongs to one part's content, its field mapping and one tokenizer. It
-holds any number of files of ids (int32, documents one after another, each from BOS to
-end-of-text) with an index each; an index that is there is complete. Another selection adds the
-documents that are missing, and a killed run goes on after the last index written.
+holds any number of files of ids (documents one after another, each from BOS to end-of-text; the
+last digit of ``.ids2`` or ``.ids3`` is the bytes an id) with an index each; an index that is there
+is complete. Another selection adds the documents that are missing, and a killed run goes on after
+the last index written.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,11 +23,12 @@ from fastcpt.corpus.documents import Document, in_batches, read_documents
 from fastcpt.corpus.processes import Progress, in_order
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.files import digest_of, whole_file
+from fastcpt.ids import Ids, read_ids, to_bytes, width_of
 from fastcpt.recipe import Fields
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 FILE_TOKENS = 1 << 22  # ids of a file: what a killed run may lose
 
 Ints = npt.NDArray[np.int64]
@@ -54,7 +57,7 @@ def read_index(folder: Path) -> TokenIndex:
     for index in sorted(folder.glob("*.npy")):
         position, offset, length = np.load(index)
         columns.append(np.stack([position, np.full(len(position), len(files)), offset, length]))
-        files.append(str(index.with_suffix(".ids")))
+        files += [str(file) for file in folder.glob(f"{index.stem}.ids?")]
     return TokenIndex(files, *np.concatenate(columns, axis=1))
 
 
@@ -106,6 +109,46 @@ def _encoder(tokenizer: CorpusTokenizer) -> Callable[[Sequence[str]], Any]:
     return tokenizer.encoder()  # a second to load, megabytes to keep
 
 
+def write_ids(path: Path, ids: Ids) -> Path:
+    """Write a file of ids, as small as they allow; the bytes an id end its name, ``path.ids2``."""
+    width = width_of(int(ids.max(initial=0)))
+    file = path.with_name(f"{path.name}.ids{width}")
+    with whole_file(file) as aside:
+        to_bytes(ids, width).tofile(aside)
+    return file
+
+
+class TokenFiles:
+    """Pieces of files of ids, read where they lie: nothing is mapped or kept."""
+
+    def __init__(self, files: list[str]):
+        self.files = files
+        self.open: dict[int, int] = {}
+
+    def __enter__(self) -> TokenFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self.open.values():
+            os.close(descriptor)
+
+    def read(self, file: Ints, offset: Ints, length: Ints) -> Ids:
+        """The pieces' ids, one after another."""
+        values = np.empty(int(length.sum()), dtype=np.int32)
+        at = 0
+        for number, begin, count in zip(
+            file.tolist(), offset.tolist(), length.tolist(), strict=True
+        ):
+            if number not in self.open:
+                if len(self.open) >= 256:
+                    os.close(self.open.pop(next(iter(self.open))))
+                self.open[number] = os.open(self.files[number], os.O_RDONLY)
+            width = int(self.files[number][-1])
+            values[at : at + count] = read_ids(self.open[number], width, begin, count)
+            at += count
+        return values
+
+
 class _OpenFile:
     """Ids on their way to the next file of a folder."""
 
@@ -126,8 +169,7 @@ class _OpenFile:
             return
         # named by what it holds, so that two builds side by side do not overwrite each other
         name = digest_of(self.positions)
-        with whole_file(self.folder / f"{name}.ids") as aside:
-            np.concatenate(self.ids).tofile(aside)
+        write_ids(self.folder / name, np.concatenate(self.ids))
         lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
         index = np.stack([np.array(self.positions), np.cumsum(lengths) - lengths, lengths])
         with whole_file(self.folder / f"{name}.npy") as aside, aside.open("wb") as file:

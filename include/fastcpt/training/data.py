@@ -3,17 +3,20 @@
 A row holds pieces of several documents. Positions begin anew at every piece, no piece attends to
 another, and no token is asked to predict the first token of the next piece.
 
-The shards are decoded once a host into one flat file of tokens that every rank maps into memory:
-shuffling over the whole corpus then costs no memory and no reader processes. The n-th sample of
-a training is a function of the seed and of n alone, so the order is the same for any number of
-ranks, and a resumed training goes on where it stopped.
+The shards are decoded once a host, a row group at a time, into one flat file of tokens that every
+rank reads its own rows from, a step ahead: shuffling over the whole corpus then costs no memory and
+no reader processes. What a rank has to know of the others' rows follows from their lengths. The
+n-th sample of a training is a function of the seed and of n alone, so the order is the same for any
+number of ranks, and a resumed training goes on where it stopped.
 
 An adapter of a legal area is trained on the pieces of its area, packed anew: rows of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,9 +26,11 @@ import pyarrow.parquet as parquet
 import torch
 
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file
+from fastcpt.ids import read_ids, to_bytes, width_of
 
 Ints = npt.NDArray[np.int32]
 NO_LOSS = -100
+FORMAT = 2  # of decoded corpora
 
 
 class DataError(ValueError):
@@ -47,6 +52,11 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Row: ...
+    def lengths_of(self, number: int) -> Ints:
+        """The lengths of a row's pieces, without reading its tokens."""
+
+    def targets_in(self, number: int) -> int:
+        """How many tokens of a row are asked for: those of ``targets_of`` that are not -100."""
 
 
 class ListRows:
@@ -61,25 +71,40 @@ class ListRows:
     def __getitem__(self, number: int) -> Row:
         return self.rows[number]
 
+    def lengths_of(self, number: int) -> Ints:
+        return self.rows[number].lengths
+
+    def targets_in(self, number: int) -> int:
+        return int((targets_of(self.rows[number]) != NO_LOSS).sum())
+
 
 class CorpusRows:
-    """The rows of a corpus folder, mapped from one flat file in ``scratch``.
+    """The rows of a corpus folder, read from one flat file in ``scratch``.
 
     The files are decoded by ``decode_corpus`` before. ``size`` is the recipe's ``max_seq_length``.
     """
 
     def __init__(self, scratch: Path, size: int) -> None:
         self.size = size
-        self.tokens: Ints = np.load(scratch / "tokens.npy", mmap_mode="r")
-        self.lengths: Ints = np.load(scratch / "lengths.npy", mmap_mode="r")
+        (tokens,) = scratch.glob("tokens.ids?")
+        self.file, self.width = os.open(tokens, os.O_RDONLY), int(tokens.name[-1])
+        self.lengths: Ints = np.load(scratch / "lengths.npy")
         self.starts = np.load(scratch / "starts.npy")  # [rows + 1, 2]: first token, first piece
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, number: int) -> Row:
-        (token, piece), (token_end, piece_end) = self.starts[number : number + 2]
-        return Row(self.tokens[token:token_end], self.lengths[piece:piece_end])
+        begin, end = self.starts[number : number + 2, 0].tolist()
+        return Row(read_ids(self.file, self.width, begin, end - begin), self.lengths_of(number))
+
+    def lengths_of(self, number: int) -> Ints:
+        begin, end = self.starts[number : number + 2, 1]
+        return self.lengths[begin:end]
+
+    def targets_in(self, number: int) -> int:
+        lengths = self.lengths_of(number)
+        return int(lengths.sum()) - len(lengths)  # all but each piece's first
 
 
 class AreaRows(CorpusRows):
@@ -96,13 +121,17 @@ class AreaRows(CorpusRows):
         return len(self.packed)
 
     def __getitem__(self, number: int) -> Row:
-        pieces = self.packed[number]
-        lengths = self.lengths[pieces]
+        lengths = self.lengths_of(number)
         tokens = [
-            self.tokens[begin : begin + length]
-            for begin, length in zip(self.begins[pieces], lengths, strict=True)
+            read_ids(self.file, self.width, begin, length)
+            for begin, length in zip(
+                self.begins[self.packed[number]].tolist(), lengths.tolist(), strict=True
+            )
         ]
         return Row(np.concatenate(tokens), lengths)
+
+    def lengths_of(self, number: int) -> Ints:
+        return self.lengths[self.packed[number]]
 
 
 def packed(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -130,11 +159,46 @@ def decode_corpus(
 ) -> Path:
     """Verify a corpus folder's shards and decode them to flat files; returns their folder.
 
-    Run by one process of each host. Costs 4 bytes a token under ``scratch``, and nothing when it
-    was done before. ``areas`` maps an area to the subjects of its pieces, for ``AreaRows``. Raises
-    ``DataError`` for a missing or altered shard, rows that are longer than ``size`` tokens or whose
-    pieces do not add up, or an area without pieces.
+    Run by one process of each host. Costs 2 or 3 bytes a token under ``scratch`` (``fastcpt.ids``),
+    the memory of one row group and 4 bytes a piece, and nothing when it was done before. ``areas``
+    maps an area to the subjects of its pieces, for ``AreaRows``. Raises ``DataError`` for a missing
+    or altered shard, rows that are longer than ``size`` tokens or whose pieces do not add up, or an
+    area without pieces.
     """
+    shards = _shards(corpus)
+    made_from = [FORMAT, [digest for _, digest in shards], size, areas or None]
+    folder = scratch / digest_of(made_from)
+    if (folder / "starts.npy").is_file():
+        return folder
+    lengths: list[Ints] = []
+    row_tokens: list[Ints] = []
+    row_pieces: list[Ints] = []
+    of_areas: list[npt.NDArray[np.bool_]] = []
+    width = max(_width(shard, areas) for shard, _ in shards)
+    with whole_file(folder / f"tokens.ids{width}") as aside, aside.open("wb") as out:
+        for shard, _ in shards:
+            for group in _row_groups(shard, size, areas):
+                to_bytes(group.tokens, width).tofile(out)
+                lengths.append(group.lengths)
+                row_tokens.append(group.row_tokens)
+                row_pieces.append(group.row_pieces)
+                of_areas.append(group.areas)
+    if areas:
+        chosen = np.concatenate(of_areas)
+        for n, name in enumerate(areas):
+            if not chosen[:, n].any():
+                raise DataError(f"lora.areas.{name}: no piece of the corpus is of its subjects")
+        _save(folder / "areas.npy", chosen)
+    sizes = np.stack([np.concatenate(row_tokens), np.concatenate(row_pieces)], axis=1)
+    _save(folder / "lengths.npy", np.concatenate(lengths))
+    # the last of these completes the folder
+    starts = np.concatenate([np.zeros((1, 2), np.int64), sizes.cumsum(axis=0, dtype=np.int64)])
+    _save(folder / "starts.npy", starts)
+    return folder
+
+
+def _shards(corpus: Path) -> list[tuple[Path, str]]:
+    """The shards of a corpus folder, each as its manifest has it, with its digest."""
     manifest_file = corpus / "corpus_manifest.json"
     if not manifest_file.is_file():
         raise DataError(f"{manifest_file} is missing: --data_dir must be a built corpus folder")
@@ -146,52 +210,61 @@ def decode_corpus(
     if not files:
         raise DataError(f"{manifest_file}: 'files' names no cpt_train_shard_*.parquet")
     files.sort(key=lambda entry: str(entry["file"]))
-    digests = [entry["sha256"] for entry in files]
-    folder = scratch / (digest_of(digests, size, areas) if areas else digest_of(digests, size))
-    if (folder / "starts.npy").is_file():
-        return folder
-    tokens: list[Ints] = []
-    lengths: list[Ints] = []
-    row_tokens: list[Ints] = []
-    row_pieces: list[Ints] = []
-    of_areas: list[npt.NDArray[np.bool_]] = []
     for entry in files:
-        shard = corpus / entry["file"]
-        _verify(shard, entry)
-        columns = ["input_ids", "lengths", *(["areas"] if areas else [])]
-        if areas and "areas" not in parquet.read_schema(shard).names:
-            raise DataError(
-                f"{shard}: no column areas, which lora.areas needs; build the corpus again"
+        _verify(corpus / entry["file"], entry)
+    return [(corpus / entry["file"], entry["sha256"]) for entry in files]
+
+
+def _width(shard: Path, areas: Mapping[str, Sequence[str]] | None) -> int:
+    """Bytes an id of a shard needs, by its own statistics; its columns are looked at too."""
+    metadata = parquet.read_metadata(shard)
+    if areas and "areas" not in metadata.schema.to_arrow_schema().names:
+        raise DataError(f"{shard}: no column areas, which lora.areas needs; build the corpus again")
+    columns = [n for n, column in enumerate(metadata.schema) if column.path.startswith("input_ids")]
+    largest = 0
+    for group in range(metadata.num_row_groups):
+        known = metadata.row_group(group).column(columns[0]).statistics
+        if known is None or not known.has_min_max:
+            return 3
+        largest = max(largest, known.max)
+    return width_of(largest)
+
+
+class _RowGroup(NamedTuple):
+    tokens: Ints
+    lengths: Ints  # of the pieces
+    row_tokens: Ints  # of each row
+    row_pieces: Ints
+    areas: npt.NDArray[np.bool_]  # [pieces, areas]
+
+
+def _row_groups(
+    shard: Path, size: int, areas: Mapping[str, Sequence[str]] | None
+) -> Iterator[_RowGroup]:
+    """A shard's row groups, decoded and checked one after another."""
+    columns = ["input_ids", "lengths", *(["areas"] if areas else [])]
+    before = 0  # rows
+    with parquet.ParquetFile(shard) as file:
+        for number in range(file.num_row_groups):
+            table = file.read_row_group(number, columns=columns)
+            ids, pieces = (table[name].combine_chunks() for name in ("input_ids", "lengths"))
+            group = _RowGroup(
+                ids.flatten().to_numpy().astype(np.int32, copy=False),
+                pieces.flatten().to_numpy().astype(np.int32, copy=False),
+                ids.value_lengths().to_numpy(),
+                pieces.value_lengths().to_numpy(),
+                _of_areas(table["areas"].combine_chunks().flatten(), areas)
+                if areas
+                else np.empty((0, 0), np.bool_),
             )
-        table = parquet.read_table(shard, columns=columns)
-        for column, flat, counts in (
-            ("input_ids", tokens, row_tokens),
-            ("lengths", lengths, row_pieces),
-        ):
-            values = table[column].combine_chunks()
-            flat.append(values.flatten().to_numpy().astype(np.int32, copy=False))
-            counts.append(values.value_lengths().to_numpy())
-        _check_rows(shard, lengths[-1], row_tokens[-1], row_pieces[-1], size)
-        if areas:
-            of_areas.append(_of_areas(table["areas"].combine_chunks().flatten(), areas))
-    if areas:
-        chosen = np.concatenate(of_areas)
-        for n, name in enumerate(areas):
-            if not chosen[:, n].any():
-                raise DataError(f"lora.areas.{name}: no piece of the corpus is of its subjects")
-        with whole_file(folder / "areas.npy") as aside, aside.open("wb") as out:
-            np.save(out, chosen)
-    sizes = np.stack([np.concatenate(row_tokens), np.concatenate(row_pieces)], axis=1)
-    starts = np.concatenate([np.zeros((1, 2), np.int64), sizes.cumsum(axis=0)])
-    # the last of these completes the folder
-    for name, content in (
-        ("tokens", np.concatenate(tokens)),
-        ("lengths", np.concatenate(lengths)),
-        ("starts", starts),
-    ):
-        with whole_file(folder / f"{name}.npy") as aside, aside.open("wb") as out:
-            np.save(out, content)
-    return folder
+            _check_rows(shard, before, group, size)
+            yield group
+            before += len(group.row_tokens)
+
+
+def _save(file: Path, content: npt.NDArray[Any]) -> None:
+    with whole_file(file) as aside, aside.open("wb") as out:
+        np.save(out, content)
 
 
 def _of_areas(pieces: Any, areas: Mapping[str, Sequence[str]]) -> npt.NDArray[np.bool_]:
@@ -211,18 +284,22 @@ def _verify(shard: Path, entry: dict[str, object]) -> None:
         raise DataError(f"{shard}: its digest is not the manifest's; send the corpus again")
 
 
-def _check_rows(shard: Path, lengths: Ints, tokens: Ints, pieces: Ints, size: int) -> None:
+def _check_rows(shard: Path, before: int, group: _RowGroup, size: int) -> None:
+    tokens = group.row_tokens
     too_long = np.flatnonzero(tokens > size)
     if len(too_long):
         row = int(too_long[0])
         raise DataError(
-            f"{shard}: row {row} has {tokens[row]} tokens, more than max_seq_length ({size}); "
-            "train with the recipe that the corpus was built with"
+            f"{shard}: row {before + row} has {tokens[row]} tokens, more than max_seq_length "
+            f"({size}); train with the recipe that the corpus was built with"
         )
-    ends = np.concatenate([[0], lengths.cumsum(dtype=np.int64)])[pieces.cumsum()]
+    ends = np.concatenate([[0], group.lengths.cumsum(dtype=np.int64)])[group.row_pieces.cumsum()]
     wrong = np.flatnonzero(ends != tokens.cumsum())
     if len(wrong):
-        raise DataError(f"{shard}: row {int(wrong[0])}: 'lengths' do not add up to 'input_ids'")
+        row = before + int(wrong[0])
+        raise DataError(f"{shard}: row {row}: 'lengths' do not add up to 'input_ids'")
+    if (group.lengths < 1).any():
+        raise DataError(f"{shard}: 'lengths' has a piece without a token")
 
 
 class Order:
@@ -274,3 +351,48 @@ def make_batch(rows: list[Row], size: int) -> Batch:
     return Batch(
         torch.from_numpy(input_ids), torch.from_numpy(targets), torch.from_numpy(positions), lengths
     )
+
+
+class Step(NamedTuple):
+    """What a rank needs for one step: its own micro-batches, and what all ranks' rows have."""
+
+    batches: list[Batch]
+    lengths: list[Ints]  # of the pieces of each row of the step, of all ranks
+    targets: int  # of all ranks
+
+
+class Reader:
+    """A rank's part of every step, read by a thread while the step before is computed.
+
+    ``batch`` rows make a step; the rank takes those of its turn in each micro-batch of ``micro``.
+    """
+
+    def __init__(
+        self, rows: Rows, order: Order, micro: int, accumulation: int, rank: int, world: int
+    ) -> None:
+        self.rows, self.order, self.micro = rows, order, micro
+        self.accumulation, self.rank, self.world = accumulation, rank, world
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reader")
+        self.ahead: tuple[int, Future[Step]] | None = None
+
+    def step(self, number: int) -> Step:
+        """The step of this number (from 0); the next one is read from now on."""
+        if self.ahead is None or self.ahead[0] != number:
+            self.ahead = number, self.thread.submit(self._read, number)
+        step = self.ahead[1].result()
+        self.ahead = number + 1, self.thread.submit(self._read, number + 1)
+        return step
+
+    def close(self) -> None:
+        self.thread.shutdown(cancel_futures=True)
+
+    def _read(self, number: int) -> Step:
+        batch = self.micro * self.world * self.accumulation
+        samples = [self.order[number * batch + n] for n in range(batch)]
+        batches = []
+        for turn in range(self.accumulation):
+            own = (turn * self.world + self.rank) * self.micro
+            rows = [self.rows[sample] for sample in samples[own : own + self.micro]]
+            batches.append(make_batch(rows, self.rows.size))
+        lengths = [self.rows.lengths_of(sample) for sample in samples]
+        return Step(batches, lengths, sum(map(self.rows.targets_in, samples)))

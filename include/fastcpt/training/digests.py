@@ -2,7 +2,7 @@
 
 A digest is taken of the bytes on their way to the disk: nothing is read again, and what the disk
 or the network made of them later shows. All of it is compared before a checkpoint is used: one of
-112 GB on eight ranks is 14 GB each, ten seconds of SHA-256, and they are read for loading anyway.
+112 GB on eight ranks is 14 GB each, eleven seconds of SHA-256, and they are read for loading anyway.
 """
 
 from __future__ import annotations

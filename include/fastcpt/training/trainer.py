@@ -48,7 +48,7 @@ from fastcpt.recipe import Recipe, Training
 from fastcpt.training import checkpoints
 from fastcpt.training.checkpoints import save_final
 from fastcpt.training.commands import PRICE
-from fastcpt.training.data import NO_LOSS, Order, Row, Rows, make_batch, targets_of
+from fastcpt.training.data import Ints, Order, Reader, Rows, make_batch
 from fastcpt.training.exits import Stopped
 from fastcpt.training.layers import Block, can_fuse, with_fused_blocks
 from fastcpt.training.model import (
@@ -714,9 +714,10 @@ class _Work:
         self.attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
         self.flop = 0.0
 
-    def add(self, rows: list[Row]) -> None:
-        for row in rows:
-            lengths = row.lengths.astype(float)
+    def add(self, pieces: list[Ints]) -> None:
+        """Count rows of pieces of these lengths."""
+        for of_row in pieces:
+            lengths = of_row.astype(float)
             self.flop += self.per_token * lengths.sum() + self.attention * (lengths**2).sum()
 
 
@@ -812,7 +813,9 @@ class _Loop:
     def _take_phase(self) -> None:
         self.phase = self.phases[self.number]
         self.data = self.phase.rows
-        self.order = Order(len(self.data), self.training.seed)
+        micro = self.training.per_device_train_batch_size
+        order = Order(len(self.data), self.training.seed)
+        self.reader = Reader(self.data, order, micro, self.accumulation, self.rank, self.world)
 
     def try_one_step(self) -> None:
         """The last micro-batches of a step and all that follows them, except that nothing changes.
@@ -949,6 +952,7 @@ class _Loop:
         if self.phase.area:
             end_area(self.phase.area)
             self.areas[self.phase.area] = {"steps": self.step - self.begun, "loss": self.loss}
+        self.reader.close()
         if not last:
             self.number, self.begun = self.number + 1, self.step
             self._take_phase()
@@ -978,11 +982,8 @@ class _Loop:
 
     def _one_step(self, rate: float, begin: float, before: float) -> bool:
         """One optimizer step; returns whether some rank was told to stop."""
-        micro = self.training.per_device_train_batch_size
-        batch = micro * self.world * self.accumulation
-        done = (self.step - self.begun) * batch
-        samples = [self.data[self.order[done + n]] for n in range(batch)]
-        targets = max(1, sum(int((targets_of(row) != NO_LOSS).sum()) for row in samples))
+        step = self.reader.step(self.step - self.begun)
+        targets = max(1, step.targets)
         # dropout of a step is the same after a resume
         torch.manual_seed(hash((self.training.seed, self.step, self.rank)))
         total = torch.zeros((), device=self.device)
@@ -991,14 +992,13 @@ class _Loop:
             packing.fresh = True
         self._clear_sums()
         for turn in range(self.accumulation):
-            own = (turn * self.world + self.rank) * micro
-            loss = self.engine(make_batch(samples[own : own + micro], self.data.size), self.device)
+            loss = self.engine(step.batches[turn], self.device)
             total += loss.detach()
             # DeepSpeed takes the mean over ranks and micro-batches: undone here
             self.engine.backward(loss * (self.world * self.accumulation / targets))
             if turn < self.accumulation - 1:
                 self.engine.step()
-        self.tokens += sum(len(row.input_ids) for row in samples)
+        self.tokens += sum(int(lengths.sum()) for lengths in step.lengths)
         shared = torch.tensor([0.0, 0.0, 0.0, float(self.stop.came)], dtype=torch.float64)
         shared[0] = total.double()
         if self.rank == 0:
@@ -1012,7 +1012,7 @@ class _Loop:
         self.loss = nll / targets
         self._update(rate)
         self.step += 1
-        self.work.add(samples)
+        self.work.add(step.lengths)
         self.peak_gb = max(self.peak_gb, _memory_gb(self.device))
         return bool(stopping > 0)
 
