@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from typing import Any
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
@@ -9,6 +11,7 @@ from airflow.sdk import Context
 from airflow.sdk.definitions.param import ParamsDict
 
 import steps
+from fastcpt.reporting.record import add_time, read
 
 
 class ApprovePlan(ApprovalOperator):
@@ -25,6 +28,17 @@ class ApprovePlan(ApprovalOperator):
         if not context["params"]["require_approval"]:
             return {"plan": plan["path"]}
         self.body = f"```\n{plan['text']}\n```"  # as it is: the page would read it as Markdown
+        self._note(context, time.time())
         # the form asks for a word on the plan; the run's own values were given before
         self.params = ParamsDict({})
         return super().execute(context)
+
+    def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:
+        self._note(context)
+        return super().execute_complete(context, event)
+
+    def _note(self, context: Context, began: float | None = None) -> None:
+        """Leave in the run's record since when, and until now, it waits for a person."""
+        record = Path(context["ti"].xcom_pull(task_ids="plan")["record"])
+        began = began or read(record, "times/approval.json")["began"]
+        add_time(record, "approval", began, time.time())

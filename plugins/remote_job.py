@@ -86,7 +86,7 @@ class RemoteJob:
     """What a task has to run, decided at run time.
 
     ``result`` is the file whose presence means that it is done; ``fetch`` names more small files
-    that the task's answer is made of. ``answer`` is the answer where it is known beforehand.
+    that the task's answer is made of. ``answer`` is what is known of the answer beforehand.
     """
 
     connection: str
@@ -105,14 +105,15 @@ class RemoteJobOperator(BaseOperator):
     """Run the job that ``job(context)`` describes; a mapping instead of a job is the answer itself.
 
     ``secrets(context)`` gives environment variables that reach the job through a 0600 file alone.
-    ``then(context, files)`` makes the task's answer of the fetched files (name -> text or None).
+    ``then(context, files, answer)`` makes the task's answer of the fetched files (name -> text or None)
+    and of what was known beforehand; without it that is the answer.
     """
 
     def __init__(
         self,
         *,
         job: Callable[[Context], RemoteJob | Mapping[str, Any]],
-        then: Callable[[Context, dict[str, str | None]], Any] | None = None,
+        then: Callable[[Context, dict[str, str | None], dict[str, Any]], Any] | None = None,
         secrets: Callable[[Context], Mapping[str, str]] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -177,13 +178,13 @@ class RemoteJobOperator(BaseOperator):
         return self._answer(context, job)
 
     def _answer(self, context: Context, job: RemoteJob) -> Any:
-        if job.answer is not None:
+        if self.then is None and job.answer is not None:
             return job.answer
         paths = {**({"result": job.result} if job.result else {}), **job.fetch}
         remote = remote_of(job.connection)
         files = ask_through(remote, "read_files", paths=paths) if paths else {}
         if self.then:
-            return self.then(context, files)
+            return self.then(context, files, job.answer or {})
         return json.loads(files["result"]) if files.get("result") else None
 
     def on_kill(self) -> None:

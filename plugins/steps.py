@@ -6,15 +6,18 @@ by digest. Heavy imports stay inside the steps: this module is loaded at every p
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from airflow.sdk import Context, Variable, get_current_context
 
 from fastcpt.files import digest_of, read_json
-from fastcpt.recipe import Recipe, RecipeError, Training, form_overrides, load_recipe
+from fastcpt.recipe import CONFIGS, Recipe, RecipeError, form_overrides, load_recipe
 from remote_job import RemoteJob, connection_of, remote_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -23,7 +26,12 @@ HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt")
 # text takes about as long as a task's start.
 MOST_GROUPS, GROUP_BYTES = 64, 4_000_000
 
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
 Facts = dict[str, Any]
+Files = dict[
+    str, str | None
+]  # what a job left, by its name in ``RemoteJob.fetch``; None: not there
 
 
 def recipe_of(plan: Facts) -> Recipe:
@@ -42,6 +50,28 @@ def _brief(facts: Facts) -> Facts:
     return {key: facts[key] for key in wanted if key in facts}
 
 
+def _noted(step: Callable[P, Answer]) -> Callable[P, Answer]:
+    """The step, which leaves in the run's record when it worked."""
+
+    @functools.wraps(step)
+    def noted(*args: P.args, **kwargs: P.kwargs) -> Answer:
+        began = time.time()
+        answer = step(*args, **kwargs)
+        context = get_current_context()
+        _note(context, Path(_result(context, "plan")["record"]), began)
+        return answer
+
+    return noted
+
+
+def _note(context: Context, record: Path, began: float) -> None:
+    from fastcpt.reporting.record import add_time
+
+    task = context["ti"]
+    part = "" if task.map_index in (None, -1) else f"-{task.map_index}"
+    add_time(record, f"{task.task_id}{part}", began, time.time())
+
+
 # Before anything is spent
 
 
@@ -53,7 +83,7 @@ def plan() -> Facts:
     from fastcpt.planning.plan import plan as make_plan
     from fastcpt.reporting.record import add, open_record
 
-    context = get_current_context()
+    context, began = get_current_context(), time.time()
     values = dict(context["params"])
     overrides = form_overrides(values)
     recipe = load_recipe(values["recipe"], overrides)
@@ -68,7 +98,8 @@ def plan() -> Facts:
         print(
             "No instructions (sft.instructions): a model that passes the gate is published as it is."
         )
-    record = open_record(HOME, context["run_id"], context["dag"].dag_id, recipe)
+    started = context["dag_run"].start_date  # another one after a clear
+    record = open_record(HOME, context["run_id"], context["dag"].dag_id, recipe, started)
     text_bytes = _text_bytes(parts)
     found = make_plan(recipe, estimated_tokens(text_bytes, recipe), None, HOME / HISTORY)
     add(record, "plan.json", found.to_json())
@@ -77,6 +108,7 @@ def plan() -> Facts:
     if not values["run_even_if_plan_says_no"]:
         require_fit(found, command)
     groups = min(MOST_GROUPS, len(parts), 1 + text_bytes // GROUP_BYTES)
+    _note(context, record, began)
     return {
         "recipe": str(record / "recipe.yaml"),
         "record": str(record),
@@ -140,6 +172,7 @@ def _processes(plan: Facts) -> int:
     return max(1, cores() // len(plan["parts"]))
 
 
+@_noted
 def score(plan: Facts, parts: list[str]) -> list[Facts]:
     """Score the documents of a group of files."""
     from fastcpt.corpus.score import score_parts
@@ -147,6 +180,7 @@ def score(plan: Facts, parts: list[str]) -> list[Facts]:
     return [_brief(facts) for facts in score_parts(parts, recipe_of(plan), HOME, _processes(plan))]
 
 
+@_noted
 def select(plan: Facts, scores: list[list[Facts]]) -> Facts:
     """Decide which documents are taken, from the score tables alone; train the tokenizer on them."""
     from fastcpt.corpus.build import prepare_tokenizer
@@ -159,6 +193,7 @@ def select(plan: Facts, scores: list[list[Facts]]) -> Facts:
     return selection
 
 
+@_noted
 def tokenize(plan: Facts, selection: Facts, parts: list[str]) -> Facts:
     """Tokenize the documents taken of a group of files."""
     from fastcpt.corpus.build import tokenize as tokenize_documents
@@ -167,6 +202,7 @@ def tokenize(plan: Facts, selection: Facts, parts: list[str]) -> Facts:
     return tokenize_documents(selection["path"], parts, recipe, HOME, processes)
 
 
+@_noted
 def build(plan: Facts, selection: Facts) -> Facts:
     """Pack the tokens of the documents taken; split the instructions."""
     from fastcpt.corpus.build import build as build_corpus
@@ -189,6 +225,7 @@ def build(plan: Facts, selection: Facts) -> Facts:
 # The cluster
 
 
+@_noted
 def check_cluster(plan: Facts) -> Facts:
     """What the host is and has; everything that is missing in one message."""
     from fastcpt.cluster.check import check_cluster as check
@@ -219,10 +256,12 @@ def prepare_environment(context: Context) -> RemoteJob | Facts:
     )
 
 
+@_noted
 def sync(plan: Facts, built: Facts, cluster: Facts, environment: Facts) -> Facts:
     """Bring corpus, instructions and recipe to the cluster; digests are verified there."""
     from fastcpt.cluster.transfer import files_of, send
     from fastcpt.reporting.record import add_output
+    from fastcpt.training.made_from import tokenizer_digest
 
     recipe, root = recipe_of(plan), cluster["root"]
     remote = remote_of(recipe.cluster.connection)
@@ -240,6 +279,7 @@ def sync(plan: Facts, built: Facts, cluster: Facts, environment: Facts) -> Facts
         "root": root,
         "corpus": sent["path"],
         "corpus_digest": corpus["digest"],
+        "tokenizer_digest": tokenizer_digest(listed),
         "instructions": None,
         "reused": sent["reused"],
         "sent_bytes": sent["bytes"],
@@ -261,7 +301,10 @@ def sync(plan: Facts, built: Facts, cluster: Facts, environment: Facts) -> Facts
 # Training and evaluation, on the cluster
 
 
-def _job(context: Context, commands: list[list[str]], result: str, **fetch: str) -> RemoteJob:
+def _job(
+    context: Context, commands: list[list[str]], result: str, hands_on: Facts, **fetch: str
+) -> RemoteJob:
+    """A job of the run; ``hands_on`` is what its answer has for later tasks: paths on the cluster."""
     from fastcpt.cluster.jobs import alone, job_name
     from fastcpt.training import commands as training
 
@@ -278,6 +321,7 @@ def _job(context: Context, commands: list[list[str]], result: str, **fetch: str)
         ),
         result=result,
         fetch=fetch,
+        answer=hands_on,
         alone=alone(recipe.cluster),
         slurm=_slurm(recipe),
     )
@@ -301,185 +345,193 @@ def _port(output: str) -> int:
     return 20_000 + int(digest_of(output), 16) % 10_000
 
 
-def _models(context: Context) -> Facts:
-    """Where the run's models are on the cluster: each named by all that it is made from."""
-    recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
-    folder = f"{places['root']}/models"
-    made_from = {
-        "corpus": places["corpus_digest"],
-        "model": recipe.model.model_dump(),
-        "lora": recipe.lora and recipe.lora.model_dump(),
-        "gpus": recipe.cluster.gpus,
-    }
-
-    def output(before: Any, training: Training, **also: Any) -> str:
-        return f"{folder}/{digest_of(made_from, before, training.model_dump(), also)}"
-
-    base = recipe.model.name_or_path
-    if base is None:
-        base = f"{folder}/base-{digest_of(recipe.model.model_dump(), places['corpus_digest'])}"
-    stage1 = output(base, recipe.training)
-    return {
-        "base": base,
-        "stage1": stage1,
-        "stage2": output(stage1, recipe.stage2),
-        "output": output,
-    }
+def _trained(context: Context, task: str) -> Facts:
+    """What a training handed on: ``model``, its final folder on the cluster, among its totals."""
+    found: Facts = _result(context, task)
+    if "model" not in found:
+        raise RecipeError(
+            f"{task} of this run was done by an older version, which did not say where its model is: "
+            f"clear {task} and what follows it"
+        )
+    return found
 
 
-def _gated(context: Context) -> str:
-    """The output folder of the training whose model the gate let through."""
-    models = _models(context)
-    return str(models["stage2"] if _result(context, "gate_stage2") else models["stage1"])
+def _gated(context: Context) -> Facts:
+    """The training whose model the gate let through, as the record tells: a branch hands on nothing."""
+    gate = read_json(Path(_result(context, "plan")["record"]) / "gate.json")
+    return _trained(context, "train_cpt" if gate["passed"] else "train_cpt_stage2")
+
+
+def _name_of(model: str) -> str:
+    """The name of a training: its output folder's, which holds ``final``."""
+    return Path(model).parent.name
 
 
 def train_cpt(context: Context) -> RemoteJob:
     """Stage 1, from the base model."""
-    from fastcpt.training import commands
+    from fastcpt.training import commands, made_from
 
-    recipe, places, models = (
-        recipe_of(_result(context, "plan")),
-        _result(context, "sync"),
-        _models(context),
+    recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
+    host, folder = _host(places), f"{places['root']}/models"
+    base = made_from.base_name(recipe, places["tokenizer_digest"])
+    name = made_from.training_name(
+        recipe,
+        recipe.training,
+        model=base,
+        data={"corpus": places["corpus_digest"]},
+        deepspeed=CONFIGS,
     )
-    host, output = _host(places), models["stage1"]
+    if recipe.model.config is not None:
+        base = f"{folder}/{base}"
+    output = f"{folder}/{name}"
     train = commands.train_cpt(
         recipe,
         host,
         _port(output),
         corpus=places["corpus"],
-        model=models["base"],
+        model=base,
         output=output,
         stage="stage1",
     )
-    initialise = commands.initialise(recipe, host, places["corpus"], models["base"])
-    return _job(
-        context, [*initialise, train], f"{output}/training.json", metrics=f"{output}/metrics.jsonl"
-    )
+    initialise = commands.initialise(recipe, host, places["corpus"], base)
+    return _training(context, [*initialise, train], output, base)
 
 
 def train_cpt_stage2(context: Context) -> RemoteJob:
     """Stage 2, from stage 1's final checkpoint."""
-    from fastcpt.training import commands
+    from fastcpt.training import commands, made_from
 
-    recipe, places, models = (
-        recipe_of(_result(context, "plan")),
-        _result(context, "sync"),
-        _models(context),
+    recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
+    before = _trained(context, "train_cpt")
+    name = made_from.training_name(
+        recipe,
+        recipe.stage2,
+        model=_name_of(before["model"]),
+        data={"corpus": places["corpus_digest"]},
+        deepspeed=CONFIGS,
     )
-    output = models["stage2"]
+    output = f"{places['root']}/models/{name}"
     train = commands.train_cpt(
         recipe,
         _host(places),
         _port(output),
         corpus=places["corpus"],
-        model=f"{models['stage1']}/final",
+        model=before["model"],
         output=output,
         stage="stage2",
     )
-    return _job(context, [train], f"{output}/training.json", metrics=f"{output}/metrics.jsonl")
+    return _training(context, [train], output, before["base_model"])
 
 
-def _evaluate(context: Context, output: str) -> RemoteJob:
-    from fastcpt.training import commands
+def _training(
+    context: Context, commands: list[list[str]], output: str, base: str | None = None
+) -> RemoteJob:
+    hands_on = {"model": f"{output}/final", **({"base_model": base} if base else {})}
+    result, metrics = f"{output}/training.json", f"{output}/metrics.jsonl"
+    return _job(context, commands, result, hands_on, metrics=metrics)
 
-    recipe, places, models = (
-        recipe_of(_result(context, "plan")),
-        _result(context, "sync"),
-        _models(context),
-    )
-    result = f"{output}/evaluation.json"
+
+def _evaluate(context: Context, trained: Facts, base_evaluation: str | None = None) -> RemoteJob:
+    from fastcpt.training import commands, made_from
+
+    recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
+    model, base = trained["model"], trained["base_model"]
+    name = made_from.evaluation_name(recipe, base=base, corpus=places["corpus_digest"])
+    result = f"{Path(model).parent}/evaluation-{name}.json"
     evaluate = commands.evaluate(
         recipe,
         _host(places),
         _port(result),
         corpus=places["corpus"],
-        model=f"{output}/final",
-        base=models["base"],
+        model=model,
+        base=base,
         output=result,
+        base_evaluation=base_evaluation,
     )
-    return _job(context, [evaluate], result)
+    return _job(context, [evaluate], result, {"evaluation": result})
 
 
 def evaluate_cpt(context: Context) -> RemoteJob:
     """Perplexity of stage 1's model and of the base model."""
-    return _evaluate(context, _models(context)["stage1"])
+    return _evaluate(context, _trained(context, "train_cpt"))
 
 
 def evaluate_stage2(context: Context) -> RemoteJob:
-    """Perplexity of stage 2's model and of the base model."""
-    return _evaluate(context, _models(context)["stage2"])
+    """Perplexity of stage 2's model, beside the base model's as ``evaluate_cpt`` found it."""
+    before = _result(context, "evaluate_cpt").get("evaluation")
+    return _evaluate(context, _trained(context, "train_cpt_stage2"), before)
 
 
 def train_sft(context: Context) -> RemoteJob | Facts:
     """Fine-tune the model that passed the gate on the instructions."""
-    from fastcpt.training import commands
+    from fastcpt.training import commands, made_from
 
     recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
-    before = _gated(context)
+    before = _gated(context)["model"]
     if places["instructions"] is None:
-        return {"model": f"{before}/final", "skipped": "the recipe has no instructions"}
-    output = _sft_output(context)
+        return {"model": before, "skipped": "the recipe has no instructions"}
+    name = made_from.training_name(
+        recipe,
+        recipe.sft.training,
+        model=_name_of(before),
+        data={"instructions": places["instructions_digest"]},
+        deepspeed=CONFIGS,
+    )
+    output = f"{places['root']}/models/{name}"
     train = commands.train_sft(
         recipe,
         _host(places),
         _port(output),
         instructions=places["instructions"],
-        model=f"{before}/final",
+        model=before,
         output=output,
     )
-    return _job(context, [train], f"{output}/training.json", metrics=f"{output}/metrics.jsonl")
-
-
-def _sft_output(context: Context) -> str:
-    recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
-    output = _models(context)["output"]
-    before, instructions = _gated(context), places["instructions_digest"]
-    return str(output(before, recipe.sft.training, instructions=instructions))
+    return _training(context, [train], output)
 
 
 def evaluate_sft(context: Context) -> RemoteJob | Facts:
     """ROUGE-L and citation accuracy on the held-out instructions."""
-    from fastcpt.training import commands
+    from fastcpt.training import commands, made_from
 
     recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
     if places["instructions"] is None:
         return {"skipped": "the recipe has no instructions"}
-    output = _sft_output(context)
-    result = f"{output}/evaluation_sft.json"
+    model = _trained(context, "train_sft")["model"]
+    name = made_from.answers_name(recipe, instructions=places["instructions_digest"])
+    result = f"{Path(model).parent}/evaluation_sft-{name}.json"
     evaluate = commands.evaluate_sft(
         recipe,
         _host(places),
         _port(result),
         instructions=places["instructions"],
-        model=f"{output}/final",
+        model=model,
         output=result,
     )
-    return _job(context, [evaluate], result)
+    return _job(context, [evaluate], result, {"evaluation": result})
 
 
 def publish(context: Context) -> RemoteJob:
     """A folder that transformers loads, with a model card of the run's own figures."""
     from fastcpt.cluster.transfer import files_of, send
     from fastcpt.training import commands
+    from fastcpt.training.card import FACTS, read_facts
+    from fastcpt.training.made_from import publication_name
 
     plan, places = _result(context, "plan"), _result(context, "sync")
     recipe, record = recipe_of(plan), Path(plan["record"])
-    if places["instructions"] is None:
-        model = f"{_gated(context)}/final"
-    else:
-        model = f"{_sft_output(context)}/final"
-    names = [path.name for path in record.glob("*.json")]
-    names += [str(path.relative_to(record)) for path in record.glob("*/training.json")]
-    send(
+    model = _trained(context, "train_sft")["model"]
+    name = publication_name(recipe, read_facts(record), _name_of(model))
+    # a folder of their own: of an earlier pass of the run others may lie in the run's
+    facts = [f"{fact}.json" for fact in FACTS if (record / f"{fact}.json").is_file()]
+    sent = send(
         remote_of(recipe.cluster.connection),
         record,
-        places["run"],
-        files_of(record, ["recipe.yaml", *sorted(names)]),
+        f"{places['run']}/{name}",
+        files_of(record, ["recipe.yaml", *facts]),
     )
-    output = f"{places['root']}/published/{record.name}"
-    merge = commands.publish(_host(places), model=model, record=places["run"], output=output)
-    return _job(context, [merge], f"{output}/README.md")
+    output = f"{places['root']}/published/{recipe.name}-{name}"
+    merge = commands.publish(_host(places), model=model, record=sent["path"], output=output)
+    return _job(context, [merge], f"{output}/README.md", {"published": output, "digest": name})
 
 
 def secrets(context: Context) -> dict[str, str]:
@@ -491,8 +543,8 @@ def secrets(context: Context) -> dict[str, str]:
 # What a remote task answers, and what it leaves in the record
 
 
-def keep_training(context: Context, files: dict[str, str | None]) -> Facts:
-    """A training's totals and curve go into the record; the totals are the answer.
+def keep_training(context: Context, files: Files, hands_on: Facts) -> Facts:
+    """A training's totals and curve go into the record; the totals are the answer, with the model.
 
     The record has ``job_seconds`` too: what the job took in this run, None where it was found done.
     """
@@ -503,7 +555,14 @@ def keep_training(context: Context, files: dict[str, str | None]) -> Facts:
     if files.get("metrics"):
         add_text(record, f"{name}/metrics.jsonl", files["metrics"])
     add(record, f"{name}/training.json", {**totals, "job_seconds": _job_seconds(files)})
-    return totals
+    _note_job(context, files)
+    return {**totals, **hands_on}
+
+
+def _note_job(context: Context, files: Files, ended: float | None = None) -> None:
+    """When a job worked: by this machine's clock, which it ended about now."""
+    seconds, ended = _job_seconds(files) or 0.0, ended or time.time()
+    _note(context, Path(_result(context, "plan")["record"]), ended - seconds)
 
 
 def _job_seconds(files: dict[str, str | None]) -> float | None:
@@ -512,8 +571,8 @@ def _job_seconds(files: dict[str, str | None]) -> float | None:
     return seconds
 
 
-def keep_evaluation(context: Context, files: dict[str, str | None]) -> Facts:
-    """An evaluation goes into the record whole; the answer is where it is."""
+def keep_evaluation(context: Context, files: Files, hands_on: Facts) -> Facts:
+    """An evaluation goes into the record whole; the answer is where it is, here and there."""
     from fastcpt.reporting.record import add
 
     record = Path(_result(context, "plan")["record"])
@@ -524,23 +583,25 @@ def keep_evaluation(context: Context, files: dict[str, str | None]) -> Facts:
     }[context["ti"].task_id]
     evaluation: Facts = json.loads(files["result"] or "{}")
     evaluation["job_seconds"] = _job_seconds(files)
-    return {"path": str(add(record, name, evaluation))}
+    _note_job(context, files)
+    return {"path": str(add(record, name, evaluation)), **hands_on}
 
 
-def keep_published(context: Context, files: dict[str, str | None]) -> Facts:
+def keep_published(context: Context, files: Files, hands_on: Facts) -> Facts:
     """The published model is brought back, or left on the cluster, as the recipe says."""
     from fastcpt.cluster.transfer import fetch
     from fastcpt.reporting.record import add_output
 
-    plan, places = _result(context, "plan"), _result(context, "sync")
-    recipe, record = recipe_of(plan), Path(plan["record"])
-    folder = f"{places['root']}/published/{record.name}"
+    plan, began = _result(context, "plan"), time.time()
+    recipe, folder = recipe_of(plan), hands_on["published"]
     if recipe.publish.destination == "bring_back":
         remote = remote_of(recipe.cluster.connection)
-        answer = fetch(remote, folder, HOME / "models" / record.name)
+        answer = fetch(remote, folder, HOME / "models" / Path(folder).name)
     else:
         answer = {"path": f"{recipe.cluster.connection}:{folder}"}
-    add_output(record, "publish", answer)
+    answer["digest"] = hands_on["digest"]
+    add_output(Path(plan["record"]), "publish", answer)
+    _note_job(context, files, began)
     return answer
 
 
@@ -581,7 +642,8 @@ def gate_stage2() -> Facts:
             f"{decision['threshold']:g} (gate.perplexity_threshold). Try more steps "
             "(stage2.max_steps) or a higher stage2.learning_rate, more documents "
             "(selection.target_tokens, a lower quality_threshold), a stronger base model, or another "
-            f"threshold. The model is kept: {_models(context)['stage2']}/final on the cluster"
+            f"threshold. The model is kept: {_trained(context, 'train_cpt_stage2')['model']} on the "
+            "cluster"
         )
     return decision
 

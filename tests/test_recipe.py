@@ -100,6 +100,10 @@ def test_a_recipe_written_out_reads_back_unchanged(name: str, tmp_path: Path) ->
             "model: {name_or_path: x, config: {hidden_size: 1}}\n",
             "mine.yaml:1: model: give exactly one of name_or_path and config",
         ),
+        (
+            "training: {deepspeed: mine.json}\n",
+            "mine.yaml:1: training.deepspeed: no such file in include/configs, which has ds_",
+        ),
         ("- a\n", "mine.yaml: a recipe is a mapping of sections, this file is not"),
         ("a: [\n", "mine.yaml:2: not valid YAML"),
     ],

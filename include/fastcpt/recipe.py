@@ -246,6 +246,14 @@ class Training(Section):
     )
     deepspeed: str = Field("ds_config_zero3.json", description="DeepSpeed file of include/configs.")
 
+    @field_validator("deepspeed")
+    @classmethod
+    def is_there(cls, name: str) -> str:
+        if not (CONFIGS / name).is_file():
+            there = ", ".join(sorted(path.name for path in CONFIGS.glob("ds_*.json")))
+            raise ValueError(f"no such file in include/configs, which has {there}")
+        return name
+
     @model_validator(mode="after")
     def warmup_is_shorter(self) -> Training:
         if self.warmup_steps >= self.max_steps:

@@ -18,6 +18,11 @@ def main() -> None:
         "--validation_data", required=True, type=Path, help="a built corpus, or its validation/"
     )
     parser.add_argument("--base_model", help="evaluated too, to compare")
+    parser.add_argument(
+        "--base_evaluation",
+        type=Path,
+        help="an earlier evaluation, whose figures of the same base model are taken",
+    )
     parser.add_argument("--output", type=Path, default=Path("evaluation.json"))
     parser.add_argument("--config", help="the recipe (YAML)")
     parser.add_argument(
@@ -36,6 +41,7 @@ def main() -> None:
         args.validation_data,
         args.output,
         base=args.base_model,
+        base_evaluation=args.base_evaluation,
         recipe=recipe,
         in_parts=args.in_parts,
     )

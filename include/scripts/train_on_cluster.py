@@ -24,8 +24,8 @@ from fastcpt.cluster.check import check_cluster
 from fastcpt.cluster.remote import Remote, ask, ask_through
 from fastcpt.cluster.transfer import files_of, send
 from fastcpt.files import digest_of, read_json, whole_file
-from fastcpt.recipe import Recipe, load_recipe
-from fastcpt.training import commands
+from fastcpt.recipe import CONFIGS, Recipe, load_recipe
+from fastcpt.training import commands, made_from
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt")
@@ -88,14 +88,24 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
     manifest = read_json(arguments.corpus / "corpus_manifest.json")
     listed = [*manifest["files"], *files_of(arguments.corpus, ["corpus_manifest.json"])]
     corpus = send(remote, arguments.corpus, f"{root}/corpora/{manifest['digest']}", listed)["path"]
-    name = digest_of(manifest["digest"], recipe.model_dump())
     with whole_file(arguments.output / "recipe.yaml") as aside:
         aside.write_text(recipe.to_yaml(), encoding="utf-8")
     shipped = files_of(arguments.output, ["recipe.yaml"])
-    place = send(remote, arguments.output, f"{root}/runs/{name}", shipped)["path"]
+    place = send(remote, arguments.output, f"{root}/runs/{digest_of(shipped)}", shipped)["path"]
     host = commands.Host(python, code["path"], f"{place}/recipe.yaml")
+    base = made_from.base_name(recipe, made_from.tokenizer_digest(manifest["files"]))
+    name = made_from.training_name(
+        recipe,
+        recipe.training,
+        model=base,
+        data={"corpus": manifest["digest"]},
+        deepspeed=CONFIGS,
+    )
+    if recipe.model.config is not None:
+        base = f"{root}/models/{base}"
     output = f"{root}/models/{name}"
-    base = recipe.model.name_or_path or f"{output}-base"
+    named = made_from.evaluation_name(recipe, base=base, corpus=manifest["digest"])
+    evaluation = f"{output}/evaluation-{named}.json"
     port = 20_000 + int(name, 16) % 10_000
     job = jobs.Job(
         f"shell-{name}",
@@ -111,16 +121,16 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
                 corpus=corpus,
                 model=f"{output}/final",
                 base=base,
-                output=f"{output}/evaluation.json",
+                output=evaluation,
             ),
         ],
         commands.environment(recipe, host),
-        result=f"{output}/evaluation.json",
+        result=evaluation,
         alone=jobs.alone(recipe.cluster),
     )
     run(remote, root, job)
-    names = ("evaluation.json", "training.json", "metrics.jsonl")
-    files = ask(remote, "read_files", paths={name: f"{output}/{name}" for name in names})
+    paths = {name: f"{output}/{name}" for name in ("training.json", "metrics.jsonl")}
+    files = ask(remote, "read_files", paths={**paths, "evaluation.json": evaluation})
     for name, text in files.items():
         with whole_file(arguments.output / name) as aside:
             aside.write_text(text, encoding="utf-8")

@@ -55,6 +55,10 @@ class Stack:
         run_id = self.api.trigger({**values, **conf})
         return self.wait(run_id)
 
+    def look(self, run_id: str) -> Run:
+        """The run as it is now."""
+        return Run(self, run_id, self.api.get(f"dagRuns/{run_id}")["state"])
+
     def wait(self, run_id: str, seconds: float = 400) -> Run:
         until = time.monotonic() + seconds
         while time.monotonic() < until:

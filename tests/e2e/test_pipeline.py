@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,6 +142,15 @@ def test_a_missed_gate_goes_through_stage_2_and_ends_the_run_with_its_figures(
     facts = summary(missed.record)
     assert facts["state"] == "failed"
     assert facts["steps"]["train_cpt_stage2"] == 80
+    # the base model's figures are the first evaluation's
+    (log,) = (stack.home / "cluster" / "jobs").glob(f"*{job_part(missed)}*evaluate_stage2*/job.log")
+    assert "evaluated model, random" in log.read_text()
+    assert "evaluated base" not in log.read_text()
+    first, second = (
+        json.loads((missed.record / name).read_text())["random"]["base"]
+        for name in ("evaluation.json", "evaluation_stage2.json")
+    )
+    assert first == second
     # stage 1 was the same as the passed run's: not trained again
     assert missed.result("train_cpt") == passed.result("train_cpt")
 
@@ -188,6 +198,11 @@ def test_a_cleared_task_is_done_again_alone(stack: Stack, passed: Run) -> None:
     }
     assert tried == {"build"}
     assert (Path(corpus) / "corpus_manifest.json").is_file()
+
+
+def job_part(run: Run) -> str:
+    """What the names of a run's jobs have in common."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", run.run_id)
 
 
 def scores_reused(run: Run) -> set[bool]:

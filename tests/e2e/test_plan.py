@@ -11,6 +11,7 @@ import pytest
 
 from fastcpt.files import read_json
 from fastcpt.planning.history import FILE, read_history
+from fastcpt.reporting.record import summary
 
 if TYPE_CHECKING:
     from conftest import Run, Stack
@@ -75,6 +76,17 @@ def test_an_approved_plan_is_carried_out(approved: tuple[Run, dict[str, Any]]) -
     assert "'sample' (own shape, full, float32) on 1xCPU: fits." in asked["body"]
     assert run.outcome == "success", run.states()
     assert run.result("train_cpt")["steps"] == 6
+
+
+def test_the_summary_tells_work_from_approval_and_what_did_not_happen(
+    approved: tuple[Run, dict[str, Any]],
+) -> None:
+    facts = summary(approved[0].record)
+    assert facts["branch"] == "no fine-tuning after stage 1: no instructions"
+    times = facts["times"]
+    assert times["approval"] > 0
+    assert times["worked"] > 0
+    assert times["approval"] + times["worked"] < facts["seconds"] + 1
 
 
 def test_the_report_shows_the_plan_beside_what_the_run_took(

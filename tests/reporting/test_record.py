@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -130,22 +131,75 @@ def test_the_summary_as_it_is_printed(finished):
     ]
 
 
+INSTRUCTED = load_recipe("sample", {"sft.instructions": "/i.jsonl"})
+
+
 @pytest.mark.parametrize(
-    ("first", "second", "branch"),
+    ("first", "second", "trained", "branch"),
     [
-        (None, None, None),
-        (True, None, "fine-tuning after stage 1"),
-        (False, None, "stage 2"),
-        (False, True, "fine-tuning after stage 2"),
-        (False, False, "ended at the gate after stage 2"),
+        (None, None, [], None),
+        (True, None, ["train_sft"], "fine-tuning after stage 1"),
+        (True, None, [], "gate passed after stage 1"),
+        (False, None, [], "gate missed after stage 1"),
+        (False, None, ["train_cpt_stage2"], "stage 2"),
+        (False, True, ["train_cpt_stage2"], "gate passed after stage 2"),
+        (False, True, ["train_cpt_stage2", "train_sft"], "fine-tuning after stage 2"),
+        (False, False, ["train_cpt_stage2"], "ended at the gate after stage 2"),
     ],
 )
-def test_the_branch_in_words(home, first, second, branch):
-    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+def test_the_branch_in_words(home, first, second, trained, branch):
+    record = records.open_record(home, RUN, "fast_cpt", INSTRUCTED)
     for name, passed in (("gate.json", first), ("gate_stage2.json", second)):
         if passed is not None:
             records.add(record, name, {"passed": passed})
+    for training in trained:
+        records.add(record, f"{training}/training.json", {"steps": 1})
     assert records.summary(record)["branch"] == branch
+
+
+def test_a_run_without_instructions_does_not_claim_fine_tuning(home):
+    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    records.add(record, "gate.json", {"passed": True})
+    assert records.summary(record)["branch"] == "no fine-tuning after stage 1: no instructions"
+
+
+def test_the_time_tells_work_from_waiting(home):
+    start = datetime(2026, 11, 23, 1, 0, tzinfo=UTC)
+    record = records.open_record(home, RUN, "fast_cpt", INSTRUCTED, start)
+    began = start.timestamp()
+    # 10 s, then 40 s and 30 s of which 20 are side by side, then ten minutes
+    for what, since, until in (
+        ("plan", 0, 10),
+        ("score-0", 20, 60),
+        ("score-1", 40, 70),
+        ("approval", 100, 400),
+        ("train_cpt", 420, 1020),
+    ):
+        records.add_time(record, what, began + since, began + until)
+    assert records.times(record) == {"worked": 10 + 50 + 600, "approval": 300}
+    run = read_json(record / "run.json")
+    write_json(record / "run.json", {**run, "ended": "2026-11-23T01:20:00+00:00"})
+    assert (
+        "  time       20 min 00 s: 11 min 00 s of work, 5 min 00 s for approval, 4 min 00 s waiting"
+        in (records.summary_text(record).splitlines())
+    )
+
+
+def test_what_an_earlier_pass_of_a_run_did_is_no_work_of_this_one(home):
+    start = datetime(2026, 11, 23, 1, 0, tzinfo=UTC)
+    record = records.open_record(home, RUN, "fast_cpt", INSTRUCTED, start)
+    records.add_time(record, "train_cpt", start.timestamp() - 7200, start.timestamp() + 10)
+    assert records.times(record) == {"worked": 10, "approval": 0}
+
+
+def test_a_run_that_is_cleared_begins_its_record_anew(home):
+    record = records.open_record(home, RUN, "fast_cpt", INSTRUCTED)
+    records.add(record, "gate_stage2.json", {"passed": True})
+    records.add(record, "train_sft/training.json", {"steps": 60})
+    records.add_output(record, "publish", {"path": "/models/old"})
+    records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    assert sorted(path.name for path in record.iterdir()) == ["recipe.yaml", "run.json"]
+    assert records.summary(record)["model"] is None
 
 
 def test_a_run_that_failed_early_has_a_summary_too(home):

@@ -24,7 +24,7 @@ from fastcpt.training.exits import exit_code
 from fastcpt.training.model import load_model
 from fastcpt.training.publish import publish
 from fastcpt.training.trainer import TrainingError, phases_of
-from training.conftest import INCLUDE, launch, train_arguments, write_recipe, write_shards
+from training.conftest import INCLUDE, launch, start, train_arguments, write_recipe, write_shards
 from training.test_evaluation import Document, write_set
 from training.test_trainer import finish, metrics
 
@@ -234,6 +234,24 @@ def test_each_adapter_is_evaluated_on_its_area_beside_mean_and_base(
             expected = float(own(ids, labels=ids).loss)
         assert figures["adapter"]["loss"] == pytest.approx(expected, rel=1e-4)
         assert figures["adapter"]["loss"] < figures["base"]["loss"]
+    # the base's figures of an evaluation before are taken for the areas too
+    again = start(
+        "evaluate_cpt_checkpoint.py",
+        *("--config", recipe, "--checkpoint", trained, "--base_model", model),
+        *("--base_evaluation", output, "--validation_data", legal),
+        *("--output", tmp_path / "again.json"),
+    )
+    code, said = finish(again)
+    assert code == 0, said
+    assert "the base model was evaluated before" in said
+    assert "evaluated base" not in said
+    second = json.loads((tmp_path / "again.json").read_text())["random"]
+    assert second["base"] == found["base"]
+    for area, figures in second["adapters"].items():
+        assert figures["base"] == found["adapters"][area]["base"]
+        assert figures["adapter"]["loss"] == pytest.approx(
+            found["adapters"][area]["adapter"]["loss"]
+        )
 
 
 def test_stage_2_goes_on_with_each_adapter(

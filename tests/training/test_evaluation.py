@@ -249,6 +249,49 @@ def test_the_same_inputs_are_not_evaluated_again(
     assert loaded == [str(folder)]
 
 
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that are loaded from here on."""
+    paths: list[str] = []
+    real = evaluation.model_for_inference
+    monkeypatch.setattr(
+        evaluation,
+        "model_for_inference",
+        lambda path, *more, **named: paths.append(str(path)) or real(path, *more, **named),
+    )
+    return paths
+
+
+def test_after_stage_2_the_base_model_is_not_evaluated_again(
+    trained: Path, base: Path, corpus: Path, recipe: Path, tmp_path: Path, loaded: list[str]
+) -> None:
+    first = run(trained, corpus, recipe, tmp_path / "first.json", base=str(base))
+    second = model_folder(tmp_path / "second", seed=5)
+    plain = run(second, corpus, recipe, tmp_path / "plain.json", base=str(base))
+    loaded.clear()
+    output, known = tmp_path / "second.json", tmp_path / "first.json"
+    found = run(second, corpus, recipe, output, base=str(base), base_evaluation=known)
+    assert loaded == [str(second)]
+    assert found == plain
+    assert found["random"]["base"] == first["random"]["base"]
+
+
+def test_figures_of_another_base_or_other_documents_are_not_taken(
+    trained: Path, base: Path, corpus: Path, recipe: Path, tmp_path: Path, loaded: list[str]
+) -> None:
+    known = tmp_path / "known.json"
+    run(trained, corpus, recipe, known, base=str(model_folder(tmp_path / "another", seed=7)))
+    loaded.clear()
+    run(trained, corpus, recipe, tmp_path / "a.json", base=str(base), base_evaluation=known)
+    assert loaded == [str(trained), str(base)]
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    write_set(folder / "validation_general", [document("general", 90, seed=2)])
+    known, loaded[:] = tmp_path / "a.json", []
+    run(trained, folder, recipe, tmp_path / "b.json", base=str(base), base_evaluation=known)
+    assert loaded == [str(trained), str(base)]
+
+
 def test_adapters_are_evaluated_on_their_base_and_without(
     base: Path, corpus: Path, recipe: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@
         evaluation.json, evaluation_stage2.json, gate.json, gate_stage2.json, evaluation_sft.json
         cost.json                 GPU hours and money
         plan_and_actual.json      the plan's figures beside the run's
+        times/<task>.json         when each task worked; times/approval.json: waited for a person
         report.md, report.html    all of it to read (fastcpt.reporting.report)
 
 Tasks add files side by side, so each writes its own and none is shared. Every file appears whole,
@@ -73,16 +74,25 @@ def _is_record_of(folder: Path, run: str) -> bool:
         return False
 
 
-def open_record(home: Path, run: str, dag: str, recipe: Recipe) -> Path:
-    """Begin the record of a run, or find it again: its first start stays, its end is taken back."""
+def open_record(
+    home: Path, run: str, dag: str, recipe: Recipe, started: datetime | None = None
+) -> Path:
+    """Begin the record of a run. Where there is one already, its run was cleared: what its tasks left
+    then is of another plan, and goes. Its first start stays unless ``started`` says otherwise.
+    """
     record = record_folder(home, run)
     facts = read(record, "run.json")
+    for left in record.iterdir() if record.is_dir() else ():
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name != "run.json":
+            left.unlink()
     write_json(
         record / "run.json",
         {
             "run": run,
             "dag": dag,
-            "started": facts.get("started") or _now(),
+            "started": _text(started) if started else facts.get("started") or _now(),
             "code": code_version(REPOSITORY),
             "packages": package_versions(),
         },
@@ -114,6 +124,29 @@ def add_text(record: Path, name: str, text: str) -> Path:
 def add_output(record: Path, task: str, facts: Mapping[str, Any]) -> Path:
     """Note what a task made: ``facts`` as it returned them, ``path`` and ``digest`` among them."""
     return add(record, f"outputs/{task}.json", dict(facts))
+
+
+def add_time(record: Path, what: str, began: float, ended: float) -> Path:
+    """Note when a task worked, or (``approval``) waited for a person; seconds since the epoch."""
+    return add(record, f"times/{what}.json", {"began": began, "ended": ended})
+
+
+def times(record: Path) -> dict[str, float] | None:
+    """Seconds that the run's tasks ``worked`` (side by side counts once) and that it waited for a
+    person's ``approval``; None for a record of an older version."""
+    noted = {
+        file.stem: read(record, f"times/{file.name}")
+        for file in sorted((record / "times").glob("*.json"))
+    }
+    if not noted:
+        return None
+    approval = noted.pop("approval", {"began": 0.0, "ended": 0.0})
+    # a job that an earlier pass of the run had done did not work in this one
+    worked, until = 0.0, datetime.fromisoformat(read(record, "run.json")["started"]).timestamp()
+    for began, ended in sorted((time["began"], time["ended"]) for time in noted.values()):
+        worked += max(0.0, ended - max(began, until))
+        until = max(until, ended)
+    return {"worked": worked, "approval": approval["ended"] - approval["began"]}
 
 
 def add_cost(record: Path, gpus: int, price_per_gpu_hour: float | None) -> dict[str, Any]:
@@ -210,6 +243,7 @@ def _mapping(file: Path, reader: Callable[[Path], Any]) -> dict[str, Any]:
 def summary(record: Path) -> dict[str, Any]:
     """What a run came to, for a person or a program; None for what it did not get to.
 
+    ``seconds`` are from its start to its end, waiting included; ``times`` are those of ``times()``.
     Times in seconds, cost in USD, ``citation_accuracy`` and ``rouge_l`` as the evaluation gives
     them (value, low, high). ``perplexity`` is that of the last evaluation.
     """
@@ -227,6 +261,7 @@ def summary(record: Path) -> dict[str, Any]:
         "recipe": recipe_of(record).get("name"),
         "state": run.get("state"),
         "seconds": _seconds(run),
+        "times": times(record),
         "code": run.get("code"),
         "documents_seen": seen.get("documents"),
         "documents_kept": manifest.get("documents"),
@@ -358,15 +393,21 @@ def span(ends: Sequence[float], unit: str = "", prefix: str = "", digits: int = 
 
 
 def _branch(record: Path) -> str | None:
-    """The way the run took at its gates, in words."""
+    """What came after the gates, in words: what happened, not what was to happen."""
     gate, second = read(record, "gate.json"), read(record, "gate_stage2.json")
     if not gate:
         return None
-    if gate["passed"]:
-        return "fine-tuning after stage 1"
-    if not second:
-        return "stage 2"
-    return "fine-tuning after stage 2" if second["passed"] else "ended at the gate after stage 2"
+    if not gate["passed"] and not second:
+        begun = read(record, "train_cpt_stage2/training.json")
+        return "stage 2" if begun else "gate missed after stage 1"
+    stage = "stage 2" if second else "stage 1"
+    if not (second or gate)["passed"]:
+        return f"ended at the gate after {stage}"
+    if read(record, "train_sft/training.json"):
+        return f"fine-tuning after {stage}"
+    if (recipe_of(record).get("sft") or {}).get("instructions") is None:
+        return f"no fine-tuning after {stage}: no instructions"
+    return f"gate passed after {stage}"
 
 
 def _perplexity_line(facts: Mapping[str, Any]) -> str:
@@ -380,7 +421,11 @@ def _perplexity_line(facts: Mapping[str, Any]) -> str:
 
 
 def _time_line(facts: Mapping[str, Any]) -> str:
-    line = duration(facts["seconds"])
+    line, parts = duration(facts["seconds"]), facts["times"]
+    if parts:
+        waited = max(0.0, facts["seconds"] - parts["worked"] - parts["approval"])
+        approval = f", {duration(parts['approval'])} for approval" if parts["approval"] else ""
+        line += f": {duration(parts['worked'])} of work{approval}, {duration(waited)} waiting"
     promised = (facts["planned"] or {}).get("training")
     if facts["training_seconds"]:
         line += f"; train_cpt {duration(facts['training_seconds'])}"
@@ -413,4 +458,8 @@ def _seconds(run: Mapping[str, Any]) -> float | None:
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return _text(datetime.now(UTC))
+
+
+def _text(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")

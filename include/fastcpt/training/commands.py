@@ -95,8 +95,18 @@ def train_cpt(
 
 
 def evaluate(
-    recipe: Recipe, host: Host, port: int, *, corpus: str, model: str, base: str, output: str
+    recipe: Recipe,
+    host: Host,
+    port: int,
+    *,
+    corpus: str,
+    model: str,
+    base: str,
+    output: str,
+    base_evaluation: str | None = None,
 ) -> Command:
+    """``base_evaluation`` is an earlier evaluation that has the base model's figures already."""
+    known = ["--base_evaluation", base_evaluation] if base_evaluation else []
     return [
         *_on_gpus(recipe, host, port),
         host.script("evaluate_cpt_checkpoint.py"),
@@ -104,6 +114,7 @@ def evaluate(
         *("--checkpoint", model),
         *("--validation_data", corpus),
         *("--base_model", base),
+        *known,
         *("--output", output),
     ]
 

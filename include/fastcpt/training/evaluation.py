@@ -41,8 +41,8 @@ from fastcpt.training.inference import (
     ranks,
     world_size,
 )
+from fastcpt.training.made_from import EVALUATION_FORMAT
 
-FORMAT = 1
 # Tokens of a batch, padding included: enough to keep a GPU busy; what a CPU's caches hold.
 GPU_BATCH, CPU_BATCH = 16_384, 2_048
 ADAPTER = "adapter "  # before an area's name
@@ -77,6 +77,7 @@ def evaluate(
     output: Path,
     *,
     base: str | None = None,
+    base_evaluation: Path | None = None,
     recipe: Recipe | None = None,
     batch_tokens: int | None = None,
     in_parts: bool | None = None,
@@ -91,7 +92,8 @@ def evaluate(
     areas, ``adapters`` has for each, on the documents of its area, those of ``adapter``, of
     ``model`` (the mean of all adapters) and of ``base``. Without a recipe the window is the
     corpus's own sequence length, and the weights are bfloat16. An evaluation of
-    the same inputs is not done again. Raises ``EvaluationError``.
+    the same inputs is not done again, and of an earlier one, ``base_evaluation``, the figures of the
+    same base on the same documents are taken. Raises ``EvaluationError``.
     """
     checkpoint = final_of(checkpoint)
     files = validation_files(validation)
@@ -104,23 +106,26 @@ def evaluate(
     window = recipe.corpus.max_seq_length if recipe else _sequence_length(validation)
     dtype = recipe.model.dtype if recipe else "bfloat16"
     attention = recipe.model.attn_implementation if recipe else "auto"
-    made_from = digest_of(
-        FORMAT,
-        identity(checkpoint),
-        identity(base) if base else None,
+    areas = _areas_of(checkpoint)
+    asked_of = (
+        EVALUATION_FORMAT,
         {name: [sha256_of_file(file) for file in files[name]] for name in files},
         window,
         dtype,
     )
+    whose = identity(checkpoint), identity(base) if base else None
+    made_from = digest_of(*whose, gate_set, *asked_of)
     if output.is_file() and (found := read_json(output)).get("made_from") == made_from:
         print(f"{output} is complete", flush=True)
         return dict(found)
+    subjects = {label: sorted(area.subjects) for label, area in areas.items()}
+    base_made_from = digest_of(identity(base), subjects, *asked_of) if base else None
+    known = _base_figures(base_evaluation, base_made_from)
     sets = {name: read_documents(files[name]) for name in files}
-    areas = _areas_of(checkpoint)
     losses: dict[tuple[str, str], npt.NDArray[np.float64]] = {}  # of a set's documents, by whom
     result: dict[str, Any] = {name: {} for name in sets}
     with ranks() as device:
-        for path, labels in _to_load(checkpoint, base):
+        for path, labels in _to_load(checkpoint, None if known else base):
             own = areas if path == checkpoint else {}
             scorer, _ = model_for_inference(
                 path,
@@ -159,6 +164,10 @@ def evaluate(
                 for label, area in areas.items()
                 if (name, label) in losses
             }
+            if known:
+                result[name]["base"] = known[name]["base"]
+                for label, table in tables.items():
+                    table["base"] = known[name]["adapters"][label]["base"]
             if tables:
                 result[name]["adapters"] = tables
         result |= {
@@ -166,10 +175,22 @@ def evaluate(
             "window": window,
             "stride": window // 2,
             "made_from": made_from,
+            "base_made_from": base_made_from,
         }
         if rank() == 0:
             write_json(output, result)
     return result
+
+
+def _base_figures(earlier: Path | None, made_from: str | None) -> dict[str, Any]:
+    """An earlier evaluation whose base model's figures hold here too; empty where there is none."""
+    if earlier is None or made_from is None or not earlier.is_file():
+        return {}
+    found: dict[str, Any] = read_json(earlier)
+    if found.get("base_made_from") != made_from:
+        return {}
+    print(f"the base model was evaluated before: {earlier}", flush=True)
+    return found
 
 
 class _Area(NamedTuple):

@@ -30,9 +30,9 @@ from fastcpt.training.inference import (
     ranks,
     world_size,
 )
+from fastcpt.training.made_from import ANSWERS_FORMAT
 from fastcpt.training.sft import Chat, Instruction, InstructionError, read_instructions
 
-FORMAT = 1
 BATCH = 32  # prompts decoded together
 RESAMPLES = 2000
 SEED = 0
@@ -59,7 +59,7 @@ def evaluate_sft(
     held_out = instructions / "held_out.jsonl"
     asked = read_instructions(held_out)
     made_from = digest_of(
-        FORMAT,
+        ANSWERS_FORMAT,
         identity(model),
         sha256_of_file(held_out),
         recipe.sft.max_new_tokens,

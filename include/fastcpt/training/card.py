@@ -1,0 +1,233 @@
+"""The model card: how a model came to be and what it was measured to do. No torch.
+
+It tells only what the run's record holds, and no place on any machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastcpt.files import read_json
+from fastcpt.recipe import Recipe
+
+HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
+TRAININGS = {
+    "train_cpt": "continued pre-training",
+    "train_cpt_stage2": "continued pre-training, stage 2",
+    "train_sft": "fine-tuning",
+}
+# The files of a run's record that the card is made of, without ``.json``.
+FACTS = (
+    *("corpus_manifest", "evaluation", "evaluation_stage2", "gate", "gate_stage2"),
+    *("evaluation_sft", *(f"{training}/training" for training in TRAININGS)),
+)
+
+
+def read_facts(record: Path) -> dict[str, dict[str, Any]]:
+    """The content of each of ``FACTS``; an empty one for each that the run does not have."""
+    files = {name: record / f"{name}.json" for name in FACTS}
+    return {name: dict(read_json(file)) if file.is_file() else {} for name, file in files.items()}
+
+
+def hub_name(recipe: Recipe) -> str | None:
+    """The base model's hub name; None for random weights or a folder, which means nothing here."""
+    name = recipe.model.name_or_path
+    return name if name and re.fullmatch(HUB_NAME, name) else None
+
+
+def model_card(
+    recipe: Recipe,
+    facts: Mapping[str, Any],
+    *,
+    name: str,
+    parameters: int,
+    areas: Sequence[str] = (),
+) -> str:
+    """The text of README.md: how the model came to be and what it was measured to do.
+
+    ``facts`` are the JSON files of the run's record by their name without ``.json``, an empty
+    mapping for each that the run does not have. What was not measured is not told. ``areas`` are
+    those whose adapters lie in ``adapters/``.
+    """
+    base = hub_name(recipe)
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **({"base_model": base} if base else {}),
+        "tags": ["legal", "continued-pretraining"],
+    }
+    origin = f"`{base}`" if base else "a base model kept in a folder of its own"
+    if recipe.model.config is not None:
+        origin = "random weights (`model.config` of the recipe)"
+    tuned = ", then fine-tuned on instructions" if facts["train_sft/training"] else ""
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        f"A language model of {parameters:,} parameters, trained from {origin} on legal texts"
+        f"{tuned} by the Fast CPT recipe `{recipe.name}`. {recipe.description}".rstrip(),
+        "## Use",
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+        "```",
+    ]
+    if facts["train_sft/training"]:
+        parts.append(
+            "It was fine-tuned with the tokenizer's chat template; give it prompts through "
+            "`tokenizer.apply_chat_template(..., add_generation_prompt=True)`."
+        )
+    if areas:
+        parts.append(
+            f"Adapters of single legal areas lie in `adapters/`: {', '.join(areas)}. Each goes on "
+            "the base model, not on this one, which is the base model with the mean of them merged: "
+            '`PeftModel.from_pretrained(base_model, "path/to/this/folder/adapters/AREA")`.'
+        )
+    parts += _section("Training data", _data(facts["corpus_manifest"]))
+    parts += _section("Training", _trainings(recipe, facts))
+    parts += _section("Perplexity on held-out documents", _perplexity(facts))
+    parts += _section("Answers to held-out instructions", _answers(facts["evaluation_sft"]))
+    parts += [
+        "## Limits",
+        "The figures above are all that was measured. Nothing here says how the model does on other "
+        "tasks, languages or legal systems, or what it forgot of its base model's skills. It can "
+        "state law that does not exist and cite acts that say something else: check what it writes "
+        "against the official text. The base model's licence goes on to apply.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(title: str, parts: list[str]) -> list[str]:
+    return [f"## {title}", *parts] if parts else []
+
+
+def _data(manifest: Mapping[str, Any]) -> list[str]:
+    if not manifest:
+        return []
+    rows = [
+        ("documents", f"{manifest['documents']:,}"),
+        ("tokens", f"{manifest['tokens']:,}"),
+        ("tokens a sequence", f"{manifest['max_seq_length']:,}"),
+        ("corpus", f"`{manifest['digest']}`"),
+    ]
+    return [_table(("", ""), rows)]
+
+
+def _trainings(recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
+    settings = {
+        "train_cpt": recipe.training,
+        "train_cpt_stage2": recipe.stage2,
+        "train_sft": recipe.sft.training,
+    }
+    rows = []
+    for training, words in TRAININGS.items():
+        totals = facts[f"{training}/training"]
+        if totals:
+            rows.append(
+                (
+                    words,
+                    f"{totals['steps']:,}",
+                    f"{totals['tokens']:,}",
+                    f"{settings[training].learning_rate:g}",
+                    f"{totals['loss']:.3f}",
+                    _duration(totals["seconds"]),
+                )
+            )
+    if not rows:
+        return []
+    lora = recipe.lora
+    how = (
+        f"Low-rank adapters (r {lora.r}, alpha {lora.lora_alpha}, on "
+        f"{', '.join(lora.target_modules)}), merged into the weights."
+        if lora
+        else "All weights were trained."
+    )
+    header = ("training", "steps", "tokens", "learning rate", "last loss", "time")
+    return [how, _table(header, rows)]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def _perplexity(facts: Mapping[str, Any]) -> list[str]:
+    evaluation = facts["evaluation_stage2"] or facts["evaluation"]
+    rows = []
+    for name in ("random", "newest", "general"):
+        figures = evaluation.get(name, {})
+        areas = figures.get("adapters", {}).items()
+        for kind, of in ((name, figures), *((f"{name}, {area}", by) for area, by in areas)):
+            for who, words in (
+                ("base", "base model"),
+                ("model", "after continued pre-training"),
+                ("adapter", "with the area's own adapter"),
+            ):
+                found = of.get(who)
+                if found:
+                    rows.append(
+                        (
+                            kind,
+                            words,
+                            f"{found['perplexity']:.2f}",
+                            f"{found['bits_per_byte']:.4f}",
+                            f"{found['tokens']:,}",
+                        )
+                    )
+    if not rows:
+        return []
+    parts = [
+        _table(("validation set", "model", "perplexity", "bits per byte", "tokens"), rows),
+        "Each token counts once, in strided windows. `random`: acts held out at random; `newest`: "
+        "the newest acts; `general`: general texts, to see what was forgotten. No version of a "
+        "held-out text was trained on.",
+    ]
+    gate = facts["gate_stage2"] or facts["gate"]
+    if gate:
+        relation = "below" if gate["passed"] else "not below"
+        parts.append(
+            f"The gate asked for less than {gate['threshold']:g} on the {gate['validation_set']} "
+            f"set; {gate['value']:.2f} is {relation} it."
+        )
+    if facts["train_sft/training"]:
+        parts.append("Perplexity was measured before fine-tuning.")
+    return parts
+
+
+def _answers(evaluation: Mapping[str, Any]) -> list[str]:
+    if not evaluation:
+        return []
+    citations = evaluation["citation_accuracy"]
+    rows = [
+        ("ROUGE-L (F)", _interval(evaluation["rouge_l"]), f"{evaluation['examples']:,} answers"),
+        ("citation accuracy", _interval(citations), f"{citations['counted']:,} citations"),
+    ]
+    beyond = citations.get("beyond_prompt")
+    if beyond:
+        rows.append(
+            (
+                "the same, without those the prompt names",
+                _interval(beyond),
+                f"{beyond['counted']:,} citations",
+            )
+        )
+    return [
+        _table(("figure", "value (95 % interval)", "counted over"), rows),
+        "Citation accuracy is the share of EU acts and judgments cited by number in the answers "
+        "that the reference answers cite too.",
+    ]
+
+
+def _interval(figure: Mapping[str, Any]) -> str:
+    if figure["value"] is None:
+        return "none counted"
+    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,107 @@
+"""What each result on the cluster is made from: the names under which it is found again. No torch.
+
+A name holds all that the result depends on and nothing else. Of a section of the recipe it holds what is not
+at its default: a field that is added later, with the default that means "as before", leaves every name
+as it is. Whoever changes a default, or what is made of the same inputs, raises the format of that result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastcpt.files import digest_of, read_json
+from fastcpt.recipe import Recipe, RecipeError, Section, Training
+from fastcpt.training.card import model_card
+
+TRAINING_FORMAT = 1
+EVALUATION_FORMAT = 1
+ANSWERS_FORMAT = 1
+PUBLICATION_FORMAT = 1
+# What may change when a training goes on (docs/training.md), and what can only end it.
+MAY_CHANGE = frozenset(
+    {
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "max_skipped_steps",
+    }
+)
+
+
+def base_name(recipe: Recipe, tokenizer: str) -> str:
+    """The recipe's base model: its hub name or folder, or ``base-<digest>`` of one that is initialised.
+
+    ``tokenizer`` is the digest of the tokenizer that the vocabulary is taken from.
+    """
+    if recipe.model.name_or_path is not None:
+        return recipe.model.name_or_path
+    model = _settings(recipe.model)
+    return f"base-{digest_of('base', TRAINING_FORMAT, model, recipe.training.seed, tokenizer)}"
+
+
+def tokenizer_digest(files: Sequence[Mapping[str, Any]]) -> str:
+    """What tells a corpus's tokenizer, of the files in its manifest (``file``, ``sha256``)."""
+    its = (file for file in files if file["file"].startswith("tokenizer/"))
+    return digest_of(sorted([file["file"], file["sha256"]] for file in its))
+
+
+def training_name(
+    recipe: Recipe,
+    training: Training,
+    *,
+    model: str,
+    data: Mapping[str, str],
+    deepspeed: Path,
+) -> str:
+    """A training: the digest of what its weights depend on.
+
+    ``model`` is the name of the model it begins with, ``data`` the digests of what it is trained on,
+    ``deepspeed`` the folder of its DeepSpeed file, of which the content counts. Micro-batch, accumulation
+    and GPUs count as the batch that they make together. Raises ``RecipeError`` without that file.
+    """
+    settings = _settings(training)
+    file = deepspeed / training.deepspeed
+    try:
+        settings["deepspeed"] = read_json(file)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"training.deepspeed: {file.name} cannot be read: {error}") from error
+    micro, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    return digest_of(
+        "training",
+        TRAINING_FORMAT,
+        model,
+        dict(data),
+        recipe.corpus.max_seq_length,
+        {key: value for key, value in settings.items() if key not in MAY_CHANGE},
+        micro * accumulation * recipe.cluster.gpus,
+        _settings(recipe.model, {"name_or_path", "config"}),
+        None if recipe.lora is None else _settings(recipe.lora),
+    )
+
+
+def evaluation_name(recipe: Recipe, *, base: str, corpus: str) -> str:
+    """An evaluation of perplexity, among those of one model: by base model, corpus and settings."""
+    settings = recipe.corpus.max_seq_length, recipe.model.dtype, recipe.gate.validation_set
+    return digest_of("evaluation", EVALUATION_FORMAT, base, corpus, *settings)
+
+
+def answers_name(recipe: Recipe, *, instructions: str) -> str:
+    """An evaluation of answers, among those of one model: by instructions and settings."""
+    settings = recipe.corpus.max_seq_length, recipe.model.dtype, recipe.sft.max_new_tokens
+    return digest_of("answers", ANSWERS_FORMAT, instructions, *settings)
+
+
+def publication_name(recipe: Recipe, facts: Mapping[str, Any], model: Any) -> str:
+    """A published model: by the model, and by the words of its card, which hold what else counts."""
+    card = model_card(recipe, facts, name="", parameters=0)
+    return digest_of("publication", PUBLICATION_FORMAT, model, recipe.model.dtype, card)
+
+
+def _settings(section: Section, without: set[str] | None = None) -> dict[str, Any]:
+    """What of a section is not at its default."""
+    return section.model_dump(mode="json", exclude_defaults=True, exclude=without)

@@ -1,0 +1,144 @@
+"""Which paths a run's later tasks take: those that earlier ones handed on, whatever would be computed now."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import steps
+from fastcpt.files import write_json
+from fastcpt.recipe import RecipeError, load_recipe
+from fastcpt.reporting.record import open_record
+from fastcpt.training import made_from
+
+MODEL, SECOND, BASE = "/r/models/one/final", "/r/models/two/final", "/r/models/base-0"
+
+
+class Tasks:
+    """What the tasks before returned, and the task that asks: as much of Airflow as a step sees."""
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.results = results
+        self.dag_id, self.run_id, self.task_id, self.map_index = "fast_cpt", "run", "step", -1
+
+    def xcom_pull(self, task_ids: str) -> Any:
+        return self.results.get(task_ids)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    return open_record(tmp_path, "run", "fast_cpt", load_recipe("sample"))
+
+
+@pytest.fixture
+def context(record: Path) -> Any:
+    results = {
+        "plan": {"record": str(record), "recipe": str(record / "recipe.yaml")},
+        "check_cluster": {"root": "/r"},
+        "sync": {
+            "root": "/r",
+            "python": "/p/bin/python",
+            "code": "/r/code/0",
+            "run": "/r/runs/run",
+            "corpus": "/r/corpora/c",
+            "corpus_digest": "c",
+            "tokenizer_digest": "t",
+            "instructions": "/r/instructions/i",
+            "instructions_digest": "i",
+        },
+        "train_cpt": {"steps": 8, "model": MODEL, "base_model": BASE},
+        "evaluate_cpt": {"path": "/record", "evaluation": "/r/models/one/evaluation-0.json"},
+        "train_cpt_stage2": {"steps": 8, "model": SECOND, "base_model": BASE},
+        "train_sft": {"steps": 8, "model": "/r/models/tuned/final"},
+    }
+    return {"ti": Tasks(results)}
+
+
+def words(job: Any) -> dict[str, str]:
+    """The options of a job's last command."""
+    command = job.commands[-1]
+    return {word: value for word, value in pairwise(command) if word[0] == "-"}
+
+
+def gate(record: Path, passed: bool) -> None:
+    write_json(record / "gate.json", {"passed": passed})
+
+
+@pytest.fixture(params=["as it was", "after an upgrade"])
+def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a task, and after an upgrade in the middle of the run that names everything anew."""
+    if request.param == "after an upgrade":
+        for result in ("TRAINING", "EVALUATION", "ANSWERS", "PUBLICATION"):
+            monkeypatch.setattr(made_from, f"{result}_FORMAT", 99)
+
+
+@pytest.mark.usefixtures("version")
+def test_evaluations_take_the_models_that_were_trained(context: Any) -> None:
+    first, second = steps.evaluate_cpt(context), steps.evaluate_stage2(context)
+    for job, model in ((first, MODEL), (second, SECOND)):
+        assert words(job)["--checkpoint"] == model
+        assert words(job)["--base_model"] == BASE
+        assert job.result == words(job)["--output"] == job.answer["evaluation"]
+        assert Path(job.result).parent == Path(model).parent
+    assert "--base_evaluation" not in words(first)
+    # the base model has been evaluated after stage 1
+    assert words(second)["--base_evaluation"] == "/r/models/one/evaluation-0.json"
+
+
+@pytest.mark.usefixtures("version")
+def test_what_follows_the_gate_takes_the_model_it_let_through(context: Any, record: Path) -> None:
+    assert words(steps.train_cpt_stage2(context))["--model"] == MODEL
+    for passed, model in ((True, MODEL), (False, SECOND)):
+        gate(record, passed)
+        assert words(steps.train_sft(context))["--model"] == model
+    assert words(steps.evaluate_sft(context))["--model"] == "/r/models/tuned/final"
+
+
+def test_without_instructions_the_gates_model_is_handed_on_as_it_is(
+    context: Any, record: Path
+) -> None:
+    context["ti"].results["sync"]["instructions"] = None
+    gate(record, True)
+    handed = steps.train_sft(context)
+    assert handed == {"model": MODEL, "skipped": "the recipe has no instructions"}
+
+
+def test_a_training_hands_on_where_its_model_will_be(context: Any, record: Path) -> None:
+    gate(record, True)
+    stage1, stage2 = steps.train_cpt(context), steps.train_cpt_stage2(context)
+    tuned = steps.train_sft(context)
+    for job in (stage1, stage2, tuned):
+        output = words(job)["--output_dir"]
+        assert job.result == f"{output}/training.json"
+        assert job.answer["model"] == f"{output}/final"
+    assert len({job.result for job in (stage1, stage2, tuned)}) == 3
+    assert stage1.answer["base_model"] == words(stage1)["--model"]
+    assert stage1.answer["base_model"].startswith("/r/models/base-")
+    assert stage2.answer["base_model"] == BASE
+
+
+def test_another_limit_of_the_answers_is_another_evaluation(context: Any, record: Path) -> None:
+    before = steps.evaluate_sft(context).result
+    text = (record / "recipe.yaml").read_text()
+    assert "max_new_tokens: 64" in text
+    (record / "recipe.yaml").write_text(text.replace("max_new_tokens: 64", "max_new_tokens: 32"))
+    assert steps.evaluate_sft(context).result != before
+
+
+def test_a_run_that_an_older_version_began_is_told_what_to_clear(context: Any) -> None:
+    del context["ti"].results["train_cpt"]["model"]
+    with pytest.raises(RecipeError, match=r"older version.*clear train_cpt and what follows it"):
+        steps.evaluate_cpt(context)
+
+
+def test_what_a_training_left_is_kept_with_its_place(context: Any, record: Path) -> None:
+    context["ti"].task_id = "train_cpt"
+    files = {"result": '{"steps": 3, "seconds": 5.0}', "metrics": '{"step": 1}\n', "status": None}
+    hands_on = {"model": MODEL, "base_model": BASE}
+    answer = steps.keep_training(context, files, hands_on)
+    assert answer == {"steps": 3, "seconds": 5.0, **hands_on}
+    assert (record / "train_cpt" / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (record / "times" / "train_cpt.json").is_file()
