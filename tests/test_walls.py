@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastcpt.cluster.environment import SHIPPED
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARY = REPOSITORY / "include" / "fastcpt"
 ROOMS = ["corpus", "planning", "cluster", "training", "reporting"]
@@ -52,6 +54,16 @@ def test_the_library_does_not_know_airflow_plugins_or_dags() -> None:
     for path in files_of(LIBRARY):
         roots = {name.split(".")[0] for name in imports_of(path)}
         assert not roots & {"airflow", "remote_job", "run_pages"}, path
+
+
+def test_what_the_shipped_code_imports_is_shipped() -> None:
+    shipped = {name for name in SHIPPED if name.endswith(".py")}
+    shipped |= {str(path.relative_to(LIBRARY.parent)) for path in files_of(LIBRARY / "training")}
+    for name in sorted(shipped):
+        for module in imports_of(LIBRARY.parent / name):
+            file = Path(*module.split(".")).with_suffix(".py")
+            if (LIBRARY.parent / file).is_file():
+                assert str(file) in shipped, f"{name} imports {module}"
 
 
 def test_only_training_knows_torch() -> None:

@@ -19,6 +19,7 @@ SHIPPED = (
     "fastcpt/__init__.py",
     "fastcpt/recipe.py",
     "fastcpt/files.py",
+    "fastcpt/ids.py",
     "fastcpt/yaml_files.py",
 )
 SHIPPED_FOLDERS = ("fastcpt/training", "scripts", "configs")
