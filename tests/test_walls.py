@@ -12,7 +12,10 @@ from fastcpt.cluster.environment import SHIPPED
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARY = REPOSITORY / "include" / "fastcpt"
 ROOMS = ["corpus", "planning", "cluster", "training", "reporting"]
-SHARED = {"fastcpt.recipe", "fastcpt.files", "fastcpt.ids", "fastcpt.yaml_files", "fastcpt"}
+SHARED = {
+    "fastcpt",
+    *(f"fastcpt.{name}" for name in ("families", "files", "ids", "recipe", "yaml_files")),
+}
 GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}
 
 

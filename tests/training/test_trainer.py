@@ -378,7 +378,8 @@ def test_the_launcher_passes_on_what_cannot_heal(model: Path, tmp_path: Path) ->
 
 
 def test_fp8_without_a_gpu_for_it_is_refused(corpus: Path, model: Path, tmp_path: Path) -> None:
-    arguments = train_arguments(write_recipe(tmp_path), corpus, tmp_path / "out", "--use_fp8")
+    recipe = write_recipe(tmp_path, model={"dtype": "bfloat16"})
+    arguments = train_arguments(recipe, corpus, tmp_path / "out", "--use_fp8")
     code, output = finish(start("train_cpt.py", *arguments, "--model", model))
     assert code == 78
     assert "error: FP8 needs a Hopper or newer GPU" in output

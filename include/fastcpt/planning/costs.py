@@ -152,7 +152,7 @@ def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
         return sum(_fused_halves(job)) if checkpointing == "none" else _fused_halves(job)[0]
     if checkpointing == "selective":
         return 2 * (h + q + k + f)
-    between = 2 * (h + q + 2 * k + q + h + 2 * f)
+    between = 2 * (h + q + 2 * k + q + h + job.shape.widened)
     if job.lora:
         # only adapted layers need their input: after dropout in bf16, and dropout's mask
         adapted = sum(job.shape.matrix(name)[0] for name in job.lora.target_modules)

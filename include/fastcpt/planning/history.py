@@ -48,8 +48,9 @@ class Measured:
 
 def shape_key(shape: Shape) -> str:
     """A name for a model's shape: what its speed depends on, not what it was trained on."""
+    family = "" if shape.model_type == "llama" else f"{shape.model_type}-"
     return (
-        f"L{shape.num_hidden_layers}-h{shape.hidden_size}-f{shape.intermediate_size}"
+        f"{family}L{shape.num_hidden_layers}-h{shape.hidden_size}-f{shape.intermediate_size}"
         f"-q{shape.queries}-k{shape.keys}-V{shape.vocab_size}"
     )
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fastcpt.families import ADAPTABLE, cannot_fuse, refusal
 from fastcpt.files import read_json
 from fastcpt.planning.costs import (
     RUNTIME_GB,
@@ -43,7 +44,7 @@ from fastcpt.planning.ranges import (
     range_words,
     widened,
 )
-from fastcpt.planning.shapes import KNOWN, Shape, known_name, shape_of, unknown_model
+from fastcpt.planning.shapes import KNOWN, LLAMAS, Shape, known_name, shape_of, unknown_model
 from fastcpt.recipe import CONFIGS, Lora, Recipe, Training
 
 OFFLOAD_FILE = "ds_config_zero3_offload.json"
@@ -404,6 +405,19 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
         assert name is not None  # a shape of one's own is known
         return replace(plain, problems=(unknown_model(name),))
     plain = replace(plain, flops=model_flops(shape, sequence, recipe.lora) * plain.tokens)
+    refused = refused_by_trainer(recipe, shape, hardware, fp8=False)
+    if refused is not None:
+        return replace(plain, problems=(f"model: {_size(shape)}; {refused}",))
+    if training.use_fp8:
+        refused = refused_by_trainer(recipe, shape, hardware, fp8=True)
+        if hardware.gpu is None or hardware.gpu.fp8 is None:
+            refused = f"{hardware.gpu.name if hardware.gpu else 'a CPU'} has no FP8"
+        if refused is not None:
+            # planned in bf16, which is what would run there
+            bf16 = changed(recipe, {"training.use_fp8": False})
+            words = f"precision: {refused}; the figures are those of {recipe.model.dtype}"
+            found = plan_on(bf16, tokens, hardware, history)
+            return replace(found, problems=(words, *found.problems))
     before = last_run(history, recipe, shape, hardware)
     if hardware.gpu is None:
         return _cpu_plan(plain, before)
@@ -411,17 +425,6 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
     unsplit = batch_problem(recipe, hardware)
     if unsplit is not None:
         return replace(plain, problems=(unsplit,))
-    if training.use_fp8 and hardware.gpu.fp8 is None:
-        # planned in bf16, which is what would run there
-        bf16 = changed(recipe, {"training.use_fp8": False})
-        reason = f"precision: {hardware.gpu.name} has no FP8; the figures are those of bf16"
-        return replace(plan_on(bf16, tokens, hardware, history), problems=(reason,))
-    if training.use_fp8 and not fuses(recipe, shape):
-        reason = (
-            "precision: the trainer does FP8 in bfloat16 with adapters on q, k, v, o or none, and "
-            "attn_implementation auto or flash_attention_2; change these, or use_fp8"
-        )
-        plain = replace(plain, problems=(reason,))
     job = job_of(recipe, shape, hardware, micro)
     return _gpu_plan(plain, recipe, job, hardware, before)
 
@@ -560,21 +563,25 @@ def _gpu_plan(
 # The job that a recipe means
 
 
-ADAPTABLE = {"q_proj", "k_proj", "v_proj", "o_proj"}  # of fastcpt.training.layers
+def refused_by_trainer(recipe: Recipe, shape: Shape, hardware: Hardware, fp8: bool) -> str | None:
+    """The trainer's own refusal, for hosts with the GPU packages; None where it trains the model."""
+    attention = recipe.model.attn_implementation
+    if attention == "auto":
+        attention = "sdpa" if hardware.gpu is None else "flash_attention_2"
+    return refusal(shape.configuration, recipe, fp8, attention)
 
 
 def fuses(recipe: Recipe, shape: Shape) -> bool:
-    """Whether the trainer runs the model in its fused blocks, which FP8 needs.
+    """Whether the trainer runs the model in its fused blocks, on a host with the GPU packages."""
+    targets = recipe.lora.target_modules if recipe.lora else []
+    model = recipe.model
+    why = cannot_fuse(shape.configuration, model.dtype, model.attn_implementation, targets)
+    return why is None
 
-    The same rule as ``fastcpt.training.layers.can_fuse``, for a Llama on a host with the GPU packages.
-    """
-    sides = (shape.hidden_size, shape.intermediate_size)
-    return (
-        recipe.model.dtype == "bfloat16"
-        and recipe.model.attn_implementation in ("auto", "flash_attention_2")
-        and set(recipe.lora.target_modules if recipe.lora else ()) <= ADAPTABLE
-        and not any(side % 16 for side in sides)
-    )
+
+def _size(shape: Shape) -> str:
+    words = f"{shape.parameters / 1e9:.1f} B parameters"
+    return words + (f", {shape.active_parameters / 1e9:.1f} B a token" if shape.experts else "")
 
 
 def offloads(recipe: Recipe) -> bool:
@@ -600,7 +607,7 @@ def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
         fp8=recipe.training.use_fp8,
         offload=offloads(recipe),
         attention=attention.get(recipe.model.attn_implementation, "sdpa"),
-        kernels="fused" if fused else "liger",
+        kernels="fused" if fused else "liger" if shape.family.liger else "plain",
     )
     if isinstance(wanted, bool):
         return replace(job, checkpointing="full" if wanted else "none")
@@ -778,6 +785,9 @@ def _changes(
     assert gpu is not None
     if shape is None:
         return
+    if refused_by_trainer(recipe, shape, hardware, fp8=False) is not None:
+        yield from _other_models(recipe, hardware, shape, {}, keep)
+        return
     needed: dict[str, Any] = {}
     first = []
     if recipe.training.use_fp8 and (gpu.fp8 is None or not fuses(recipe, shape)):
@@ -799,7 +809,7 @@ def _changes(
     ):
         words = f"micro-batch {best.micro_batch}, checkpointing {best.recomputation}"
         yield words, {**needed, **job_changes(recipe, best, hardware)}, count
-    else:
+    elif not first:
         yield "", needed, count  # the recipe itself, on fewer tokens
     if gpu.fp8 is not None and not recipe.training.use_fp8 and fuses(recipe, shape):
         tuned = _tuned(recipe, {**needed, **everywhere({"use_fp8": True})}, hardware)
@@ -811,18 +821,26 @@ def _changes(
         offloaded = _tuned(recipe, offload, hardware)
         if offloaded is not None:
             yield "optimizer offloaded to the hosts", offloaded, count
-    smaller = [name for name in KNOWN if KNOWN[name].parameters < 0.9 * shape.parameters]
-    for name in () if "model" in keep else reversed(smaller[-2:]):
-        model = {**needed, "model.name_or_path": f"meta-llama/{name}", "model.config": None}
-        tuned = _tuned(recipe, model, hardware)
-        if tuned is not None:
-            yield f"{name} in place of {_called(recipe, shape)}", tuned, count
-    if recipe.lora is None and "method" not in keep:
+    yield from _other_models(recipe, hardware, shape, needed, keep)
+    adaptable = set(shape.family.linears) >= ADAPTABLE
+    if recipe.lora is None and "method" not in keep and adaptable:
         rate = min(1e-3, 10 * recipe.training.learning_rate)  # LoRA learns at about ten times
         lora = {**needed, "lora": Lora().model_dump(), "training.learning_rate": rate}
         tuned = _tuned(recipe, lora, hardware)
         if tuned is not None:
             yield "LoRA on q, k, v, o", tuned, count
+
+
+def _other_models(
+    recipe: Recipe, hardware: Hardware, shape: Shape, needed: dict[str, Any], keep: set[Keep]
+) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """The next two smaller Llamas in place of the model."""
+    smaller = [name for name in LLAMAS if KNOWN[name].parameters < 0.9 * shape.parameters]
+    for name in () if "model" in keep else reversed(smaller[-2:]):
+        model = {**needed, "model.name_or_path": f"meta-llama/{name}", "model.config": None}
+        tuned = _tuned(recipe, model, hardware)
+        if tuned is not None:
+            yield f"{name} in place of {_called(recipe, shape)}", tuned, hardware.count
 
 
 def _called(recipe: Recipe, shape: Shape) -> str:

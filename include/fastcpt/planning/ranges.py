@@ -3,7 +3,7 @@
 Where a job like the planned one was measured, the range is the cost model's rate give or take
 ``OF_MEASUREMENTS``, or a run's own rate give or take ``OF_LAST_RUN``. Each way in which the plan
 differs from that measurement moves both ends further apart by a factor: so much a doubling of GPUs,
-hosts, parameters and sequence, so much for another chip, method, precision or kernels. The differences
+hosts, parameters and sequence, so much for another chip, family, method, precision or kernels. The differences
 are taken for independent, so the logarithms of their factors add in squares. The measurement that
 leaves the narrowest range is taken, and named.
 
@@ -29,7 +29,7 @@ A_DOUBLING_OF_GPUS, A_DOUBLING_OF_HOSTS = 1.10, 1.15
 A_DOUBLING_OF_SIZE, A_DOUBLING_OF_SEQUENCE = 1.03, 1.03
 ANOTHER_CHIP = 0.2  # power of how many times its peak, memory's bandwidth or link differs most
 NVLINK = 100  # GB/s of a link: cards in PCIe slots have less
-ANOTHER_WAY = 1.15  # full in place of LoRA, FP8 of bf16, other kernels
+ANOTHER_WAY = 1.15  # full in place of LoRA, FP8 of bf16, other kernels, another family's layers
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,9 @@ def differing(job: Job, hardware: Hardware, row: Job, there: Hardware) -> dict[s
         job.precision: ANOTHER_WAY if job.fp8 != row.fp8 else 1.0,
         f"{job.kernels} kernels": ANOTHER_WAY
         if kernels != (row.kernels, row.attention == "sdpa")
+        else 1.0,
+        f"{job.shape.family.words}'s layers": ANOTHER_WAY
+        if job.shape.model_type != row.shape.model_type
         else 1.0,
         "offload": ANOTHER_WAY if job.offload != row.offload else 1.0,
     }

@@ -1,4 +1,4 @@
-"""Shapes of Llama models, and the counts that follow from them.
+"""Shapes of the models that the trainer takes, and the counts that follow from them.
 
 Symbols as in the papers: ``h`` hidden size, ``L`` layers, ``V`` vocabulary, ``S`` sequence.
 """
@@ -8,25 +8,47 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from fastcpt.families import FAMILIES, NEEDED, Family, read_config
 from fastcpt.recipe import Lora, Recipe
+
+MODELS = Path(__file__).with_name("models.yaml")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's dimensions, by the names of transformers' ``LlamaConfig``."""
+    """A model's dimensions, by the names of transformers' configurations; a Llama's unless it says more."""
 
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of one expert, where there are experts
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
     vocab_size: int
     tie_word_embeddings: bool = False
-    head_dim: int | None = None
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    model_type: str = "llama"
+    vectors: int | None = None  # norms, biases and the like; None: two norms a layer and the last
+    experts: int = 0  # feed-forward networks of a layer; 0: one, for every token
+    experts_a_token: int = 0
+    config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def configuration(self) -> Mapping[str, Any]:
+        """What ``fastcpt.families`` asks about; of dimensions alone, a plain model of theirs."""
+        if self.config is not None:
+            return self.config
+        named = ("model_type", *NEEDED, "num_key_value_heads", "head_dim", "vocab_size")
+        return read_config({name: getattr(self, name) for name in named}, "a shape")
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
 
     @property
     def queries(self) -> int:
@@ -49,17 +71,30 @@ class Shape:
             "q_proj": (h, self.queries),
             "k_proj": (h, self.keys),
             "v_proj": (h, self.keys),
+            "qkv_proj": (h, self.queries + 2 * self.keys),
             "o_proj": (self.queries, h),
             "gate_proj": (h, f),
             "up_proj": (h, f),
+            "gate_up_proj": (h, 2 * f),
             "down_proj": (f, h),
         }[name]
 
     @property
+    def widened(self) -> int:
+        """Width of what a feed-forward network makes of a token: up, and the gate beside it."""
+        return (2 if self.family.gated else 1) * self.intermediate_size
+
+    def _block(self, networks: int) -> int:
+        """A block's matrices with so many feed-forward networks."""
+        h = self.hidden_size
+        attention = 2 * h * self.queries + 2 * h * self.keys
+        network = h * (self.widened + self.intermediate_size)
+        return attention + networks * network + h * self.experts  # the last one chooses the experts
+
+    @property
     def block_parameters(self) -> int:
         """Parameters of one block's matrices."""
-        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        return sum(rows * columns for rows, columns in map(self.matrix, names))
+        return self._block(self.experts or 1)
 
     @property
     def head_parameters(self) -> int:
@@ -68,15 +103,25 @@ class Shape:
 
     @property
     def matrix_parameters(self) -> int:
-        """``N_mm``: what a token is multiplied with, so with the output layer, without look-up."""
-        return self.num_hidden_layers * self.block_parameters + self.head_parameters
+        """``N_mm``: what a token is multiplied with, so with the output layer, without look-up, and of
+        the experts those that it goes to."""
+        block = self._block(self.experts_a_token or 1)
+        return self.num_hidden_layers * block + self.head_parameters
 
     @property
     def parameters(self) -> int:
         """All of them; a tied output layer counts once."""
-        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
-        embedding = 0 if self.tie_word_embeddings else self.head_parameters
-        return self.matrix_parameters + embedding + norms
+        vectors = self.vectors
+        if vectors is None:
+            vectors = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        ends = self.head_parameters * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * self.block_parameters + ends + vectors
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that have to do with one token: all, but of the experts those that it goes to."""
+        idle = self.block_parameters - self._block(self.experts_a_token or 1)
+        return self.parameters - self.num_hidden_layers * idle
 
     def lora_parameters(self, lora: Lora) -> int:
         """``N_lora``: each target of width ``a -> b`` gets ``r (a + b)``."""
@@ -84,26 +129,75 @@ class Shape:
         return self.num_hidden_layers * lora.r * sum(a + b for a, b in targets)
 
 
-def _llama3(h: int, f: int, layers: int, heads: int, tied: bool = False) -> Shape:
-    return Shape(h, f, layers, heads, 8, 128_256, tied)
+def _vectors(family: Family, config: Mapping[str, Any], shape: Shape) -> int:
+    """Parameters that are no matrices: norms, biases, and what a family has of its own."""
+    h, q, k = shape.hidden_size, shape.queries, shape.keys
+    width = q // shape.num_attention_heads
+    layer = family.norms * h + {"none": 0, "head": 2 * width, "all": q + k}[family.query_norms]
+    if config["attention_bias"]:
+        layer += q + 2 * k + (h if family.output_bias else 0)
+    if config["mlp_bias"]:
+        layer += (shape.experts or 1) * (shape.widened + h)
+        layer += shape.experts + (shape.num_attention_heads if shape.experts else 0)  # gpt-oss's
+    return shape.num_hidden_layers * (layer + family.other) + h
 
 
-# From the config.json of each model. Smaller ones first: what is suggested in place of a larger.
-KNOWN = {
-    "Llama-3.2-1B": Shape(2048, 8192, 16, 32, 8, 128_256, True),
-    "Llama-3.2-3B": _llama3(3072, 8192, 28, 24, tied=True),
-    "Llama-3.1-8B": _llama3(4096, 14_336, 32, 32),
-    "Llama-3.1-70B": _llama3(8192, 28_672, 80, 64),
-    "Llama-3.1-405B": _llama3(16_384, 53_248, 126, 128),
-}
-_SIZE = re.compile(r"llama[-_]?3(?:\.\d)?[-_](?:\w+-)?(\d+)b", re.IGNORECASE)
+def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
+    """A shape from the content of a ``config.json``; ``ValueError`` names what is missing or not known."""
+    full = read_config(config, where)
+    family = FAMILIES[full["model_type"]]
+    h, heads = full["hidden_size"], full["num_attention_heads"]
+    experts, chosen, width = (
+        (full[key] for key in family.experts)
+        if family.experts
+        else (0, 0, full["intermediate_size"])
+    )
+    if family.experts and (full.get("mlp_only_layers") or full.get("decoder_sparse_step", 1) != 1):
+        raise ValueError(
+            f"{where}: only some layers have experts (mlp_only_layers, decoder_sparse_step): such a model's "
+            "parameters are not counted here; take another model"
+        )
+    shape = Shape(
+        hidden_size=h,
+        intermediate_size=width,
+        num_hidden_layers=full["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=full["num_key_value_heads"] or heads,
+        vocab_size=full["vocab_size"],
+        tie_word_embeddings=bool(full["tie_word_embeddings"]),
+        head_dim=None if full["head_dim"] in (None, h // heads) else full["head_dim"],
+        model_type=full["model_type"],
+        experts=experts,
+        experts_a_token=chosen,
+        config=full,
+    )
+    vectors = _vectors(family, full, shape)
+    usual = (2 * shape.num_hidden_layers + 1) * h
+    return replace(shape, vectors=None if vectors == usual else vectors)
+
+
+def _known() -> dict[str, Shape]:
+    table: dict[str, Any] = yaml.safe_load(MODELS.read_text(encoding="utf-8"))
+    where = MODELS.name
+    return {name: shape_from_config(config, f"{where}, {name}") for name, config in table.items()}
+
+
+KNOWN = _known()
+# What is suggested in place of a larger model; the smaller ones first.
+LLAMAS = tuple(name for name in KNOWN if name.startswith("Llama-"))
+_LLAMA_SIZE = re.compile(r"llama[-_]?3(?:\.\d)?[-_](?:\w+-)?(\d+)b", re.IGNORECASE)
+_TUNED = re.compile(r"-(instruct|it|pt|chat|base|hf)(?=-|$)", re.IGNORECASE)
 
 
 def known_name(name: str) -> str | None:
     """The table's name for a hub name or folder such as ``meta-llama/Llama-3.3-70B-Instruct``."""
-    match = _SIZE.search(name.rstrip("/").rsplit("/", 1)[-1])
-    wanted = f"-{match[1]}B" if match else ""
-    return next((known for known in KNOWN if wanted and known.endswith(wanted)), None)
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    match = _LLAMA_SIZE.search(last)
+    if match:
+        return next((llama for llama in LLAMAS if llama.endswith(f"-{match[1]}B")), None)
+    plain = _TUNED.sub("", last)
+    same = (k for k in KNOWN if re.fullmatch(rf"{re.escape(k)}(-\d{{4}}|-v0\.\d)*", plain, re.I))
+    return next(same, None)
 
 
 def shape_of(recipe: Recipe) -> Shape | None:
@@ -111,16 +205,18 @@ def shape_of(recipe: Recipe) -> Shape | None:
 
     The file is that of a folder, or of a hub name in this machine's hub cache. None where none of
     them tells (a folder that only the cluster sees): ``unknown_model`` has the words. Raises
-    ``ValueError`` for a config that lacks a dimension.
+    ``ValueError`` for a config that lacks a dimension, or whose family is not known.
     """
     model = recipe.model
     if model.config is not None:
         vocabulary = recipe.tokenizer.train_vocab_size or 128_256
-        return shape_from_config({"vocab_size": vocabulary, **model.config}, "model.config")
+        return shape_from_config(
+            {"model_type": "llama", "vocab_size": vocabulary, **model.config}, "model.config"
+        )
     assert model.name_or_path is not None  # the recipe has one of the two
     file = config_file(model.name_or_path)
     if file is not None:
-        return shape_from_config(read_config(file), str(file))
+        return shape_from_config(_content(file), str(file))
     known = known_name(model.name_or_path)
     return KNOWN[known] if known else None
 
@@ -141,7 +237,7 @@ def config_file(name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def _content(file: Path) -> dict[str, Any]:
     """The content of a ``config.json``; ``ValueError`` where it is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -161,24 +257,4 @@ def unknown_model(name: str) -> str:
     return (
         f"model: '{name}' is not known here, so neither are its memory, hours and cost: {help}. Known "
         f"without a file are {', '.join(KNOWN)}"
-    )
-
-
-def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
-    """A shape from the keys of a ``config.json``; ``ValueError`` names a missing one."""
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for key in (*needed, "vocab_size"):
-        if key not in config:
-            raise ValueError(f"{where}: no '{key}', so the model's size is not known; add it")
-    heads = config["num_attention_heads"]
-    h, f, layers, heads = (config[key] for key in needed)
-    return Shape(
-        hidden_size=h,
-        intermediate_size=f,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
-        vocab_size=config["vocab_size"],
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
-        head_dim=config.get("head_dim"),
     )

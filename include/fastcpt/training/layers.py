@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fastcpt.families import cannot_fuse, read_config
 from fastcpt.training.data import Batch
 
 # a fused weight: transformers' weights in it, first rows first
@@ -42,7 +43,6 @@ FUSED = {
     "mlp.fc1_weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.fc2_weight": ["mlp.down_proj.weight"],
 }
-ADAPTABLE = {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 class Packing:
@@ -80,7 +80,7 @@ class Block(nn.Module):  # type: ignore[misc]
     def __init__(
         self, layer: Any, config: Any, packing: Packing, attention: str, add_up: bool = False
     ) -> None:
-        """``layer`` may carry peft's adapters on the linear layers of ``ADAPTABLE``.
+        """``layer`` may carry peft's adapters on the linear layers of ``families.ADAPTABLE``.
 
         ``add_up``: a matrix' gradient is not given to autograd, but added to its ``main_grad`` by
         the very product that computes it.
@@ -232,10 +232,6 @@ def with_fused_blocks(
     rotary = causal.model.rotary_emb
     positions = torch.arange(size, device=device, dtype=torch.float32)
     frequencies = positions[:, None] * rotary.inv_freq.to(device, torch.float32)
-    if rotary.attention_scaling != 1.0:
-        raise ValueError(
-            f"rope type {rotary.rope_type} scales attention: not made for fused blocks"
-        )
     packing = Packing(frequencies, fp8_recipe() if fp8 else None, keep_fp8_weights)
     layers = causal.model.layers
     for n, layer in enumerate(layers):
@@ -255,18 +251,13 @@ def with_fused_blocks(
     return packing
 
 
-def can_fuse(config: Any, dtype: str, targets: list[str]) -> bool:
-    """Whether fused blocks can be made of a model; ``targets`` are the layers with adapters."""
+def can_fuse(config: Any, dtype: str, attention: str, targets: list[str]) -> bool:
+    """Whether fused blocks can be made of a model on this host (``families.cannot_fuse``)."""
     return (
         importlib.util.find_spec("transformer_engine") is not None
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability() >= (8, 0)
-        and dtype == "bfloat16"
-        and config.model_type == "llama"
-        and config.hidden_act == "silu"
-        and not (config.attention_bias or config.mlp_bias)
-        and not any(side % 16 for side in (config.hidden_size, config.intermediate_size))
-        and set(targets) <= ADAPTABLE
+        and cannot_fuse(read_config(config.to_dict(), "config"), dtype, attention, targets) is None
     )
 
 

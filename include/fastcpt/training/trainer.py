@@ -43,6 +43,7 @@ from transformers import AutoConfig
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.utils import logging
 
+from fastcpt.families import head_width, read_config, refusal
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe, Training
 from fastcpt.training import checkpoints
@@ -56,6 +57,7 @@ from fastcpt.training.model import (
     Trainee,
     add_lora,
     base_of,
+    choose_attention,
     load_model,
     require_fp8,
 )
@@ -256,8 +258,7 @@ def train(
         return result
     stop = _StopSignal()
     use_fp8 = use_fp8 or training.use_fp8
-    if use_fp8:
-        require_fp8()
+    preflight(recipe, model, use_fp8)
     # deepspeed's calls of older torch names; bars that would break the progress lines
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.disable_progress_bar()
@@ -303,6 +304,26 @@ def train(
     dist.barrier()
     dist.destroy_process_group()
     return result
+
+
+def preflight(recipe: Recipe, path: str, use_fp8: bool) -> None:
+    """``ValueError`` kinds where this host does not train the model as the recipe wants it; asked
+    before ranks meet or anything is loaded."""
+    base, _ = base_of(path)
+    config = read_config(_config(base).to_dict(), base)
+    attention = choose_attention(recipe.model.attn_implementation)
+    why = refusal(config, recipe, use_fp8, attention)
+    if why is not None:
+        raise TrainingError(f"--model {base}: {why}")
+    if use_fp8:
+        require_fp8()
+
+
+def _config(base: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"--model {base}: {error}") from error
 
 
 class Phase(NamedTuple):
@@ -370,19 +391,11 @@ def _engine(
     base, adapted = base_of(path)
     if fresh:
         path, adapted = base, False
-    try:
-        shape = AutoConfig.from_pretrained(base)
-    except (ValueError, OSError) as error:
-        raise TrainingError(f"--model {base}: {error}") from error
+    shape = _config(base)
     dtype, world, size = recipe.model.dtype, dist.get_world_size(), recipe.corpus.max_seq_length
     targets = recipe.lora.target_modules if recipe.lora else []
     wanted = recipe.model.attn_implementation
-    fused = wanted in ("auto", "flash_attention_2") and can_fuse(shape, dtype, targets)
-    if use_fp8 and not fused:
-        raise TrainingError(
-            "FP8 is made for Llama models in bfloat16 with adapters on q, k, v, o or none: leave "
-            "out --use_fp8 and use_fp8"
-        )
+    fused = can_fuse(shape, dtype, wanted, targets)
     dropout = recipe.lora is not None and recipe.lora.lora_dropout > 0.0
     room = None if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
     block = _weights_of_block(shape)
@@ -565,8 +578,8 @@ def _use_liger(model_type: str) -> None:
 
 def _weights_of_block(shape: Any) -> int:
     h, inner = shape.hidden_size, shape.intermediate_size
-    q = shape.num_attention_heads * shape.head_dim
-    kv = shape.num_key_value_heads * shape.head_dim
+    q = shape.num_attention_heads * head_width(shape)
+    kv = shape.num_key_value_heads * head_width(shape)
     return int(h * (q + 2 * kv) + q * h + 3 * h * inner + 2 * h)
 
 
@@ -595,8 +608,8 @@ class _Memory:
         offload: bool = False,
     ) -> None:
         h, inner, self.layers = shape.hidden_size, shape.intermediate_size, shape.num_hidden_layers
-        q = shape.num_attention_heads * shape.head_dim
-        kv = shape.num_key_value_heads * shape.head_dim
+        q = shape.num_attention_heads * head_width(shape)
+        kv = shape.num_key_value_heads * head_width(shape)
         self.block = _weights_of_block(shape)
         vocabulary = shape.vocab_size * h
         self.recomputed = self.mlp_recomputed = 0
@@ -711,7 +724,8 @@ class _Work:
             sides = getattr(parameter, "ds_shape", parameter.shape)
             if len(sides) == 2 and ("embed" not in words or shape.tie_word_embeddings):
                 self.per_token += (6 if parameter.requires_grad else 4) * math.prod(sides)
-        self.attention = 6 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim
+        width = shape.num_attention_heads * head_width(shape)
+        self.attention = 6 * shape.num_hidden_layers * width
         self.flop = 0.0
 
     def add(self, pieces: list[Ints]) -> None:
