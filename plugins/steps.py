@@ -81,9 +81,11 @@ def plan() -> Facts:
     from fastcpt.planning.history import FILE as HISTORY
     from fastcpt.planning.plan import estimated_tokens, require_fit
     from fastcpt.planning.plan import plan as make_plan
-    from fastcpt.reporting.record import add, open_record
+    from fastcpt.reporting.record import add, empty_record, open_record, record_folder
 
     context, began = get_current_context(), time.time()
+    # a cleared run that this plan refuses has no model to show
+    empty_record(record_folder(HOME, context["run_id"]))
     values = dict(context["params"])
     overrides = form_overrides(values)
     recipe = load_recipe(values["recipe"], overrides)

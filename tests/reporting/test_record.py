@@ -192,6 +192,15 @@ def test_what_an_earlier_pass_of_a_run_did_is_no_work_of_this_one(home):
     assert records.times(record) == {"worked": 10, "approval": 0}
 
 
+def test_clearing_a_run_heals_its_damaged_record(home):
+    start = datetime(2026, 11, 23, 1, 0, tzinfo=UTC)
+    record = records.open_record(home, RUN, "fast_cpt", INSTRUCTED, start)
+    for name in ("run.json", "recipe.yaml", "gate.json"):
+        (record / name).write_text("{")
+    records.open_record(home, RUN, "fast_cpt", INSTRUCTED, start)
+    assert records.summary(record)["run"] == RUN
+
+
 def test_a_run_that_is_cleared_begins_its_record_anew(home):
     record = records.open_record(home, RUN, "fast_cpt", INSTRUCTED)
     records.add(record, "gate_stage2.json", {"passed": True})

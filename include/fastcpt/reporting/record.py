@@ -77,28 +77,34 @@ def _is_record_of(folder: Path, run: str) -> bool:
 def open_record(
     home: Path, run: str, dag: str, recipe: Recipe, started: datetime | None = None
 ) -> Path:
-    """Begin the record of a run. Where there is one already, its run was cleared: what its tasks left
-    then is of another plan, and goes. Its first start stays unless ``started`` says otherwise.
+    """Begin the record of a run, emptied where there is one: then the run was cleared.
+
+    Its first start stays unless ``started`` says otherwise.
     """
     record = record_folder(home, run)
-    facts = read(record, "run.json")
-    for left in record.iterdir() if record.is_dir() else ():
-        if left.is_dir():
-            shutil.rmtree(left)
-        elif left.name != "run.json":
-            left.unlink()
+    began = _text(started) if started else read(record, "run.json").get("started") or _now()
+    empty_record(record)
     write_json(
         record / "run.json",
         {
             "run": run,
             "dag": dag,
-            "started": _text(started) if started else facts.get("started") or _now(),
+            "started": began,
             "code": code_version(REPOSITORY),
             "packages": package_versions(),
         },
     )
     add_text(record, "recipe.yaml", recipe.to_yaml())
     return record
+
+
+def empty_record(record: Path) -> None:
+    """Take away what the tasks of a run left before it was cleared: it is of another plan."""
+    for left in record.iterdir() if record.is_dir() else ():
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name != "run.json":
+            left.unlink()
 
 
 def add(record: Path, name: str, content: Any) -> Path:
