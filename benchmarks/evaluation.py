@@ -28,10 +28,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastcpt.training.evaluation import Document, Scorer, document_losses, figures_of
+from fastcpt.training.evaluation import Scorer, document_losses, figures_of
 from fastcpt.training.generation import generate
 from fastcpt.training.inference import model_for_inference, rank, ranks, world_size
 from fastcpt.training.model import choose_attention
+from fastcpt.training.validation import Document
 from training import SHAPES, SIZE
 
 BATCHES = (SIZE, 4 * SIZE, 16 * SIZE)

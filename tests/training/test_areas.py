@@ -24,8 +24,9 @@ from fastcpt.training.exits import exit_code
 from fastcpt.training.model import load_model
 from fastcpt.training.publish import publish
 from fastcpt.training.trainer import TrainingError, phases_of
+from fastcpt.training.validation import Document
 from training.conftest import INCLUDE, launch, start, train_arguments, write_recipe, write_shards
-from training.test_evaluation import Document, write_set
+from training.test_evaluation import write_set
 from training.test_trainer import finish, metrics
 
 AREAS = {"falling fast": ["down"], "rising": ["up", "upward"]}

@@ -21,19 +21,16 @@ from transformers import LlamaForCausalLM
 
 from fastcpt.recipe import load_recipe
 from fastcpt.training import evaluation
-from fastcpt.training.evaluation import (
+from fastcpt.training.evaluation import Scorer, document_losses, evaluate, figures_of
+from fastcpt.training.exits import exit_code
+from fastcpt.training.model import ModelError
+from fastcpt.training.validation import (
     Document,
     EvaluationError,
-    Scorer,
     Window,
-    document_losses,
-    evaluate,
-    figures_of,
     validation_files,
     windows_of,
 )
-from fastcpt.training.exits import exit_code
-from fastcpt.training.model import ModelError
 from training.conftest import INCLUDE, launch, write_recipe
 from training.tiny import BOS, END, WORDS, adapter_folder, llama, model_folder
 

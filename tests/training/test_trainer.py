@@ -30,8 +30,9 @@ from fastcpt.training.trainer import (
     learning_rate,
     what_is_wrong,
 )
+from fastcpt.training.validation import Document
 from training.conftest import INCLUDE, launch, start, train_arguments, write_recipe, write_shards
-from training.test_evaluation import Document, write_set
+from training.test_evaluation import write_set
 
 
 def row(*pieces: list[int], labels: list[int] | None = None) -> Row:
