@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,19 @@ from typing import Any
 import local_sshd
 import pytest
 
-from fastcpt.cluster import transfer
+from cluster.servers import force
+from fastcpt.cluster import jobs, transfer
 from fastcpt.cluster.check import check_cluster
 from fastcpt.cluster.environment import check_python, pins
-from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask, ask_async
+from fastcpt.cluster.remote import (
+    ClusterError,
+    ConnectionLost,
+    LoginRefused,
+    Remote,
+    ask,
+    ask_async,
+    ask_through,
+)
 from fastcpt.recipe import Cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,6 +82,89 @@ def test_a_host_without_rsync_is_refused(tmp_path: Path) -> None:
             check_cluster(remote, cluster(tmp_path))
     finally:
         subprocess.run(["kill", str(facts["pid"])], check=True)
+
+
+def test_a_host_without_python_is_refused(start: Callable[..., Remote], tmp_path: Path) -> None:
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for program in ("bash", "sh", "rsync"):
+        (bare / program).symlink_to(Path(shutil.which(program) or "").resolve())
+    host = start()
+    only = f'exec {shutil.which("env")} -i PATH={bare} {bare}/sh -c "$SSH_ORIGINAL_COMMAND"'
+    force(host, only)
+    with pytest.raises(ClusterError, match="no python3: install Python"):
+        check_cluster(host, cluster(tmp_path))
+
+
+@pytest.mark.parametrize("words", ["Welcome to the farm", "$(cat /etc/hostname)"])
+def test_a_shell_that_prints_is_refused_before_anything_is_made(
+    start: Callable[..., Remote], tmp_path: Path, words: str
+) -> None:
+    host = start()
+    force(host, f'echo "{words}"; exec sh -c "$SSH_ORIGINAL_COMMAND"')
+    with pytest.raises(ClusterError, match="prints text where no person reads"):
+        check_cluster(host, cluster(tmp_path / "root"))
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_root_that_cannot_be_written_is_refused(remote: Remote) -> None:
+    # nobody can make a file there, root included
+    with pytest.raises(
+        ClusterError, match=r"nothing can be written to /sys/kernel: .*cluster\.root"
+    ):
+        check_cluster(remote, cluster(Path("/sys/kernel")))
+
+
+def test_a_home_that_cannot_be_written_is_refused_where_gpus_are_shared_by_it(
+    start: Callable[..., Remote], tmp_path: Path
+) -> None:
+    host = start()
+    force(host, 'HOME=/sys/kernel exec sh -c "$SSH_ORIGINAL_COMMAND"')
+    check_cluster(host, cluster(tmp_path))
+    with pytest.raises(ClusterError, match=r"nothing can be written to /sys/kernel/\.fast_cpt: "):
+        check_cluster(host, cluster(tmp_path, cpu_only=False))
+
+
+@pytest.mark.parametrize("shell", ["/usr/sbin/nologin", 'exec rbash -c "$SSH_ORIGINAL_COMMAND"'])
+def test_a_login_without_a_plain_shell_is_no_lost_connection(
+    start: Callable[..., Remote], tmp_path: Path, shell: str
+) -> None:
+    host = start()
+    force(host, shell)
+    with pytest.raises(LoginRefused, match="does not run our program"):
+        ask(host, "check", root=str(tmp_path))
+
+
+def test_a_program_that_is_killed_there_is_a_lost_connection(
+    start: Callable[..., Remote], tmp_path: Path
+) -> None:
+    host = start()
+    force(host, "sh -c 'kill -9 $$'; exit 137")
+    with pytest.raises(ConnectionLost, match="was killed there: it ended with 137"):
+        ask(host, "check", root=str(tmp_path))
+
+
+def test_what_fails_there_is_said_and_not_asked_again(remote: Remote) -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=r"'submit' failed there: .*'/sys/kernel/jobs'"):
+        jobs.submit(remote, "/sys/kernel", jobs.Job("a", [["true"]]))
+    # a mistake of the program itself has its place in it
+    with pytest.raises(
+        ClusterError, match=r"'verify' failed there: Traceback[^$]*KeyError: 'file'"
+    ):
+        ask_through(remote, "verify", folder="/tmp", files=[{}])
+    assert time.monotonic() - began < 30
+
+
+def test_a_shell_that_prints_ends_a_transfer_at_once(
+    start: Callable[..., Remote], tmp_path: Path
+) -> None:
+    host = start()
+    force(host, 'echo Welcome; exec sh -c "$SSH_ORIGINAL_COMMAND"')
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match="start-up files there print text"):
+        rsync_to(host, tmp_path)
+    assert time.monotonic() - began < 30
 
 
 def ask_now(to: Remote, folder: Path) -> None:

@@ -5,44 +5,20 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import local_sshd
 import pytest
 
+from cluster.servers import force
 from fastcpt.cluster import first_contact as module
 from fastcpt.cluster.first_contact import first_contact
 from fastcpt.cluster.remote import ClusterError, ConnectionLost, LoginRefused, Remote
 
 Start = Callable[..., Remote]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a server with settings of its own and says how to reach it."""
-    running = []
-
-    def begin(name: str = "sshd", **more: object) -> Remote:
-        facts = local_sshd.start(tmp_path / name, more=more)
-        running.append(facts["pid"])
-        return remote_of(facts)
-
-    yield begin
-    for pid in running:
-        os.killpg(pid, signal.SIGTERM)
-        os.waitpid(pid, 0)
-
-
-def remote_of(facts: dict[str, Any]) -> Remote:
-    return Remote(
-        facts["host"], facts["user"], facts["port"], facts["key_file"], facts["known_hosts"]
-    )
 
 
 @pytest.fixture
@@ -92,13 +68,6 @@ def only_paramiko(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("OpenSSH was asked")
 
     monkeypatch.setattr(module, "_by_openssh", no)
-
-
-def force(remote: Remote, command: str) -> None:
-    """The key's login gets ``command`` instead of what it asks for."""
-    keys = Path(str(remote.key_file)).with_name("authorized_keys")
-    escaped = command.replace('"', '\\"')
-    keys.write_text(f'command="{escaped}" {keys.read_text()}')
 
 
 # The host's key

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastcpt.cluster import transfer
+from fastcpt.cluster import jobs, transfer
 from fastcpt.cluster.remote import ClusterError
 from faults.machines import Host, _descendants, remote_of
 
@@ -137,6 +138,16 @@ def test_a_disk_that_fills_up_under_way_is_named_and_not_ready(
     subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
     transfer.send(remote_of(server), tmp_path / "from", str(small_disk / "to"), files)
     assert contents(small_disk / "to") == contents(tmp_path / "from")
+
+
+@pytest.mark.faults
+def test_a_job_for_a_full_disk_says_so(server: dict[str, Any], small_disk: Path) -> None:
+    with suppress(OSError):
+        (small_disk / "filler").write_bytes(b"x" * 30_000_000)
+    with pytest.raises(ClusterError, match=r"'submit' failed there: .*The disk there is full"):
+        jobs.submit(remote_of(server), str(small_disk), jobs.Job("a", [["true"]]))
+    (small_disk / "filler").unlink()
+    assert jobs.submit(remote_of(server), str(small_disk), jobs.Job("a", [["true"]])) == "started"
 
 
 @pytest.mark.faults

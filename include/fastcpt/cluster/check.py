@@ -33,7 +33,17 @@ def _missing(facts: dict[str, Any], cluster: Cluster) -> list[str]:
     for program, package in (("rsync", "rsync"), ("bash", "bash")):
         if not facts[program]:
             missing.append(f"- no {program} there: install the package {package}")
-    if facts["disk_free_gb"] < cluster.min_free_gb:
+    for folder, why in facts["unwritable"].items():
+        if folder == facts["root"]:
+            missing.append(
+                f"- nothing can be written to {folder}: {why}. Choose another cluster.root"
+            )
+        elif not cluster.cpu_only:
+            missing.append(
+                f"- nothing can be written to {folder}: {why}. Jobs take turns on the GPUs by a "
+                "file there: give the login a home that it may write to"
+            )
+    if facts["root"] not in facts["unwritable"] and facts["disk_free_gb"] < cluster.min_free_gb:
         missing.append(
             f"- {facts['disk_free_gb']:.1f} GB free under {facts['root']}, the recipe needs "
             f"{cluster.min_free_gb:g} (cluster.min_free_gb): free some, or choose another cluster.root"

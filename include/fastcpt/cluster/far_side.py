@@ -16,6 +16,7 @@ supervisor runs inside the allocation, and the queue answers for it while it wai
 
 import base64
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -27,6 +28,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Callable, Dict, Iterator, List, Optional
@@ -121,7 +123,9 @@ def boot_id() -> str:
 def check(root: str) -> Answer:
     """What the host is and has: for ``check_cluster`` and the plan."""
     root = expand(root)
-    os.makedirs(root, mode=0o700, exist_ok=True)
+    # where jobs of several roots take turns on the GPUs
+    turns = expand("~/.fast_cpt")
+    wrong = {folder: why_unwritable(folder) for folder in (root, turns)}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "hostname": os.uname().nodename,
@@ -132,7 +136,8 @@ def check(root: str) -> Answer:
         "rsync": shutil.which("rsync"),
         "bash": shutil.which("bash"),
         "slurm": shutil.which("sbatch"),
-        "disk_free_gb": shutil.disk_usage(root).free / 1e9,
+        "unwritable": {folder: why for folder, why in wrong.items() if why},
+        "disk_free_gb": shutil.disk_usage(root).free / 1e9 if os.path.isdir(root) else 0.0,
         "memory_gb": memory / 1e9,
         "cores": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
@@ -140,6 +145,18 @@ def check(root: str) -> Answer:
         "boot_id": boot_id(),
         "gpus": gpus(),
     }
+
+
+def why_unwritable(folder: str) -> str:
+    """Why no file can be made in a folder; empty where one can."""
+    trial = os.path.join(folder, "written-by-check-%d" % os.getpid())
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        write_whole(trial, "x")
+        os.unlink(trial)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def gpus() -> List[Answer]:
@@ -1024,6 +1041,38 @@ REQUESTS = {
     function.__name__: function
     for function in (check, verify, ready, listing, read_files, versions, submit, poll, stop)
 }
+
+# What does not pass by itself, unlike what a file server does while it starts.
+STAYS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
+
+
+def answer(do: str, values: Answer) -> Answer:
+    """A request's answer; what stood in its way is one too (``unavailable`` where it may pass).
+
+    A job that runs is watched and ended through whatever happens to the disk: that is asked again.
+    """
+    try:
+        return REQUESTS[do](**values)
+    except Exception as error:
+        why = "'%s' failed there: %s" % (do, traceback.format_exc().strip())
+        if isinstance(error, OSError):
+            why = "'%s' failed there: %s" % (do, error)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                why += ". The disk there is full: free some, then clear this task"
+        watching = do in ("poll", "stop")
+        stays = not isinstance(error, OSError) or error.errno in STAYS
+        return {"error" if stays and not watching else "unavailable": why}
+
 
 if __name__ == "__main__" and len(sys.argv) > 1:
     os.umask(0o077)

@@ -34,6 +34,8 @@ ASK_TIMEOUT_S = {"poll": 60, "stop": 60, "submit": 120, "check": 180}
 LONGEST_ASK_S = 6 * 3600
 # So long a task goes on asking a host that stopped answering, before it fails and is tried again.
 OUTAGE_S = 300.0
+# The same for a host that refuses a login which has worked before.
+REFUSED_S = 1800.0
 
 # A socket's path has at most 104 bytes on macOS (108 on Linux), of which ssh takes 34 for the name
 # that it makes up, and ssh replaces some signs in it.
@@ -49,7 +51,7 @@ class ClusterError(ValueError):
 
 
 class LoginRefused(ClusterError):
-    """The host does not take the key. Where it has taken it before, that may pass."""
+    """The host does not take the key, or gives it no shell. Where it did before, that may pass."""
 
 
 class ConnectionLost(OSError):
@@ -146,15 +148,15 @@ def _program() -> str:
 
 def _request(do: str, values: dict[str, Any]) -> bytes:
     # what is made there is its owner's alone
-    call = f"\nos.umask(0o077)\nprint(json.dumps(REQUESTS[{do!r}](**json.loads({json.dumps(values)!r}))))\n"
+    call = f"\nos.umask(0o077)\nprint(json.dumps(answer({do!r}, json.loads({json.dumps(values)!r}))))\n"
     return (_program() + call).encode()
 
 
 def ask(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
     """One request to the far side (a function of ``far_side.REQUESTS``) and its answer.
 
-    Raises ``ClusterError`` for a wrong host key or what the far side says cannot be (``LoginRefused``
-    for a refused key), ``ConnectionLost`` when it does not answer.
+    Raises ``LoginRefused`` for a refused key or a login without a shell, ``ClusterError`` for a
+    wrong host key or what the far side says cannot be, ``ConnectionLost`` when it does not answer.
     """
     command = [*remote.ssh(), "--", remote.host, "exec python3 -"]
     patience = ASK_TIMEOUT_S.get(do, LONGEST_ASK_S)
@@ -168,13 +170,13 @@ def ask(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
 
 
 def ask_through(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
-    """``ask`` that outlives a broken line or a restarted sshd: asks again for ``OUTAGE_S``."""
-    until = time.monotonic() + OUTAGE_S
+    """``ask`` that outlives a broken line or a restarted sshd: asks again for its ``patience``."""
+    began = time.monotonic()
     while True:
         try:
             return ask(remote, do, **values)
-        except ConnectionLost as error:
-            if time.monotonic() > until:
+        except (ConnectionLost, LoginRefused) as error:
+            if time.monotonic() - began >= patience(remote, error):
                 raise
             log.warning("%s; asking again", error)
             time.sleep(5)
@@ -210,19 +212,40 @@ def _answer(remote: Remote, do: str, code: int, output: bytes, errors: bytes) ->
         raise connection_error(remote, said)
     if code == 127:
         raise ClusterError(f"{remote.host} has no python3: install Python 3.8 or newer there")
-    # a login that prints a banner does so before the answer
+    # text that a login prints comes before the answer
     last = output.decode(errors="replace").strip().rpartition("\n")[2]
     try:
         answer = json.loads(last)
     except json.JSONDecodeError:
-        raise ConnectionLost(
-            f"{remote.host} did not answer '{do}': {said[-1000:] or last}"
+        words = f"it ended with {code} and said: {said[-1000:] or last or 'nothing'}"
+        if code > 128:
+            raise ConnectionLost(f"{remote.host}: '{do}' was killed there: {words}") from None
+        raise LoginRefused(
+            f"{remote.host} takes the login and does not run our program ('{do}'); {words}. The login "
+            "needs a plain shell there, and Python 3.8 or newer as python3"
         ) from None
     if "unavailable" in answer:
         raise ConnectionLost(f"{remote.host}: {answer['unavailable']}")
     if "error" in answer:
         raise ClusterError(f"{remote.host}: {answer['error']}")
+    _mark_of(remote).touch(mode=0o600)
     return dict(answer)
+
+
+def _mark_of(remote: Remote) -> Path:
+    """A file that says: this login has worked from here."""
+    return Path(_sockets()) / f"worked-{digest_of(vars(remote))}"
+
+
+def patience(remote: Remote, error: ConnectionLost | LoginRefused) -> float:
+    """So many seconds a host may go on answering like this before the task fails.
+
+    A host that comes back refuses everybody for a while, before its users' homes are there: a login
+    that has worked is asked for again, one that never did is not.
+    """
+    if isinstance(error, ConnectionLost):
+        return OUTAGE_S
+    return REFUSED_S if _mark_of(remote).exists() else 0.0
 
 
 def connection_error(remote: Remote, said: str) -> Exception:

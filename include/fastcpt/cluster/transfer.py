@@ -25,12 +25,13 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from fastcpt.cluster.remote import (
-    OUTAGE_S,
     ClusterError,
     ConnectionLost,
+    LoginRefused,
     Remote,
     ask_through,
     connection_error,
+    patience,
     quoted_ssh,
 )
 from fastcpt.files import digest_of, sha256_of_file
@@ -84,7 +85,7 @@ def send(
         return list(ask_through(remote, "verify", folder=folder, files=asked)["differ"])
 
     move = partial(_send, remote, local, state["path"])
-    differ = _move(move, differ, sizes, streams, still_differ)
+    differ = _move(remote, move, differ, sizes, streams, still_differ)
     if differ:
         raise ClusterError(
             f"{remote.host}: {', '.join(differ[:3])} differ there after {ROUNDS} transfers: "
@@ -114,6 +115,7 @@ def fetch(remote: Remote, folder: str, local: Path, streams: int = STREAMS) -> d
     by_name = {file["file"]: file for file in files}
     move = partial(_fetch, remote, state["path"], local)
     differ = _move(
+        remote,
         move,
         differ,
         sizes,
@@ -134,6 +136,7 @@ def fetch(remote: Remote, folder: str, local: Path, streams: int = STREAMS) -> d
 
 
 def _move(
+    remote: Remote,
     move: Callable[[list[list[str]], dict[str, int]], None],
     differ: list[str],
     sizes: dict[str, int],
@@ -142,23 +145,25 @@ def _move(
 ) -> list[str]:
     """Transfer the files ``differ`` until none does; returns those that arrive damaged each time.
 
-    A line that breaks is waited for (``OUTAGE_S`` without a file arriving), then it goes on.
+    A line that breaks is waited for (its ``patience`` without a file arriving), then it goes on.
     """
     rounds, moved_last = 0, time.monotonic()
     while differ and rounds < ROUNDS:
         log.info(
             "%d files to transfer, %.1f MB", len(differ), sum(map(sizes.__getitem__, differ)) / 1e6
         )
-        lost = None
+        lost, waits = None, 0.0
         try:
             move(_shares(differ, sizes, streams), sizes)
             rounds += 1
-        except ConnectionLost as error:
-            lost = error
+        except (ConnectionLost, LoginRefused) as error:
+            lost, waits = error, patience(remote, error)
+            if not waits:
+                raise
         before, differ = differ, still_differ(differ)
         if len(differ) < len(before):
             moved_last = time.monotonic()
-        elif lost and time.monotonic() - moved_last > OUTAGE_S:
+        elif lost and time.monotonic() - moved_last > waits:
             raise lost
         if lost:
             log.warning("%s; going on", lost)
@@ -290,6 +295,11 @@ def _rsync_error(remote: Remote, full: str, code: int, said: str) -> Exception:
         return ClusterError(full)
     if code == 127 or "rsync: command not found" in said or "rsync: not found" in said:
         return ClusterError(f"{remote.host} has no rsync: install the package rsync there")
+    if code == 2:  # protocol incompatibility
+        return ClusterError(
+            f"rsync does not understand what {remote.host} answers: most often the login's start-up "
+            f"files there print text (let them do so for interactive shells alone). rsync says: {said.strip()}"
+        )
     # ssh failed: rsync passes its code on, or sees a broken stream (12); (13) is a file's own error
     if code in (12, 255) and "(13)" not in said:
         return connection_error(remote, said)
