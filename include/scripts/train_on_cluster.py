@@ -21,7 +21,7 @@ import local_sshd
 
 from fastcpt.cluster import environment, jobs
 from fastcpt.cluster.check import check_cluster
-from fastcpt.cluster.remote import Remote, ask, ask_through
+from fastcpt.cluster.remote import ConnectionLost, Remote, ask, ask_through
 from fastcpt.cluster.transfer import files_of, send
 from fastcpt.files import digest_of, read_json, whole_file
 from fastcpt.recipe import CONFIGS, Recipe, load_recipe
@@ -160,6 +160,8 @@ def run(remote: Remote, root: str, job: jobs.Job) -> None:
     while True:
         asked = [{"name": job.name, "seen": seen}]
         answer = ask_through(remote, "poll", root=root, jobs=asked)["jobs"][0]
+        if "error" in answer:
+            raise ConnectionLost(f"{remote.host}: {answer['error']}")
         piece = base64.b64decode(answer["log"])
         seen = answer["seen"] + len(piece)
         text = piece.decode(errors="replace")

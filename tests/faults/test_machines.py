@@ -138,6 +138,63 @@ def test_a_host_that_stays_away_fails_the_try_and_not_the_job(
 
 
 @pytest.mark.slow
+def test_a_login_that_is_refused_for_a_while_delays_the_watcher_alone(
+    server: dict[str, Any], training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = remote_of(server)
+    jobs.submit(to, str(tmp_path), job_of(training, 40), "one")
+    watch = Watch(monkeypatch, to, tmp_path, "train")
+    eventually(lambda: watch.steps, 30)
+    # sshd is back before the home is: no key is known, and no connection is left
+    keys = Path(server["key_file"]).parent / "authorized_keys"
+    keys.rename(keys.with_name("away"))
+    for pid in sshd_sessions(server["port"]):
+        if pid != server["pid"]:
+            os.kill(pid, signal.SIGKILL)
+    eventually(lambda: any("refused the login" in line for line in watch.warnings), 60)
+    keys.with_name("away").rename(keys)
+    assert watch.wait(90)["status"]["state"] == "succeeded"
+    assert watch.steps == list(range(1, 41))
+    assert training.numbers("starts") == [0]
+
+
+@pytest.mark.slow
+def test_a_log_that_is_cut_is_said_and_goes_on(
+    server: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = remote_of(server)
+    cut = tmp_path / "cut"
+    script = f"echo one; echo two; until test -e {cut}; do sleep 0.1; done; echo three; sleep 3"
+    jobs.submit(to, str(tmp_path), jobs.Job("cut", [["bash", "-c", script]]), "one")
+    watch = Watch(monkeypatch, to, tmp_path, "cut")
+    eventually(lambda: "two" in watch.lines, 30)
+    os.truncate(tmp_path / "jobs" / "cut" / "job.log", 0)
+    cut.touch()
+    assert watch.wait(60)["status"]["state"] == "succeeded"
+    assert watch.lines == ["one", "two", "three"]
+    assert [line for line in watch.warnings if "job.log was cut there: " in line]
+
+
+@pytest.mark.slow
+def test_a_supervisor_that_stands_still_is_said_in_the_log(
+    server: dict[str, Any], training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to = remote_of(server)
+    jobs.submit(to, str(tmp_path), job_of(training, 10), "one")
+    watch = Watch(monkeypatch, to, tmp_path, "train")
+    eventually(lambda: watch.steps, 30)
+    (status,) = remote.ask(to, "poll", root=str(tmp_path), jobs=[{"name": "train", "seen": 0}])[
+        "jobs"
+    ]
+    supervisor = status["status"]["supervisor"]
+    os.kill(supervisor, signal.SIGSTOP)
+    said = "running: its supervisor is stopped and sees nothing; go on with: kill -CONT"
+    eventually(lambda: f"{said} {supervisor}" in watch.lines, 30)
+    os.kill(supervisor, signal.SIGCONT)
+    assert watch.wait(60)["status"]["state"] == "succeeded"
+
+
+@pytest.mark.slow
 def test_two_orchestrators_share_one_cluster(
     server: dict[str, Any], training: Training, tmp_path: Path
 ) -> None:

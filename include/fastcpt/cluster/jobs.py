@@ -125,7 +125,8 @@ def submit(remote: Remote, root: str, job: Job, owner: str = "") -> str:
 
 def stop(remote: Remote, root: str, name: str, owner: str | None = None) -> None:
     """End the job and every process of it; ``ClusterError`` when one is left."""
-    if not ask_through(remote, "stop", root=root, name=name, owner=owner)["ended"]:
+    answer = ask_through(remote, "stop", root=root, name=name, owner=owner)
+    if not answer["ended"]:
         raise ClusterError(f"{remote.host}: job {name} could not be ended; end it there by hand")
 
 
