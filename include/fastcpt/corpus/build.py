@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ def build(
     )
     folder = home / "corpora" / digest
     if (folder / MANIFEST).exists():
+        os.utime(folder)  # as of token ids: used
         return {**read_json(folder / MANIFEST), "path": str(folder), "reused": True}
     result = _build_into(folder, documents, tokenizer, replay, chosen, recipe, home, processes)
     manifest = {"digest": digest, **result}

@@ -76,6 +76,8 @@ def tokenize_part(
     """
     folder = token_folder(source, fields, tokenizer, home)
     missing = np.setdiff1d(positions, read_index(folder).position)
+    if folder.is_dir():
+        os.utime(folder)  # what is not used for long may be removed (scripts/remove_unused.py)
     documents = tokens = 0
     if len(missing):
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
