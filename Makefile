@@ -9,7 +9,8 @@ SHELL := /bin/bash
 local = . include/scripts/tools.sh && PYTHONPATH=include exec .env/airflow/bin/python include/scripts/local_stack.py
 
 run: install
-	@$(local) run --data '$(DATA)' --recipe '$(RECIPE)' --tokenizer '$(TOKENIZER)' --instructions '$(INSTRUCTIONS)' $(foreach pair,$(SET),--set '$(pair)')
+	@[ '$(RECIPE)' != smollm2 ] || include/scripts/install_smollm2.sh || exit
+	$(local) run --data '$(DATA)' --recipe '$(RECIPE)' --tokenizer '$(TOKENIZER)' --instructions '$(INSTRUCTIONS)' $(foreach pair,$(SET),--set '$(pair)')
 
 up: install
 	@$(local) up

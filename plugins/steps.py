@@ -78,6 +78,7 @@ def _note(context: Context, record: Path, began: float) -> None:
 def plan() -> Facts:
     """Resolve recipe, form and connection; look at the documents; begin the run's record."""
     from fastcpt.corpus.documents import list_parts
+    from fastcpt.gguf import base_folder
     from fastcpt.planning.history import FILE as HISTORY
     from fastcpt.planning.plan import estimated_tokens, require_fit
     from fastcpt.planning.plan import plan as make_plan
@@ -94,6 +95,8 @@ def plan() -> Facts:
     for key in ("python", "root"):
         if key in extra:
             overrides[f"cluster.{key}"] = extra[key]
+    if recipe.model.name_or_path:
+        overrides["model.name_or_path"] = base_folder(recipe.model.name_or_path, HOME)
     recipe = load_recipe(values["recipe"], overrides)
     parts = list_parts(recipe.documents)
     if recipe.sft.instructions is None:
@@ -261,7 +264,7 @@ def prepare_environment(context: Context) -> RemoteJob | Facts:
 @_noted
 def sync(plan: Facts, built: Facts, cluster: Facts, environment: Facts) -> Facts:
     """Bring corpus, instructions and recipe to the cluster; digests are verified there."""
-    from fastcpt.cluster.transfer import files_of, send
+    from fastcpt.cluster.transfer import files_of, send, send_base_model
     from fastcpt.reporting.record import add_output
     from fastcpt.training.made_from import tokenizer_digest
 
@@ -282,6 +285,7 @@ def sync(plan: Facts, built: Facts, cluster: Facts, environment: Facts) -> Facts
         "corpus": sent["path"],
         "corpus_digest": corpus["digest"],
         "tokenizer_digest": tokenizer_digest(listed),
+        "base_model": send_base_model(remote, recipe.model.name_or_path, root),
         "instructions": None,
         "reused": sent["reused"],
         "sent_bytes": sent["bytes"],
@@ -375,7 +379,7 @@ def train_cpt(context: Context) -> RemoteJob:
 
     recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
     host, folder = _host(places), f"{places['root']}/models"
-    base = made_from.base_name(recipe, places["tokenizer_digest"])
+    base = places.get("base_model") or made_from.base_name(recipe, places["tokenizer_digest"])
     name = made_from.training_name(
         recipe,
         recipe.training,

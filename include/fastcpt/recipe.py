@@ -181,7 +181,7 @@ class Tokenizer(Section):
 class Model(Section):
     name_or_path: str | None = Field(
         "meta-llama/Llama-3.1-70B-Instruct",
-        description="Hub name or folder (on the cluster) of the base model.",
+        description="Hub name or folder (on the cluster) of the base model, or a GGUF file here.",
     )
     config: dict[str, Any] | None = Field(
         None, description="A LlamaConfig to initialise at random, instead of a base model."

@@ -22,7 +22,7 @@ import local_sshd
 from fastcpt.cluster import environment, jobs
 from fastcpt.cluster.check import check_cluster
 from fastcpt.cluster.remote import ConnectionLost, Remote, ask, ask_through
-from fastcpt.cluster.transfer import files_of, send
+from fastcpt.cluster.transfer import files_of, send, send_base_model
 from fastcpt.files import digest_of, read_json, whole_file
 from fastcpt.recipe import CONFIGS, Recipe, load_recipe
 from fastcpt.training import commands, made_from
@@ -93,7 +93,8 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
     shipped = files_of(arguments.output, ["recipe.yaml"])
     place = send(remote, arguments.output, f"{root}/runs/{digest_of(shipped)}", shipped)["path"]
     host = commands.Host(python, code["path"], f"{place}/recipe.yaml")
-    base = made_from.base_name(recipe, made_from.tokenizer_digest(manifest["files"]))
+    base = send_base_model(remote, recipe.model.name_or_path, root)
+    base = base or made_from.base_name(recipe, made_from.tokenizer_digest(manifest["files"]))
     name = made_from.training_name(
         recipe,
         recipe.training,

@@ -35,6 +35,7 @@ from fastcpt.cluster.remote import (
     quoted_ssh,
 )
 from fastcpt.files import digest_of, sha256_of_file
+from fastcpt.gguf import FOLDERS, base_folder
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,18 @@ def files_of(folder: Path, names: Sequence[str] | None = None) -> list[File]:
         for path in paths
         if path.is_file()
     ]
+
+
+def send_base_model(remote: Remote, name: str | None, root: str) -> str | None:
+    """Bring a base model that was made here from a GGUF file to the cluster; its folder there.
+
+    None for every other model: its ``name`` is a hub name or a folder on the cluster.
+    """
+    folder = Path(base_folder(name or ""))
+    if not (folder / "gguf.json").is_file():
+        return None
+    target = f"{root}/{FOLDERS}/{folder.name}"
+    return str(send(remote, folder, target, files_of(folder))["path"])
 
 
 def send(

@@ -26,6 +26,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from fastcpt.files import read_json, sha256_of_file, whole_file, write_json
+from fastcpt.gguf import base_folder
 from fastcpt.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def find_tokenizer(recipe: Recipe) -> CorpusTokenizer | None:
             "a model initialised at random has no tokenizer of its own: give tokenizer.path or "
             "tokenizer.train_vocab_size in the recipe"
         )
-    folder = Path(name).expanduser()
+    folder = Path(base_folder(name)).expanduser()
     found = folder / "tokenizer.json" if folder.is_dir() else _in_hub_cache(name)
     if found is None or not found.is_file():
         raise TokenizerError(

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from fastcpt.families import FAMILIES, NEEDED, Family, read_config
+from fastcpt.gguf import base_folder
 from fastcpt.recipe import Lora, Recipe
 
 MODELS = Path(__file__).with_name("models.yaml")
@@ -214,7 +215,7 @@ def shape_of(recipe: Recipe) -> Shape | None:
             {"model_type": "llama", "vocab_size": vocabulary, **model.config}, "model.config"
         )
     assert model.name_or_path is not None  # the recipe has one of the two
-    file = config_file(model.name_or_path)
+    file = config_file(base_folder(model.name_or_path))
     if file is not None:
         return shape_from_config(_content(file), str(file))
     known = known_name(model.name_or_path)
