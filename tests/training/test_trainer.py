@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastcpt.recipe import Training
+from fastcpt.recipe import CONFIGS, Training, load_recipe
 from fastcpt.training.data import DataError, Order, Row, decode_corpus, make_batch, targets_of
 from fastcpt.training.exits import exit_code
+from fastcpt.training.made_from import training_name
 from fastcpt.training.model import ChunkedLoss, ModelError, load_model, packed_inputs
 from fastcpt.training.trainer import (
     Gpu,
@@ -288,6 +289,12 @@ runpy.run_path({str(INCLUDE / "scripts/train_cpt.py")!r}, run_name="__main__")
         torch.testing.assert_close(final[name], weight, rtol=1e-2, atol=1e-3)
 
 
+def name_of(file: Path) -> str:
+    recipe = load_recipe(file)
+    given = {"model": "m", "data": {"corpus": "c"}, "deepspeed": CONFIGS}
+    return training_name(recipe, recipe.training, **given)
+
+
 @pytest.mark.parametrize(("kind", "ranks"), [(signal.SIGTERM, 2), (signal.SIGKILL, 1)])
 def test_a_stopped_training_goes_on_with_the_same_curve_on_any_number_of_ranks(
     trained: Path, corpus: Path, model: Path, tmp_path: Path, kind: signal.Signals, ranks: int
@@ -308,6 +315,12 @@ def test_a_stopped_training_goes_on_with_the_same_curve_on_any_number_of_ranks(
     assert not (out / "training.json").exists()
     with (out / "metrics.jsonl").open("a") as torn:
         torn.write('{"step": 9, "lo')
+    if ranks == 1:  # all that may change does, and it is the same training still
+        changes: dict[str, object] = {"per_device_train_batch_size": 4, "save_steps": 5}
+        changes |= {"gradient_checkpointing": True, "save_total_limit": 3, "max_skipped_steps": 9}
+        changed = write_recipe(tmp_path / "changed", training=changes, cluster={"gpus": 1})
+        assert name_of(changed) == name_of(tmp_path / "recipe.yaml")
+        arguments = train_arguments(changed, corpus, out, "--model", model)
     code, output = finish(launch("train_cpt.py", *arguments, ranks=ranks))
     assert code == 0, output
     assert f"going on from checkpoints/{found[0]}" in output
