@@ -121,6 +121,7 @@ def test_the_summary_as_it_is_printed(finished):
         "  corpus     376,000 of 402,000 tokens kept, 320 of 400 documents",
         "  steps      train_cpt 60, train_cpt_stage2 60, train_sft 60",
         "  perplexity 11.25, base model 2,081.00; below the gate's 18 (random validation set)",
+        "  bits/byte  random 2.400 to 0.710, better",
         "  branch     fine-tuning after stage 2",
         "  ROUGE-L    0.612 (0.587 to 0.640)",
         "  citations  41.0 % (30.0 % to 52.0 %) right",

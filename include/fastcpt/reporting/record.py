@@ -326,6 +326,8 @@ def summary_text(record: Path) -> str:
         lines.append(("steps", ", ".join(steps)))
     if facts["perplexity"] is not None:
         lines.append(("perplexity", _perplexity_line(facts)))
+    if better := _bits_line(record):
+        lines.append(("bits/byte", better))
     if facts["branch"]:
         lines.append(("branch", facts["branch"]))
     if facts["rouge_l"]:
@@ -424,6 +426,19 @@ def _perplexity_line(facts: Mapping[str, Any]) -> str:
         f"{facts['perplexity']:,.2f}{of_base}; {relation} the gate's {facts['threshold']:g} "
         f"({facts['validation_set']} validation set)"
     )
+
+
+def _bits_line(record: Path) -> str:
+    """Bits a byte of the base model and of the trained one, on each held-out set that has both."""
+    evaluation = read(record, "evaluation_stage2.json") or read(record, "evaluation.json")
+    parts = []
+    for name, figures in evaluation.items():
+        both = figures if isinstance(figures, dict) and {"base", "model"} <= set(figures) else {}
+        base, own = (both.get(who, {}).get("bits_per_byte") for who in ("base", "model"))
+        if base is not None and own is not None:
+            word = "better" if own < base else "not better"
+            parts.append(f"{name} {base:.3f} to {own:.3f}, {word}")
+    return "; ".join(parts)
 
 
 def _time_line(facts: Mapping[str, Any]) -> str:
