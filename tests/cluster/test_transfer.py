@@ -13,7 +13,9 @@ import pytest
 
 from fastcpt.cluster import transfer
 from fastcpt.cluster.remote import ClusterError, Remote
-from fastcpt.cluster.transfer import fetch, files_of, send
+from fastcpt.cluster.transfer import fetch, files_of, send, send_base_model
+from fastcpt.gguf import base_folder
+from gguf_file import shape_facts, tokenizer_facts, write_gguf
 
 
 @pytest.fixture
@@ -180,3 +182,19 @@ def test_an_ipv6_host_is_sent_to_and_fetched_from(shards: Path, tmp_path: Path) 
         assert fetch(host, there, tmp_path / "back")["fetched"] == 7
     finally:
         os.killpg(facts["pid"], signal.SIGTERM)
+
+
+def test_a_model_of_a_gguf_file_goes_to_the_cluster_and_no_other_does(
+    remote: Remote, tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", {**shape_facts(), **tokenizer_facts()})
+    root = tmp_path / "root"
+    here = Path(base_folder(str(file), tmp_path / "home"))
+    there = send_base_model(remote, str(here), str(root))
+    assert there == str(root / "base_models" / here.name)
+    for made in here.iterdir():
+        assert (Path(there) / made.name).read_bytes() == made.read_bytes()
+    elsewhere = tmp_path / "folder"  # one on the cluster, as far as anyone knows here
+    elsewhere.mkdir()
+    for name in ("meta-llama/Llama-3.1-8B", str(elsewhere), None):
+        assert send_base_model(remote, name, str(root)) is None
