@@ -383,7 +383,7 @@ def train_cpt(context: Context) -> RemoteJob:
     name = made_from.training_name(
         recipe,
         recipe.training,
-        model=base,
+        model=base.removeprefix(f"{places['root']}/"),  # which may be moved as a whole
         data={"corpus": places["corpus_digest"]},
         deepspeed=CONFIGS,
     )
@@ -442,7 +442,8 @@ def _evaluate(context: Context, trained: Facts, base_evaluation: str | None = No
 
     recipe, places = recipe_of(_result(context, "plan")), _result(context, "sync")
     model, base = trained["model"], trained["base_model"]
-    name = made_from.evaluation_name(recipe, base=base, corpus=places["corpus_digest"])
+    of = base.removeprefix(f"{places['root']}/")
+    name = made_from.evaluation_name(recipe, base=of, corpus=places["corpus_digest"])
     result = f"{Path(model).parent}/evaluation-{name}.json"
     evaluate = commands.evaluate(
         recipe,

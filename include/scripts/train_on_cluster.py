@@ -98,14 +98,15 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
     name = made_from.training_name(
         recipe,
         recipe.training,
-        model=base,
+        model=base.removeprefix(f"{root}/"),
         data={"corpus": manifest["digest"]},
         deepspeed=CONFIGS,
     )
     if recipe.model.config is not None:
         base = f"{root}/models/{base}"
     output = f"{root}/models/{name}"
-    named = made_from.evaluation_name(recipe, base=base, corpus=manifest["digest"])
+    of = base.removeprefix(f"{root}/")
+    named = made_from.evaluation_name(recipe, base=of, corpus=manifest["digest"])
     evaluation = f"{output}/evaluation-{named}.json"
     port = 20_000 + int(name, 16) % 10_000
     job = jobs.Job(

@@ -120,6 +120,24 @@ def test_a_training_hands_on_where_its_model_will_be(context: Any, record: Path)
     assert stage2.answer["base_model"] == BASE
 
 
+@pytest.mark.parametrize("base", [{}, {"base_model": "/r/bases/0"}])
+def test_a_root_that_was_moved_has_the_same_names_in_it(context: Any, base: dict[str, str]) -> None:
+    results = context["ti"].results
+    results["sync"] |= base
+
+    def names() -> list[str]:
+        jobs = [steps.train_cpt(context), steps.evaluate_cpt(context)]
+        return [job.result.removeprefix(f"{job.root}/") for job in jobs]
+
+    before = names()
+    for task in ("sync", "train_cpt"):
+        for key, value in results[task].items():
+            if isinstance(value, str) and f"{value}/".startswith("/r/"):
+                results[task][key] = f"/moved{value}"
+    assert steps.train_cpt(context).root == "/moved/r"
+    assert names() == before
+
+
 def test_another_limit_of_the_answers_is_another_evaluation(context: Any, record: Path) -> None:
     before = steps.evaluate_sft(context).result
     text = (record / "recipe.yaml").read_text()
