@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "include"))
 
 from fastcpt.planning.costs import EFFICIENCY, Efficiency, Job, tokens_per_second
 from fastcpt.planning.hardware import Hardware
+from fastcpt.planning.jobs import best_job, changed
 from fastcpt.planning.measured import (
     RATE_TOLERANCE,
     Published,
@@ -35,7 +36,6 @@ from fastcpt.planning.measured import (
     measured_rows,
     published_rows,
 )
-from fastcpt.planning.plan import best_job, changed
 from fastcpt.planning.ranges import OF_MEASUREMENTS, Range, called, measured_range, published_rate
 from fastcpt.recipe import DEFAULT_RECIPE, load_recipe
 

@@ -22,20 +22,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastcpt.files import read_json, whole_file
-from fastcpt.planning.alternatives import numbered, own_recipe, placed
+from fastcpt.planning.alternatives import Keep, numbered, own_recipe, placed
 from fastcpt.planning.hardware import hardware_of
 from fastcpt.planning.history import FILE
+from fastcpt.planning.jobs import changed
 from fastcpt.planning.matrix import matrix, matrix_markdown, matrix_picture, matrix_text
 from fastcpt.planning.measured import check_rows, check_text
-from fastcpt.planning.plan import (
-    CannotRun,
-    Keep,
-    Plan,
-    PlanRefused,
-    changed,
-    estimated_tokens,
-    plan,
-)
+from fastcpt.planning.plan import estimated_tokens, plan
+from fastcpt.planning.result import CannotRun, Plan, PlanRefused
 from fastcpt.planning.solve import fewest_gpus, most_tokens
 from fastcpt.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 

@@ -3,7 +3,8 @@
 import pytest
 
 from fastcpt.planning.alternatives import numbered, own_recipe
-from fastcpt.planning.plan import changed, plan
+from fastcpt.planning.jobs import changed
+from fastcpt.planning.plan import plan
 from fastcpt.recipe import load_recipe
 
 RECIPES = (

@@ -6,8 +6,9 @@ from dataclasses import asdict
 import pytest
 
 from fastcpt.planning.history import FILE, compare, read_history, record_run
+from fastcpt.planning.jobs import changed
 from fastcpt.planning.measured import measured_rows
-from fastcpt.planning.plan import changed, plan
+from fastcpt.planning.plan import plan
 from fastcpt.recipe import load_recipe
 
 EIGHT = {

@@ -4,14 +4,9 @@ import json
 
 import pytest
 
-from fastcpt.planning.plan import (
-    CannotRun,
-    PlanRefused,
-    changed,
-    estimated_tokens,
-    plan,
-    require_fit,
-)
+from fastcpt.planning.jobs import changed
+from fastcpt.planning.plan import estimated_tokens, plan, require_fit
+from fastcpt.planning.result import CannotRun, PlanRefused
 from fastcpt.recipe import load_recipe
 
 SMALL = {

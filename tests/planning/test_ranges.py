@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from fastcpt.planning.costs import tokens_per_second
 from fastcpt.planning.hardware import named_hardware
 from fastcpt.planning.history import FILE, record_run
+from fastcpt.planning.jobs import changed
 from fastcpt.planning.measured import measured_rows, published_rows
-from fastcpt.planning.plan import changed, plan
+from fastcpt.planning.plan import plan
 from fastcpt.planning.ranges import differing, measured_range, widened
 from fastcpt.planning.shapes import KNOWN
 from fastcpt.recipe import load_recipe

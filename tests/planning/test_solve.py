@@ -1,6 +1,8 @@
 import pytest
 
-from fastcpt.planning.plan import PlanRefused, changed, plan
+from fastcpt.planning.jobs import changed
+from fastcpt.planning.plan import plan
+from fastcpt.planning.result import PlanRefused
 from fastcpt.planning.solve import fewest_gpus, most_tokens
 from fastcpt.recipe import load_recipe
 

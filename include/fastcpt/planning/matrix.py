@@ -14,8 +14,10 @@ from typing import Any
 
 from fastcpt.files import whole_file
 from fastcpt.planning.hardware import hardware_of
-from fastcpt.planning.plan import Plan, changed, plan, selected_tokens
+from fastcpt.planning.jobs import changed
+from fastcpt.planning.plan import plan, selected_tokens
 from fastcpt.planning.ranges import Range
+from fastcpt.planning.result import Plan
 from fastcpt.recipe import load_recipe
 
 # The guide's number, its name for the option, its recipe.

@@ -7,21 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastcpt.planning.alternatives import MORE_GPUS, Keep, alternatives
 from fastcpt.planning.costs import Job
+from fastcpt.planning.figures import plan_on
 from fastcpt.planning.hardware import Hardware, hardware_of
-from fastcpt.planning.plan import (
-    MORE_GPUS,
-    CannotRun,
-    Keep,
-    Plan,
-    PlanRefused,
-    alternatives,
-    best_job,
-    changed,
-    host_has_memory,
-    job_changes,
-    plan_on,
-)
+from fastcpt.planning.jobs import best_job, changed, host_has_memory, job_changes
+from fastcpt.planning.result import CannotRun, Plan, PlanRefused
 from fastcpt.planning.shapes import shape_of
 from fastcpt.recipe import Recipe
 

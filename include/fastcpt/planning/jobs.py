@@ -1,0 +1,139 @@
+"""The job that a recipe means on given GPUs, what it takes of their memory, and the fastest that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fastcpt.families import cannot_fuse, refusal
+from fastcpt.files import read_json
+from fastcpt.planning.costs import (
+    RUNTIME_GB,
+    USABLE,
+    Attention,
+    Job,
+    as_the_trainer_runs,
+    host_bytes,
+    memory_parts,
+    tokens_per_second,
+)
+from fastcpt.planning.hardware import Hardware
+from fastcpt.planning.history import Measured
+from fastcpt.planning.placement import SECTIONS, placement
+from fastcpt.planning.shapes import Shape
+from fastcpt.recipe import CONFIGS, Recipe
+
+NEAR_BEST = 0.01  # a smaller micro-batch is taken where it costs no more than this
+WORTH_IT = 0.03  # less than this is no reason to change a recipe
+
+
+def refused_by_trainer(recipe: Recipe, shape: Shape, hardware: Hardware, fp8: bool) -> str | None:
+    """The trainer's own refusal, for hosts with the GPU packages; None where it trains the model."""
+    attention = recipe.model.attn_implementation
+    if attention == "auto":
+        attention = "sdpa" if hardware.gpu is None else "flash_attention_2"
+    return refusal(shape.configuration, recipe, fp8, attention)
+
+
+def fuses(recipe: Recipe, shape: Shape) -> bool:
+    """Whether the trainer runs the model in its fused blocks, on a host with the GPU packages."""
+    targets = recipe.lora.target_modules if recipe.lora else []
+    model = recipe.model
+    why = cannot_fuse(shape.configuration, model.dtype, model.attn_implementation, targets)
+    return why is None
+
+
+def offloads(recipe: Recipe) -> bool:
+    """Whether the recipe's DeepSpeed file keeps the optimizer in the hosts' memory."""
+    file = CONFIGS / recipe.training.deepspeed
+    return file.is_file() and "offload_optimizer" in read_json(file).get("zero_optimization", {})
+
+
+def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
+    """One step on one GPU; recomputation as the recipe says, or as the trainer decides by itself."""
+    assert hardware.gpu is not None
+    wanted, fused = recipe.training.gradient_checkpointing, fuses(recipe, shape)
+    fastest: Attention = "cudnn" if fused else "flash"
+    attention: dict[str, Attention] = {"auto": fastest, "flash_attention_2": "flash"}
+    accumulation = recipe.global_batch_size // (micro * hardware.count)
+    job = Job(
+        shape,
+        recipe.corpus.max_seq_length,
+        micro,
+        max(1, accumulation),
+        hardware.count,
+        lora=recipe.lora,
+        fp8=recipe.training.use_fp8,
+        offload=offloads(recipe),
+        attention=attention.get(recipe.model.attn_implementation, "sdpa"),
+        kernels="fused" if fused else "liger" if shape.family.liger else "plain",
+    )
+    if isinstance(wanted, bool):
+        return replace(job, checkpointing="full" if wanted else "none")
+    if fused:
+        return as_the_trainer_runs(job, 1e9 * hardware.gpu.memory_gb)
+    return job if fits_memory(job, hardware) else replace(job, checkpointing="full")
+
+
+def fits_memory(job: Job, hardware: Hardware) -> bool:
+    """Whether a GPU holds the job."""
+    assert hardware.gpu is not None
+    return memory_gb(job)["total"] <= USABLE * hardware.gpu.memory_gb
+
+
+def host_has_memory(job: Job, hardware: Hardware) -> bool:
+    """Whether the hosts hold what the job offloads, beside a tenth for the rest."""
+    return host_bytes(job) <= 0.9e9 * hardware.host_memory_gb
+
+
+def best_job(recipe: Recipe, shape: Shape, hardware: Hardware) -> Job | None:
+    """The fastest micro-batch that fits, at the same global batch; the trainer's own recomputation."""
+    free = changed(recipe, {"training.gradient_checkpointing": "auto"})
+    batch = recipe.global_batch_size
+    micros = [micro for micro in range(1, 65) if not batch % (micro * hardware.count)]
+    jobs = [job_of(free, shape, hardware, micro) for micro in micros]
+    rates = [(tokens_per_second(job, hardware), job) for job in jobs if fits_memory(job, hardware)]
+    if not rates:
+        return None
+    enough = (1 - NEAR_BEST) * max(rate for rate, _ in rates)
+    return next(job for rate, job in rates if rate >= enough)
+
+
+def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
+    """GB a GPU by part, with the runtime's own and the total; a run's own peak where it was alike."""
+    parts = {name: size / 1e9 for name, size in memory_parts(job).items() if size}
+    alike = before is not None and (
+        (before.gpus, before.micro_batch) == (job.ranks, job.micro_batch)
+        and before.checkpointing in (None, job.recomputation)
+    )
+    if alike and before is not None and before.peak_memory_gb:
+        parts["measured beyond these"] = before.peak_memory_gb - sum(parts.values())
+    parts["runtime"] = RUNTIME_GB
+    return {**parts, "total": sum(parts.values())}
+
+
+def everywhere(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of the same settings in all three trainings."""
+    return {f"{section}.{key}": value for section in SECTIONS for key, value in settings.items()}
+
+
+def job_changes(recipe: Recipe, job: Job, hardware: Hardware) -> dict[str, Any]:
+    """What makes ``recipe`` run as ``job`` on ``hardware``, each training's batch unchanged.
+
+    The later trainings keep their own batches too, with micro-batches that are no larger.
+    """
+    automatic = everywhere({"gradient_checkpointing": "auto"})
+    return {**placement(recipe, hardware, job.micro_batch), **automatic}
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with dotted keys replaced; validated like any other."""
+    content = recipe.model_dump()
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        place: Any = content
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return Recipe.model_validate(content)
