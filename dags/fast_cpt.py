@@ -128,8 +128,8 @@ def fast_cpt() -> None:
     [corpus, cluster] >> approve_plan
     [places, approve_plan] >> train_cpt >> evaluate_cpt >> gate >> [train_sft, train_cpt_stage2]
     train_cpt_stage2 >> evaluate_stage2 >> gate_stage2 >> train_sft
-    # a teardown: it runs whatever happened, and does not make a failed run a success
-    train_sft >> evaluate_sft >> publish >> report.as_teardown()
+    # a teardown: it runs whatever happened, also after the run was marked, and its end is the run's
+    train_sft >> evaluate_sft >> publish >> report.as_teardown(on_failure_fail_dagrun=True)
 
 
 fast_cpt()

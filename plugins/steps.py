@@ -658,20 +658,28 @@ def gate_stage2() -> Facts:
 # The end
 
 
+class RunFailed(ValueError):
+    """What the run came to: the last task fails with it, and so the run."""
+
+
 def report() -> Facts:
-    """Close the run's record, whatever became of the run, and write its report."""
+    """Close the run's record, whatever became of the run, and write its report.
+
+    ``RunFailed`` where the run did not succeed: this task's end is the run's.
+    """
     from fastcpt.planning.history import compare, record_run
     from fastcpt.reporting.record import add, add_cost, close_record, read, took
     from fastcpt.reporting.report import write_report
 
     context = get_current_context()
+    run, dag = context["run_id"], context["dag"].dag_id
+    states = context["ti"].get_task_states(dag, run_ids=[run])[run]
     plan = _result(context, "plan")
     if plan is None:
         print("The run ended before it had a record: the log of `plan` says why.")
+        # `success` without a result: the run was marked as successful while `plan` ran
+        _require_success(states, states["plan"])
         return {}
-    run = context["run_id"]
-    states = context["ti"].get_task_states(context["dag"].dag_id, run_ids=[run])[run]
-    failed = any(state in ("failed", "upstream_failed") for state in states.values())
     record, recipe = Path(plan["record"]), recipe_of(plan)
     cluster = _result(context, "check_cluster")
     evaluations = {"train_cpt": "evaluation.json", "train_cpt_stage2": "evaluation_stage2.json"}
@@ -683,8 +691,24 @@ def report() -> Facts:
     add_cost(record, recipe.cluster.gpus, _price(recipe, cluster))
     compared = compare(read(record, "plan.json"), took(record, recipe.cluster.gpus))
     add(record, "plan_and_actual.json", {"rows": compared})
-    close_record(record, "failed" if failed else "success")
-    return {"report": str(write_report(record)), "state": "failed" if failed else "success"}
+    outcome = read(record, "run.json").get("marked") or _outcome(states)
+    close_record(record, outcome)
+    written = str(write_report(record))
+    _require_success(states, outcome)
+    return {"report": written, "state": outcome}
+
+
+def _outcome(states: dict[str, str]) -> str:
+    """``success`` where a model was published and nothing failed; ``failed`` otherwise."""
+    failed = any(state in ("failed", "upstream_failed") for state in states.values())
+    return "failed" if failed or states["publish"] != "success" else "success"
+
+
+def _require_success(states: dict[str, str], outcome: str) -> None:
+    if outcome != "success":
+        failed = sorted(task for task, state in states.items() if state == "failed")
+        why = f"{', '.join(failed)} failed" if failed else "it was marked as failed"
+        raise RunFailed(f"the run did not succeed: {why}")
 
 
 def _price(recipe: Recipe, cluster: Facts | None) -> float | None:

@@ -42,18 +42,20 @@ class Stack:
     home: Path
     state: dict[str, Any]
 
-    def run(self, **conf: Any) -> Run:
-        """Trigger the DAG on the small sample with these values of the form; wait for its end."""
+    def form(self) -> dict[str, Any]:
+        """The form's values for a run on the small sample."""
         sample = self.home / SAMPLE
-        values = {
+        return {
             "recipe": "sample",
             "documents": str(sample / "parsed"),
             "instructions": str(sample / "instructions.jsonl"),
             "num_shards": 2,
             "max_steps": 8,
         }
-        run_id = self.api.trigger({**values, **conf})
-        return self.wait(run_id)
+
+    def run(self, **conf: Any) -> Run:
+        """Trigger the DAG on the small sample with these values of the form; wait for its end."""
+        return self.wait(self.api.trigger({**self.form(), **conf}))
 
     def look(self, run_id: str) -> Run:
         """The run as it is now."""

@@ -138,7 +138,7 @@ def test_a_missed_gate_goes_through_stage_2_and_ends_the_run_with_its_figures(
     assert "after stage 2, not below 1.5 (gate.perplexity_threshold)" in message
     assert "Try more steps" in message
     # the record tells the same, also of a run that failed
-    assert states["report"] == "success"
+    assert missed.error("report") == "the run did not succeed: gate_stage2 failed"
     facts = summary(missed.record)
     assert facts["state"] == "failed"
     assert facts["steps"]["train_cpt_stage2"] == 80

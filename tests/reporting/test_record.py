@@ -82,6 +82,25 @@ def test_opening_again_keeps_the_start_and_takes_back_the_end(home):
     assert "state" not in run
 
 
+def test_a_run_that_is_marked_later_keeps_the_time_of_its_end(home):
+    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    records.close_record(record, "failed")
+    ended = {**read_json(record / "run.json"), "ended": "2026-01-02"}
+    write_json(record / "run.json", ended)
+    records.close_record(record, "success")
+    assert read_json(record / "run.json") == {**ended, "state": "success"}
+
+
+def test_a_run_that_goes_on_has_no_end(home):
+    record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
+    before = read_json(record / "run.json")
+    records.mark_record(record, "failed")
+    assert read_json(record / "run.json") == {**before, "marked": "failed"}
+    records.close_record(record, "failed")
+    records.reopen_record(record)
+    assert read_json(record / "run.json") == before
+
+
 def test_adding_a_file_again_replaces_it(home, tmp_path):
     record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
     source = tmp_path / "metrics.jsonl"

@@ -217,8 +217,26 @@ def _less(whole: float | None, part: float | None) -> float | None:
 
 
 def close_record(record: Path, state: str) -> None:
-    """Note the end of the run; ``state`` is Airflow's word for it (``success``, ``failed``)."""
-    write_json(record / "run.json", {**read(record, "run.json"), "ended": _now(), "state": state})
+    """Note how the run ended; ``state`` is Airflow's word for it (``success``, ``failed``).
+
+    A run that is closed already has another state then, and keeps its time.
+    """
+    facts = read(record, "run.json")
+    ended = facts.get("ended") or _now()
+    write_json(record / "run.json", {**facts, "ended": ended, "state": state})
+
+
+def mark_record(record: Path, state: str) -> None:
+    """Note what a person wants a run that still goes on to end as; it is closed with that later."""
+    write_json(record / "run.json", {**read(record, "run.json"), "marked": state})
+
+
+def reopen_record(record: Path) -> None:
+    """Take back the end of a run that goes on."""
+    facts = read(record, "run.json")
+    for name in ("marked", "ended", "state"):
+        facts.pop(name, None)
+    write_json(record / "run.json", facts)
 
 
 def read(record: Path, name: str) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""A run's state in its record is Airflow's, also where a person sets it.
+
+The task `report` closes the record. What it cannot know comes from here: that a run which is still
+going on was marked, and that one which had ended was marked otherwise or goes on (cleared tasks).
+Airflow's scheduler and its API server call these functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, ClassVar
+
+from airflow.listeners import hookimpl
+from airflow.plugins_manager import AirflowPlugin
+
+from fastcpt.reporting.record import (
+    close_record,
+    mark_record,
+    read,
+    record_folder,
+    reopen_record,
+)
+from steps import HOME
+
+
+@hookimpl  # type: ignore[untyped-decorator]
+def on_dag_run_running(dag_run: Any, msg: str) -> None:
+    _follow(dag_run, None)
+
+
+@hookimpl  # type: ignore[untyped-decorator]
+def on_dag_run_success(dag_run: Any, msg: str) -> None:
+    _follow(dag_run, "success")
+
+
+@hookimpl  # type: ignore[untyped-decorator]
+def on_dag_run_failed(dag_run: Any, msg: str) -> None:
+    _follow(dag_run, "failed")
+
+
+def _follow(dag_run: Any, state: str | None) -> None:
+    record = record_folder(HOME, dag_run.run_id)
+    facts = read(record, "run.json")
+    if facts.get("dag") != dag_run.dag_id:
+        return
+    if state is None:
+        reopen_record(record)
+    elif dag_run.state != state:
+        # marked, and going on until `report` has ended
+        mark_record(record, state)
+    elif facts.get("state") != state:
+        close_record(record, state)
+
+
+class RunState(AirflowPlugin):
+    name = "fast_cpt_run_state"
+    listeners: ClassVar = [sys.modules[__name__]]
