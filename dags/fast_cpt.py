@@ -57,7 +57,7 @@ PARAMS = {
     "run_even_if_plan_says_no": Param(
         False,
         type="boolean",
-        description="Go on although the plan does not fit time, memory or money.",
+        description="Go on although the plan does not fit, or does not know the model.",
     ),
     "require_approval": Param(
         False,
