@@ -51,7 +51,7 @@ def random_corpus(folder: Path, tokens: int, vocabulary: int) -> Path:
 
 # What a rank does, but for the products: every row once, in the training's order.
 READS_ALL = """
-import resource, sys
+import sys
 from pathlib import Path
 from fastcpt.training.data import CorpusRows, Order, decode_corpus
 corpus, scratch = map(Path, sys.argv[1:])
@@ -59,7 +59,9 @@ rows = CorpusRows(decode_corpus(corpus, 2048, scratch), 2048)
 order, tokens = Order(len(rows), 0), 0
 for n in range(len(rows)):
     tokens += len(rows[order[n]].input_ids)
-print(tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# VmHWM: getrusage's peak would be that of the process that started this one, where it is larger
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(tokens, int(status["VmHWM"].split()[0]) * 1024)
 """
 
 
