@@ -84,7 +84,7 @@ def start(
         stderr=log.open("ab"),
         start_new_session=True,
     )
-    until = time.monotonic() + 15
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         if process.poll() is not None:
             break

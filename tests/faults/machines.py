@@ -35,8 +35,8 @@ from fastcpt.cluster.remote import Remote
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPTS = REPOSITORY / "include" / "scripts"
 
-# A training stand-in: counts steps, saves every fifth, goes on from the last one saved, and tells
-# when another one runs at the same time.
+# A training stand-in: counts steps, saves every fifth, goes on from the last one saved, waits where
+# it is held, and tells when another one runs at the same time.
 TRAINER = """
 import fcntl, json, os, sys, time
 folder, steps, pace = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
@@ -53,6 +53,8 @@ at = int(open(saved).read()) if os.path.exists(saved) else 0
 add("starts", str(at))
 add("pids", str(os.getpid()))
 for step in range(at + 1, steps + 1):
+    while os.path.exists(os.path.join(folder, "hold-%d" % step)):
+        time.sleep(0.05)
     time.sleep(pace)
     print("step", step, flush=True)
     add("steps", str(step))
@@ -72,10 +74,13 @@ from datetime import timedelta
 from torch.distributed import TCPStore
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-store = TCPStore(address, port, size, rank == 0, timedelta(seconds=60))
-store.add("there", 1)
-while int(store.add("there", 0)) < size:
-    time.sleep(0.05)
+store = TCPStore(address, port, size, rank == 0, timedelta(seconds=300))
+def all_are(what):
+    store.add(what, 1)
+    while (rank == 0 or what == "there") and int(store.add(what, 0)) < size:
+        time.sleep(0.05)
+all_are("there")
+all_are("met")  # the store ends with rank 0: not before the others have seen that all are there
 line = f"rank {rank} of {size} at {address} {os.environ['NOTE']}\\n"
 os.write(1, line.encode())  # in one piece: ranks share the pipe
 beat = os.path.join(sys.argv[-1], "beat-%d" % rank)
@@ -107,8 +112,34 @@ class Training:
         file = self.folder / name
         return [int(line) for line in file.read_text().split()] if file.exists() else []
 
-    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+    def wait_for_step(self, step: int, seconds: float = 180) -> None:
         eventually(lambda: max(self.numbers("steps"), default=0) >= step, seconds)
+
+    def hold(self, step: int) -> None:
+        """Let the training wait before ``step`` until it is released: what a test does then is in time."""
+        (self.folder / f"hold-{step}").touch()
+
+    def release(self) -> None:
+        for file in self.folder.glob("hold-*"):
+            file.unlink()
+
+    @property
+    def checkpoint(self) -> int:
+        """The step that was saved last."""
+        file = self.folder / "checkpoint"
+        return int(file.read_text()) if file.exists() else 0
+
+    def wait_until_shown(self, seconds: float = 180) -> None:
+        """A trigger watches the job: it has shown, and acknowledged, all that the job has written."""
+        jobs = self.folder.parent / "cluster" / "jobs"
+
+        def shown() -> bool:
+            logs = [log for log in jobs.glob("*/job.log") if log.stat().st_size]
+            return bool(logs) and all(
+                (log.parent / "seen").read_text() == str(log.stat().st_size) for log in logs
+            )
+
+        eventually(shown, seconds)
 
     @property
     def never_twice(self) -> bool:
@@ -355,7 +386,7 @@ class Airflow:
         for name in self.names:
             self.start(name)
         self.client = httpx.Client(base_url=self.url, timeout=60)
-        eventually(self._ready, 180, 0.5)
+        eventually(self._ready, 400, 0.5)
 
     def _ready(self) -> bool:
         try:
@@ -448,7 +479,7 @@ class Run:
         answer.raise_for_status()
         return dict(answer.json())
 
-    def wait(self, *states: str, seconds: float = 180) -> dict[str, Any]:
+    def wait(self, *states: str, seconds: float = 300) -> dict[str, Any]:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             with contextlib.suppress(httpx.HTTPError):
@@ -570,13 +601,13 @@ class Slurm:
         self.processes = [
             self._start("munged", "--foreground", "--force", *self._munge()),
         ]
-        eventually((self.sockets / "munge").exists, 20)
+        eventually((self.sockets / "munge").exists, 60)
+        self.start_controller()
         self.processes += [
-            self._start("slurmctld", "-D", "-f", str(self.configuration)),
             self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "127.0.0.1"),
             self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "127.0.0.2"),
         ]
-        eventually(lambda: "idle" in self.call("sinfo", "-h", "-o", "%T"), 60)
+        eventually(lambda: "idle" in self.call("sinfo", "-h", "-o", "%T"), 180)
         self.login = local_sshd.start(
             folder / "sshd", {"SLURM_CONF": str(self.configuration), "PATH": os.environ["PATH"]}
         )
@@ -592,6 +623,13 @@ class Slurm:
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
 
+    def start_controller(self) -> None:
+        self.controller = self._start("slurmctld", "-D", "-f", str(self.configuration))
+
+    def end_controller(self) -> None:
+        self.controller.terminate()
+        self.controller.wait(120)
+
     def call(self, *command: str) -> str:
         settings = {**os.environ, "SLURM_CONF": str(self.configuration)}
         done = subprocess.run(command, env=settings, capture_output=True, text=True)
@@ -606,9 +644,9 @@ class Slurm:
         time.sleep(1)
         os.killpg(self.login["pid"], signal.SIGTERM)
         os.waitpid(self.login["pid"], 0)
-        for process in reversed(self.processes):
+        for process in [self.controller, *reversed(self.processes)]:
             process.terminate()
-            process.wait(20)
+            process.wait(120)
         shutil.rmtree(self.sockets)
 
 

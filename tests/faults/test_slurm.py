@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from fastcpt.cluster import jobs
-from fastcpt.cluster.remote import ClusterError, Remote, ask
+from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask
 from fastcpt.recipe import load_recipe
 from fastcpt.training import commands
 from faults.machines import (
@@ -53,6 +54,7 @@ def job_of(name: str, training: Training, steps: int, **options: Any) -> jobs.Jo
 
 def test_a_job_runs_and_is_found_again(slurm: Slurm, training: Training, tmp_path: Path) -> None:
     lines = ["--comment=typed"]
+    training.hold(12)
     job = job_of("a", training, 12, account="law", time_limit="00:10:00", extra_lines=lines)
     assert jobs.submit(slurm.remote, str(tmp_path), job, "one") == "started"
     # the recipe's options have reached Slurm
@@ -61,7 +63,8 @@ def test_a_job_runs_and_is_found_again(slurm: Slurm, training: Training, tmp_pat
         assert wanted in facts
     training.wait_for_step(2)
     assert jobs.submit(slurm.remote, str(tmp_path), job, "two") == "running"
-    eventually(lambda: state(slurm.remote, tmp_path, "a") == "succeeded", 60)
+    training.release()
+    eventually(lambda: state(slurm.remote, tmp_path, "a") == "succeeded", 120)
     log = base64.b64decode(poll(slurm.remote, tmp_path, "a")["log"]).decode()
     assert log.splitlines() == [f"step {step}" for step in range(1, 13)]
     assert training.numbers("starts") == [0]
@@ -81,14 +84,14 @@ def test_options_that_slurm_refuses_are_told(
 def test_a_job_that_is_pending_for_long_waits(
     slurm: Slurm, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = job_of("c", training, 3, extra_lines=["--begin=now+30"])
+    job = job_of("c", training, 3, extra_lines=["--begin=now+60"])
     jobs.submit(slurm.remote, str(tmp_path), job)
     watch = Watch(monkeypatch, slurm.remote, tmp_path, "c")
     # the task's log says why, once
-    eventually(lambda: "waiting: Slurm: PENDING, BeginTime" in watch.lines, 15)
+    eventually(lambda: "waiting: Slurm: PENDING, BeginTime" in watch.lines, 50)
     assert jobs.submit(slurm.remote, str(tmp_path), job) == "running"
     assert not training.numbers("starts")
-    assert watch.wait(120)["status"]["state"] == "succeeded"
+    assert watch.wait(240)["status"]["state"] == "succeeded"
     assert watch.lines.count("waiting: Slurm: PENDING, BeginTime") == 1
     assert watch.steps == [1, 2, 3]
     assert training.numbers("starts") == [0]
@@ -97,18 +100,18 @@ def test_a_job_that_is_pending_for_long_waits(
 def test_a_requeued_job_goes_on_from_its_checkpoint(
     slurm: Slurm, training: Training, tmp_path: Path
 ) -> None:
+    training.hold(13)
     jobs.submit(slurm.remote, str(tmp_path), job_of("d", training, 30))
     training.wait_for_step(12)
     number = slurm_id(tmp_path, "d")
     slurm.call("scontrol", "requeue", number)
-    eventually(lambda: state(slurm.remote, tmp_path, "d") == "waiting", 30)
+    eventually(lambda: state(slurm.remote, tmp_path, "d") == "waiting", 90)
+    training.release()
     # Slurm itself waits two minutes; within a second the node still refuses the old credential
     start = ("scontrol", "update", f"JobId={number}", "StartTime=now+3")
-    eventually(lambda: "requeued" not in slurm.call(*start), 5)
+    eventually(lambda: "requeued" not in slurm.call(*start), 30)
     eventually(lambda: state(slurm.remote, tmp_path, "d") == "succeeded", 240, 1)
-    starts = training.numbers("starts")
-    assert len(starts) == 2
-    assert starts[1] >= 10
+    assert training.numbers("starts") == [0, 10]
     assert training.never_twice
 
 
@@ -131,12 +134,12 @@ def test_a_job_killed_for_time_goes_on_by_retry(
     job = job_of("f", training, 1000, time_limit="1")
     jobs.submit(slurm.remote, str(tmp_path), job)
     eventually(lambda: state(slurm.remote, tmp_path, "f") == "lost", 240, 1)
-    reached = max(training.numbers("steps"))
+    reached, saved = max(training.numbers("steps")), training.checkpoint
     with pytest.raises(jobs.JobLost, match="at its time limit"):
         jobs.outcome(slurm.remote, "f", poll(slurm.remote, tmp_path, "f")["status"], [])
     assert jobs.submit(slurm.remote, str(tmp_path), job) == "started"
     training.wait_for_step(reached + 3)
-    assert training.numbers("starts") == [0, reached // 5 * 5]
+    assert training.numbers("starts") == [0, saved]
     assert training.never_twice
     jobs.stop(slurm.remote, str(tmp_path), "f")
 
@@ -155,6 +158,37 @@ def test_stopping_ends_the_job_in_slurm(slurm: Slurm, training: Training, tmp_pa
     assert (status["state"], status["stopped_for"]) == ("cancelled", "one")
 
 
+def test_a_stop_while_the_controller_is_down_is_asked_again(
+    slurm: Slurm, training: Training, tmp_path: Path
+) -> None:
+    jobs.submit(slurm.remote, str(tmp_path), job_of("i", training, 1000), "one")
+    training.wait_for_step(3)
+    (pid,) = training.numbers("pids")
+    secrets = tmp_path / "jobs" / "i" / "secrets.json"
+    slurm.end_controller()
+    try:
+        with pytest.raises(ConnectionLost, match="Slurm's controller does not answer"):
+            ask(slurm.remote, "stop", root=str(tmp_path), name="i", owner="one")
+        # Slurm may still start it again: it runs on, and has what it needs
+        assert alive(pid)
+        assert secrets.exists()
+        assert state(slurm.remote, tmp_path, "i") == "running"
+        stopping = threading.Thread(
+            target=jobs.stop, args=(slurm.remote, str(tmp_path), "i", "one")
+        )
+        stopping.start()
+        time.sleep(10)
+        assert stopping.is_alive()
+    finally:
+        slurm.start_controller()
+    stopping.join(120)
+    assert not stopping.is_alive()
+    eventually(lambda: not alive(pid), 5)
+    assert not secrets.exists()
+    status = poll(slurm.remote, tmp_path, "i")["status"]
+    assert (status["state"], status["stopped_for"]) == ("cancelled", "one")
+
+
 def test_two_nodes_run_one_training_together(slurm: Slurm, tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     overrides = {"cluster.gpus": 4, "cluster.launcher": "slurm", "cluster.cpu_only": True}
@@ -164,7 +198,7 @@ def test_two_nodes_run_one_training_together(slurm: Slurm, tmp_path: Path) -> No
     environment = {**commands.environment(recipe, at), "NOTE": "there", "BEATS": "1"}
     options = jobs.SlurmOptions(extra_lines=["--nodes=2"])
     jobs.submit(slurm.remote, str(tmp_path), jobs.Job("h", [command], environment, slurm=options))
-    eventually(lambda: state(slurm.remote, tmp_path, "h") not in jobs.ACTIVE, 120)
+    eventually(lambda: state(slurm.remote, tmp_path, "h") not in jobs.ACTIVE, 400)
     answer = poll(slurm.remote, tmp_path, "h")
     log = base64.b64decode(answer["log"]).decode()
     assert answer["status"]["state"] == "succeeded", log

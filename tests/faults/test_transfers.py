@@ -40,7 +40,9 @@ def test_a_killed_rsync_goes_on_where_it_stopped(
     note, programs = tmp_path / "sent.log", tmp_path / "bin"
     programs.mkdir()
     logs = f"--log-file={note} --log-file-format=sent:%b"
-    (programs / "rsync").write_text(f'#!/bin/sh\nexec {shutil.which("rsync")} {logs} "$@"\n')
+    (programs / "rsync").write_text(
+        f'#!/bin/sh\nexec {shutil.which("rsync")} --bwlimit=30000 {logs} "$@"\n'
+    )
     (programs / "rsync").chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     killed: list[int] = []

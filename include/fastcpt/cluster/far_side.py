@@ -75,11 +75,15 @@ def expand(path: str) -> str:
 
 def write_whole(path: str, text: str, mode: int = 0o600) -> None:
     aside = "%s.%d.partial" % (path, os.getpid())
-    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        unlink(aside)
+        raise
 
 
 def note(path: str, value: Any) -> bool:
@@ -87,7 +91,6 @@ def note(path: str, value: Any) -> bool:
     try:
         write_whole(path, json.dumps(value))
     except OSError:
-        unlink(path + ".%d.partial" % os.getpid())
         return False
     return True
 
@@ -368,12 +371,14 @@ def submit(
         write_whole(os.path.join(folder, "supervisor.py"), SOURCE)
         spec = {"name": name, "digest": digest, "locks": shared_locks(root, alone)}
         write_whole(os.path.join(folder, "spec.json"), json.dumps(spec))
+        waiting = {"state": "waiting", "started": time.time()}
+        starting = {"state": "starting", "started": time.time(), "boot_id": boot_id()}
+        status = waiting if slurm is not None else starting
+        write_whole(os.path.join(folder, "status.json"), json.dumps(status))
         write_whole(os.path.join(folder, "secrets.json"), json.dumps(secrets))
         if slurm is not None:
             os.close(lock)
             return sbatch(folder, spec, slurm, extra_lines or [])
-        status = {"state": "starting", "boot_id": boot_id(), "started": time.time()}
-        write_whole(os.path.join(folder, "status.json"), json.dumps(status))
         complaints = os.open(os.path.join(folder, "supervisor.log"), LOG_FLAGS, 0o600)
         subprocess.Popen(
             [sys.executable, os.path.join(folder, "supervisor.py"), folder, str(lock)],
@@ -834,8 +839,6 @@ def sbatch(folder: str, spec: Answer, options: List[str], extra_lines: List[str]
     lines = ["#!/bin/bash"] + ["#SBATCH " + line for line in extra_lines]
     lines.append("exec python3 ./supervisor.py . slurm")
     write_whole(os.path.join(folder, "batch.sh"), "\n".join(lines) + "\n")
-    status = {"state": "waiting", "started": time.time()}
-    write_whole(os.path.join(folder, "status.json"), json.dumps(status))
     command = ["sbatch", *fixed, *options, os.path.join(folder, "batch.sh")]
     done = run_slurm(command, {MARK: folder}, 60)
     if done.returncode:
