@@ -516,8 +516,8 @@ def end(folder: str, owner: str) -> Answer:
     stopped = {"state": "cancelled", "stopped_for": owner}
     spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
     if spec.get("slurm_id"):
-        signalled = run_slurm(["scancel", "--batch", "--signal=TERM", spec["slurm_id"]], {})
-        if active and signalled.returncode == 0:
+        run_slurm(["scancel", "--batch", "--signal=TERM", spec["slurm_id"]], {})
+        if active and squeue() is not None:
             note(os.path.join(folder, "stopped.json"), stopped)
         gone = scancel(spec["slurm_id"])
         if gone is None:
