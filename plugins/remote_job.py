@@ -43,7 +43,7 @@ LAST_LINES = 30
 
 
 def connection_of(connection_id: str) -> Connection:
-    """The Airflow connection of type SSH; ``ClusterError`` where there is none or it holds a key.
+    """The Airflow connection of a GPU host; ``ClusterError`` where there is none or it holds a key.
 
     Extra fields: ``key_file``, ``known_hosts``, and of the host: ``python``, ``root``. Keys stay in
     their files: a ``private_key`` in the connection is refused.
@@ -54,7 +54,7 @@ def connection_of(connection_id: str) -> Connection:
         if "isn't defined" not in str(error) and "not found" not in str(error).lower():
             raise
         raise ClusterError(
-            f"no Airflow connection '{connection_id}': add it (Admin, Connections, type SSH), "
+            f"no Airflow connection '{connection_id}': add it (Admin, Connections, type GPU host), "
             "or name another one in the trigger form"
         ) from None
     extra = connection.extra_dejson

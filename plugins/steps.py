@@ -93,7 +93,7 @@ def plan() -> Facts:
     extra = connection_of(recipe.cluster.connection).extra_dejson
     # where things are on a host is the host's business: its connection may say so
     for key in ("python", "root"):
-        if key in extra:
+        if extra.get(key):  # a field of the form that was left empty is there, too
             overrides[f"cluster.{key}"] = extra[key]
     if recipe.model.name_or_path:
         overrides["model.name_or_path"] = base_folder(recipe.model.name_or_path, HOME)

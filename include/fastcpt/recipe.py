@@ -321,7 +321,7 @@ class Cluster(Section):
     connection: str = Field(
         "gpu_cluster",
         pattern=r"^[A-Za-z0-9_.-]{1,200}$",
-        description="Airflow connection (type SSH) of the GPU host.",
+        description="Airflow connection (type GPU host) of the host that trains.",
     )
     root: str = Field(
         "fast_cpt",

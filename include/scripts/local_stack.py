@@ -140,7 +140,7 @@ def nearby_instructions(documents: Path) -> str:
 def environment(cluster: dict[str, Any], port: int) -> dict[str, str]:
     """The Airflow processes' environment: one configuration for all four."""
     connection = {
-        "conn_type": "ssh",
+        "conn_type": "gpu_host",
         "host": "127.0.0.1",
         "login": getpass.getuser(),
         "port": cluster["port"],
@@ -166,6 +166,7 @@ def environment(cluster: dict[str, Any], port: int) -> dict[str, str]:
         "AIRFLOW__CORE__DAGS_FOLDER": str(REPOSITORY / "dags"),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
+        "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
         "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "false",
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
         "AIRFLOW__CORE__PARALLELISM": "4",

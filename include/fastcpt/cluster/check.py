@@ -11,34 +11,57 @@ from fastcpt.recipe import Cluster
 OLDEST_PYTHON = (3, 8)
 
 
-def check_cluster(remote: Remote, cluster: Cluster) -> dict[str, Any]:
-    """Log in for the first time; what the host is and has (``far_side.check``: GPUs, memory and disk
-    in GB, python, rsync).
+def check_host(remote: Remote, root: str) -> dict[str, Any]:
+    """Log in for the first time; what the host is and has (``far_side.check``).
 
-    Raises ``ClusterError`` that lists everything the recipe needs and the host lacks, and
-    ``ConnectionLost`` where it does not answer. With ``cpu_only``, cores stand in for GPUs.
+    Memory and disk are in GB. Raises ``ClusterError`` for what no recipe could do without, and
+    ``ConnectionLost`` where the host does not answer.
     """
-    first_contact(remote)
-    facts = ask(remote, "check", root=cluster.root)
-    missing = list(_missing(facts, cluster))
-    if missing:
-        raise ClusterError(f"{remote.host} cannot take this run:\n" + "\n".join(missing))
+    facts = _facts(remote, root)
+    _require(remote, _missing(facts))
     return facts
 
 
-def _missing(facts: dict[str, Any], cluster: Cluster) -> list[str]:
+def check_cluster(remote: Remote, cluster: Cluster) -> dict[str, Any]:
+    """``check_host``, and whether the host has what the recipe needs: all that is missing at once.
+
+    With ``cpu_only``, cores stand in for GPUs.
+    """
+    facts = _facts(remote, cluster.root)
+    _require(remote, [*_missing(facts), *_missing_for(facts, cluster)])
+    return facts
+
+
+def _facts(remote: Remote, root: str) -> dict[str, Any]:
+    first_contact(remote)
+    return ask(remote, "check", root=root)
+
+
+def _require(remote: Remote, missing: list[str]) -> None:
+    if missing:
+        raise ClusterError(f"{remote.host} cannot take this run:\n" + "\n".join(missing))
+
+
+def _missing(facts: dict[str, Any]) -> list[str]:
     missing = []
     if tuple(int(part) for part in facts["python"].split(".")[:2]) < OLDEST_PYTHON:
         missing.append(f"- python3 is {facts['python']}: install 3.8 or newer")
     for program, package in (("rsync", "rsync"), ("bash", "bash")):
         if not facts[program]:
             missing.append(f"- no {program} there: install the package {package}")
-    for folder, why in facts["unwritable"].items():
-        if folder == facts["root"]:
-            missing.append(
-                f"- nothing can be written to {folder}: {why}. Choose another cluster.root"
-            )
-        elif not cluster.cpu_only:
+    if why := facts["unwritable"].get(facts["root"]):
+        missing.append(
+            f"- nothing can be written to {facts['root']}: {why}. Choose another root "
+            "(in the connection, or cluster.root)"
+        )
+    return missing
+
+
+def _missing_for(facts: dict[str, Any], cluster: Cluster) -> list[str]:
+    missing = []
+    homes = {folder: why for folder, why in facts["unwritable"].items() if folder != facts["root"]}
+    for folder, why in homes.items():
+        if not cluster.cpu_only:
             missing.append(
                 f"- nothing can be written to {folder}: {why}. Jobs take turns on the GPUs by a "
                 "file there: give the login a home that it may write to"

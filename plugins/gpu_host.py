@@ -1,0 +1,90 @@
+"""The connection type of a GPU host: a form with the fields that count, and a Test button.
+
+The button makes the first contact that ``check_cluster`` makes. Airflow learns of connection types
+from installed distributions alone; ``fast_cpt.dist-info`` makes this folder one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airflow.sdk import BaseHook
+
+
+class GpuHostHook(BaseHook):
+    """What Airflow's Test button calls; the work itself goes through ``fastcpt.cluster``."""
+
+    conn_name_attr = "gpu_host_conn_id"
+    default_conn_name = "gpu_host_default"
+    conn_type = "gpu_host"
+    hook_name = "GPU host"
+
+    def __init__(self, gpu_host_conn_id: str = default_conn_name) -> None:
+        super().__init__()
+        self.connection = gpu_host_conn_id
+
+    def test_connection(self) -> tuple[bool, str]:
+        """Whether the host can be worked with, and what it has or what to do about it."""
+        from fastcpt.cluster.check import check_host
+        from fastcpt.cluster.remote import ClusterError, ConnectionLost
+        from fastcpt.recipe import Cluster
+        from remote_job import connection_of, remote_of
+
+        try:
+            extra = connection_of(self.connection).extra_dejson
+            root = extra.get("root") or Cluster.model_fields["root"].default
+            facts = check_host(remote_of(self.connection), root)
+        except (ClusterError, ConnectionLost) as error:
+            return False, str(error)
+        names = [gpu["name"] for gpu in facts["gpus"]]
+        gpus = f"{len(names)} x {names[0]}" if names else "no GPU that nvidia-smi shows"
+        return True, (
+            f"{facts['hostname']}: {gpus}, {facts['cores']} cores, {facts['memory_gb']:.0f} GB memory, "
+            f"Python {facts['python']}, {facts['disk_free_gb']:.0f} GB free under {facts['root']}"
+        )
+
+
+def _field(label: str, description: str) -> dict[str, Any]:
+    return {
+        "label": label,
+        "description": description,
+        "schema": {"type": ["string", "null"]},
+    }
+
+
+def provider_info() -> dict[str, Any]:
+    """What Airflow asks a distribution: its connection types and their forms."""
+    return {
+        "package-name": "fast-cpt",
+        "name": "Fast CPT",
+        "description": "The host that trains, by SSH.",
+        "connection-types": [
+            {
+                "connection-type": GpuHostHook.conn_type,
+                "hook-class-name": "gpu_host.GpuHostHook",
+                "hook-name": GpuHostHook.hook_name,
+                "ui-field-behaviour": {
+                    "hidden-fields": ["schema", "password"],
+                    "relabeling": {},
+                    "placeholders": {"port": "22"},
+                },
+                "conn-fields": {
+                    "key_file": _field(
+                        "Private key",
+                        "its path on the Airflow host; empty: the agent, ~/.ssh/config",
+                    ),
+                    "known_hosts": _field(
+                        "Known hosts", "the file with the host's key; empty: ~/.ssh/known_hosts"
+                    ),
+                    "python": _field(
+                        "Python there",
+                        "one that has requirements-cluster.txt; empty: one is built there",
+                    ),
+                    "root": _field(
+                        "Folder there",
+                        "of all that is kept on the host; empty: fast_cpt in its home",
+                    ),
+                },
+            }
+        ],
+    }
