@@ -1,7 +1,8 @@
 """The connection type of a GPU host: a form with the fields that count, and a Test button.
 
 The button makes the first contact that ``check_cluster`` makes. Airflow learns of connection types
-from installed distributions alone; ``fast_cpt.dist-info`` makes this folder one.
+from installed distributions alone; ``fast_cpt.dist-info`` makes this folder one, where it is on
+PYTHONPATH.
 """
 
 from __future__ import annotations

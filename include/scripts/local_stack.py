@@ -154,7 +154,8 @@ def environment(cluster: dict[str, Any], port: int) -> dict[str, str]:
     return {
         **os.environ,
         "PATH": f"{REPOSITORY}/.env/airflow/bin:{os.environ['PATH']}",
-        "PYTHONPATH": f"{REPOSITORY}/include",
+        # plugins: Airflow looks for connection types before it adds the folder itself
+        "PYTHONPATH": f"{REPOSITORY}/include:{REPOSITORY}/plugins",
         "AIRFLOW_HOME": str(AIRFLOW_HOME),
         "AIRFLOW_CONN_LOCAL_CLUSTER": json.dumps(connection),
         "AIRFLOW__API__HOST": "127.0.0.1",

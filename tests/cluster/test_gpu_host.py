@@ -32,7 +32,7 @@ def press_test(tmp_path: Path, connection: dict[str, Any]) -> list[Any]:
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
         "AIRFLOW_CONN_GPUS": json.dumps({"conn_type": "gpu_host", **connection}),
-        "PYTHONPATH": str(REPOSITORY / "include"),
+        "PYTHONPATH": f"{REPOSITORY}/include:{REPOSITORY}/plugins",
     }
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],

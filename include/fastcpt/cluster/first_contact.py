@@ -29,6 +29,7 @@ from fastcpt.cluster.remote import (
     ConnectionLost,
     LoginRefused,
     Remote,
+    connection_error,
 )
 
 # What is run there: a shell that says more than this breaks rsync, one that says less is no shell.
@@ -61,9 +62,12 @@ def first_contact(remote: Remote) -> None:
     """
     try:
         answer = _by_paramiko(remote)
-    except (ClusterError, ConnectionLost) as error:
+    except Exception as error:
         answer = _by_openssh(remote)
         if answer.code == 255:
+            if not isinstance(error, ClusterError | ConnectionLost):
+                # a mistake of paramiko's: only OpenSSH has judged
+                raise connection_error(remote, answer.errors.strip()) from error
             words = answer.errors.strip().rpartition("\n")[2]
             raise type(error)(f"{error}\n(ssh says: {words})") from None
         log.info("OpenSSH reaches %s where paramiko does not, which says: %s", remote.host, error)
