@@ -200,6 +200,22 @@ def test_a_key_that_others_may_read_is_refused_as_openssh_does(start: Start) -> 
         first_contact(remote)
 
 
+def test_a_mistake_of_paramiko_is_no_obstacle(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote = start()
+    # paramiko cannot parse it, OpenSSH does not need it
+    Path(f"{remote.key_file}.pub").write_text("no key\n")
+    with caplog.at_level("INFO"):
+        first_contact(remote)
+    assert "OpenSSH reaches 127.0.0.1 where paramiko does not" in caplog.text
+    # and where OpenSSH fails too, it is its words that count
+    Path(str(remote.known_hosts)).write_text("")
+    Path(str(remote.key_file)).with_name("authorized_keys").write_text("")
+    with pytest.raises(ClusterError):
+        first_contact(remote)
+
+
 # The login
 
 
