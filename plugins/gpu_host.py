@@ -17,7 +17,7 @@ class GpuHostHook(BaseHook):
 
     conn_name_attr = "gpu_host_conn_id"
     default_conn_name = "gpu_host_default"
-    conn_type = "gpu_host"
+    conn_type = "gpuhost"  # a URI scheme: no underscore
     hook_name = "GPU host"
 
     def __init__(self, gpu_host_conn_id: str = default_conn_name) -> None:

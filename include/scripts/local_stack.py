@@ -140,7 +140,7 @@ def nearby_instructions(documents: Path) -> str:
 def environment(cluster: dict[str, Any], port: int) -> dict[str, str]:
     """The Airflow processes' environment: one configuration for all four."""
     connection = {
-        "conn_type": "gpu_host",
+        "conn_type": "gpuhost",
         "host": "127.0.0.1",
         "login": getpass.getuser(),
         "port": cluster["port"],

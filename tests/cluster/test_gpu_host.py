@@ -20,8 +20,8 @@ from airflow.models import Connection
 from airflow.providers_manager import ProvidersManager
 connection = Connection.get_connection_from_secrets("gpus")
 status, message = connection.test_connection()
-hook = ProvidersManager().hooks["gpu_host"]
-form = sorted(name for name in ProvidersManager().connection_form_widgets if "gpu_host" in name)
+hook = ProvidersManager().hooks["gpuhost"]
+form = sorted(name for name in ProvidersManager().connection_form_widgets if "gpuhost" in name)
 print(json.dumps([status, message, hook.hook_name, hook.connection_testable, form]))
 """
 
@@ -31,7 +31,7 @@ def press_test(tmp_path: Path, connection: dict[str, Any]) -> list[Any]:
         "AIRFLOW_HOME": str(tmp_path / "airflow"),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
-        "AIRFLOW_CONN_GPUS": json.dumps({"conn_type": "gpu_host", **connection}),
+        "AIRFLOW_CONN_GPUS": json.dumps({"conn_type": "gpuhost", **connection}),
         "PYTHONPATH": f"{REPOSITORY}/include:{REPOSITORY}/plugins",
     }
     done = subprocess.run(
@@ -56,7 +56,7 @@ def test_the_test_button_makes_the_first_contact(
     assert f"GB free under {root}" in message
     assert (name, testable) == ("GPU host", True)
     assert form == [
-        f"extra__gpu_host__{field}" for field in ("key_file", "known_hosts", "python", "root")
+        f"extra__gpuhost__{field}" for field in ("key_file", "known_hosts", "python", "root")
     ]
     # and says what is wrong where it fails
     Path(str(host.known_hosts)).write_text("")

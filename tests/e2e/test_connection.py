@@ -19,7 +19,7 @@ def test_the_button_tests_what_is_in_the_form(stack: Stack) -> None:
     extra = {**server["extra"], "root": str(stack.home / "tested")}
     form = {
         "connection_id": "new_one",
-        "conn_type": "gpu_host",
+        "conn_type": "gpuhost",
         "host": "127.0.0.1",
         "port": server["port"],
         "extra": json.dumps(extra),
@@ -41,7 +41,7 @@ def test_the_button_tests_what_is_in_the_form(stack: Stack) -> None:
 def test_the_ui_gets_the_types_form_and_may_show_the_button(stack: Stack) -> None:
     client = stack.api.client
     types = client.get("/ui/connections/hook_meta").raise_for_status().json()
-    mine = next(kind for kind in types if kind["connection_type"] == "gpu_host")
+    mine = next(kind for kind in types if kind["connection_type"] == "gpuhost")
     assert mine["hook_name"] == "GPU host"
     assert sorted(mine["extra_fields"]) == ["key_file", "known_hosts", "python", "root"]
     assert client.get("/ui/config").raise_for_status().json()["test_connection"] == "Enabled"
