@@ -1,4 +1,4 @@
-"""The connection type of a GPU host: Airflow knows it, and its Test button makes the first contact."""
+"""The connection type of a GPU host in Airflow's own API: its form, and its Test button."""
 
 from __future__ import annotations
 
@@ -10,65 +10,85 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fastcpt.cluster.remote import Remote
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# what Airflow's API does for the button, and the form that its UI draws
+# the requests that Airflow's UI makes, answered by the application behind it
 PROGRAM = """
-import json
-from airflow.models import Connection
-from airflow.providers_manager import ProvidersManager
-connection = Connection.get_connection_from_secrets("gpus")
-status, message = connection.test_connection()
-hook = ProvidersManager().hooks["gpuhost"]
-form = sorted(name for name in ProvidersManager().connection_form_widgets if "gpuhost" in name)
-print(json.dumps([status, message, hook.hook_name, hook.connection_testable, form]))
+import json, sys
+from airflow.api_fastapi.app import create_app
+from fastapi.testclient import TestClient
+with TestClient(create_app(), base_url="http://test") as client:
+    client.headers["Authorization"] = "Bearer " + client.get("/auth/token").json()["access_token"]
+    for form in json.load(sys.stdin):
+        print("ANSWER", client.post("/api/v2/connections/test", json=form).text)
+    print("ANSWER", client.get("/ui/connections/hook_meta").text)
 """
 
 
-def press_test(tmp_path: Path, connection: dict[str, Any]) -> list[Any]:
+def ask_airflow(home: Path, forms: list[dict[str, Any]]) -> list[Any]:
+    """The answers to the Test button with these forms, and last the types that the UI offers."""
     settings = {
-        "AIRFLOW_HOME": str(tmp_path / "airflow"),
+        "AIRFLOW_HOME": str(home),
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(REPOSITORY / "plugins"),
         "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
-        "AIRFLOW_CONN_GPUS": json.dumps({"conn_type": "gpuhost", **connection}),
+        "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "true",
+        "AIRFLOW__API_AUTH__JWT_SECRET": "of-a-test-alone" * 5,
         "PYTHONPATH": f"{REPOSITORY}/include:{REPOSITORY}/plugins",
     }
+    environment = {**os.environ, **settings}
+    migrate = [str(Path(sys.executable).with_name("airflow")), "db", "migrate"]
+    subprocess.run(migrate, env=environment, check=True, capture_output=True)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
-        env={**os.environ, **settings},
+        input=json.dumps(forms),
+        env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return list(json.loads(done.stdout.splitlines()[-1]))
+    lines = [line.removeprefix("ANSWER ") for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in lines if line.startswith(("{", "["))]
 
 
-def test_the_test_button_makes_the_first_contact(
+@pytest.mark.slow
+def test_airflows_test_button_makes_the_first_contact(
     start: Callable[..., Remote], tmp_path: Path
 ) -> None:
     host, root = start(), str(tmp_path / "root")
+    (tmp_path / "empty").write_text("")
     extra = {"key_file": host.key_file, "known_hosts": host.known_hosts, "root": root}
-    connection = {"host": host.host, "port": host.port, "login": host.user, "extra": extra}
-    status, message, name, testable, form = press_test(tmp_path, connection)
-    assert status, message
-    assert f"{os.uname().nodename}: " in message
-    assert f"GB free under {root}" in message
-    assert (name, testable) == ("GPU host", True)
-    assert form == [
-        f"extra__gpuhost__{field}" for field in ("key_file", "known_hosts", "python", "root")
+
+    def form(port: int | None = host.port, **changed: str) -> dict[str, Any]:
+        return {
+            "connection_id": "new_one",
+            "conn_type": "gpuhost",
+            "host": host.host,
+            "port": port,
+            "login": host.user,
+            "extra": json.dumps({**extra, **changed}),
+        }
+
+    forms = [
+        form(),
+        form(known_hosts=str(tmp_path / "empty")),
+        form(port=1),
+        # as the UI sends what was left empty
+        form(python="", root="", known_hosts="/nowhere"),
     ]
-    # and says what is wrong where it fails
-    Path(str(host.known_hosts)).write_text("")
-    status, message, *_ = press_test(tmp_path, connection)
-    assert not status
-    assert "the host key of 127.0.0.1 port" in message
-    assert "then add the line '[127.0.0.1]:" in message
-
-
-def test_what_the_form_left_empty_is_as_if_it_were_not_there(tmp_path: Path) -> None:
-    empty = {"key_file": "", "known_hosts": "/nowhere", "python": "", "root": ""}
-    connection = {"host": "127.0.0.1", "extra": empty}
-    status, message, *_ = press_test(tmp_path, connection)
-    assert not status
-    assert message == "the connection's known_hosts '/nowhere' is no file on this machine"
+    right, unknown, deaf, nowhere, types = ask_airflow(tmp_path / "airflow", forms)
+    assert right["status"], right
+    assert f"{os.uname().nodename}: " in right["message"]
+    assert f"GB free under {root}" in right["message"]
+    assert [answer["status"] for answer in (unknown, deaf, nowhere)] == [False] * 3
+    assert "then add the line '[127.0.0.1]:" in unknown["message"]
+    assert "nothing listens at 127.0.0.1 port 1" in deaf["message"]
+    assert (
+        nowhere["message"] == "the connection's known_hosts '/nowhere' is no file on this machine"
+    )
+    mine = next(kind for kind in types if kind["connection_type"] == "gpuhost")
+    assert mine["hook_name"] == "GPU host"
+    assert sorted(mine["extra_fields"]) == ["key_file", "known_hosts", "python", "root"]
