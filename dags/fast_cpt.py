@@ -101,7 +101,7 @@ def fast_cpt() -> None:
             job=step,
             then=then,
             secrets=steps.secrets,
-            pool="gpus",
+            in_turn=True,
             **options,
         )
 

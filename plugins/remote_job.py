@@ -18,6 +18,7 @@ from airflow.sdk import BaseHook, BaseOperator, Connection, Context
 from airflow.sdk.exceptions import AirflowTaskTimeout
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
+import gpu_turns
 from fastcpt.cluster import jobs
 from fastcpt.cluster.remote import (
     OUTAGE_S,
@@ -107,6 +108,7 @@ class RemoteJobOperator(BaseOperator):
     ``secrets(context)`` gives environment variables that reach the job through a 0600 file alone.
     ``then(context, files, answer)`` makes the task's answer of the fetched files (name -> text or None)
     and of what was known beforehand; without it that is the answer.
+    A job that runs ``in_turn`` waits until the cluster's GPUs are its run's.
     """
 
     def __init__(
@@ -115,19 +117,37 @@ class RemoteJobOperator(BaseOperator):
         job: Callable[[Context], RemoteJob | Mapping[str, Any]],
         then: Callable[[Context, dict[str, str | None], dict[str, Any]], Any] | None = None,
         secrets: Callable[[Context], Mapping[str, str]] | None = None,
+        in_turn: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.job = job
         self.then = then
         self.secrets = secrets
+        self.in_turn = in_turn
 
     def execute(self, context: Context) -> Any:
+        return self._begin(context)
+
+    def execute_in_turn(self, context: Context, event: dict[str, Any]) -> Any:
+        """The GPUs have become the run's."""
+        return self._begin(context)
+
+    def _begin(self, context: Context) -> Any:
         wanted = self.job(context)
         if isinstance(wanted, Mapping):
             return dict(wanted)
+        if self.in_turn:
+            self._wait_for_turn(context, wanted)
         self._run(context, wanted)
         return self._answer(context, wanted)
+
+    def _wait_for_turn(self, context: Context, wanted: RemoteJob) -> None:
+        """Return where the GPUs are the run's; begin again, by ``defer``, when they are otherwise."""
+        task = context["task_instance"]
+        asked = (gpu_turns.cluster_of(remote_of(wanted.connection)), task.dag_id, task.run_id)
+        if gpu_turns.take(*asked):
+            self.defer(trigger=gpu_turns.TurnTrigger(*asked), method_name="execute_in_turn")
 
     def _run(self, context: Context, wanted: RemoteJob) -> None:
         """Start or find the job; returns where it is complete, waits for it by ``defer`` otherwise."""

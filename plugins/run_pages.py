@@ -8,7 +8,6 @@ security policy allows no script, whatever a record may hold.
 from __future__ import annotations
 
 import functools
-import os
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,13 +17,13 @@ from airflow.configuration import conf
 from airflow.plugins_manager import AirflowPlugin
 from airflow.sdk import BaseOperatorLink
 
+from fastcpt.files import HOME
 from fastcpt.reporting.record import RecordError, read, record_folder, summary, summary_text
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 DAG = "fast_cpt"
-HOME = Path(os.environ.get("FASTCPT_HOME") or Path(__file__).resolve().parents[1] / ".fastcpt")
 PREFIX = "/fast-cpt-runs"
 # Airflow may be served below a path; links of the UI need it.
 ROOT = urlsplit(conf.get("api", "base_url", fallback="/")).path.rstrip("/")

@@ -1,7 +1,8 @@
-"""A run's state in its record is Airflow's, also where a person sets it.
+"""What follows from a run's state in Airflow, also where a person set it: its record, and the GPUs.
 
 The task `report` closes the record. What it cannot know comes from here: that a run which is still
 going on was marked, and that one which had ended was marked otherwise or goes on (cleared tasks).
+A run that ends gives its turn on the GPUs back.
 Airflow's scheduler and its API server call these functions.
 """
 
@@ -13,6 +14,8 @@ from typing import Any, ClassVar
 from airflow.listeners import hookimpl
 from airflow.plugins_manager import AirflowPlugin
 
+import gpu_turns
+from fastcpt.files import HOME
 from fastcpt.reporting.record import (
     close_record,
     mark_record,
@@ -20,7 +23,6 @@ from fastcpt.reporting.record import (
     record_folder,
     reopen_record,
 )
-from steps import HOME
 
 
 @hookimpl  # type: ignore[untyped-decorator]
@@ -39,6 +41,8 @@ def on_dag_run_failed(dag_run: Any, msg: str) -> None:
 
 
 def _follow(dag_run: Any, state: str | None) -> None:
+    if state is not None:
+        gpu_turns.give_back(dag_run.dag_id, dag_run.run_id)
     record = record_folder(HOME, dag_run.run_id)
     facts = read(record, "run.json")
     if facts.get("dag") != dag_run.dag_id:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from airflow.sdk import Context, Variable, get_current_context
 
-from fastcpt.files import digest_of, read_json
+from fastcpt.files import HOME, digest_of, read_json
 from fastcpt.recipe import CONFIGS, Recipe, RecipeError, form_overrides, load_recipe
 from remote_job import RemoteJob, connection_of, remote_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt")
 # Airflow maps at most 1024 tasks, and fewer, larger groups of files cost less to start: this much
 # text takes about as long as a task's start.
 MOST_GROUPS, GROUP_BYTES = 64, 4_000_000

@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Where corpora, records, models and all other state of this machine lie.
+HOME = Path(os.environ.get("FASTCPT_HOME") or Path(__file__).resolve().parents[2] / ".fastcpt")
+
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:

@@ -229,10 +229,6 @@ def start() -> dict[str, Any]:
         settings = environment(cluster, port) | marks
         airflow = str(REPOSITORY / ".env/airflow/bin/airflow")
         _call([airflow, "db", "migrate"], settings)
-        _call(
-            [airflow, "pools", "set", "gpus", "1", "One run at a time.", "--include-deferred"],
-            settings,
-        )
         (HOME / "logs").mkdir(exist_ok=True)
         for command in COMMANDS:
             with (HOME / "logs" / f"{command}.log").open("ab") as log:

@@ -1,0 +1,114 @@
+"""Whose turn it is on the GPUs of a cluster: one run's, from its first step there to the run's end.
+
+A cluster's queue is a file under ``HOME/turns/``: the runs that asked, in that order, of which the
+first has the GPUs. A run keeps its place from one step to the next, so that its evaluation goes
+before another run's training. It leaves with its end (``run_state``); one that left no other way, a
+deleted one for instance, is found by Airflow's word that it does not go on. The cluster's own lock
+(``far_side``) is there for whoever else uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+from airflow.triggers.base import BaseTrigger, TriggerEvent
+
+from fastcpt.cluster.jobs import job_name
+from fastcpt.cluster.remote import Remote
+from fastcpt.files import HOME, read_json, write_json
+
+POLL_S = 5.0
+
+Place = dict[str, str]
+
+
+def cluster_of(remote: Remote) -> str:
+    """The name of a cluster's queue: its host, whoever logs in."""
+    return f"{remote.host}:{remote.port or 22}"
+
+
+def goes_on(dag: str, run: str) -> bool:
+    """Whether a run has not ended; asked of Airflow, in a task or in a thread of the triggerer."""
+    states = ["queued", "running"]
+    return bool(RuntimeTaskInstance.get_dr_count(dag, run_ids=[run], states=states))
+
+
+def take(
+    cluster: str, dag: str, run: str, goes_on: Callable[[str, str], bool] = goes_on
+) -> Place | None:
+    """Ask for the GPUs: None when they are the run's, otherwise the place of the run that has them.
+
+    A run that has to wait is in the queue from then on.
+    """
+    with _queue(_file(cluster)) as queue:
+        if not any(_is(place, dag, run) for place in queue):
+            queue.append({"dag": dag, "run": run})
+        while not _is(queue[0], dag, run) and not goes_on(queue[0]["dag"], queue[0]["run"]):
+            del queue[0]
+        queue[0].setdefault("since", datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"))
+        return None if _is(queue[0], dag, run) else queue[0]
+
+
+def give_back(dag: str, run: str) -> None:
+    """The run has ended: it has no place in any queue any more."""
+    for file in (HOME / "turns").glob("*.json"):
+        with _queue(file) as queue:
+            queue[:] = [place for place in queue if not _is(place, dag, run)]
+
+
+def _is(place: Place, dag: str, run: str) -> bool:
+    return (place["dag"], place["run"]) == (dag, run)
+
+
+def _file(cluster: str) -> Path:
+    return HOME / "turns" / f"{job_name(cluster)}.json"
+
+
+@contextmanager
+def _queue(file: Path) -> Iterator[list[Place]]:
+    """A cluster's queue, to be changed by one process at a time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        queue: list[Place] = read_json(file) if file.exists() else []
+        before = [dict(place) for place in queue]
+        yield queue
+        if queue != before:
+            write_json(file, queue)
+
+
+class TurnTrigger(BaseTrigger):
+    """Fires when the GPUs of a cluster are the run's; says in the task's log whose they are until then."""
+
+    def __init__(self, cluster: str, dag: str, run: str) -> None:
+        super().__init__()
+        self.cluster = cluster
+        self.dag = dag
+        self.run_id = run
+
+    def serialize(self) -> tuple[str, dict[str, Any]]:
+        kwargs = {"cluster": self.cluster, "dag": self.dag, "run": self.run_id}
+        return ("gpu_turns.TurnTrigger", kwargs)
+
+    async def run(self) -> AsyncIterator[TriggerEvent]:
+        told: Place | None = None
+        # not asgiref's threads: see RemoteJobTrigger
+        while first := await asyncio.to_thread(take, self.cluster, self.dag, self.run_id):
+            if first != told:
+                told = first
+                self.log.info(
+                    "waiting for the GPUs of %s: run %s of %s has them since %s",
+                    self.cluster,
+                    first["run"],
+                    first["dag"],
+                    first["since"],
+                )
+            await asyncio.sleep(POLL_S)
+        yield TriggerEvent({})
