@@ -6,7 +6,7 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -60,6 +60,59 @@ class Stack:
     def look(self, run_id: str) -> Run:
         """The run as it is now."""
         return Run(self, run_id, self.api.get(f"dagRuns/{run_id}")["state"])
+
+    def trigger_long(self) -> str:
+        """Start a run that would train for hours; returns its id."""
+        return str(self.api.trigger({**self.form(), "max_steps": 100_000}))
+
+    def mark(self, run_id: str, state: str) -> None:
+        """Mark a run as a person does in the UI."""
+        path = f"/api/v2/dags/fast_cpt/dagRuns/{run_id}"
+        self.api.client.patch(path, json={"state": state}).raise_for_status()
+
+    def clear(self, run_id: str, task_id: str, downstream: bool) -> None:
+        """Clear a task of a run as a person does in the UI."""
+        answer = self.api.client.post(
+            "/api/v2/dags/fast_cpt/clearTaskInstances",
+            json={
+                "dry_run": False,
+                "dag_run_id": run_id,
+                "task_ids": [task_id],
+                "only_failed": False,
+                "include_downstream": downstream,
+            },
+        )
+        answer.raise_for_status()
+
+    def until(self, run_id: str, holds: Callable[[dict[str, Any]], bool]) -> None:
+        """Wait for the states of the run's tasks, by name."""
+        end = time.monotonic() + 400
+        while not holds(states := self.look(run_id).states()):
+            assert time.monotonic() < end, states
+            time.sleep(0.5)
+
+    def until_any(self, run_ids: list[str], outcome: str, seconds: float = 600) -> None:
+        """Wait until one of the runs has ended so."""
+        end = time.monotonic() + seconds
+        while outcome not in [(run := self.look(run_id)).outcome for run_id in run_ids]:
+            assert time.monotonic() < end, run.states()
+            time.sleep(0.5)
+
+    def wait_for_line(self, run_id: str, *beginnings: str, task: str = "train_cpt") -> str:
+        """Wait for a line of the log of a task's newest try that begins so; returns it."""
+        self.until(run_id, lambda states: states.get(task) in ("running", "deferred"))
+        end = time.monotonic() + 240
+        while True:
+            events = self.api.log(run_id, self.look(run_id).task(task))
+            lines = [str(event.get("event")) for event in events]
+            if found := [line for line in lines if line.startswith(beginnings)]:
+                return found[0]
+            assert time.monotonic() < end, lines
+            time.sleep(0.5)
+
+    def wait_for_training(self, run_id: str) -> None:
+        """Until the triggerer watches the job: before that, nobody is there to end it."""
+        self.wait_for_line(run_id, "step ", "running, ")
 
     def wait(self, run_id: str, seconds: float = 400) -> Run:
         until = time.monotonic() + seconds

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,41 +13,11 @@ if TYPE_CHECKING:
     from conftest import Run, Stack
 
 pytestmark = pytest.mark.slow
-LONG = 100_000
-
-
-def trigger(stack: Stack) -> str:
-    """Start a run that would train for hours."""
-    return str(stack.api.trigger({**stack.form(), "max_steps": LONG}))
-
-
-def mark(stack: Stack, run_id: str, state: str) -> None:
-    path = f"/api/v2/dags/fast_cpt/dagRuns/{run_id}"
-    stack.api.client.patch(path, json={"state": state}).raise_for_status()
 
 
 def pause(stack: Stack, paused: bool) -> None:
     answer = stack.api.client.patch("/api/v2/dags/fast_cpt", json={"is_paused": paused})
     answer.raise_for_status()
-
-
-def until(stack: Stack, run_id: str, holds: Callable[[dict[str, Any]], bool]) -> None:
-    """Wait for the states of the run's tasks, by name."""
-    end = time.monotonic() + 240
-    while not holds(states := stack.look(run_id).states()):
-        assert time.monotonic() < end, states
-        time.sleep(0.5)
-
-
-def wait_for_training(stack: Stack, run_id: str) -> None:
-    """Until the triggerer watches the job: before that, nobody is there to end it."""
-    until(stack, run_id, lambda states: states.get("train_cpt") == "deferred")
-    events: list[dict[str, Any]] = []
-    end = time.monotonic() + 120
-    while not any(str(event.get("event")).startswith(("step ", "running, ")) for event in events):
-        assert time.monotonic() < end, events
-        events = stack.api.log(run_id, stack.look(run_id).task("train_cpt"))
-        time.sleep(0.5)
 
 
 def jobs_that_run(stack: Stack) -> list[str]:
@@ -60,9 +28,9 @@ def jobs_that_run(stack: Stack) -> list[str]:
 
 @pytest.fixture(scope="module")
 def failed(stack: Stack) -> Run:
-    run_id = trigger(stack)
-    wait_for_training(stack, run_id)
-    mark(stack, run_id, "failed")
+    run_id = stack.trigger_long()
+    stack.wait_for_training(run_id)
+    stack.mark(run_id, "failed")
     return stack.wait(run_id)
 
 
@@ -72,7 +40,7 @@ def test_a_run_marked_as_failed_while_it_trains_has_failed(stack: Stack, failed:
     assert failed.error("report") == "the run did not succeed: train_cpt failed"
     assert summary(failed.record)["state"] == "failed"
     assert (failed.record / "report.html").is_file()
-    until(stack, failed.run_id, lambda _: not jobs_that_run(stack))
+    stack.until(failed.run_id, lambda _: not jobs_that_run(stack))
 
 
 @pytest.mark.parametrize("state", ["success", "failed"])
@@ -80,31 +48,31 @@ def test_a_run_that_has_ended_may_be_marked_otherwise(
     stack: Stack, failed: Run, state: str
 ) -> None:
     ended = read_json(failed.record / "run.json")["ended"]
-    mark(stack, failed.run_id, state)
+    stack.mark(failed.run_id, state)
     assert stack.look(failed.run_id).outcome == state
     facts = read_json(failed.record / "run.json")
     assert (facts["state"], facts["ended"]) == (state, ended)
 
 
 def test_a_run_marked_as_successful_while_it_trains_has_succeeded(stack: Stack) -> None:
-    run_id = trigger(stack)
-    wait_for_training(stack, run_id)
-    mark(stack, run_id, "success")
+    run_id = stack.trigger_long()
+    stack.wait_for_training(run_id)
+    stack.mark(run_id, "success")
     run = stack.wait(run_id)
     assert run.outcome == "success", run.states()
     assert summary(run.record)["state"] == "success"
-    until(stack, run_id, lambda _: not jobs_that_run(stack))
+    stack.until(run_id, lambda _: not jobs_that_run(stack))
 
 
 @pytest.mark.parametrize("state", ["success", "failed"])
 def test_a_run_marked_between_two_tasks_is_what_it_was_marked_as(stack: Stack, state: str) -> None:
-    run_id = trigger(stack)
-    until(stack, run_id, lambda states: states.get("plan") == "success")
+    run_id = stack.trigger_long()
+    stack.until(run_id, lambda states: states.get("plan") == "success")
     pause(stack, True)
     try:
         idle = {None, "scheduled", "success"}
-        until(stack, run_id, lambda states: set(states.values()) <= idle)
-        mark(stack, run_id, state)
+        stack.until(run_id, lambda states: set(states.values()) <= idle)
+        stack.mark(run_id, state)
     finally:
         pause(stack, False)
     run = stack.wait(run_id)
@@ -116,21 +84,11 @@ def test_a_run_marked_between_two_tasks_is_what_it_was_marked_as(stack: Stack, s
 def test_a_run_that_goes_on_after_its_end_has_no_end_until_it_has_one_again(
     stack: Stack, failed: Run
 ) -> None:
-    answer = stack.api.client.post(
-        "/api/v2/dags/fast_cpt/clearTaskInstances",
-        json={
-            "dry_run": False,
-            "dag_run_id": failed.run_id,
-            "task_ids": ["train_cpt"],
-            "only_failed": False,
-            "include_downstream": True,
-        },
-    )
-    answer.raise_for_status()
-    wait_for_training(stack, failed.run_id)
+    stack.clear(failed.run_id, "train_cpt", downstream=True)
+    stack.wait_for_training(failed.run_id)
     facts = read_json(failed.record / "run.json")
     assert not {"state", "ended", "marked"} & set(facts)
-    mark(stack, failed.run_id, "failed")
+    stack.mark(failed.run_id, "failed")
     again = stack.wait(failed.run_id)
     assert again.outcome == "failed"
     assert summary(again.record)["state"] == "failed"

@@ -180,17 +180,7 @@ def test_a_cleared_task_is_done_again_alone(stack: Stack, passed: Run) -> None:
     before = {task["id"]: task["try_number"] for task in passed.tasks()}
     corpus = passed.result("build")["corpus"]["path"]
     (Path(corpus) / "corpus_manifest.json").unlink()
-    answer = stack.api.client.post(
-        "/api/v2/dags/fast_cpt/clearTaskInstances",
-        json={
-            "dry_run": False,
-            "dag_run_id": passed.run_id,
-            "task_ids": ["build"],
-            "only_failed": False,
-            "include_downstream": False,
-        },
-    )
-    answer.raise_for_status()
+    stack.clear(passed.run_id, "build", downstream=False)
     again = stack.wait(passed.run_id)
     assert again.outcome == "success", again.states()
     tried = {
