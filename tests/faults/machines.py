@@ -346,7 +346,7 @@ def one(dag_id, operator=RemoteJobOperator, **options):
 
 one("training", pool="gpus")
 one("anywhere")
-one("timed", execution_timeout=timedelta(seconds=15))
+one("timed", execution_timeout=timedelta(seconds=30))
 one("interrupted", DiesBeforeItWaits)
 '''
 

@@ -158,6 +158,17 @@ def test_stopping_ends_the_job_in_slurm(slurm: Slurm, training: Training, tmp_pa
     assert (status["state"], status["stopped_for"]) == ("cancelled", "one")
 
 
+def test_stopping_a_job_that_is_pending_says_for_whom(
+    slurm: Slurm, training: Training, tmp_path: Path
+) -> None:
+    job = job_of("j", training, 3, extra_lines=["--begin=now+600"])
+    jobs.submit(slurm.remote, str(tmp_path), job, "one")
+    jobs.stop(slurm.remote, str(tmp_path), "j", "one")
+    status = poll(slurm.remote, tmp_path, "j")["status"]
+    assert (status["state"], status["stopped_for"]) == ("cancelled", "one")
+    assert not (tmp_path / "jobs" / "j" / "secrets.json").exists()
+
+
 def test_a_stop_while_the_controller_is_down_is_asked_again(
     slurm: Slurm, training: Training, tmp_path: Path
 ) -> None:
