@@ -344,7 +344,7 @@ def one(dag_id, operator=RemoteJobOperator, **options):
                  retry_delay=timedelta(seconds=2), **options)
     return build()
 
-one("training", pool="gpus")
+one("training", in_turn=True)
 one("anywhere")
 one("timed", execution_timeout=timedelta(seconds=30))
 one("interrupted", DiesBeforeItWaits)
@@ -375,13 +375,9 @@ class Airflow:
             **SEEN_SOON,
         }
         self.program = str(REPOSITORY / ".env/airflow/bin/airflow")
-        for command in (
-            ("db", "migrate"),
-            ("pools", "set", "gpus", "1", "One at a time.", "--include-deferred"),
-        ):
-            subprocess.run(
-                [self.program, *command], env=self.settings, check=True, capture_output=True
-            )
+        subprocess.run(
+            [self.program, "db", "migrate"], env=self.settings, check=True, capture_output=True
+        )
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         for name in self.names:
             self.start(name)

@@ -177,8 +177,11 @@ def test_of_two_runs_the_second_waits(airflow: Airflow, training: Training) -> N
     runs = {one: airflow.train("training", one, steps=20, root=root) for one in (training, others)}
     eventually(lambda: any(max(one.numbers("steps"), default=0) >= 5 for one in runs), 180)
     (waiting,) = [one for one in runs if not one.numbers("starts")]
-    # not even a job: it waits in Airflow, without a worker
-    assert runs[waiting].task["state"] in (None, "scheduled")
+    # not even a job: it waits in the triggerer, without a worker
+    runs[waiting].wait("deferred", seconds=60)
+    (going,) = [runs[one].run for one in runs if one is not waiting]
+    said = f"run {going} of training has them since"
+    eventually(lambda: any(said in line for line in runs[waiting].log()), 60)
     assert len(list((root / "jobs").iterdir())) == 1
     for one in runs:
         one.release()
