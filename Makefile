@@ -31,4 +31,4 @@ test: lint
 	. include/scripts/tools.sh && include/scripts/test.sh
 
 faults: install-dev
-	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest tests/faults --durations=0
+	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest tests/faults tests/e2e/test_{names,marks,turns}.py --durations=0

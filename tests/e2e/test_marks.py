@@ -12,7 +12,7 @@ from fastcpt.reporting.record import summary
 if TYPE_CHECKING:
     from conftest import Run, Stack
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.faults
 
 
 def pause(stack: Stack, paused: bool) -> None:

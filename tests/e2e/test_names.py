@@ -16,7 +16,7 @@ from fastcpt.reporting.record import summary
 if TYPE_CHECKING:
     from conftest import Run, Stack
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.faults
 
 RUN_ID = "names:1+its~passes"
 

@@ -13,7 +13,7 @@ from fastcpt.files import read_json
 if TYPE_CHECKING:
     from conftest import Run, Stack
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.faults
 
 
 def job(run: Run, step: str) -> dict[str, Any]:
