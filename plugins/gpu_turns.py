@@ -99,8 +99,17 @@ class TurnTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         told: Place | None = None
-        # not asgiref's threads: see RemoteJobTrigger
-        while first := await asyncio.to_thread(take, self.cluster, self.dag, self.run_id):
+        while True:
+            try:
+                # not asgiref's threads: see RemoteJobTrigger
+                first = await asyncio.to_thread(take, self.cluster, self.dag, self.run_id)
+            except Exception:
+                # a database or a disk that does not answer passes, and the wait may last days
+                self.log.exception("who has the GPUs of %s is not known: asked again", self.cluster)
+                await asyncio.sleep(60)
+                continue
+            if first is None:
+                break
             if first != told:
                 told = first
                 self.log.info(

@@ -137,7 +137,8 @@ class RemoteJobOperator(BaseOperator):
         wanted = self.job(context)
         if isinstance(wanted, Mapping):
             return dict(wanted)
-        if self.in_turn:
+        # Slurm shares out its GPUs itself, and a job that is not in its queue waits for nothing
+        if self.in_turn and not wanted.slurm:
             self._wait_for_turn(context, wanted)
         self._run(context, wanted)
         return self._answer(context, wanted)

@@ -352,17 +352,22 @@ def _port(output: str) -> int:
 def _trained(context: Context, task: str) -> Facts:
     """What a training handed on: ``model``, its final folder on the cluster, among its totals."""
     found: Facts = _result(context, task)
-    if "model" not in found:
+    if not found or "model" not in found:
         raise RecipeError(
-            f"{task} of this run was done by an older version, which did not say where its model is: "
-            f"clear {task} and what follows it"
+            f"{task} of this run has not said where its model is: it was marked by hand, or done by an "
+            f"older version. Clear {task} and what follows it"
         )
     return found
 
 
 def _gated(context: Context) -> Facts:
     """The training whose model the gate let through, as the record tells: a branch hands on nothing."""
-    gate = read_json(Path(_result(context, "plan")["record"]) / "gate.json")
+    record = Path(_result(context, "plan")["record"])
+    if not (record / "gate.json").is_file():
+        raise RecipeError(
+            "the gate of this run has decided nothing: clear gate and what follows it"
+        )
+    gate = read_json(record / "gate.json")
     return _trained(context, "train_cpt" if gate["passed"] else "train_cpt_stage2")
 
 

@@ -157,6 +157,8 @@ def test_special_tokens_have_the_files_own_ids(folder: Path) -> None:
         ({"general.architecture": "qwen2"}, "is a qwen2 model: only llama ones are read"),
         ({"tokenizer.ggml.pre": "tekken"}, r"gpt2, first split tekken\) that is not known here"),
         ({"tokenizer.ggml.model": "llama"}, r"tokenizer \(llama, "),
+        ({"llama.rope.scaling.type": "yarn"}, r"turns positions in a way .*\(scaling 'yarn'\)"),
+        ({"llama.rope.dimension_count": 2}, "turns positions in a way that is not read"),
         ({"llama.block_count": 2}, r"is no plain Llama: it lacks blk.1.attn_norm.weight"),
     ],
 )

@@ -313,6 +313,13 @@ def _config(gguf: _Gguf) -> dict[str, Any]:
             "from GGUF; give the model's folder or hub name instead"
         )
     heads, width = gguf.fact("llama.attention.head_count"), gguf.fact("llama.embedding_length")
+    head = gguf.facts.get("llama.attention.key_length", width // heads)
+    scaling = gguf.facts.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or gguf.facts.get("llama.rope.dimension_count", head) != head:
+        raise GgufError(
+            f"{gguf.file} turns positions in a way that is not read from GGUF here (scaling "
+            f"{scaling!r}); give the model's folder or hub name instead"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -322,7 +329,7 @@ def _config(gguf: _Gguf) -> dict[str, Any]:
         "num_hidden_layers": gguf.fact("llama.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": gguf.facts.get("llama.attention.head_count_kv", heads),
-        "head_dim": gguf.facts.get("llama.attention.key_length", width // heads),
+        "head_dim": head,
         "max_position_embeddings": gguf.fact("llama.context_length"),
         "rms_norm_eps": _short(gguf.fact("llama.attention.layer_norm_rms_epsilon")),
         "rope_theta": _short(gguf.facts.get("llama.rope.freq_base", 10_000.0)),

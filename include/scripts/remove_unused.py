@@ -29,6 +29,9 @@ def main() -> None:
     arguments = parser.parse_args()
     before = time.time() - arguments.days * 86_400
     freed = 0
+    if not arguments.dry_run:
+        for left in (*HOME.glob("corpora/.*.removed"), *HOME.glob("tokens/.*.removed")):
+            shutil.rmtree(left)  # what a removal that was killed had begun
     for folder in unused(HOME, before):
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         freed += size
@@ -43,9 +46,10 @@ def main() -> None:
 
 def unused(home: Path, before: float) -> Iterator[Path]:
     """Folders last used before a time (seconds since 1970) that no record of a run names."""
-    named = {Path(path).resolve() for path in corpora_of_runs(home)}
+    # by name, which is a digest: the folder of all may have been moved since
+    named = {Path(path).name for path in corpora_of_runs(home)}
     for folder in sorted(path for path in home.glob("corpora/[!.]*") if path.is_dir()):
-        if folder.resolve() not in named and last_used(folder) < before:
+        if folder.name not in named and last_used(folder) < before:
             yield folder
     for folder in sorted(path for path in home.glob("tokens/[!.]*") if path.is_dir()):
         if last_used(folder) < before:

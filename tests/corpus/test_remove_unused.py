@@ -91,3 +91,16 @@ def test_what_a_build_finds_again_counts_as_used(
     assert made.is_dir()
     assert ids
     assert not any(folder.exists() for folder in ids)  # the complete corpus needs none
+
+
+def test_a_moved_home_keeps_what_its_records_name_and_half_removed_folders_go(
+    tmp_path: Path,
+) -> None:
+    named = aged(folder_of(tmp_path, "corpora/named"))
+    half = folder_of(tmp_path, "tokens/.gone.removed")
+    outputs = tmp_path / "runs" / "r" / "outputs"
+    outputs.mkdir(parents=True)
+    (outputs / "build.json").write_text(json.dumps({"path": "/elsewhere/corpora/named"}))
+    assert removed(tmp_path).returncode == 0
+    assert named.is_dir()
+    assert not half.exists()

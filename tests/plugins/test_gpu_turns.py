@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -109,6 +110,28 @@ def test_the_trigger_tells_how_it_is_made_again() -> None:
     path, values = trigger.serialize()
     assert path == "gpu_turns.TurnTrigger"
     assert gpu_turns.TurnTrigger(**values).serialize() == trigger.serialize()
+
+
+def test_a_database_that_does_not_answer_ends_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([OSError("no answer"), None])
+    pauses: list[float] = []
+
+    def take(*asked: str) -> None:
+        answer = next(answers)
+        if answer:
+            raise answer
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(gpu_turns, "take", take)
+    monkeypatch.setattr(gpu_turns.asyncio, "sleep", sleep)
+
+    async def events() -> list[object]:
+        return [event async for event in gpu_turns.TurnTrigger(CLUSTER, DAG, "a").run()]
+
+    assert len(asyncio.run(events())) == 1
+    assert pauses == [60]
 
 
 WAITING_DAG = """

@@ -148,8 +148,19 @@ def test_another_limit_of_the_answers_is_another_evaluation(context: Any, record
 
 def test_a_run_that_an_older_version_began_is_told_what_to_clear(context: Any) -> None:
     del context["ti"].results["train_cpt"]["model"]
-    with pytest.raises(RecipeError, match=r"older version.*clear train_cpt and what follows it"):
+    with pytest.raises(RecipeError, match=r"older version.*Clear train_cpt and what follows it"):
         steps.evaluate_cpt(context)
+
+
+def test_a_training_or_a_gate_marked_by_hand_is_told_what_to_clear(
+    context: Any, record: Path
+) -> None:
+    context["ti"].results["train_cpt"] = None
+    with pytest.raises(RecipeError, match=r"marked by hand.*Clear train_cpt and what follows it"):
+        steps.evaluate_cpt(context)
+    (record / "gate.json").unlink(missing_ok=True)
+    with pytest.raises(RecipeError, match="clear gate and what follows it"):
+        steps.train_sft(context)
 
 
 def test_what_a_training_left_is_kept_with_its_place(context: Any, record: Path) -> None:

@@ -109,6 +109,15 @@ def test_what_is_wrong_with_a_checkpoint_is_told(tmp_path: Path) -> None:
     assert what_is_damaged(tmp_path, 0, 1) == "digests.json is missing"
 
 
+def test_a_disk_that_does_not_answer_is_no_damage(tmp_path: Path) -> None:
+    # a folder in place of a file: what is read there is an error of the system, not another content
+    (tmp_path / "rank_0.pt").mkdir()
+    size = (tmp_path / "rank_0.pt").stat().st_size
+    write_digests(tmp_path, {"rank_0.pt": {"bytes": size, "sha256": "0" * 64}})
+    with pytest.raises(OSError, match=r"rank_0\.pt"):
+        what_is_damaged(tmp_path, 0, 1)
+
+
 def test_where_no_checkpoint_is_whole_the_training_says_so_and_does_not_begin_anew(
     trained: Path, corpus: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,11 @@ SSH_ALIVE = [
     "ServerAliveCountMax=4",
     "-o",
     "ConnectTimeout=20",
+    # a connection of its own: ended with the job, it must not be one that the user shares
+    "-o",
+    "ControlMaster=no",
+    "-o",
+    "ControlPath=none",
 ]
 # Digests of several files at a time: hashing leaves the interpreter's lock.
 READERS = 8

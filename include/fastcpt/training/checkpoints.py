@@ -75,14 +75,22 @@ def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint whose files are as they were written; None where there is none at all.
 
     Called by every rank; each looks at its share of the files. A damaged one is said and set aside
-    as what a killed training leaves. ``CheckpointError`` where all are damaged.
+    as what a killed training leaves. ``CheckpointError`` where all are damaged, ``OSError`` on every
+    rank where one could not read: a retry may, and no checkpoint is given up for it.
     """
     found = checkpoints(folder)
     damaged: list[str] = []
     for checkpoint in reversed(found):
         wrong: list[Any] = [None] * dist.get_world_size()
-        own = what_is_damaged(checkpoint, dist.get_rank(), dist.get_world_size())
+        own: str | OSError | None
+        try:
+            own = what_is_damaged(checkpoint, dist.get_rank(), dist.get_world_size())
+        except OSError as error:
+            own = error
         dist.all_gather_object(wrong, own)
+        unread = next((one for one in wrong if isinstance(one, OSError)), None)
+        if unread:
+            raise OSError(f"{checkpoint} could not be read: {unread}")
         wrong = sorted({one for one in wrong if one})
         if not wrong:
             if damaged and dist.get_rank() == 0:

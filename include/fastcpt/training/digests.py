@@ -60,7 +60,8 @@ def write_digests(folder: Path, digests: Mapping[str, Digest]) -> None:
 def what_is_damaged(folder: Path, rank: int, ranks: int) -> str | None:
     """What is wrong with this rank's share of a folder's files; None where they are whole.
 
-    Sizes are compared first: they tell most, at once.
+    Sizes are compared first: they tell most, at once. ``OSError`` where the disk does not answer: that
+    may pass, and says nothing of the files.
     """
     try:
         digests: dict[str, Digest] = read_json(folder / DIGESTS)
@@ -74,6 +75,6 @@ def what_is_damaged(folder: Path, rank: int, ranks: int) -> str | None:
                 return f"{name} has another content than was written (its SHA-256 differs)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         return f"it cannot be read: {error}"
     return None
