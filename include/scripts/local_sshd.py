@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,10 @@ def start(
         **(more or {}),
     }
     # a login starts with a clean environment; these are what an unpacked rsync needs
-    passed = {"PATH": os.environ["PATH"], **(environment or {})}
+    # the interpreter itself comes before any shim of a version manager: a shim that is killed may leave
+    # a lock behind, for which every later one waits a minute
+    path = f"{Path(sys.base_prefix, 'bin')}:{os.environ['PATH']}"
+    passed = {"PATH": path, **(environment or {})}
     for name in ("LD_LIBRARY_PATH", "LANG"):
         if name in os.environ:
             passed.setdefault(name, os.environ[name])
