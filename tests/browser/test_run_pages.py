@@ -77,7 +77,7 @@ def test_the_nav_leads_to_the_list_and_on_to_a_report(airflow, home, logged_in):
     frame.get_by_role("heading", name="Fast CPT runs").wait_for()
     rows = frame.locator("tr").all_inner_texts()
     assert len(rows) == 3
-    assert re.search(r"manual__.*sample\s+success\s+9.36\s+2,111.50\s+fine-tuning", rows[1])
+    assert re.search(r"manual__.*sample\s+success\s+9.36\s+2,111.50\s+no fine-tuning", rows[1])
     assert re.search(r"going <b>on</b>.*sample\s+not ended", rows[2])
     frame.get_by_role("link", name=RUN).click()
     frame.get_by_role("heading", name="Perplexity and the gate").wait_for()
