@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,9 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Iterator[Path]:
+def root(disk_of: Callable[[str], Path]) -> Path:
     """A cluster.root on a disk of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(f"a disk of its own needs root: {done.stderr.strip()}", pytrace=False)
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    return disk_of("2m")
 
 
 def fill(root: Path) -> None:

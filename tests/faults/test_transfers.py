@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -100,15 +101,8 @@ def test_a_shard_altered_there_is_sent_again_and_only_that(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.fail(f"a disk of its own needs root: {done.stderr.strip()}", pytrace=False)
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+def small_disk(disk_of: Callable[[str], Path]) -> Path:
+    return disk_of("20m")
 
 
 @pytest.mark.faults
