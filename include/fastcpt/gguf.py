@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import struct
 from collections.abc import Iterator
@@ -22,14 +21,13 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from fastcpt.files import flush, sha256_of_file, write_json
+from fastcpt.files import HOME, flush, sha256_of_file, write_json
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 SUFFIX = ".gguf"
 FORMAT = 1  # of the folders; raised when they are made otherwise
-HOME = Path(os.environ.get("FASTCPT_HOME") or Path(__file__).resolve().parents[2] / ".fastcpt")
 INSTALLED = "gguf"  # folder under the home where named files are looked for
 FOLDERS = "base_models"  # and the one for what is made of them
 

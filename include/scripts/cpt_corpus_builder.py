@@ -7,7 +7,6 @@ the best ones.
 
 import argparse
 import logging
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -18,11 +17,8 @@ from fastcpt.corpus.build import MANIFEST, build
 from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import funnel_table, select
-from fastcpt.files import read_json, whole_file
+from fastcpt.files import HOME, read_json, whole_file
 from fastcpt.recipe import DEFAULT_RECIPE, Selection, load_recipe
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt")
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ document was taken or not is what `explain.py ID` says.
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -18,11 +17,8 @@ from fastcpt.corpus.export import export_documents
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import funnel_table, select
 from fastcpt.corpus.tokenizer import TokenizerError, find_tokenizer
-from fastcpt.files import read_json, whole_file, write_json
+from fastcpt.files import HOME, read_json, whole_file, write_json
 from fastcpt.recipe import DEFAULT_RECIPE, Recipe, Tokenizer, load_recipe
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt")
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 """Say why a document has its score, component by component, and what became of it."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -12,10 +11,8 @@ from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.explain import explain
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import select
+from fastcpt.files import HOME
 from fastcpt.recipe import DEFAULT_RECIPE, load_recipe
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt")
 
 
 def main() -> None:

@@ -28,13 +28,14 @@ import httpx
 import local_sshd
 import process_groups
 
+from fastcpt import files
 from fastcpt.cluster import far_side
 from fastcpt.corpus.sample import generate_sample
 from fastcpt.files import write_json
 from fastcpt.reporting.record import record_folder, summary_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt").resolve()
+HOME = files.HOME.resolve()
 AIRFLOW_HOME = HOME / "airflow"
 STATE = HOME / "stack.json"
 DAG = "fast_cpt"

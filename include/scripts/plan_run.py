@@ -14,14 +14,13 @@ The exit status is 1 where the recipe does not fit; 2 where it cannot run at all
 import argparse
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastcpt.files import read_json, whole_file
+from fastcpt.files import HOME, read_json, whole_file
 from fastcpt.planning.alternatives import Keep, numbered, own_recipe, placed
 from fastcpt.planning.hardware import hardware_of
 from fastcpt.planning.history import FILE
@@ -33,8 +32,7 @@ from fastcpt.planning.result import CannotRun, Plan, PlanRefused
 from fastcpt.planning.solve import fewest_gpus, most_tokens
 from fastcpt.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-HISTORY = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt") / FILE
+HISTORY = HOME / FILE
 
 
 def main() -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -18,8 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-HOME = Path(os.environ.get("FASTCPT_HOME") or REPOSITORY / ".fastcpt").resolve()
+from fastcpt import files
+
+HOME = files.HOME.resolve()
 
 
 def main() -> None:
