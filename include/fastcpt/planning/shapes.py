@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastcpt.families import FAMILIES, NEEDED, Family, read_config
 from fastcpt.gguf import base_folder
 from fastcpt.recipe import Lora, Recipe
+from fastcpt.yaml_files import read_yaml
 
 MODELS = Path(__file__).with_name("models.yaml")
 
@@ -178,7 +177,7 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
 
 
 def _known() -> dict[str, Shape]:
-    table: dict[str, Any] = yaml.safe_load(MODELS.read_text(encoding="utf-8"))
+    table: dict[str, Any] = read_yaml(MODELS)
     where = MODELS.name
     return {name: shape_from_config(config, f"{where}, {name}") for name, config in table.items()}
 
