@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,22 +12,10 @@ from typing import Any
 import pytest
 
 from fastcpt.reporting.record import record_folder
+from stack_module import load_local_stack
 
 # every run's documents and instructions lie there: what a user types goes all the way as a name
 SAMPLE = "sample '$(touch pwned)' \"`touch pwned`\"; touch pwned #"
-SCRIPTS = Path(__file__).resolve().parents[2] / "include" / "scripts"
-
-
-def load_local_stack(home: Path) -> ModuleType:
-    """The script behind ``make run``, with its state under ``home``."""
-    os.environ["FASTCPT_HOME"] = str(home)
-    sys.path.insert(0, str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("local_stack", SCRIPTS / "local_stack.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass

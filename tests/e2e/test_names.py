@@ -100,9 +100,10 @@ def test_an_upgrade_in_the_middle_of_a_run_loses_no_model(stack: Stack, first: P
 
 @pytest.fixture(scope="module")
 def second(stack: Stack, first: Pass) -> Pass:
-    """The whole run cleared after one file of its documents was taken away."""
-    one = sorted(file for file in documents(stack).rglob("*") if file.is_file())[0]
-    one.rename(stack.home / f"taken away {one.name}")
+    """The whole run cleared after every second file of its documents was taken away."""
+    files = sorted(file for file in documents(stack).rglob("*") if file.is_file())
+    for file in files[::2]:
+        file.rename(stack.home / f"taken away {file.name}")
     return Pass.of(clear(stack))
 
 

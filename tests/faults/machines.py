@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import itertools
 import json
 import logging
@@ -31,9 +30,9 @@ import pytest
 
 import remote_job
 from fastcpt.cluster.remote import Remote
+from stack_module import load_local_stack
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPTS = REPOSITORY / "include" / "scripts"
 
 # A training stand-in: counts steps, saves every fifth, goes on from the last one saved, waits where
 # it is held, and tells when another one runs at the same time.
@@ -357,12 +356,7 @@ class Airflow:
     names = ("api-server", "scheduler", "dag-processor", "triggerer")
 
     def __init__(self, home: Path, cluster: dict[str, Any]) -> None:
-        os.environ["FASTCPT_HOME"] = str(home)
-        spec = importlib.util.spec_from_file_location("faults_stack", SCRIPTS / "local_stack.py")
-        assert spec is not None
-        assert spec.loader is not None
-        stack = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(stack)
+        stack = load_local_stack(home)
         self.home, self.stack = home, stack
         (home / "dags").mkdir(parents=True)
         (home / "logs").mkdir()
