@@ -14,6 +14,7 @@ LIBRARY = REPOSITORY / "include" / "fastcpt"
 ROOMS = ["corpus", "planning", "cluster", "training", "reporting"]
 SHARED = {
     "fastcpt",
+    "fastcpt.__version__",
     *(f"fastcpt.{name}" for name in ("families", "files", "gguf", "ids", "recipe", "yaml_files")),
 }
 GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fastcpt import __version__
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import load_recipe
 from fastcpt.reporting import record as records
@@ -68,6 +69,7 @@ def test_a_record_opens_with_recipe_code_and_versions(home):
     run = read_json(record / "run.json")
     assert (run["run"], run["dag"]) == (RUN, "fast_cpt")
     assert run["code"]
+    assert run["version"] == __version__
     assert re.match(r"\d+\.", run["packages"]["pyarrow"])
     assert load_recipe(record / "recipe.yaml") == recipe
 

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastcpt import __version__
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.training import publish as publishing
@@ -137,6 +138,17 @@ def test_published_again_from_the_same_inputs_nothing_is_written(
     before = (output / "model.safetensors").stat().st_mtime_ns
     publish(recipe, tuned, record, output)
     assert (output / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_publication_says_by_which_version_it_was_made_and_another_one_publishes_nothing_again(
+    recipe: Recipe, tuned: Path, record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "published"
+    first = publish(recipe, tuned, record, output)
+    assert first["version"] == read_json(output / "publication.json")["version"] == __version__
+    assert f"the Fast CPT {__version__} recipe `" in (output / "README.md").read_text()
+    monkeypatch.setattr(publishing, "__version__", "99.0.0")
+    assert publish(recipe, tuned, record, output) == first
 
 
 def test_another_record_makes_another_card(

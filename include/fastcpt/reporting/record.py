@@ -1,7 +1,7 @@
 """A run's record: one folder of small files that says what was run, on what, and what came of it.
 
     home/runs/<run>-<digest>/
-        run.json                  run, DAG, start and end, state, code version, package versions
+        run.json                  run, DAG, start and end, state; versions of Fast CPT, its code, its packages
         recipe.yaml               the recipe with every default written out
         plan.json                 what the plan promised
         outputs/<task>.json       path and digest of what each task made
@@ -31,6 +31,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fastcpt import __version__
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
 from fastcpt.recipe import Recipe
 from fastcpt.yaml_files import read_yaml
@@ -90,6 +91,7 @@ def open_record(
             "run": run,
             "dag": dag,
             "started": began,
+            "version": __version__,
             "code": code_version(REPOSITORY),
             "packages": package_versions(),
         },

@@ -319,7 +319,7 @@ def _outputs(record: Path) -> list[Part]:
 
 def _versions(record: Path) -> list[Part]:
     run = read(record, "run.json")
-    versions = {"code": run.get("code"), **run.get("packages", {})}
+    versions = {"Fast CPT": run.get("version"), "code": run.get("code"), **run.get("packages", {})}
     rows = [(name, _cell(version)) for name, version in versions.items() if version]
     return [Table(("", "version"), rows)] if rows else []
 

@@ -47,12 +47,14 @@ def model_card(
     name: str,
     parameters: int,
     areas: Sequence[str] = (),
+    version: str = "",
 ) -> str:
     """The text of README.md: how the model came to be and what it was measured to do.
 
     ``facts`` are the JSON files of the run's record by their name without ``.json``, an empty
     mapping for each that the run does not have. What was not measured is not told. ``areas`` are
-    those whose adapters lie in ``adapters/``.
+    those whose adapters lie in ``adapters/``. ``version`` is that of Fast CPT; the words that name
+    a publication (``made_from``) are without it, so that a new version publishes nothing again.
     """
     base = hub_name(recipe)
     front = {
@@ -65,11 +67,12 @@ def model_card(
     if recipe.model.config is not None:
         origin = "random weights (`model.config` of the recipe)"
     tuned = ", then fine-tuned on instructions" if facts["train_sft/training"] else ""
+    program = f"Fast CPT {version}".rstrip()
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
         f"A language model of {parameters:,} parameters, trained from {origin} on legal texts"
-        f"{tuned} by the Fast CPT recipe `{recipe.name}`. {recipe.description}".rstrip(),
+        f"{tuned} by the {program} recipe `{recipe.name}`. {recipe.description}".rstrip(),
         "## Use",
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

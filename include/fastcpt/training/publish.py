@@ -23,6 +23,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from fastcpt import __version__
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe
 from fastcpt.training.card import hub_name, model_card, read_facts
@@ -44,8 +45,8 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
     """Write the folder ``output``; returns what its ``publication.json`` holds.
 
     ``model`` is a training's ``final`` folder, ``record`` the run's record (or what of it there
-    is). ``publication.json``: ``made_from`` (a digest of all inputs), ``base`` (its hub name or
-    None), ``parameters`` and ``merged`` (whether there were adapters). Raises ``PublishError``,
+    is). ``publication.json``: ``made_from`` (a digest of all inputs), ``version`` (of Fast CPT),
+    ``base`` (its hub name or None), ``parameters`` and ``merged`` (whether there were adapters). Raises ``PublishError``,
     ``ModelError`` where the model cannot be loaded, ``InstructionError`` for its tokenizer.
     """
     if not model.is_dir():
@@ -71,10 +72,13 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
         causal.save_pretrained(str(partial), max_shard_size=SHARD)
     AutoTokenizer.from_pretrained(str(model)).save_pretrained(str(partial))
     areas = _copy_adapters(model, partial, hub_name(recipe))
-    card = model_card(recipe, facts, name=output.name, parameters=parameters, areas=areas)
+    card = model_card(
+        recipe, facts, name=output.name, parameters=parameters, areas=areas, version=__version__
+    )
     (partial / "README.md").write_text(card, encoding="utf-8")
     result = {
         "made_from": made_from,
+        "version": __version__,
         "base": hub_name(recipe),
         "parameters": parameters,
         "merged": merged,
