@@ -2,15 +2,15 @@
 #            make run DATA=folder [RECIPE=name] [TOKENIZER=folder] [INSTRUCTIONS=file] [SET="key=value ..."]
 # make test  everything CI runs
 # make up / make down   Airflow with its UI, left running / ended
+# For GNU make 3.81 too, which macOS has: each line of a recipe is a shell of its own.
 SHELL := /bin/bash
-.ONESHELL:
 .PHONY: run up down test lint faults install install-dev
 
 local = . include/scripts/tools.sh && PYTHONPATH=include exec .env/airflow/bin/python include/scripts/local_stack.py
 
 run: install
 	@[ '$(RECIPE)' != smollm2 ] || include/scripts/install_smollm2.sh || exit
-	$(local) run --data '$(DATA)' --recipe '$(RECIPE)' --tokenizer '$(TOKENIZER)' --instructions '$(INSTRUCTIONS)' $(foreach pair,$(SET),--set '$(pair)')
+	@$(local) run --data '$(DATA)' --recipe '$(RECIPE)' --tokenizer '$(TOKENIZER)' --instructions '$(INSTRUCTIONS)' $(foreach pair,$(SET),--set '$(pair)')
 
 up: install
 	@$(local) up

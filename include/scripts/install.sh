@@ -1,25 +1,33 @@
 #!/usr/bin/env bash
 # Installs what is missing: two Python environments under .env/ (airflow, and cluster, which plays the
 # GPU host), rsync and OpenSSH. With the word `dev` also what the tests need.
-# Root uses apt-get; an ordinary user gets the same Debian packages unpacked under .env/tools.
+# Root uses apt-get; an ordinary user gets the same Debian packages unpacked under .env/tools; on macOS
+# what is missing is named. Runs on bash 3.2 and with BSD's tools: docs/macos.md says what that rules out.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export DEBIAN_FRONTEND=noninteractive
 tools=$PWD/.env/tools
+system=$(uname)
 mkdir -p .env
-exec 9>.env/install.lock
-flock 9
 
 say() { printf '%s\n' "$*" >&2; }
 stop() { say "install: $*"; exit 1; }
 
-python=$(command -v python3.11 || true)
-[ -n "$python" ] || python=$(command -v python3 || stop "Python 3.11 is missing: install the package python3.")
+# Homebrew's and uv's folders are not on the PATH of every program that calls make.
+python=$(PATH="$PATH:/opt/homebrew/bin:/usr/local/bin:$HOME/.local/bin"; command -v python3.11 || command -v python3 || true)
+get="install the package python3.11, or uv python install 3.11"
+[ "$system" != Darwin ] || get="brew install python@3.11, or uv python install 3.11"
+[ -n "$python" ] || stop "Python 3.11 is missing: $get."
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-  || stop "Python 3.11 is needed, $python is $("$python" -V 2>&1). Put python3.11 on the PATH."
+  || stop "Python 3.11 is needed, $python is $("$python" -V 2>&1): $get."
+
+# One installation at a time: the lock is the open file's, and ends with this shell.
+exec 9>.env/install.lock
+"$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
 
 # Debian packages, by root or, unpacked aside, by anybody.
 packages() {
+  [ "$system" != Darwin ] || stop "missing: $*. Get it with Homebrew: brew install $*."
   command -v apt-get >/dev/null || stop "missing: $*. Install them with this machine's own package manager."
   say "installing Debian packages: $*"
   if [ "$(id -u)" = 0 ]; then
@@ -39,19 +47,33 @@ packages() {
 # What was unpacked for an ordinary user comes after the machine's own.
 . include/scripts/tools.sh
 
-missing=()
-command -v rsync >/dev/null || missing+=(rsync)
-command -v ssh >/dev/null || missing+=(openssh-client)
-command -v sshd >/dev/null || missing+=(openssh-server)
-[ -x .env/cluster/bin/python ] || "$python" -c 'import ensurepip' 2>/dev/null || ls "$tools"/root/usr/share/python-wheels/pip-*.whl >/dev/null 2>&1 || missing+=("$([ "$(id -u)" = 0 ] && echo python3-venv || echo python3-pip-whl)")
-if [ "${1:-}" = dev ]; then
-  command -v chromium >/dev/null || missing+=(chromium)
-  # the browser's driver is linked to it
-  ldconfig -p | grep -q libatomic.so.1 || ls "$tools"/root/usr/lib/*/libatomic.so.1 >/dev/null 2>&1 || missing+=(libatomic1)
-  command -v ip >/dev/null || missing+=(iproute2)
-  [ "$(id -u)" != 0 ] || command -v slurmctld >/dev/null || missing+=(slurm-wlm munge)
+# A string and no array: bash 3.2 takes an empty array for an unset one.
+missing=
+command -v rsync >/dev/null || missing+=" rsync"
+if [ "$system" = Darwin ]; then
+  # Apple's own fetches no list of files, and hands the quotes in an ssh command on to ssh
+  case "$(rsync --version 2>&1)" in *openrsync*) missing+=" rsync" ;; esac
+  command -v sshd >/dev/null || missing+=" openssh"
+else
+  command -v ssh >/dev/null || missing+=" openssh-client"
+  command -v sshd >/dev/null || missing+=" openssh-server"
+  [ -x .env/cluster/bin/python ] || "$python" -c 'import ensurepip' 2>/dev/null || ls "$tools"/root/usr/share/python-wheels/pip-*.whl >/dev/null 2>&1 \
+    || missing+=" $([ "$(id -u)" = 0 ] && echo python3-venv || echo python3-pip-whl)"
 fi
-[ ${#missing[@]} = 0 ] || packages "${missing[@]}"
+if [ "${1:-}" = dev ]; then
+  command -v shellcheck >/dev/null || missing+=" shellcheck"
+  if [ "$system" != Darwin ]; then
+    command -v chromium >/dev/null || missing+=" chromium"
+    # the browser's driver is linked to it
+    ldconfig -p | grep -q libatomic.so.1 || ls "$tools"/root/usr/lib/*/libatomic.so.1 >/dev/null 2>&1 || missing+=" libatomic1"
+    command -v ip >/dev/null || missing+=" iproute2"
+    [ "$(id -u)" != 0 ] || command -v slurmctld >/dev/null || missing+=" slurm-wlm munge"
+  fi
+fi
+# shellcheck disable=SC2086 # words
+[ -z "$missing" ] || packages $missing
+
+sha256() { "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:16])'; }
 
 new_environment() {
   if "$python" -c 'import ensurepip' 2>/dev/null; then
@@ -68,15 +90,15 @@ new_environment() {
 environment() {
   local folder=.env/$1; shift
   local digest
-  digest=$(cat "$@" | sha256sum | cut -c1-16)
+  digest=$(cat "$@" | sha256)
   [ "$(cat "$folder/built-from" 2>/dev/null)" = "$digest" ] && return
   say "installing $folder from $*"
   local base
-  base=$(cat "$1" | sha256sum | cut -c1-16)
+  base=$(sha256 < "$1")
   [ "$(cat "$folder/base" 2>/dev/null)" = "$base" ] || new_environment "$folder"
-  local files=() file
-  for file in "$@"; do files+=(-r "$file"); done
-  "$folder/bin/python" -m pip install -q --disable-pip-version-check "${files[@]}" \
+  local options=(-q --disable-pip-version-check) file
+  for file in "$@"; do options+=(-r "$file"); done
+  "$folder/bin/python" -m pip install "${options[@]}" \
     || stop "pip could not install $* into $folder; see its message above."
   "$folder/bin/python" -m compileall -q "$folder/lib" >/dev/null 2>&1 || true
   echo "$base" > "$folder/base"
@@ -87,8 +109,8 @@ if [ "${1:-}" = dev ]; then
   environment airflow requirements.txt requirements-dev.txt
   environment cluster requirements-cluster.txt requirements-dev.txt
 else
-  [ -f .env/airflow/built-from ] && [ "$(cat .env/airflow/base)" = "$(sha256sum < requirements.txt | cut -c1-16)" ] \
+  [ -f .env/airflow/built-from ] && [ "$(cat .env/airflow/base)" = "$(sha256 < requirements.txt)" ] \
     || environment airflow requirements.txt
-  [ -f .env/cluster/built-from ] && [ "$(cat .env/cluster/base)" = "$(sha256sum < requirements-cluster.txt | cut -c1-16)" ] \
+  [ -f .env/cluster/built-from ] && [ "$(cat .env/cluster/base)" = "$(sha256 < requirements-cluster.txt)" ] \
     || environment cluster requirements-cluster.txt
 fi

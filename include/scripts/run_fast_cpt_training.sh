@@ -26,8 +26,7 @@ python=$repository/.env/airflow/bin/python
 scripts=$repository/include/scripts
 recipe=${RECIPE:-cpt_config_fast}
 output=${OUTPUT:-fast_cpt_output}
-tokenizer=()
-[ -z "${TOKENIZER:-}" ] || tokenizer=(--tokenizer "$TOKENIZER")
+# shellcheck source=include/scripts/tools.sh
 . "$scripts/tools.sh"
 
 if [ "${1:-}" = skip ]; then
@@ -36,14 +35,14 @@ else
   echo "== filter"
   [ -n "${DOCUMENTS:-}" ] || stop "DOCUMENTS is not set: the folder of documents to filter."
   "$python" "$scripts/create_fast_cpt_corpus.py" --input_dir "$DOCUMENTS" --output_dir "$output/filtered" \
-    --config "$recipe" "${tokenizer[@]}"
+    --config "$recipe" ${TOKENIZER:+--tokenizer "$TOKENIZER"}
 fi
 if [ "${2:-}" = skip ]; then
   echo "== build: skipped"
 else
   echo "== build"
   "$python" "$scripts/cpt_corpus_builder.py" --input_dir "$output/filtered" --output_dir "$output/corpus" \
-    --config "$recipe" "${tokenizer[@]}"
+    --config "$recipe" ${TOKENIZER:+--tokenizer "$TOKENIZER"}
 fi
 [ -f "$output/corpus/corpus_manifest.json" ] \
   || stop "no corpus in $output/corpus: leave out the second 'skip' once, or set OUTPUT."

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests, the fast ones first; each part in the environment that it is about. Called by make test.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit
 began=$SECONDS
 failed=0
 run() { "$@" || failed=1; }
