@@ -26,6 +26,7 @@ from airflow.sdk.definitions.retry_policy import RetryAction
 import steps
 from approval import ApprovePlan
 from fastcpt.recipe import DEFAULT_RECIPE, FORM, form_schema, recipe_names
+from notifications import tell_failure
 from remote_job import RemoteJobOperator
 
 # A wrong recipe, document or host key does not heal by trying again, nor does a mistake in the
@@ -79,6 +80,7 @@ PARAMS = {
         "retries": 3,
         "retry_delay": timedelta(minutes=1),
         "retry_policy": RETRY_POLICY,
+        "on_failure_callback": tell_failure,
     },
 )
 def fast_cpt() -> None:

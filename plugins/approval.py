@@ -12,6 +12,7 @@ from airflow.sdk.definitions.param import ParamsDict
 
 import steps
 from fastcpt.reporting.record import add_time, read
+from notifications import tell
 
 
 class ApprovePlan(ApprovalOperator):
@@ -31,6 +32,8 @@ class ApprovePlan(ApprovalOperator):
         self._note(context, time.time())
         # the form asks for a word on the plan; the run's own values were given before
         self.params = ParamsDict({})
+        link = context["ti"].log_url.partition("?")[0] + "/required_actions"
+        tell(context, "waiting for approval", plan["text"], link)
         return super().execute(context)
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> Any:

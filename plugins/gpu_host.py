@@ -58,7 +58,7 @@ def provider_info() -> dict[str, Any]:
     return {
         "package-name": "fast-cpt",
         "name": "Fast CPT",
-        "description": "The host that trains, by SSH.",
+        "description": "The host that trains, by SSH; a webhook that is told of runs.",
         "connection-types": [
             {
                 "connection-type": GpuHostHook.conn_type,
@@ -86,6 +86,16 @@ def provider_info() -> dict[str, Any]:
                         "of all that is kept on the host; empty: fast_cpt in its home",
                     ),
                 },
-            }
+            },
+            {
+                "connection-type": "webhook",
+                "hook-class-name": "notifications.WebhookHook",
+                "hook-name": "Webhook",
+                "ui-field-behaviour": {
+                    "hidden-fields": ["schema", "host", "login", "port", "extra"],
+                    "relabeling": {"password": "URL"},
+                    "placeholders": {"password": "https://hooks.slack.com/services/..."},
+                },
+            },
         ],
     }

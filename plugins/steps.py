@@ -17,6 +17,7 @@ from airflow.sdk import Context, Variable, get_current_context
 
 from fastcpt.files import HOME, digest_of, read_json
 from fastcpt.recipe import CONFIGS, Recipe, RecipeError, form_overrides, load_recipe
+from notifications import AlreadyTold, tell
 from remote_job import RemoteJob, connection_of, remote_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -618,7 +619,8 @@ def keep_published(context: Context, files: Files, hands_on: Facts) -> Facts:
 # The gate
 
 
-def _decide(context: Context, evaluation: str, gate: str) -> Facts:
+def _decide(context: Context, evaluation: str, gate: str, missed: str) -> Facts:
+    """The gate's decision, kept in the record; ``missed`` is what follows from a miss."""
     from fastcpt.reporting.gate import decide
     from fastcpt.reporting.record import add
 
@@ -629,25 +631,38 @@ def _decide(context: Context, evaluation: str, gate: str) -> Facts:
     )
     add(record, gate, decision)
     relation = "below" if decision["passed"] else "not below"
-    print(
+    found = (
         f"validation perplexity {decision['value']:.3f} ({decision['validation_set']}), base model "
         f"{decision['base_value'] or float('nan'):.3f}: {relation} the gate's {decision['threshold']:g}"
     )
+    print(found)
+    if not decision["passed"]:
+        tell(context, "gate missed", f"{found}. {missed}")
     return decision
+
+
+class GateMissed(RecipeError, AlreadyTold):
+    """The gate was missed and there is no further stage."""
 
 
 def gate() -> str:
     """Perplexity below the recipe's threshold goes on to fine-tuning, else to stage 2."""
-    decision = _decide(get_current_context(), "evaluation.json", "gate.json")
+    context = get_current_context()
+    decision = _decide(context, "evaluation.json", "gate.json", "Stage 2 begins.")
     return "train_sft" if decision["passed"] else "train_cpt_stage2"
 
 
 def gate_stage2() -> Facts:
     """The same rule after stage 2; a model that still misses it goes no further."""
     context = get_current_context()
-    decision = _decide(context, "evaluation_stage2.json", "gate_stage2.json")
+    decision = _decide(
+        context,
+        "evaluation_stage2.json",
+        "gate_stage2.json",
+        "That was stage 2: the run ends here.",
+    )
     if not decision["passed"]:
-        raise RecipeError(
+        raise GateMissed(
             f"validation perplexity is {decision['value']:.2f} after stage 2, not below "
             f"{decision['threshold']:g} (gate.perplexity_threshold). Try more steps "
             "(stage2.max_steps) or a higher stage2.learning_rate, more documents "
@@ -661,8 +676,8 @@ def gate_stage2() -> Facts:
 # The end
 
 
-class RunFailed(ValueError):
-    """What the run came to: the last task fails with it, and so the run."""
+class RunFailed(ValueError, AlreadyTold):
+    """What the run came to: the last task fails with it, and so the run. Who failed has said so."""
 
 
 def report() -> Facts:

@@ -60,6 +60,7 @@ def test_the_library_does_not_know_airflow_plugins_or_dags() -> None:
         assert not roots & {
             "airflow",
             "gpu_turns",
+            "notifications",
             "remote_job",
             "run_pages",
             "run_state",

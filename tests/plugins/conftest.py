@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from airflow.sdk import DAG
 from airflow.sdk.execution_time.context import set_current_context
 
 import steps
@@ -23,10 +24,11 @@ class Run:
         self.documents = documents
         self.params = {"documents": str(documents), "run_even_if_plan_says_no": False}
         self.run_id, self.dag_id, self.task_id, self.map_index = "a:run", "fast_cpt", "", -1
+        self.log_url = "http://airflow.example/dags/fast_cpt"
         self.context: Any = {
             "ti": self,
             "run_id": self.run_id,
-            "dag": SimpleNamespace(dag_id=self.dag_id),
+            "dag": DAG(self.dag_id),
             "dag_run": SimpleNamespace(start_date=datetime.now(UTC)),
             "params": self.params,
         }

@@ -1,0 +1,132 @@
+"""Who is told of a run that needs a person: by e-mail and by webhook, where one is set up.
+
+E-mail goes through Airflow's own ``SmtpNotifier`` and its connection ``smtp_default``, to the addresses
+in the Airflow variable ``fast_cpt_mail_to``. The webhook is the connection ``fast_cpt_webhook``.
+A message that cannot be sent is an error in the task's log: it fails no task.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import httpx
+from airflow.sdk import BaseHook, BaseNotifier, Context, Variable
+from airflow.sdk.definitions.template import literal
+from airflow.sdk.exceptions import AirflowNotFoundException
+
+from fastcpt.files import HOME
+from fastcpt.reporting.record import record_folder
+
+MAIL_TO = "fast_cpt_mail_to"
+WEBHOOK = "fast_cpt_webhook"
+LONGEST_REASON = 2000
+TIMEOUT_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class AlreadyTold(Exception):
+    """Mixed into an error that was told under a name of its own, or by the task it came from."""
+
+
+def tell(context: Context, event: str, reason: str, link: str | None = None) -> None:
+    """Send what happened to a run (``event``), the reason, and a link to the task, or to ``link``."""
+    task = context["ti"]
+    subject = " ".join(f"Fast CPT: {event}: {task.task_id} of {task.dag_id}, {task.run_id}".split())
+    if len(reason) > LONGEST_REASON:
+        reason = reason[:LONGEST_REASON] + " ..."
+    for notifier in _notifiers(subject, reason, link or task.log_url):
+        try:
+            # a copy: Airflow adds the notifier's fields to it
+            notifier({**context})
+        except Exception:
+            log.exception("%s could not tell: %s", type(notifier).__name__, subject)
+
+
+def tell_failure(context: Context) -> None:
+    """A task's ``on_failure_callback``: its last try failed. Of mapped tasks the first one is told."""
+    error, task = context.get("exception"), context["ti"]
+    if isinstance(error, AlreadyTold):
+        return
+    if task.map_index is not None and task.map_index >= 0:
+        clears = getattr(context.get("dag_run"), "clear_number", 0)
+        if not first_time(record_folder(HOME, task.run_id), f"{task.task_id}-{clears}"):
+            return
+    # Airflow knows no error where a task's process or machine went away
+    reason = str(error or "The task was ended from outside, or its machine went away.")
+    tell(context, "failed", reason)
+
+
+def first_time(record: Path, what: str) -> bool:
+    """Whether ``what`` has not been told of the run before; from now on it has."""
+    if not record.is_dir():
+        return True
+    try:
+        (record / "told").mkdir(exist_ok=True)
+        (record / "told" / what).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError as error:  # a full disk: twice is better than never
+        log.warning("%s: %s", record, error)
+    return True
+
+
+def _notifiers(subject: str, reason: str, link: str) -> Iterator[BaseNotifier]:
+    """The ways that are set up. Texts are literal: a reason may hold what reads as a template."""
+    from airflow.providers.smtp.notifications.smtp import SmtpNotifier
+
+    if to := Variable.get(MAIL_TO, default=None):
+        body = f'<pre>{escape(reason)}</pre><p><a href="{escape(link)}">{escape(link)}</a></p>'
+        yield SmtpNotifier(to=to, subject=literal(subject), html_content=literal(body))
+    try:
+        url = BaseHook.get_connection(WEBHOOK).password
+    except AirflowNotFoundException:
+        return
+    yield WebhookNotifier(url, f"*{_slack(subject)}*\n{_slack(reason)}\n<{_slack(link)}|Open>")
+
+
+def _slack(text: str) -> str:
+    return escape(text, quote=False)
+
+
+class WebhookNotifier(BaseNotifier):
+    """Posts ``{"text": ...}``: the form of Slack's incoming webhooks, which others take too."""
+
+    def __init__(self, url: str | None, text: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.url = url
+        self.text = text
+
+    def notify(self, context: Context) -> None:
+        if not self.url:
+            raise ValueError(f"the connection {WEBHOOK} has no URL (its password)")
+        answer = httpx.post(self.url, json={"text": self.text}, timeout=TIMEOUT_S)
+        # not httpx's own error: it shows the URL, which is the secret
+        if not answer.is_success:
+            raise ConnectionError(f"the webhook answered {answer.status_code}: {answer.text[:200]}")
+
+
+class WebhookHook(BaseHook):
+    """The connection type of a webhook; its Test button sends a message."""
+
+    conn_name_attr = "webhook_conn_id"
+    default_conn_name = WEBHOOK
+    conn_type = "webhook"
+    hook_name = "Webhook"
+
+    def __init__(self, webhook_conn_id: str = default_conn_name) -> None:
+        super().__init__()
+        self.connection = webhook_conn_id
+
+    def test_connection(self) -> tuple[bool, str]:
+        """Whether a message went through, or why not."""
+        url = self.get_connection(self.connection).password
+        try:
+            WebhookNotifier(url, "Fast CPT: a test of this webhook.").notify({})
+        except (ValueError, OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+            return False, str(error)
+        return True, "a message was sent"
