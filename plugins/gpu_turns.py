@@ -4,7 +4,7 @@ A cluster's queue is a file under ``HOME/turns/``: the runs that asked, in that 
 first has the GPUs. A run keeps its place from one step to the next, so that its evaluation goes
 before another run's training. It leaves with its end (``run_state``); one that left no other way, a
 deleted one for instance, is found by Airflow's word that it does not go on. The cluster's own lock
-(``far_side``) is there for whoever else uses it.
+(``agent.gpu_locks``) is there for whoever else uses it.
 """
 
 from __future__ import annotations

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
+from fastcpt.cluster.agent.program import MODULES
 from fastcpt.cluster.environment import SHIPPED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -76,6 +78,16 @@ def test_what_the_shipped_code_imports_is_shipped() -> None:
             file = Path(*module.split(".")).with_suffix(".py")
             if (LIBRARY.parent / file).is_file():
                 assert str(file) in shipped, f"{name} imports {module}"
+
+
+def test_the_agent_is_the_standard_library_and_itself_for_python_3_8() -> None:
+    agent = LIBRARY / "cluster" / "agent"
+    assert sorted(MODULES) == sorted(path.stem for path in agent.glob("[!_]*.py"))
+    for path in [LIBRARY / "__init__.py", LIBRARY / "cluster" / "__init__.py", *files_of(agent)]:
+        ast.parse(path.read_text(), feature_version=(3, 8))
+        for module in imports_of(path):
+            standard = module.split(".")[0] in sys.stdlib_module_names
+            assert standard or module.startswith("fastcpt.cluster.agent"), f"{path}: {module}"
 
 
 def test_only_training_knows_torch() -> None:

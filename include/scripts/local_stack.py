@@ -29,7 +29,7 @@ import local_sshd
 import process_groups
 
 from fastcpt import files
-from fastcpt.cluster import far_side
+from fastcpt.cluster.agent.jobs import stop
 from fastcpt.corpus.sample import generate_sample
 from fastcpt.files import write_json
 from fastcpt.reporting.record import record_folder, summary_text
@@ -274,7 +274,7 @@ def end(state: dict[str, Any]) -> None:
         signal.signal(ending, signal.SIG_IGN)
     # jobs outlive their connection, but not the machine that plays their host
     for job in sorted((HOME / "cluster" / "jobs").glob("*")):
-        far_side.stop(str(HOME / "cluster"), job.name)
+        stop(str(HOME / "cluster"), job.name)
     if "processes" not in state:
         print(f"{STATE} is of an older version and says too little to end anything safely.")
         print(f"Look at these processes and end them by hand: {state.get('pids')}")

@@ -17,7 +17,7 @@ import local_sshd
 import pytest
 
 from cluster.test_jobs import log_of, poll, processes, wait
-from fastcpt.cluster import far_side, jobs
+from fastcpt.cluster import jobs
 from fastcpt.cluster.remote import Remote, ask
 from steps import _job_seconds
 
@@ -149,8 +149,10 @@ def test_a_step_of_a_second_hosts_clock_ends_no_training(clock: Path, tmp_path: 
         "cwd": str(tmp_path),
         "environment": {},
     }
+    file = tmp_path / "supervisor.py"
+    file.write_text(supervisor())
     node = subprocess.Popen(
-        [sys.executable, far_side.__file__, "node"],
+        [sys.executable, str(file), "node"],
         stdin=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(clock)},
     )

@@ -12,7 +12,7 @@ OLDEST_PYTHON = (3, 8)
 
 
 def check_host(remote: Remote, root: str) -> dict[str, Any]:
-    """Log in for the first time; what the host is and has (``far_side.check``).
+    """Log in for the first time; what the host is and has (``agent.host.check``).
 
     Memory and disk are in GB. Raises ``ClusterError`` for what no recipe could do without, and
     ``ConnectionLost`` where the host does not answer.

@@ -503,7 +503,7 @@ def _agent_keys(config: Config) -> list[paramiko.AgentKey]:
 
 
 def _run(transport: paramiko.Transport, host: str) -> Answer:
-    """``COMMAND`` on the far side, as OpenSSH would run it: without a terminal."""
+    """``COMMAND`` on the host, as OpenSSH would run it: without a terminal."""
     try:
         channel = transport.open_session(timeout=CONNECT_TIMEOUT_S)
         channel.settimeout(CONNECT_TIMEOUT_S)

@@ -1,6 +1,6 @@
 """Jobs on the cluster that outlive the connection: started once, found again, ended for sure.
 
-The protocol is the far side's (``far_side``): a folder a job with ``job.sh``, a lock, a status and a
+The protocol is the agent's (``agent.jobs``): a folder a job with ``job.sh``, a lock, a status and a
 log. A job's name does not depend on the try, so that a retry finds the job of the try before.
 """
 

@@ -19,10 +19,10 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fastcpt.cluster.agent import program
 from fastcpt.files import digest_of
 
 CONNECT_TIMEOUT_S = 20
@@ -139,24 +139,15 @@ def _sockets() -> str:
     )
 
 
-@cache
-def _program() -> str:
-    """The far side's program, able to write itself out as a job's supervisor."""
-    source = (Path(__file__).parent / "far_side.py").read_text()
-    return f"{source}\nSOURCE = {source!r}\n"
-
-
 def _request(do: str, values: dict[str, Any]) -> bytes:
-    # what is made there is its owner's alone
-    call = f"\nos.umask(0o077)\nprint(json.dumps(answer({do!r}, json.loads({json.dumps(values)!r}))))\n"
-    return (_program() + call).encode()
+    return program.request(do, json.dumps(values)).encode()
 
 
 def ask(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
-    """One request to the far side (a function of ``far_side.REQUESTS``) and its answer.
+    """One request to the agent (one of ``agent.main.REQUESTS``) and its answer.
 
     Raises ``LoginRefused`` for a refused key or a login without a shell, ``ClusterError`` for a
-    wrong host key or what the far side says cannot be, ``ConnectionLost`` when it does not answer.
+    wrong host key or what the agent says cannot be, ``ConnectionLost`` when it does not answer.
     """
     command = [*remote.ssh(), "--", remote.host, "exec python3 -"]
     patience = ASK_TIMEOUT_S.get(do, LONGEST_ASK_S)

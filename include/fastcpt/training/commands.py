@@ -47,7 +47,7 @@ def environment(recipe: Recipe, host: Host, price: float | None = None) -> dict[
 def launch(recipe: Recipe, host: Host, port: int) -> Command:
     """DeepSpeed's launcher over the recipe's GPUs: of one host, or started on each of several.
 
-    Several hosts, and Slurm's, are the far side's ``on-hosts``: it fills in the words in braces.
+    Several hosts, and Slurm's, are the agent's ``on-hosts`` (``cluster.agent.hosts``): it fills in the words in braces.
     """
     deepspeed = [host.python, f"{host.python.rpartition('/')[0]}/deepspeed"]
     cluster = recipe.cluster

@@ -1,0 +1,95 @@
+"""Locks on the GPUs: jobs that must not run beside each other take turns."""
+
+import fcntl
+import os
+import signal
+import time
+from typing import List
+
+from fastcpt.cluster.agent.files import Answer, expand, note
+from fastcpt.cluster.agent.job_folder import Removed
+from fastcpt.cluster.agent.processes import (
+    HOLDS,
+    MARK,
+    boot_id,
+    environment_of,
+    mark,
+    processes,
+    signal_quietly,
+)
+
+
+def shared_locks(root: str, alone: str) -> List[str]:
+    """The locks that a job holds against others: of its root, and of all roots on this host."""
+    of_root = os.path.join(os.path.realpath(expand(root)), "gpus.lock")
+    # a home may be shared by several hosts
+    of_host = expand("~/.fast_cpt/gpus-%s.lock" % os.uname().nodename)
+    return {"no": [], "root": [of_root], "host": [of_root, of_host]}[alone]
+
+
+def same_file(lock: int, path: str) -> bool:
+    """Whether a lock is still the one at its path: somebody may have removed the file."""
+    try:
+        there = os.stat(path)
+    except OSError:
+        return False
+    return os.path.samestat(there, os.fstat(lock))
+
+
+def sign(lock: int, name: str) -> None:
+    """For those that wait: whose turn it is. On a full disk they are not told."""
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, name.encode(), 0)
+    except OSError:
+        pass
+
+
+def wait_for(path: str, folder: str, status: Answer, ending: List[float]) -> int:
+    """A shared lock's descriptor, once it is free or the job is asked to end."""
+    lock, told = -1, ""
+    removed = Removed(folder)
+    while not ending:
+        try:
+            if lock < 0:
+                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not same_file(lock, path):
+                os.close(lock)
+                lock = -1
+                continue
+            holder = os.path.basename(other_holder(path, folder))
+            if not holder:
+                sign(lock, status["name"])
+                break
+            why = "job %s has the GPUs (%s)" % (holder, path)
+        except BlockingIOError:
+            holder = os.pread(lock, 1024, 0).decode(errors="replace")
+            why = "job %s has the GPUs (%s)" % (holder, path)
+        except OSError as error:
+            why = str(error)
+        status.update(state="waiting", why=why)
+        if why != told and note(os.path.join(folder, "status.json"), status):
+            told = why
+        if removed():
+            ending.append(time.monotonic())
+        time.sleep(0.5)
+    status.pop("why", None)
+    return lock
+
+
+def other_holder(lock: str, folder: str) -> str:
+    """The folder of another job that works under a lock, whatever became of the lock's file.
+
+    What no supervisor watches any more is ended: nobody else would, and it has the GPUs.
+    """
+    for pid in processes():
+        environment = environment_of(pid)
+        boot, supervisor, *locks = environment.get(HOLDS, "\n").split("\n")
+        other = environment.get(MARK, "")
+        if lock in locks and other != folder:
+            if boot == boot_id() and mark(int(supervisor)) != other:
+                signal_quietly(os.kill, pid, signal.SIGKILL)
+            return other
+    return ""

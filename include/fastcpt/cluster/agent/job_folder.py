@@ -1,0 +1,138 @@
+"""A job's folder: its files, its locks, and which supervisor watches it."""
+
+import fcntl
+import json
+import os
+import time
+from typing import Dict, List, Optional
+
+from fastcpt.cluster.agent import program
+from fastcpt.cluster.agent.files import Answer, expand, read_json, unlink, write_whole
+from fastcpt.cluster.agent.processes import HOLDS, MARK, boot_id, environment_of, mark, processes
+
+LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+# Given up when a job has ended on a full disk, so that its last status can be written.
+RESERVE = 64 * 1024
+# A folder that is not there for so long was removed, and is not just being mounted again.
+GONE_S = 10.0
+ACTIVE = ("starting", "waiting", "running")
+
+
+def job_folder(root: str, name: str) -> str:
+    return os.path.realpath(os.path.join(expand(root), "jobs", name))
+
+
+class Door:
+    """Held while a job is started or ended: two that come at once go in one after the other."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.lock = folder, -1
+
+    def __enter__(self) -> None:
+        try:
+            self.lock = os.open(os.path.join(self.folder, "door"), os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError:
+            return  # a full or read-only disk, or no folder any more: a job can be ended all the same
+        fcntl.flock(self.lock, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock >= 0:
+            os.close(self.lock)
+
+
+def locked(folder: str) -> Optional[int]:
+    """The lock's descriptor, or None while the job's supervisor lives."""
+    lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def held(folder: str) -> bool:
+    """Whether a supervisor holds the job's lock; one that cannot be opened is nobody's."""
+    try:
+        lock = locked(folder)
+    except OSError:
+        return False
+    if lock is not None:
+        os.close(lock)
+    return lock is None
+
+
+def begin_folder(
+    folder: str, owner: str, script: str, spec: Answer, secrets: Dict[str, str], waiting: bool
+) -> None:
+    """A new start: the log begins again, and nobody has asked for its end."""
+    log = os.path.join(folder, "job.log")
+    if os.path.exists(log):
+        os.replace(log, log + ".1")
+    for name in ("stopped.json", "status.json"):
+        unlink(os.path.join(folder, name))
+    status = {"state": "waiting" if waiting else "starting", "started": time.time()}
+    if not waiting:
+        status["boot_id"] = boot_id()
+    files = {
+        "reserve": os.urandom(RESERVE // 2).hex(),
+        "seen": "0",
+        "owners.json": json.dumps([owner]),
+        "job.sh": script,
+        "supervisor.py": program.supervisor(),
+        "spec.json": json.dumps(spec),
+        "status.json": json.dumps(status),
+        "secrets.json": json.dumps(secrets),
+    }
+    for name, content in files.items():
+        write_whole(os.path.join(folder, name), content)
+
+
+def owners(folder: str) -> List[str]:
+    return read_json(os.path.join(folder, "owners.json"), list) or []
+
+
+def said(folder: str) -> Optional[Answer]:
+    """What the job's supervisor has last said; None where that is not there or damaged."""
+    status: Optional[Answer] = read_json(os.path.join(folder, "status.json"), dict)
+    return status if status and isinstance(status.get("state"), str) else None
+
+
+def forget_secrets(folder: str) -> None:
+    unlink(os.path.join(folder, "secrets.json"))
+
+
+class Removed:
+    """Whether a job's folder was removed while it ran; one that is away for a moment was not."""
+
+    def __init__(self, folder: str) -> None:
+        self.spec, self.missed = os.path.join(folder, "spec.json"), 0.0
+
+    def __call__(self) -> bool:
+        try:
+            os.stat(self.spec)
+        except FileNotFoundError:
+            self.missed = self.missed or time.monotonic()
+            return time.monotonic() - self.missed > GONE_S
+        except OSError:
+            pass
+        self.missed = 0.0
+        return False
+
+
+def supervisors(folder: str) -> List[int]:
+    """A job's supervisor: what carries its folder and is no process of the job itself."""
+    if not os.path.isdir("/proc/self"):
+        pid = (said(folder) or {}).get("supervisor")
+        return [pid] if pid and held(folder) else []
+    found = [(pid, environment_of(pid)) for pid in processes()]
+    return [pid for pid, its in found if its.get(MARK) == folder and HOLDS not in its]
+
+
+def lives(folder: str, status: Answer) -> bool:
+    """Whether a job's supervisor is there; before it has said its pid, whether the lock is held."""
+    if status.get("boot_id") != boot_id():
+        return False
+    if status.get("supervisor") and os.path.isdir("/proc/self"):
+        return mark(status["supervisor"]) == folder
+    return held(folder)

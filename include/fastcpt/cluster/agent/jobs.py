@@ -1,0 +1,243 @@
+"""The requests about jobs: start or find one, ask how it is, end it."""
+
+import base64
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import lru_cache
+from typing import Callable, Dict, List, Optional
+
+from fastcpt.cluster.agent.files import Answer, expand, note, read_json
+from fastcpt.cluster.agent.gpu_locks import shared_locks
+from fastcpt.cluster.agent.job_folder import (
+    ACTIVE,
+    LOG_FLAGS,
+    Door,
+    begin_folder,
+    forget_secrets,
+    held,
+    job_folder,
+    lives,
+    locked,
+    owners,
+    said,
+    supervisors,
+)
+from fastcpt.cluster.agent.processes import (
+    GRACE_S,
+    MARK,
+    boot_id,
+    end_strays,
+    living,
+    signal_quietly,
+    stands_still,
+)
+from fastcpt.cluster.agent.slurm import (
+    NO_CONTROLLER,
+    Queue,
+    run_slurm,
+    sbatch,
+    scancel,
+    squeue,
+    state_in_slurm,
+)
+
+LOG_PIECE = 1024 * 1024
+ANSWER_PIECES = 8
+
+
+def submit(
+    root: str,
+    name: str,
+    script: str,
+    digest: str,
+    secrets: Dict[str, str],
+    result: Optional[str],
+    alone: str,
+    owner: str = "",
+    slurm: Optional[List[str]] = None,
+    extra_lines: Optional[List[str]] = None,
+) -> Answer:
+    """Start a job, or find it: running, or complete by its result file.
+
+    ``digest`` names what the job does: a job that runs under the same name with another one is
+    ended first. ``alone`` (no, root, host) says beside which other jobs it does not run.
+    ``owner`` is the try that asks; it may later end what it started or found, and nothing else.
+    ``slurm`` are options of sbatch: with them Slurm runs the job and shares out the GPUs.
+    """
+    folder = job_folder(root, name)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    with Door(folder):
+        status = state_of(folder)
+        if status["state"] in ACTIVE:
+            spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
+            if spec.get("digest") == digest:
+                if not note(os.path.join(folder, "owners.json"), [*owners(folder), owner]):
+                    return {"unavailable": "no room in %s to note whose job %s is" % (folder, name)}
+                return {"found": "running", "folder": folder}
+        if status["state"] in ACTIVE or living(folder):
+            answer = end(folder, owner)
+            if "unavailable" in answer:
+                return answer
+            if not answer["ended"]:
+                return {"error": "job %s is running and could not be ended" % name}
+        if result and os.path.exists(expand(result)):
+            return {"found": "complete", "folder": folder}
+        lock = locked(folder)
+        if lock is None:
+            return {"error": "something of job %s lives and could not be ended" % name}
+        waiting = slurm is not None
+        spec = {"name": name, "digest": digest, "locks": shared_locks(root, alone)}
+        begin_folder(folder, owner, script, spec, secrets, waiting)
+        if slurm is not None:
+            os.close(lock)
+            return sbatch(folder, spec, slurm, extra_lines or [])
+        start_supervisor(folder, lock)
+    return {"found": "started", "folder": folder}
+
+
+def start_supervisor(folder: str, lock: int) -> None:
+    """Start a job's supervisor in a session of its own; it holds the job's ``lock``."""
+    complaints = os.open(os.path.join(folder, "supervisor.log"), LOG_FLAGS, 0o600)
+    subprocess.Popen(
+        [sys.executable, os.path.join(folder, "supervisor.py"), folder, str(lock)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=complaints,
+        start_new_session=True,
+        pass_fds=[lock],
+        env={**os.environ, MARK: folder},
+        cwd=folder,
+    )
+
+
+def state_of(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answer:
+    """The job's status as it is: what it says of itself, checked against what is there."""
+    status = said(folder)
+    spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
+    if spec.get("slurm_id"):
+        status = state_in_slurm(status or {"state": "waiting"}, spec["slurm_id"], queue())
+    elif status is None:
+        if not held(folder):
+            return {"state": "absent", "why": "there is no status of it any more"}
+        status = {"state": "running", "why": "its status.json is damaged"}
+    elif status["state"] in ACTIVE and not lives(folder, status):
+        # it may have ended between the two looks
+        status = said(folder) or status
+        if status["state"] in ACTIVE:
+            rebooted = status.get("boot_id") != boot_id()
+            status["state"] = "lost"
+            status["why"] = "the host was rebooted" if rebooted else "its supervisor is gone"
+    elif status["state"] in ACTIVE and stands_still(status.get("supervisor")):
+        again = "kill -CONT %d" % status["supervisor"]
+        status["why"] = "its supervisor is stopped and sees nothing; go on with: " + again
+    stopped = read_json(os.path.join(folder, "stopped.json"), dict)
+    if stopped and status["state"] in ("lost", "cancelled"):
+        status.update(stopped)
+    return status
+
+
+def poll(root: str, jobs: List[Answer]) -> Answer:
+    """Status and next piece of log of each of ``jobs`` ({name, seen}); ``error`` where it has none.
+
+    ``seen`` bytes of the log have arrived; None asks for what the reader before left. It is kept
+    here, so that a reader that was restarted goes on where the last one ended. ``cut`` tells that
+    the log has become shorter than what was seen of it: it is read from its beginning.
+    """
+    queue = lru_cache(maxsize=None)(squeue)
+    answers: List[Answer] = []
+    budget = ANSWER_PIECES * LOG_PIECE
+    for job in jobs:
+        folder = job_folder(root, job["name"])
+        try:
+            # first the state, then the log: what a job wrote before it ended is there
+            status = state_of(folder, queue)
+            answer = next_piece(folder, job["seen"], budget)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            # one job's damaged files are no matter of the others
+            answers.append({"error": "%s in %s: %s" % (type(error).__name__, folder, error)})
+            continue
+        piece = answer["log"]
+        budget -= len(piece)
+        answers.append({**answer, "status": status, "log": base64.b64encode(piece).decode()})
+    return {"jobs": answers}
+
+
+def next_piece(folder: str, seen: Optional[int], most: int) -> Answer:
+    """The next bytes of a job's log, at most ``most``, as ``{log, seen, size}``."""
+    kept, log = os.path.join(folder, "seen"), os.path.join(folder, "job.log")
+    before = max(0, read_json(kept, int) or 0)
+    if seen is None:
+        seen = before
+    size = os.path.getsize(log) if os.path.exists(log) else 0
+    answer: Answer = {"size": size}
+    if size < seen:
+        answer["cut"], seen = seen, 0
+    if seen != before and os.path.isdir(folder):
+        note(kept, seen)
+    piece = b""
+    if size:
+        with open(log, "rb") as file:
+            file.seek(seen)
+            piece = file.read(min(LOG_PIECE, most))
+    return {**answer, "seen": seen, "log": piece}
+
+
+def stop(root: str, name: str, owner: Optional[str] = None) -> Answer:
+    """End a job and all that is left of it; ``{ended, was}`` says whether, and its state before.
+
+    A job that ``owner`` neither started nor found is left alone: it is a later try's. One whose
+    folder was removed is ended by what its processes carry.
+    """
+    folder = job_folder(root, name)
+    with Door(folder):
+        if owner is not None and os.path.isdir(folder) and owner not in owners(folder):
+            return {"ended": True, "left_alone": True}
+        return end(folder, owner or "")
+
+
+def end(folder: str, owner: str) -> Answer:
+    """Signals first; what is to be noted is noted where the disk has room."""
+    status = state_of(folder)
+    active = status["state"] in ACTIVE
+    stopped = {"state": "cancelled", "stopped_for": owner}
+    spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
+    if spec.get("slurm_id"):
+        run_slurm(["scancel", "--batch", "--signal=TERM", spec["slurm_id"]], {})
+        if active and squeue() is not None:
+            note(os.path.join(folder, "stopped.json"), stopped)
+        gone = scancel(spec["slurm_id"])
+        if gone is None:
+            return {"unavailable": NO_CONTROLLER}
+        if gone:
+            end_strays(folder)
+            forget_secrets(folder)
+        return {"ended": gone, "was": status["state"]}
+    told: List[int] = []
+    noted = not active
+    until = time.monotonic() + GRACE_S + 2
+    while time.monotonic() < until:
+        there = supervisors(folder)
+        for pid in there:
+            if pid not in told:
+                signal_quietly(os.kill, pid, signal.SIGTERM)
+                signal_quietly(os.kill, pid, signal.SIGCONT)
+                told.append(pid)
+        if told and not noted:
+            noted = note(os.path.join(folder, "stopped.json"), stopped)
+        # held and nobody there: it has just been started
+        if not there and not held(folder):
+            break
+        time.sleep(0.1)
+    end_strays(folder)
+    if living(folder) or held(folder):
+        return {"ended": False, "was": status["state"]}
+    forget_secrets(folder)
+    if not noted:
+        note(os.path.join(folder, "stopped.json"), stopped)
+    left = said(folder)
+    if active and left and left["state"] in ACTIVE:
+        note(os.path.join(folder, "status.json"), {**left, **stopped})
+    return {"ended": True, "was": status["state"]}

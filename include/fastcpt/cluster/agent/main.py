@@ -1,0 +1,68 @@
+"""Where a request, or a process that a job starts, comes in."""
+
+import errno
+import json
+import os
+import sys
+import traceback
+
+from fastcpt.cluster.agent.files import Answer, listing, read_files, ready, verify
+from fastcpt.cluster.agent.host import check, versions
+from fastcpt.cluster.agent.hosts import node, on_hosts
+from fastcpt.cluster.agent.jobs import poll, stop, submit
+from fastcpt.cluster.agent.supervisor import supervise
+
+REQUESTS = {
+    function.__name__: function
+    for function in (check, verify, ready, listing, read_files, versions, submit, poll, stop)
+}
+
+# What does not pass by itself, unlike what a file server does while it starts.
+STAYS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
+
+
+def answer(do: str, values: Answer) -> Answer:
+    """A request's answer; what stood in its way is one too (``unavailable`` where it may pass).
+
+    A job that runs is watched and ended through whatever happens to the disk: that is asked again.
+    """
+    try:
+        return REQUESTS[do](**values)
+    except Exception as error:
+        why = "'%s' failed there: %s" % (do, traceback.format_exc().strip())
+        if isinstance(error, OSError):
+            why = "'%s' failed there: %s" % (do, error)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                why += ". The disk there is full: free some, then clear this task"
+        watching = do in ("poll", "stop")
+        stays = not isinstance(error, OSError) or error.errno in STAYS
+        return {"error" if stays and not watching else "unavailable": why}
+
+
+def respond(do: str, values: str) -> None:
+    """Print the answer to a request."""
+    # what is made here is its owner's alone
+    os.umask(0o077)
+    print(json.dumps(answer(do, json.loads(values))))
+
+
+def main() -> None:
+    """``supervisor.py`` as it is started: for a job's folder, or on several hosts by the job itself."""
+    os.umask(0o077)
+    what, *rest = sys.argv[1:]
+    if what == "on-hosts":
+        gpus, hosts, *command = rest
+        sys.exit(on_hosts(int(gpus), hosts.split(",") if hosts else [], command))
+    if what == "node":
+        sys.exit(node(rest))
+    supervise(os.path.abspath(what), None if rest[0] == "slurm" else int(rest[0]))

@@ -1,0 +1,47 @@
+"""The agent as one program: what is sent with a request, and what a job's supervisor is."""
+
+from functools import lru_cache
+from importlib.util import find_spec
+
+PACKAGE = "fastcpt.cluster.agent"
+START = PACKAGE + ".start"
+MODULES = (
+    "files",
+    "gpu_locks",
+    "host",
+    "hosts",
+    "job_folder",
+    "jobs",
+    "main",
+    "processes",
+    "program",
+    "slurm",
+    "start",
+    "supervisor",
+)
+
+
+def source(module: str) -> str:
+    """A module's text: from its file here, from the program itself on the host."""
+    spec = find_spec(module)
+    assert spec is not None
+    text: str = spec.loader.get_source(module)  # type: ignore[union-attr]
+    return text
+
+
+@lru_cache(maxsize=None)
+def text(last: str) -> str:
+    """The program that can import all of the agent and ends with the lines ``last``."""
+    names = ["fastcpt", "fastcpt.cluster", PACKAGE, *(PACKAGE + "." + name for name in MODULES)]
+    sources = {name: source(name) for name in names}
+    return "%s\n\nstart(%r)\n%s\n" % (source(START), sources, last)
+
+
+def request(do: str, values: str) -> str:
+    """The program that answers one request; ``values`` are JSON."""
+    return text("from %s.main import respond" % PACKAGE) + "respond(%r, %r)\n" % (do, values)
+
+
+def supervisor() -> str:
+    """The program in a job's folder."""
+    return text("from %s.main import main\nmain()" % PACKAGE)

@@ -1,0 +1,103 @@
+"""The process that runs one job to its end and says how it ended."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import List, Optional
+
+from fastcpt.cluster.agent.files import Answer, note, read_json, unlink
+from fastcpt.cluster.agent.gpu_locks import wait_for
+from fastcpt.cluster.agent.job_folder import LOG_FLAGS, Removed, forget_secrets, said
+from fastcpt.cluster.agent.processes import (
+    HEARTBEAT_S,
+    HOLDS,
+    boot_id,
+    end_group,
+    end_strays,
+    signal_quietly,
+)
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def supervise(folder: str, lock: Optional[int]) -> None:
+    """Run job.sh to its end, and say how it ended when nothing of it lives any more.
+
+    Without a ``lock`` it is Slurm that runs this, and that may run it again (a requeue).
+    """
+    spec = read_json(os.path.join(folder, "spec.json"), dict)
+    status: Answer = {"state": "starting", "started": (said(folder) or {}).get("started")}
+    status.update(name=spec["name"], supervisor=os.getpid(), boot_id=boot_id())
+    status.update(host=os.uname().nodename)
+    ending: List[float] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.monotonic()))
+    if lock is not None:
+        os.set_inheritable(lock, False)
+    if sys.platform.startswith("linux"):
+        # orphans of the job become children of this process and end with it
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    locks = [wait_for(path, folder, status, ending) for path in spec["locks"]]
+    began = time.monotonic()
+    try:
+        code = None if ending else run_job(folder, lock, spec["locks"], status, ending)
+    except OSError as error:
+        code = None
+        status["why"] = "it could not be started: %s" % error
+    else:
+        status["why"] = "ended from outside"
+    end_strays(folder)
+    for shared in locks:
+        if shared >= 0:
+            os.close(shared)
+    status.update(exit_code=code, ended=time.time(), seconds=round(time.monotonic() - began, 1))
+    if code is None or (ending and code):
+        # `stop` says so in a file of its own; anything else may be a host going down
+        status["state"] = "lost"
+    else:
+        status["state"] = "succeeded" if code == 0 else "failed"
+        status.pop("why")
+    if lock is not None or status["state"] != "lost":
+        forget_secrets(folder)
+    unlink(os.path.join(folder, "reserve"))
+    removed = Removed(folder)
+    while not note(os.path.join(folder, "status.json"), status) and not ending and not removed():
+        time.sleep(1)
+
+
+def run_job(
+    folder: str, lock: Optional[int], locks: List[str], status: Answer, ending: List[float]
+) -> Optional[int]:
+    """The exit code of job.sh; None where it was ended because this process was told to end."""
+    environment = {**os.environ, HOLDS: "\n".join([boot_id(), str(os.getpid()), *locks])}
+    environment.update(read_json(os.path.join(folder, "secrets.json"), dict) or {})
+    with open(os.open(os.path.join(folder, "job.log"), LOG_FLAGS, 0o600), "ab") as log:
+        job = subprocess.Popen(
+            ["bash", os.path.join(folder, "job.sh")],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+            cwd=folder,
+        )
+    if lock is not None:
+        forget_secrets(folder)
+    status.update(state="running", pid=job.pid, running_since=time.time())
+    removed = Removed(folder)
+    noted, tried = False, -HEARTBEAT_S
+    while job.poll() is None and not ending:
+        if not noted and time.monotonic() - tried > HEARTBEAT_S:
+            tried = time.monotonic()
+            noted = note(os.path.join(folder, "status.json"), status)
+        if removed():
+            ending.append(time.monotonic())
+        time.sleep(0.2)
+    code = job.poll()
+    if code is None:
+        end_group(job)
+    # whatever the job left behind in its group ends with it
+    signal_quietly(os.killpg, job.pid, signal.SIGKILL)
+    return code
