@@ -72,7 +72,7 @@ def provider_info() -> dict[str, Any]:
                 "conn-fields": {
                     "key_file": _field(
                         "Private key",
-                        "its path on the Airflow host; empty: the agent, ~/.ssh/config",
+                        "its path on the Airflow host; empty: ssh-agent, ~/.ssh/config",
                     ),
                     "known_hosts": _field(
                         "Known hosts", "the file with the host's key; empty: ~/.ssh/known_hosts"

@@ -18,6 +18,7 @@ import pytest
 
 from cluster.test_jobs import log_of, poll, processes, wait
 from fastcpt.cluster import jobs
+from fastcpt.cluster.agent import program
 from fastcpt.cluster.remote import Remote, ask
 from steps import _job_seconds
 
@@ -143,14 +144,14 @@ def clock(tmp_path: Path) -> Path:
 
 def test_a_step_of_a_second_hosts_clock_ends_no_training(clock: Path, tmp_path: Path) -> None:
     beats = tmp_path / "beats"
-    program = f"import time\nwhile True:\n open({str(beats)!r}, 'a').write('.'); time.sleep(0.2)"
+    beat = f"import time\nwhile True:\n open({str(beats)!r}, 'a').write('.'); time.sleep(0.2)"
     settings = {
-        "command": [sys.executable, "-c", program],
+        "command": [sys.executable, "-c", beat],
         "cwd": str(tmp_path),
         "environment": {},
     }
     file = tmp_path / "supervisor.py"
-    file.write_text(supervisor())
+    file.write_text(program.supervisor())
     node = subprocess.Popen(
         [sys.executable, str(file), "node"],
         stdin=subprocess.PIPE,

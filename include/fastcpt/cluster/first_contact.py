@@ -9,28 +9,26 @@ knows host certificates, FIDO keys and ciphers that paramiko lacks.
 
 from __future__ import annotations
 
-import getpass
 import logging
 import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import paramiko
-from paramiko.agent import AgentSSH
 
+from fastcpt.cluster.host_key import KnownKey, algorithms, known_keys, verify_host_key
+from fastcpt.cluster.login import log_in
 from fastcpt.cluster.remote import (
     CONNECT_TIMEOUT_S,
     ClusterError,
     ConnectionLost,
-    LoginRefused,
     Remote,
     connection_error,
 )
+from fastcpt.cluster.ssh_config import Config, config_of, expanded, text_of, where_of
 
 # What is run there: a shell that says more than this breaks rsync, one that says less is no shell.
 SAID = "fast-cpt-first-contact"
@@ -41,8 +39,6 @@ MOST_SAID = 64 * 1024
 log = logging.getLogger(__name__)
 # paramiko logs each exception with its traceback before it raises it
 logging.getLogger("fastcpt.paramiko").setLevel(logging.CRITICAL)
-
-Config = Mapping[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -85,12 +81,12 @@ def _by_openssh(remote: Remote) -> Answer:
         )
     except subprocess.TimeoutExpired:
         return Answer(255, "", "nothing for a long time")
-    return Answer(done.returncode, _text(done.stdout), _text(done.stderr))
+    return Answer(done.returncode, text_of(done.stdout), text_of(done.stderr))
 
 
 def _by_paramiko(remote: Remote) -> Answer:
     with ExitStack() as opened:
-        transport = _connected(remote, _config(remote), opened)
+        transport = _connected(remote, config_of(remote), opened)
         return _run(transport, remote.host)
 
 
@@ -120,37 +116,15 @@ def _judge(remote: Remote, answer: Answer) -> None:
 # The way there
 
 
-def _config(remote: Remote) -> dict[str, list[str]]:
-    """``ssh -G``: every option that OpenSSH would use, by name in small letters."""
-    command = [*remote.ssh(shared=False), "-G", "--", remote.host]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
-    if done.returncode:
-        raise ClusterError(
-            f"ssh does not take its configuration for {remote.host}: {_text(done.stderr).strip()}"
-        )
-    config: dict[str, list[str]] = {}
-    for line in _text(done.stdout).splitlines():
-        name, _, value = line.partition(" ")
-        config.setdefault(name, []).append(value)
-    return config
-
-
-def _where(remote: Remote, config: Config) -> str:
-    hostname, port = config["hostname"][0], config["port"][0]
-    if hostname == remote.host.lower():
-        return f"{remote.host} port {port}"
-    return f"{remote.host} ({hostname} port {port})"
-
-
 def _connected(remote: Remote, config: Config, opened: ExitStack) -> paramiko.Transport:
     """A connection that is verified and logged in; ``opened`` closes it."""
-    where = _where(remote, config)
+    where = where_of(remote, config)
     way = _way(remote, config, opened)
     transport = paramiko.Transport(way)
     opened.callback(transport.close)
     transport.set_log_channel("fastcpt.paramiko")
     transport.banner_timeout = transport.auth_timeout = CONNECT_TIMEOUT_S
-    known = list(_known_keys(remote, config))
+    known = list(known_keys(remote, config))
     _restrict(transport.get_security_options(), config, known)
     try:
         # longer than the wait for its first line, which has an exception of its own
@@ -166,8 +140,8 @@ def _connected(remote: Remote, config: Config, opened: ExitStack) -> paramiko.Tr
             f"what answers at {where} does not begin to speak SSH ({error}): check the port; an SSH "
             "server that turns everybody away (too many connections, going down) does that too"
         ) from None
-    _verify(key, known, remote, config)
-    _log_in(transport, remote, config)
+    verify_host_key(key, known, remote, config)
+    log_in(transport, remote, config)
     return transport
 
 
@@ -184,18 +158,18 @@ def _restrict(
         allowed = set(config.get(name, [""])[0].split(","))
         if both := [one for one in getattr(options, option) if one in allowed]:
             setattr(options, option, both)
-    kinds = {kind for entry in known for kind in _algorithms(entry.kind)}
+    kinds = {kind for entry in known for kind in algorithms(entry.kind)}
     options.key_types = sorted(options.key_types, key=lambda kind: kind not in kinds)
 
 
 def _way(remote: Remote, config: Config, opened: ExitStack) -> socket.socket | paramiko.Channel:
     """What the connection runs over: a socket, a proxy command, or a channel of the jump host."""
     hostname, port = config["hostname"][0], int(config["port"][0])
-    where = _where(remote, config)
+    where = where_of(remote, config)
     if jump := config.get("proxyjump"):
         return _through(jump[0], hostname, port, opened)
     if (proxy := config.get("proxycommand", ["none"])[0]) != "none":
-        return _proxied(_expanded(proxy, remote, config), opened)
+        return _proxied(expanded(proxy, remote, config), opened)
     try:
         way = socket.create_connection((hostname, port), CONNECT_TIMEOUT_S)
     except socket.gaierror as error:
@@ -228,7 +202,7 @@ def _through(jumps: str, hostname: str, port: int, opened: ExitStack) -> paramik
         raise ClusterError(f"ProxyJump names no host: '{last}'")
     user, bracketed, plain, jump_port = parts.groups()
     jump = Remote(bracketed or plain, user, int(jump_port) if jump_port else None)
-    config = _config(jump)
+    config = config_of(jump)
     if before:
         config["proxyjump"] = [",".join(before)]
     try:
@@ -273,232 +247,6 @@ def _proxied(command: str, opened: ExitStack) -> socket.socket:
     return ours
 
 
-def _expanded(text: str, remote: Remote, config: Config) -> str:
-    """ssh_config's tokens, as far as they name the host, the login and this user."""
-    tokens = {
-        "%": "%",
-        "d": str(Path.home()),
-        "h": config["hostname"][0],
-        "k": config.get("hostkeyalias", [remote.host])[0],
-        "L": socket.gethostname().partition(".")[0],
-        "l": socket.gethostname(),
-        "n": remote.host,
-        "p": config["port"][0],
-        "r": config["user"][0],
-        "u": getpass.getuser(),
-        "i": str(os.getuid()),
-    }
-    return re.sub("%(.)", lambda found: tokens.get(found[1], found[0]), text)
-
-
-# The host's key
-
-
-@dataclass(frozen=True)
-class KnownKey:
-    """A line of a known_hosts file that is about the host; ``marker`` is empty, CA or REVOKED."""
-
-    place: str
-    marker: str
-    kind: str
-    key: str
-    # the line names the host without its port
-    portless: bool
-
-
-def _algorithms(kind: str) -> list[str]:
-    return ["rsa-sha2-512", "rsa-sha2-256"] if kind == "ssh-rsa" else [kind]
-
-
-def _known_hosts_files(remote: Remote, config: Config) -> list[Path]:
-    of_user = config.get("userknownhostsfile", [""])[0].split()
-    if remote.known_hosts:
-        of_user = [remote.known_hosts]
-    named = [*of_user, *config.get("globalknownhostsfile", [""])[0].split()]
-    return [Path(name).expanduser() for name in named if Path(name).expanduser().is_file()]
-
-
-def _known_keys(remote: Remote, config: Config) -> Iterator[KnownKey]:
-    """The lines about the host, by ``ssh-keygen -F``: hashed names and patterns as OpenSSH reads them."""
-    hostname, port = config["hostname"][0], config["port"][0]
-    names = {hostname: False}
-    if alias := config.get("hostkeyalias"):
-        names = {alias[0]: False}
-    elif port != "22":
-        names = {f"[{hostname}]:{port}": False, hostname: True}
-    for name, portless in names.items():
-        for file in _known_hosts_files(remote, config):
-            command = ["ssh-keygen", "-F", name, "-f", str(file)]
-            found = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
-            place = marker = ""
-            for line in _text(found.stdout).splitlines():
-                if told := re.fullmatch(r"# Host .* found: line (\d+)\s*(\w*)\s*", line):
-                    place, marker = f"{file} line {told[1]}", told[2]
-                    continue
-                fields = line.split()[1:] if line.startswith("@") else line.split()
-                if len(fields) >= 3:
-                    yield KnownKey(place, marker, fields[1], fields[2], portless)
-
-
-def _verify(key: paramiko.PKey, known: list[KnownKey], remote: Remote, config: Config) -> None:
-    """Raise where the host's key is not the one that is known."""
-    where, mine = _where(remote, config), (key.get_name(), key.get_base64())
-    shown = f"It shows {key.get_name()} {key.fingerprint}"
-    compare = "Compare it with what the host's owner tells you (ssh-keygen -lf there)"
-    for entry in known:
-        if entry.marker == "REVOKED" and (entry.kind, entry.key) == mine:
-            raise ClusterError(
-                f"the host key of {where} is marked as revoked in {entry.place}: do not use this host"
-            )
-    plain = [entry for entry in known if not entry.marker]
-    if any((entry.kind, entry.key) == mine for entry in plain):
-        return
-    files = ", ".join(map(str, _known_hosts_files(remote, config))) or "any known_hosts file"
-    others = [entry for entry in plain if entry.kind == key.get_name() and not entry.portless]
-    if others:
-        raise ClusterError(
-            f"the host key of {where} is not the one in {others[0].place}: somebody else may be "
-            f"answering. {shown}. {compare}, then correct that line"
-        )
-    name = config.get("hostkeyalias", [""])[0] or (
-        config["hostname"][0]
-        if config["port"][0] == "22"
-        else f"[{config['hostname'][0]}]:{config['port'][0]}"
-    )
-    raise ClusterError(
-        f"the host key of {where} is unknown: {files} has none for {name}. {shown}. {compare}, then "
-        f"add the line '{name} {key.get_name()} {key.get_base64()}'"
-    )
-
-
-# The login
-
-
-def _log_in(transport: paramiko.Transport, remote: Remote, config: Config) -> None:
-    """Offer what OpenSSH would, in its order, until the host is content."""
-    where, user = _where(remote, config), config["user"][0]
-    offered: list[str] = []
-    keys, unusable = _keys(remote, config)
-    try:
-        transport.auth_none(user)
-        return
-    except paramiko.BadAuthenticationType as error:
-        takes, banner = list(error.allowed_types), _text(transport.get_banner() or b"").strip()
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        raise ConnectionLost(f"{where} hung up before the login: {error}") from None
-    if "publickey" not in takes:
-        raise LoginRefused(
-            f"{where} takes no key for {user}, only: {', '.join(takes)}. Nobody is there to type a "
-            "password: have PubkeyAuthentication allowed in its sshd, or use another login"
-        )
-    for name, key in keys:
-        offered.append(f"{name}: refused")
-        try:
-            further = transport.auth_publickey(user, key)
-        except paramiko.AuthenticationException:
-            if not transport.is_active():
-                break
-        except (paramiko.SSHException, EOFError, OSError) as error:
-            offered[-1] = f"{name}: {error}"
-            if not transport.is_active():
-                break
-        else:
-            if not further:
-                return
-            raise LoginRefused(
-                f"{where} takes {name} and asks {user} for more: {', '.join(further)}. Nobody is there "
-                "to answer: use a login that a key alone lets in"
-            )
-    lines = [f"- {line}" for line in [*offered, *unusable]]
-    if not transport.is_active() and len(offered) < len(keys):
-        lines.append(
-            f"- it hung up after {len(offered)} of {len(keys)} keys: name the right one as the "
-            "connection's key_file"
-        )
-    if not lines:
-        lines = ["- there is no key to offer: give the connection a key_file, or ssh-add one"]
-    if banner:
-        lines.append(f"- it says: {banner[:500]}")
-    raise LoginRefused(
-        f"{where} refused the login of {user}:\n"
-        + "\n".join(lines)
-        + "\nCheck the connection's login and key_file, and that the key is in the login's "
-        "~/.ssh/authorized_keys there"
-    )
-
-
-def _keys(remote: Remote, config: Config) -> tuple[list[tuple[str, paramiko.PKey]], list[str]]:
-    """The keys to offer, named, in OpenSSH's order, and why files that were named cannot be used.
-
-    The agent's keys that the configuration names come first, then its others (unless
-    IdentitiesOnly), then files.
-    """
-    of_agent = {key.asbytes(): key for key in _agent_keys(config)}
-    named: list[tuple[str, paramiko.PKey]] = []
-    files: list[tuple[str, paramiko.PKey]] = []
-    unusable = []
-    for name in config.get("identityfile", []):
-        path = Path(_expanded(name, remote, config)).expanduser()
-        blob, key, why = _read_key(path)
-        if blob in of_agent:
-            named.append((f"{path} (in the agent)", of_agent.pop(blob)))
-        elif key is not None:
-            files.append((str(path), key))
-        elif why:
-            unusable.append(f"{path}: {why}")
-    others = [(f"the agent's {key.comment or key.get_name()}", key) for key in of_agent.values()]
-    if config.get("identitiesonly", ["no"])[0] == "yes":
-        others = []
-    return [*named, *others, *files], unusable
-
-
-def _read_key(path: Path) -> tuple[bytes | None, paramiko.PKey | None, str]:
-    """A private key's public part and the key, or why it cannot be used (empty where there is none)."""
-    blob = None
-    if (public := path.with_name(f"{path.name}.pub")).is_file():
-        fields = public.read_text(errors="replace").split()
-        blob = paramiko.PublicBlob.from_string(" ".join(fields[:2])).key_blob if fields else None
-    if not path.is_file():
-        return blob, None, ""
-    state = path.stat()
-    if state.st_uid == os.getuid() and state.st_mode & 0o077:
-        return blob, None, f"others may read it, so ssh does not take it: chmod 600 {path}"
-    try:
-        key = paramiko.PKey.from_path(path)
-    except TypeError:
-        # cryptography's word for it
-        return blob, None, "it needs its passphrase, which nobody is there to type: ssh-add it"
-    except OSError as error:
-        return blob, None, str(error.strerror)
-    except Exception as error:
-        return blob, None, f"paramiko cannot use it ({error})"
-    return blob or key.asbytes(), key, ""
-
-
-class _Agent(AgentSSH):  # type: ignore[misc]
-    """The agent behind a socket; paramiko's own looks into the environment alone."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        way = socket.socket(socket.AF_UNIX)
-        way.settimeout(CONNECT_TIMEOUT_S)
-        way.connect(path)
-        self._connect(way)
-
-
-def _agent_keys(config: Config) -> list[paramiko.AgentKey]:
-    """The keys of the agent; it keeps its connection open for as long as a key is used."""
-    path = config.get("identityagent", ["SSH_AUTH_SOCK"])[0]
-    if path == "SSH_AUTH_SOCK":
-        path = os.environ.get("SSH_AUTH_SOCK", "")
-    if path in ("", "none"):
-        return []
-    try:
-        return list(_Agent(os.path.expanduser(path)).get_keys())
-    except (paramiko.SSHException, OSError):
-        return []  # an agent that has gone, as OpenSSH takes it
-
-
 # The shell
 
 
@@ -524,8 +272,4 @@ def _run(transport: paramiko.Transport, host: str) -> Answer:
         ) from None
     except (paramiko.SSHException, EOFError, OSError) as error:
         raise ConnectionLost(f"{host} took the login and hung up: {error}") from None
-    return Answer(code, _text(bytes(output)), _text(bytes(errors)))
-
-
-def _text(said: bytes) -> str:
-    return said.decode(errors="replace").replace("\r\n", "\n")
+    return Answer(code, text_of(bytes(output)), text_of(bytes(errors)))

@@ -1,7 +1,7 @@
 """One host by OpenSSH's own client: for commands, for polling, and for rsync.
 
 Everything goes through ``ssh``: one known_hosts, one configuration, ``~/.ssh/config`` (jump hosts
-included) and the agent as the user has them. Host keys are always verified. Connections are
+included) and ssh-agent as the user has them. Host keys are always verified. Connections are
 shared (ControlMaster), so that a poll every few seconds costs no new handshake.
 """
 
@@ -60,7 +60,7 @@ class ConnectionLost(OSError):
 
 @dataclass(frozen=True)
 class Remote:
-    """How to reach a host. ``key_file`` None means the agent or the user's own configuration."""
+    """How to reach a host. ``key_file`` None means ssh-agent or the user's own configuration."""
 
     host: str
     user: str | None = None
@@ -256,7 +256,7 @@ def connection_error(remote: Remote, said: str) -> Exception:
     if "Permission denied" in said:
         return LoginRefused(
             f"{where} refused the login of {remote.user or 'this user'} with "
-            f"{remote.key_file or 'the keys of the agent'}: check the connection's login and key_file, "
+            f"{remote.key_file or 'the keys of ssh-agent'}: check the connection's login and key_file, "
             "and that the key is in authorized_keys there"
         )
     reason = said.splitlines()[-1] if said else "no reason given"
