@@ -25,10 +25,15 @@ from corpus.made import Record, act, record, text_of
 from fastcpt.corpus import build as build_module
 from fastcpt.corpus import documents as documents_module
 from fastcpt.corpus import processes as processes_module
-from fastcpt.corpus.build import BuildError, LeakError, build, prepare_tokenizer, tokenize
+from fastcpt.corpus import token_ids as token_ids_module
+from fastcpt.corpus.build import build, prepare_tokenizer, tokenize
+from fastcpt.corpus.decontamination import LeakError
 from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import select
+from fastcpt.corpus.selected import BuildError
+from fastcpt.corpus.shards import plan_rows
+from fastcpt.corpus.token_ids import TokenIds
 from fastcpt.corpus.tokenizer import describe
 from fastcpt.corpus.tokens import TokenFiles, write_ids
 from fastcpt.files import sha256_of_file
@@ -197,7 +202,7 @@ def test_shards_differ_by_a_row_at_most(
     lengths = np.random.default_rng(seed).integers(1, 4 * size, shards * 60 + seed % 97)
     recipe = recipe_for(tmp_path, corpus__num_shards=shards, corpus__max_seq_length=size)
     nothing = np.zeros(len(lengths), dtype=np.int64)
-    plan = build_module._planned(build_module._Ids([], nothing, nothing, lengths), recipe)
+    plan = plan_rows(TokenIds([], nothing, nothing, lengths), recipe)
     tokens = np.bincount(plan.row % shards, weights=plan.length)
     assert tokens.sum() == lengths.sum()
     assert set(plan.row.tolist()) == set(range(plan.rows))
@@ -275,14 +280,14 @@ def test_a_corpus_that_grew_tokenizes_only_what_is_new(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokenized: list[tuple[str, int]] = []
-    tokenize = build_module.tokenize_part
+    tokenize = token_ids_module.tokenize_part
 
     def counted(part: str, *arguments: Any) -> dict[str, Any]:
         result = tokenize(part, *arguments)
         tokenized.append((Path(part).name, result["documents"]))
         return result
 
-    monkeypatch.setattr(build_module, "tokenize_part", counted)
+    monkeypatch.setattr(token_ids_module, "tokenize_part", counted)
     new = [act(n, year=2010) for n in range(500, 506)]
     grown = made(recipe_for(documents(new, "part-01.jsonl")), home)
     assert not grown["reused"]
@@ -317,17 +322,17 @@ def test_tokenizing_can_be_spread_over_workers(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fastcpt.corpus import build
+from fastcpt.corpus import build, shards
 from fastcpt.recipe import load_recipe
 recipe, selection, home, moment = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 if moment == "second shard":
-    write, calls = build.write_shard, []
+    write, calls = shards.write_shard, []
     def write_shard(*arguments):
         calls.append(1)
         return die() if len(calls) == 2 else write(*arguments)
-    build.write_shard = write_shard
+    shards.write_shard = write_shard
 else:
     setattr(build, moment, die)
 build.build(selection, load_recipe(recipe), Path(home), 1)
@@ -335,7 +340,7 @@ build.build(selection, load_recipe(recipe), Path(home), 1)
 
 
 @pytest.mark.parametrize(
-    "moment", ["_tokenized", "_planned", "second shard", "_write_validation", "_files"]
+    "moment", ["ids_of_all", "plan_rows", "second shard", "write_validation", "_files"]
 )
 def test_a_build_killed_at_any_instant_goes_on(
     documents: Writer, recipe_for: Recipes, home: Path, tmp_path: Path, moment: str
@@ -562,7 +567,7 @@ def test_a_leak_fails_the_build(
     newest = record("newest", text_of(1, 300), date="2025-01-01")
     leaking = record("leaking", text_of(1, 200) + " " + text_of(2, 1500))
     recipe = recipe_for(documents([newest, leaking, *acts(20)]), corpus__newest_share=0.01)
-    monkeypatch.setattr(build_module, "_drop_overlapping", lambda *_: None)
+    monkeypatch.setattr(build_module, "drop_overlapping", lambda *_: None)
     with pytest.raises(LeakError, match=r"'leaking' and held-out 'newest' share more than 30%"):
         made(recipe, home)
 
