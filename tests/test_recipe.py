@@ -211,3 +211,9 @@ def test_a_budget_is_a_number_above_0(tmp_path, key, value):
 def test_a_corpus_is_seen_four_times_at_most_unless_the_recipe_says_otherwise():
     assert load_recipe("cpt_config_fast").budget.max_passes == 4
     assert load_recipe("cpt_config").budget.max_passes == 5
+
+
+def test_areas_that_are_one_folder_on_a_mac_are_refused(tmp_path: Path) -> None:
+    areas = {"lora.areas": {"Tax law": ["Taxation"], "tax Law": ["Customs"]}}
+    with pytest.raises(RecipeError, match="'Tax law' and 'tax Law' are one folder on a Mac"):
+        load_recipe("cpt_lora_config", areas)

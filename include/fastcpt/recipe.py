@@ -279,6 +279,15 @@ class Lora(Section):
         description="One adapter a legal area: its name and the subject matters it is trained on.",
     )
 
+    @field_validator("areas")
+    @classmethod
+    def other_folders(cls, areas: dict[str, list[str]]) -> dict[str, list[str]]:
+        known: dict[str, str] = {}
+        for name in areas:
+            if (other := known.setdefault(name.casefold(), name)) != name:
+                raise ValueError(f"'{other}' and '{name}' are one folder on a Mac: rename one")
+        return areas
+
 
 class Gate(Section):
     perplexity_threshold: float = Field(

@@ -26,7 +26,7 @@ from fastcpt.corpus.decontamination import (
     drop_overlapping,
     find_overlaps,
 )
-from fastcpt.corpus.documents import Document, read_documents
+from fastcpt.corpus.documents import Document, read_documents, spelled
 from fastcpt.corpus.fingerprint import spread
 from fastcpt.corpus.replay import (
     GENERAL,
@@ -83,13 +83,14 @@ def build(
     documents = Selected.of_selection(Path(selection), chosen, recipe.documents.fields)
     tokenizer = _tokenizer(documents, chosen["digest"], recipe, home)
     replay = replay_parts(recipe)
+    general = [(spelled(part), source) for part, source in replay]
     digest = digest_of(
         "build",
         FORMAT,
         chosen["digest"],
         [tokenizer.sha256, tokenizer.bos_id, tokenizer.end_id, tokenizer.pad_id],
         recipe.corpus.model_dump(include={"max_seq_length", "num_shards", "seed"}),
-        [recipe.documents.replay.share, replay] if recipe.documents.replay else None,
+        [recipe.documents.replay.share, general] if recipe.documents.replay else None,
     )
     folder = home / "corpora" / digest
     if (folder / MANIFEST).exists():

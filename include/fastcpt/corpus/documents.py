@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -127,6 +128,11 @@ def located(part: str) -> tuple[Any, str]:
 def _printable(name: str) -> str:
     r"""A local file's name; one that is not UTF-8 with its odd bytes as ``\xe9``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def spelled(part: str) -> str:
+    """A part's name as results are named by it: composed, also where a Mac's disk decomposes it."""
+    return unicodedata.normalize("NFC", part)
 
 
 def why_set_aside(part: str) -> str | None:
@@ -312,7 +318,7 @@ def _document(position: int, record: Any, part: str, fields: Fields) -> Document
     in_force = value_at(record, fields.in_force)
     return Document(
         position=position,
-        id=_string(record, fields.id) or f"{part.rsplit('/', 1)[-1]}:{position + 1}",
+        id=_string(record, fields.id) or f"{spelled(part).rsplit('/', 1)[-1]}:{position + 1}",
         text=text,
         title=_string(record, fields.title) or "",
         date=_string(record, fields.date),

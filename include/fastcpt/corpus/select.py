@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fastcpt.corpus.dates import newest_plausible
-from fastcpt.corpus.documents import DocumentsError, Unreadable, unreadable_message
+from fastcpt.corpus.documents import DocumentsError, Unreadable, spelled, unreadable_message
 from fastcpt.corpus.duplicates import SignatureStore, groups_of
 from fastcpt.corpus.fingerprint import BINS, pieces_of
 from fastcpt.corpus.processes import Progress
@@ -108,14 +108,14 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> dict[str, Any]:
     """
     tables = sorted(
         (dict(read_json(Path(path) / "manifest.json"), path=str(path)) for path in scores),
-        key=lambda table: str(table["part"]),
+        key=lambda table: (spelled(table["part"]), table["part"]),
     )
     _check_readable(tables, recipe.documents.max_unreadable_share)
     tokenizer = find_tokenizer(recipe)
     digest = digest_of(
         "select",
         FORMAT,
-        [(table["digest"], table["part"]) for table in tables],
+        [(table["digest"], spelled(table["part"])) for table in tables],
         recipe.score.model_dump(),
         recipe.selection.model_dump(),
         recipe.corpus.model_dump(
@@ -127,6 +127,14 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> dict[str, Any]:
     folder = home / "selections" / digest
     if (folder / "manifest.json").exists():
         found = read_json(folder / "manifest.json")
+        # the same names may be spelled another way by now
+        parts = [
+            {**part, "part": table["part"]}
+            for part, table in zip(found["parts"], tables, strict=True)
+        ]
+        if parts != found["parts"]:
+            found["parts"] = parts
+            write_json(folder / "manifest.json", found)
         return {**found, "path": str(folder), "reused": True}
     shutil.rmtree(folder, ignore_errors=True)
     scratch = folder / "scratch"
