@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastcpt.corpus.build import MANIFEST, build
 from fastcpt.corpus.documents import list_parts
+from fastcpt.corpus.funnel import funnel_table
 from fastcpt.corpus.score import score_parts
-from fastcpt.corpus.select import funnel_table, select
+from fastcpt.corpus.select import select
 from fastcpt.files import HOME, read_json, whole_file
 from fastcpt.recipe import DEFAULT_RECIPE, Selection, load_recipe
 

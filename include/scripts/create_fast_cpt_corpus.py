@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.export import export_documents
+from fastcpt.corpus.funnel import funnel_table
 from fastcpt.corpus.score import score_parts
-from fastcpt.corpus.select import funnel_table, select
+from fastcpt.corpus.select import select
 from fastcpt.corpus.tokenizer import TokenizerError, find_tokenizer
 from fastcpt.files import HOME, read_json, whole_file, write_json
 from fastcpt.recipe import DEFAULT_RECIPE, Recipe, Tokenizer, load_recipe

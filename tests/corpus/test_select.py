@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corpus.made import Record, act, record, text_of
+from fastcpt.corpus.budget import take_within
 from fastcpt.corpus.documents import DocumentsError
 from fastcpt.corpus.explain import UnknownDocumentError, explain
-from fastcpt.corpus.select import SelectionError, funnel_table, select, take_within
+from fastcpt.corpus.funnel import funnel_table
+from fastcpt.corpus.select import SelectionError, select
 from fastcpt.corpus.tokenizer import TokenizerError
 from fastcpt.recipe import Recipe
 

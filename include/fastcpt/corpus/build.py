@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from fastcpt.corpus.budget import take_within
 from fastcpt.corpus.decontamination import (
     check_splits,
     cut_passages,
@@ -28,14 +29,13 @@ from fastcpt.corpus.decontamination import (
 )
 from fastcpt.corpus.documents import Document, read_documents, spelled
 from fastcpt.corpus.fingerprint import spread
+from fastcpt.corpus.funnel import funnel_of_build, funnel_table
 from fastcpt.corpus.replay import (
     GENERAL,
     GeneralHeldOut,
-    Replayed,
     choose_replay,
     replay_parts,
 )
-from fastcpt.corpus.select import funnel_table, take_within
 from fastcpt.corpus.selected import HELD_OUT, BuildError, Selected
 from fastcpt.corpus.shards import (
     DocumentAreas,
@@ -197,7 +197,7 @@ def _build_into(
         },
         "shards": shards,
         "validation": validation,
-        "funnel": _funnel(chosen, documents, ids, general, cut_off),
+        "funnel": funnel_of_build(chosen, documents, ids, general, cut_off),
     }
 
 
@@ -301,47 +301,3 @@ def _files(folder: Path, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]
         }
         for name in names
     ]
-
-
-def _funnel(
-    chosen: dict[str, Any],
-    documents: Selected,
-    ids: TokenIds,
-    general: Replayed,
-    cut_off: dict[str, int],
-) -> list[dict[str, Any]]:
-    """The selection's funnel with what the build dropped, and what is kept in counted tokens."""
-    funnel = [dict(row) for row in chosen["funnel"] if row["stage"] != "kept"]
-
-    def row(stage: str, split: str) -> dict[str, Any]:
-        rows = documents.rows(split)
-        return {
-            "stage": stage,
-            "reason": split,
-            "documents": len(rows),
-            "characters": int(documents.characters[rows].sum()),
-            "tokens": int(ids.length[rows].sum()),
-        }
-
-    for reason in ("overlaps_held_out", "common_text", "over_budget"):
-        if len(documents.rows(reason)):
-            funnel.append(row("build", reason))
-    if cut_off["tokens"]:
-        # passages, of documents that are counted where they are kept
-        cut = {"stage": "build", "reason": "quoted_by_held_out", "documents": 0}
-        funnel.append({**cut, **cut_off})
-    funnel += [row("kept", split) for split in ("train", *HELD_OUT)]
-    # the whole is the sum of its parts: kept ones counted, the others as they were estimated
-    everything = next(row for row in funnel if row["stage"] == "read" and not row["reason"])
-    everything["tokens"] = sum(row["tokens"] for row in funnel if row["stage"] != "read")
-    if len(general.ids.length):
-        funnel.append(
-            {
-                "stage": "kept",
-                "reason": "replay",
-                "documents": len(general.ids.length),
-                "characters": general.characters,
-                "tokens": int(general.ids.length.sum()),
-            }
-        )
-    return funnel

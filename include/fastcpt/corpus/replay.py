@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fastcpt.corpus import leakage
+from fastcpt.corpus.budget import take_within
 from fastcpt.corpus.documents import Document, files_under, identity, read_documents
 from fastcpt.corpus.processes import cores
 from fastcpt.corpus.score import hash_of
-from fastcpt.corpus.select import take_within
 from fastcpt.corpus.selected import Selected
 from fastcpt.corpus.shards import VALIDATION_SCHEMA
 from fastcpt.corpus.token_ids import TokenIds, find_ids

@@ -1,0 +1,103 @@
+"""The funnel: documents, characters and tokens that each step leaves out, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcpt.corpus.replay import Replayed
+from fastcpt.corpus.score_columns import REASONS, SPLITS, ScoreColumns
+from fastcpt.corpus.selected import HELD_OUT, Selected
+from fastcpt.corpus.token_ids import TokenIds
+
+Bools = npt.NDArray[np.bool_]
+
+
+def funnel_of_selection(
+    tables: Sequence[dict[str, Any]], corpus: ScoreColumns, ratio: float
+) -> list[dict[str, Any]]:
+    """Documents, characters and estimated tokens of each stage and reason."""
+    tokens = corpus.tokens(ratio)
+
+    def row(stage: str, reason: str, rows: Bools) -> dict[str, Any]:
+        return {
+            "stage": stage,
+            "reason": reason,
+            "documents": int(rows.sum()),
+            "characters": int(corpus.characters[rows].sum(dtype=np.int64)),
+            "tokens": int(tokens[rows].sum()),
+        }
+
+    unreadable = sum(table["unreadable"] for table in tables)
+    nothing = {"characters": 0, "tokens": 0}
+    funnel = [{"stage": "read", "reason": "unreadable", "documents": unreadable, **nothing}]
+    funnel.append(row("read", "", np.ones(len(tokens), dtype=bool)))
+    for code, reason in enumerate(REASONS[1:], start=1):
+        rows = corpus.reason == code
+        if rows.any():
+            stage = "duplicates" if code <= 4 else "selection" if code <= 11 else "splits"
+            funnel.append(row(stage, reason, rows))
+    for code, split in enumerate(SPLITS[1:], start=1):
+        funnel.append(row("kept", split, corpus.split == code))
+    return funnel
+
+
+def funnel_of_build(
+    chosen: dict[str, Any],
+    documents: Selected,
+    ids: TokenIds,
+    general: Replayed,
+    cut_off: dict[str, int],
+) -> list[dict[str, Any]]:
+    """The selection's funnel with what the build dropped, and what is kept in counted tokens."""
+    funnel = [dict(row) for row in chosen["funnel"] if row["stage"] != "kept"]
+
+    def row(stage: str, split: str) -> dict[str, Any]:
+        rows = documents.rows(split)
+        return {
+            "stage": stage,
+            "reason": split,
+            "documents": len(rows),
+            "characters": int(documents.characters[rows].sum()),
+            "tokens": int(ids.length[rows].sum()),
+        }
+
+    for reason in ("overlaps_held_out", "common_text", "over_budget"):
+        if len(documents.rows(reason)):
+            funnel.append(row("build", reason))
+    if cut_off["tokens"]:
+        # passages, of documents that are counted where they are kept
+        cut = {"stage": "build", "reason": "quoted_by_held_out", "documents": 0}
+        funnel.append({**cut, **cut_off})
+    funnel += [row("kept", split) for split in ("train", *HELD_OUT)]
+    # the whole is the sum of its parts: kept ones counted, the others as they were estimated
+    everything = next(row for row in funnel if row["stage"] == "read" and not row["reason"])
+    everything["tokens"] = sum(row["tokens"] for row in funnel if row["stage"] != "read")
+    if len(general.ids.length):
+        funnel.append(
+            {
+                "stage": "kept",
+                "reason": "replay",
+                "documents": len(general.ids.length),
+                "characters": general.characters,
+                "tokens": int(general.ids.length.sum()),
+            }
+        )
+    return funnel
+
+
+def funnel_table(funnel: Sequence[dict[str, Any]]) -> str:
+    """The funnel as a Markdown table."""
+    lines = [
+        "| stage | reason or split | documents | characters | tokens |",
+        "|---|---|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row['stage']} | {row['reason'] or 'all'} | {row['documents']:,} "
+        f"| {row['characters']:,} | {row['tokens']:,} |"
+        for row in funnel
+    ]
+    return "\n".join(lines)
