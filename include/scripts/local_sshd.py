@@ -70,7 +70,9 @@ def start(
     # the interpreter itself comes before any shim of a version manager: a shim that is killed may leave
     # a lock behind, for which every later one waits a minute
     path = f"{Path(sys.base_prefix, 'bin')}:{os.environ['PATH']}"
-    passed = {"PATH": path, **(environment or {})}
+    # below the first level a bash that sshd runs reads no ~/.bashrc, where version managers are
+    # started: each command would take a second more, and hit the same lock
+    passed = {"PATH": path, "SHLVL": "1", **(environment or {})}
     for name in ("LD_LIBRARY_PATH", "LANG"):
         if name in os.environ:
             passed.setdefault(name, os.environ[name])
