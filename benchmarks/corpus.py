@@ -131,7 +131,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import time
 from tokenizers import Tokenizer
 from fastcpt.corpus.documents import read_documents
-from fastcpt.recipe import Fields
+from fastcpt.recipe_sections import Fields
 tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
 texts = [document.text for part in sys.argv[2:] for document in read_documents(part, Fields())]
 started = time.monotonic()
@@ -153,7 +153,7 @@ from fastcpt.corpus.documents import read_documents
 from fastcpt.corpus.processes import in_processes
 from fastcpt.corpus.tokenizer import describe, faster
 from fastcpt.corpus.tokens import tokenize_part
-from fastcpt.recipe import Fields
+from fastcpt.recipe_sections import Fields
 tokenizer_folder, home, *parts = sys.argv[1:]
 tokenizer = faster(describe(Path(tokenizer_folder) / "tokenizer.json"), [], Path(home))
 everything = np.arange(1_000_000)
@@ -231,7 +231,7 @@ def ten_times(part: str, folder: Path) -> None:
     import zstandard
 
     from fastcpt.corpus.documents import Document, read_documents
-    from fastcpt.recipe import Fields
+    from fastcpt.recipe_sections import Fields
 
     for copy in range(10):
         with (

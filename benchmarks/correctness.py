@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "include"))
 
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 from fastcpt.training.data import Row, make_batch
 from fastcpt.training.layers import fp8_recipe, plain_weights, with_fused_blocks
 from fastcpt.training.model import Trainee, add_lora

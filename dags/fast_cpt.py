@@ -25,7 +25,8 @@ from airflow.sdk.definitions.retry_policy import RetryAction
 
 import steps
 from approval import ApprovePlan
-from fastcpt.recipe import DEFAULT_RECIPE, FORM, form_schema, recipe_names
+from fastcpt.recipe import DEFAULT_RECIPE, recipe_names
+from fastcpt.recipe_form import FORM, form_schema
 from notifications import tell_failure
 from remote_job import RemoteJobOperator
 

@@ -28,7 +28,7 @@ class GpuHostHook(BaseHook):
         """Whether the host can be worked with, and what it has or what to do about it."""
         from fastcpt.cluster.check import check_host
         from fastcpt.cluster.remote import ClusterError, ConnectionLost
-        from fastcpt.recipe import Cluster
+        from fastcpt.recipe_sections import Cluster
         from remote_job import connection_of, remote_of
 
         try:

@@ -16,7 +16,9 @@ from typing import Any, ParamSpec, TypeVar
 from airflow.sdk import Context, Variable, get_current_context
 
 from fastcpt.files import HOME, digest_of, read_json
-from fastcpt.recipe import CONFIGS, Recipe, RecipeError, form_overrides, load_recipe
+from fastcpt.recipe import Recipe, RecipeError, load_recipe
+from fastcpt.recipe_form import form_overrides
+from fastcpt.recipe_sections import CONFIGS
 from notifications import AlreadyTold, tell
 from remote_job import RemoteJob, connection_of, remote_of
 

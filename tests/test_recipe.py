@@ -7,15 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastcpt.recipe import (
-    CONFIGS,
-    FORM,
-    RecipeError,
-    form_overrides,
-    form_schema,
-    load_recipe,
-    recipe_names,
-)
+from fastcpt.recipe import RecipeError, load_recipe, recipe_names
+from fastcpt.recipe_form import FORM, form_overrides, form_schema
+from fastcpt.recipe_sections import CONFIGS
 
 # The published guide's figures: steps, tokens of a sequence, micro-batch, accumulation, rate, GPUs.
 PUBLISHED = {

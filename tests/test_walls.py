@@ -17,7 +17,19 @@ ROOMS = ["corpus", "planning", "cluster", "training", "reporting"]
 SHARED = {
     "fastcpt",
     "fastcpt.__version__",
-    *(f"fastcpt.{name}" for name in ("families", "files", "gguf", "ids", "recipe", "yaml_files")),
+    *(
+        f"fastcpt.{name}"
+        for name in (
+            "families",
+            "files",
+            "gguf",
+            "ids",
+            "recipe",
+            "recipe_form",
+            "recipe_sections",
+            "yaml_files",
+        )
+    ),
 }
 GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}
 

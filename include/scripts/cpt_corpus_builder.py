@@ -19,7 +19,8 @@ from fastcpt.corpus.funnel import funnel_table
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import select
 from fastcpt.files import HOME, read_json, whole_file
-from fastcpt.recipe import DEFAULT_RECIPE, Selection, load_recipe
+from fastcpt.recipe import DEFAULT_RECIPE, load_recipe
+from fastcpt.recipe_sections import Selection
 
 
 def main() -> None:

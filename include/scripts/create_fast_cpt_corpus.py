@@ -19,7 +19,8 @@ from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import select
 from fastcpt.corpus.tokenizer import TokenizerError, find_tokenizer
 from fastcpt.files import HOME, read_json, whole_file, write_json
-from fastcpt.recipe import DEFAULT_RECIPE, Recipe, Tokenizer, load_recipe
+from fastcpt.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from fastcpt.recipe_sections import Tokenizer
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ from fastcpt.cluster.check import check_cluster
 from fastcpt.cluster.remote import ConnectionLost, Remote, ask, ask_through
 from fastcpt.cluster.transfer import files_of, send, send_base_model
 from fastcpt.files import HOME, digest_of, read_json, whole_file
-from fastcpt.recipe import CONFIGS, Recipe, load_recipe
+from fastcpt.recipe import Recipe, load_recipe
+from fastcpt.recipe_sections import CONFIGS
 from fastcpt.training import commands, made_from
 
 REPOSITORY = Path(__file__).resolve().parents[2]

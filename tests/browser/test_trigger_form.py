@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from fastcpt.recipe import DEFAULT_RECIPE, FORM, form_schema, recipe_names
+from fastcpt.recipe import DEFAULT_RECIPE, recipe_names
+from fastcpt.recipe_form import FORM, form_schema
 
 pytestmark = pytest.mark.slow
 

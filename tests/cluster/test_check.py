@@ -31,7 +31,7 @@ from fastcpt.cluster.remote import (
     ask_async,
     ask_through,
 )
-from fastcpt.recipe import Cluster
+from fastcpt.recipe_sections import Cluster
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,8 @@ from corpus.made import Record, text_of
 from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.score import score_part
 from fastcpt.corpus.tokenizer import train_tokenizer
-from fastcpt.recipe import CONFIGS, Recipe, load_recipe
+from fastcpt.recipe import Recipe, load_recipe
+from fastcpt.recipe_sections import CONFIGS
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,8 @@ from fastcpt.corpus.score import score_part, score_parts
 from fastcpt.corpus.select import select
 from fastcpt.corpus.streams import DamagedError, elements, lines
 from fastcpt.files import read_json
-from fastcpt.recipe import Documents, Fields, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Documents, Fields
 
 Recipes = Callable[..., Recipe]
 GOOD = [act(1), act(2)]
@@ -394,7 +395,7 @@ def test_a_url_with_a_chain_in_a_name_is_left_out(caplog: pytest.LogCaptureFixtu
 BOUNDED = """
 import json, resource, sys
 from fastcpt.corpus.documents import Document, read_documents
-from fastcpt.recipe import Fields
+from fastcpt.recipe_sections import Fields
 resource.setrlimit(resource.RLIMIT_AS, (2_500_000_000, 2_500_000_000))
 wanted = {0, 2} if sys.argv[2] == "wanted" else None
 found = list(read_documents(sys.argv[1], Fields(), wanted=wanted, max_record_mb=64))

@@ -19,7 +19,7 @@ from fastcpt.corpus.documents import (
     list_parts,
     read_documents,
 )
-from fastcpt.recipe import Documents, Fields
+from fastcpt.recipe_sections import Documents, Fields
 
 RECORDS = [
     {

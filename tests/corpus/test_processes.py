@@ -13,7 +13,7 @@ import pytest
 from fastcpt.corpus import processes
 from fastcpt.corpus.documents import DocumentsError, list_parts
 from fastcpt.corpus.processes import WorkerDiedError, in_order, in_processes, over_parts
-from fastcpt.recipe import Documents
+from fastcpt.recipe_sections import Documents
 
 
 def test_results_come_with_their_calls() -> None:

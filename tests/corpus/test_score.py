@@ -19,7 +19,8 @@ from fastcpt.corpus.score import (
     score_document,
     score_part,
 )
-from fastcpt.recipe import Recipe, Score
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Score
 
 
 def document(text: str = "text", **facts: Any) -> Document:
@@ -178,7 +179,7 @@ def test_progress_counts_the_bytes_of_every_format(tmp_path: Path) -> None:
     from fastcpt.corpus.documents import list_parts, read_documents, size_of
     from fastcpt.corpus.processes import Progress
     from fastcpt.corpus.sample import generate_sample
-    from fastcpt.recipe import Documents, Fields
+    from fastcpt.recipe_sections import Documents, Fields
 
     generate_sample(tmp_path, documents=40)
     for part in list_parts(Documents(path=str(tmp_path / "parsed"))):

@@ -21,7 +21,7 @@ from fastcpt.planning.costs import (
 )
 from fastcpt.planning.hardware import find_gpu, named_hardware
 from fastcpt.planning.shapes import KNOWN, Shape
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 
 EIGHT, SEVENTY = KNOWN["Llama-3.1-8B"], KNOWN["Llama-3.1-70B"]
 JOB = Job(EIGHT, 3072, micro_batch=2, accumulation=16, ranks=2, kernels="liger")

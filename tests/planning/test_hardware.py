@@ -8,7 +8,7 @@ from fastcpt.planning.hardware import (
     named_hardware,
     prices_source,
 )
-from fastcpt.recipe import Cluster
+from fastcpt.recipe_sections import Cluster
 
 FACTS = {
     "gpus": [{"name": "NVIDIA H100 80GB HBM3", "memory_gb": 85.52, "driver": "580"}] * 2,

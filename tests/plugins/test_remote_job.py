@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import remote_job
 from fastcpt.cluster import jobs
 from fastcpt.cluster.remote import ClusterError
-from fastcpt.recipe import FORM, RecipeError, load_recipe
+from fastcpt.recipe import RecipeError, load_recipe
+from fastcpt.recipe_form import FORM
 from fastcpt.training import commands
 
 HOSTILE = [
@@ -73,7 +74,7 @@ TEXT_FIELDS = ["documents", "instructions", "tokenizer", "connection"]
 
 
 def test_every_text_field_of_the_form_is_thrown_at() -> None:
-    from fastcpt.recipe import form_schema
+    from fastcpt.recipe_form import form_schema
 
     typed = [name for name in FORM if "string" in form_schema(name)["type"]]
     assert sorted(typed) == sorted(TEXT_FIELDS)

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastcpt.files import read_json, write_json
-from fastcpt.recipe import Recipe, Training, load_recipe
+from fastcpt.recipe import Recipe, load_recipe
+from fastcpt.recipe_sections import Training
 from fastcpt.training.data import AreaRows, DataError, ListRows, Row, decode_corpus, packed
 from fastcpt.training.exits import exit_code
 from fastcpt.training.model import load_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 from fastcpt.training.data import Row, make_batch
 from fastcpt.training.layers import plain_weights, with_fused_blocks
 from fastcpt.training.model import Trainee, add_lora

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from pydantic import Field
 
-from fastcpt.recipe import CONFIGS, Lora, Model, Recipe, RecipeError, Training, load_recipe
+from fastcpt.recipe import Recipe, RecipeError, load_recipe
+from fastcpt.recipe_sections import CONFIGS, Lora, Model, Training
 from fastcpt.training.card import FACTS
 from fastcpt.training.made_from import (
     answers_name,

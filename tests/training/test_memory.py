@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 from fastcpt.planning.costs import UNSEEN, Job, as_the_trainer_runs
 from fastcpt.planning.shapes import KNOWN
-from fastcpt.recipe import Lora, Training
+from fastcpt.recipe_sections import Lora, Training
 from fastcpt.training.trainer import _Memory
 
 

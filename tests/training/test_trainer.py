@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastcpt.recipe import CONFIGS, Training, load_recipe
+from fastcpt.recipe import load_recipe
+from fastcpt.recipe_sections import CONFIGS, Training
 from fastcpt.training.data import DataError, Order, Row, decode_corpus, make_batch, targets_of
 from fastcpt.training.exits import exit_code
 from fastcpt.training.made_from import training_name
@@ -555,7 +556,7 @@ import sys, threading, time
 from pathlib import Path
 import torch.distributed as dist
 from transformers.integrations import HfDeepSpeedConfig
-from fastcpt.recipe import Training
+from fastcpt.recipe_sections import Training
 from fastcpt.training.exits import end
 from fastcpt.training.model import load_model
 from fastcpt.training.trainer import deepspeed_config, start_ranks

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastcpt.cluster.first_contact import first_contact
 from fastcpt.cluster.remote import ClusterError, Remote, ask
-from fastcpt.recipe import Cluster
+from fastcpt.recipe_sections import Cluster
 
 OLDEST_PYTHON = (3, 8)
 

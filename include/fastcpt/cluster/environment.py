@@ -10,7 +10,7 @@ from typing import Any
 from fastcpt.cluster.remote import ClusterError, Remote, ask
 from fastcpt.cluster.transfer import files_of, send
 from fastcpt.files import digest_of, sha256_of_file
-from fastcpt.recipe import Cluster
+from fastcpt.recipe_sections import Cluster
 
 REQUIREMENTS = "requirements-cluster.txt"
 GPU_REQUIREMENTS = "requirements-cluster-gpu.txt"
@@ -19,6 +19,7 @@ SHIPPED = (
     "fastcpt/__init__.py",
     "fastcpt/families.py",
     "fastcpt/recipe.py",
+    "fastcpt/recipe_sections.py",
     "fastcpt/files.py",
     "fastcpt/ids.py",
     "fastcpt/yaml_files.py",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from fastcpt.cluster.remote import ClusterError, Remote, ask_through
 from fastcpt.files import digest_of
-from fastcpt.recipe import Cluster
+from fastcpt.recipe_sections import Cluster
 
 ACTIVE = ("starting", "waiting", "running")
 # sysexits.h EX_CONFIG: the trainer's word for input that does not get better by trying again.

@@ -56,7 +56,8 @@ from fastcpt.corpus.tokenizer import (
 )
 from fastcpt.corpus.tokens import tokenize_part
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
-from fastcpt.recipe import Fields, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Fields
 
 log = logging.getLogger(__name__)
 

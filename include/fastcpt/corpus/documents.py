@@ -27,7 +27,7 @@ import fsspec
 from fastcpt.corpus.parquet import DamagedParquetError, Unconvertible, read_rows
 from fastcpt.corpus.processes import Progress
 from fastcpt.corpus.streams import DamagedError, Most, elements, lines, unpacked
-from fastcpt.recipe import Documents, Fields
+from fastcpt.recipe_sections import Documents, Fields
 
 log = logging.getLogger(__name__)
 

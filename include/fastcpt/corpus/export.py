@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from fastcpt.corpus.documents import Document, read_documents
 from fastcpt.files import read_json, whole_file
-from fastcpt.recipe import Fields
+from fastcpt.recipe_sections import Fields
 
 
 def export_documents(selection: str, fields: Fields, folder: Path) -> int:

@@ -22,7 +22,8 @@ from fastcpt.corpus.documents import (
     value_at,
 )
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
-from fastcpt.recipe import Documents, Recipe, Sft
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Documents, Sft
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from fastcpt.corpus.documents import Document, read_documents
 from fastcpt.corpus.fingerprint import OVERLAP, ngram_hashes, word_hashes, word_spans
 from fastcpt.corpus.processes import Progress
 from fastcpt.files import whole_file
-from fastcpt.recipe import Fields
+from fastcpt.recipe_sections import Fields
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -18,7 +18,7 @@ from fastcpt.corpus import leakage
 from fastcpt.corpus.documents import Document, read_documents
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.corpus.tokens import write_ids
-from fastcpt.recipe import Fields
+from fastcpt.recipe_sections import Fields
 
 Ints = npt.NDArray[np.int64]
 

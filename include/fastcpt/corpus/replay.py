@@ -24,7 +24,8 @@ from fastcpt.corpus.token_ids import TokenIds, find_ids
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.corpus.tokens import tokenize_part
 from fastcpt.files import digest_of
-from fastcpt.recipe import Documents, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Documents
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,8 @@ from fastcpt.corpus.documents import (
 from fastcpt.corpus.fingerprint import BINS, Fingerprint, fingerprint
 from fastcpt.corpus.processes import Progress, in_order, over_parts
 from fastcpt.files import digest_of, read_json, whole_file, write_json
-from fastcpt.recipe import Recipe, Score
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Score
 
 log = logging.getLogger(__name__)
 

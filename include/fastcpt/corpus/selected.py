@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fastcpt.recipe import Fields
+from fastcpt.recipe_sections import Fields
 
 Ints = npt.NDArray[np.int64]
 

@@ -16,7 +16,7 @@ from fastcpt.corpus.processes import Progress, over_parts
 from fastcpt.corpus.selected import Selected
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.corpus.tokens import read_index, token_folder, tokenize_part
-from fastcpt.recipe import Fields
+from fastcpt.recipe_sections import Fields
 
 log = logging.getLogger(__name__)
 

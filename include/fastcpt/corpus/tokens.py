@@ -24,7 +24,7 @@ from fastcpt.corpus.processes import Progress, in_order
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.files import digest_of, whole_file
 from fastcpt.ids import Ids, read_ids, to_bytes, width_of
-from fastcpt.recipe import Fields
+from fastcpt.recipe_sections import Fields
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from fastcpt.planning.jobs import (
 from fastcpt.planning.placement import batch_problem, placement
 from fastcpt.planning.result import Alternative, Plan
 from fastcpt.planning.shapes import KNOWN, LLAMAS, Shape, known_name, shape_of
-from fastcpt.recipe import Lora, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Lora
 
 OFFLOAD_FILE = "ds_config_zero3_offload.json"
 MORE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

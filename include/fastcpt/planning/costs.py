@@ -21,7 +21,7 @@ from typing import Literal
 
 from fastcpt.planning.hardware import Hardware
 from fastcpt.planning.shapes import Shape
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 
 # What the backward computes again: nothing, every second matrix product (torchtitan), the
 # feed-forward products (the trainer's fused blocks), all of a block.

@@ -44,7 +44,8 @@ from fastcpt.planning.ranges import (
 )
 from fastcpt.planning.result import Plan
 from fastcpt.planning.shapes import Shape, known_name, shape_of, unknown_model
-from fastcpt.recipe import Lora, Recipe, Training
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Lora, Training
 
 BYTES_PER_TOKEN_ON_DISK = 1.1  # of the shards: zstd over int32 ids
 STARTUP_SECONDS = 120.0  # packages imported, kernels built, NCCL up; without loading weights

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fastcpt.recipe import Cluster
+from fastcpt.recipe_sections import Cluster
 from fastcpt.yaml_files import read_yaml
 
 TABLE = Path(__file__).with_name("gpus.yaml")

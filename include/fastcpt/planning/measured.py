@@ -16,7 +16,7 @@ from fastcpt.planning.costs import (
 )
 from fastcpt.planning.hardware import Hardware, named_hardware
 from fastcpt.planning.shapes import KNOWN, Shape
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 from fastcpt.yaml_files import read_yaml
 
 MEASURED = Path(__file__).with_name("measured.yaml")

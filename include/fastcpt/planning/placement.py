@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastcpt.planning.hardware import Hardware
-from fastcpt.recipe import Recipe, Training
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Training
 
 SECTIONS = ("training", "stage2", "sft.training")
 

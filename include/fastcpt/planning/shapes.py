@@ -14,7 +14,8 @@ from typing import Any
 
 from fastcpt.families import FAMILIES, NEEDED, Family, read_config
 from fastcpt.gguf import base_folder
-from fastcpt.recipe import Lora, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Lora
 from fastcpt.yaml_files import read_yaml
 
 MODELS = Path(__file__).with_name("models.yaml")

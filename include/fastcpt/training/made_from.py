@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastcpt.files import digest_of, read_json
-from fastcpt.recipe import Recipe, RecipeError, Section, Training
+from fastcpt.recipe import Recipe, RecipeError
+from fastcpt.recipe_sections import Section, Training
 from fastcpt.training.card import model_card
 
 TRAINING_FORMAT = 1

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fastcpt.files import read_json
-from fastcpt.recipe import Lora, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Lora
 from fastcpt.training.data import NO_LOSS, Batch
 from fastcpt.training.layers import Packing, autocast
 

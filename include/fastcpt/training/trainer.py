@@ -45,7 +45,8 @@ from transformers.utils import logging
 
 from fastcpt.families import head_width, read_config, refusal
 from fastcpt.files import read_json, write_json
-from fastcpt.recipe import Recipe, Training
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Training
 from fastcpt.training import checkpoints
 from fastcpt.training.checkpoints import save_final
 from fastcpt.training.commands import PRICE

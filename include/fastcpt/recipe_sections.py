@@ -1,0 +1,367 @@
+"""The sections of a recipe: every key with its type, default, limits and description.
+
+A section refuses keys that it does not know and values of another type. ``recipe`` puts the
+sections together and reads them from a file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+class Section(BaseModel):
+    """A mapping of the recipe: no unknown keys, no silent conversions, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+
+
+class Fields(Section):
+    """Where a document's facts are, as dotted paths into its record."""
+
+    id: str = "id"
+    text: str = "full_text"
+    title: str = "metadata.title"
+    date: str = "metadata.date"
+    doc_type: str = "metadata.doc_type"
+    subject_matter: str = "metadata.subject_matter"
+    language: str = "metadata.language"
+    celex: str = "metadata.celex"
+    work: str = "metadata.work"
+    in_force: str = "metadata.in_force"
+    directory_code: str = "metadata.directory_code"
+
+
+class Replay(Section):
+    """General documents mixed into the training shards, so that the model forgets less."""
+
+    path: str = Field(description="Folder or URL of the general documents.")
+    share: float = Field(0.03, gt=0.0, lt=1.0, description="Their share of the training tokens.")
+
+
+class Documents(Section):
+    path: str | None = Field(
+        None, description="Folder (or fsspec URL) of JSON, JSONL (.gz, .zst) or Parquet documents."
+    )
+    fields: Fields = Fields()
+    max_unreadable_share: float = Field(
+        0.05,
+        ge=0.0,
+        le=1.0,
+        description="Above this share of documents set aside as unreadable, scoring fails.",
+    )
+    max_record_mb: float = Field(
+        256.0,
+        gt=0.0,
+        le=2000.0,
+        description="Longer records (unpacked, in 10^6 bytes) are set aside, unread.",
+    )
+    replay: Replay | None = None
+
+
+class LegalWeights(Section):
+    """Weights of the ``legal`` score; each component lies in 0..1 before it is weighted."""
+
+    recency: float = 20.0
+    kind_of_act: float = 20.0
+    subject_matter: float = 20.0
+    length: float = 10.0
+    running_text: float = 15.0
+    boilerplate: float = 5.0
+    in_force: float = 5.0
+    citations: float = 15.0
+    language: float = 10.0
+
+
+class Score(Section):
+    method: Literal["legal", "published"] = Field(
+        "legal", description="The project's own score, or the published one (docs/corpus.md)."
+    )
+    weights: LegalWeights = LegalWeights()
+    subjects: dict[str, float] = Field(
+        default={
+            "data protection": 1.0,
+            "consumer": 0.9,
+            "environment": 0.7,
+            "digital": 0.8,
+            "information": 0.6,
+            "competition": 0.6,
+            "financial services": 0.6,
+            "employment": 0.5,
+            "public health": 0.5,
+        },
+        description="Subject matters that count, by whole words, each with a weight in 0..1.",
+    )
+    languages: list[str] = Field(default=["en"], description="Languages of full value.")
+
+
+class Selection(Section):
+    quality_threshold: float | None = Field(
+        None, ge=0.0, le=1000.0, description="Documents that score lower are not taken."
+    )
+    top_share: Share | None = Field(
+        None, description="Share of the corpus's tokens to take, from the best document down."
+    )
+    target_tokens: int | None = Field(
+        None, ge=1_000, le=10**13, description="Token budget of the corpus."
+    )
+    min_characters: int = Field(0, ge=0, description="Shorter documents are not taken.")
+    min_year: int | None = Field(
+        None, ge=1900, le=2100, description="Older documents are not taken."
+    )
+    doc_types: list[str] | None = Field(None, description="Kinds of act to take; all where empty.")
+    subjects: list[str] | None = Field(
+        None, description="Take only documents whose subject matter or title names one of these."
+    )
+    near_duplicate_threshold: float = Field(
+        0.7,
+        ge=0.3,
+        le=1.0,
+        description="Jaccard similarity of 5-grams from which two documents are duplicates.",
+    )
+
+
+class Corpus(Section):
+    max_seq_length: int = Field(3072, ge=64, le=131_072, description="Tokens of a sequence.")
+    num_shards: int = Field(16, ge=1, le=1024, description="Parquet files of training sequences.")
+    validation_share: float = Field(
+        0.005,
+        gt=0.0,
+        le=0.5,
+        description="Share of the kept documents held out, at random by work.",
+    )
+    newest_share: float = Field(
+        0.0025, ge=0.0, le=0.5, description="Share of the kept documents held out, the newest acts."
+    )
+    validation_tokens: int = Field(
+        500_000,
+        ge=1000,
+        description="Most tokens of each validation set, where its share would be more.",
+    )
+    seed: int = 0
+
+
+class Tokenizer(Section):
+    path: str | None = Field(
+        None, description="Folder or file of the tokenizer; the model's own where empty."
+    )
+    train_vocab_size: int | None = Field(
+        None, ge=300, le=200_000, description="Train a BPE tokenizer of this size on the corpus."
+    )
+
+    @model_validator(mode="after")
+    def one_source(self) -> Tokenizer:
+        if self.path and self.train_vocab_size:
+            raise ValueError("give either path or train_vocab_size, not both")
+        return self
+
+
+class Model(Section):
+    name_or_path: str | None = Field(
+        "meta-llama/Llama-3.1-70B-Instruct",
+        description="Hub name or folder (on the cluster) of the base model, or a GGUF file here.",
+    )
+    config: dict[str, Any] | None = Field(
+        None, description="A LlamaConfig to initialise at random, instead of a base model."
+    )
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
+        "auto", description="auto takes the fastest that is installed, and logs it."
+    )
+
+    @field_validator("name_or_path")
+    @classmethod
+    def is_a_name(cls, name: str | None) -> str | None:
+        if name is not None and (not name.isprintable() or name != name.strip() or not name):
+            raise ValueError("not a hub name or folder: empty, or with line ends or outer blanks")
+        return name
+
+    @model_validator(mode="after")
+    def one_source(self) -> Model:
+        if (self.name_or_path is None) == (self.config is None):
+            raise ValueError("give exactly one of name_or_path and config")
+        return self
+
+
+class Training(Section):
+    """One training's settings; the names are transformers' ``TrainingArguments``."""
+
+    max_steps: int = Field(12_000, ge=1, le=10_000_000, description="Optimizer steps.")
+    per_device_train_batch_size: int = Field(2, ge=1, le=1024, description="Micro-batch a GPU.")
+    gradient_accumulation_steps: int = Field(16, ge=1, le=4096)
+    learning_rate: float = Field(3e-5, gt=0.0, le=1.0)
+    warmup_steps: int = Field(500, ge=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
+    weight_decay: float = Field(0.1, ge=0.0, le=1.0)
+    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    adam_beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    adam_epsilon: float = Field(1e-8, gt=0.0)
+    max_grad_norm: float = Field(1.0, gt=0.0)
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="auto: only as far as the memory needs it."
+    )
+    logging_steps: int = Field(10, ge=1)
+    save_steps: int = Field(500, ge=1)
+    save_total_limit: int = Field(2, ge=1)
+    seed: int = 0
+    use_fp8: bool = Field(
+        False, description="transformer-engine FP8 layers; needs Hopper or newer."
+    )
+    time_budget_hours: float | None = Field(
+        None,
+        gt=0.0,
+        le=1000.0,
+        description="The decay begins so that training ends, decayed, inside these hours.",
+    )
+    skip_sigmas: float = Field(
+        6.0,
+        gt=0.0,
+        description="A step is skipped whose loss or gradient norm is this many standard deviations "
+        "above the last 128.",
+    )
+    max_skipped_steps: int = Field(
+        20, ge=0, description="Steps of 128 the guard may skip before the run ends."
+    )
+    deepspeed: str = Field("ds_config_zero3.json", description="DeepSpeed file of include/configs.")
+
+    @field_validator("deepspeed")
+    @classmethod
+    def is_there(cls, name: str) -> str:
+        if not (CONFIGS / name).is_file():
+            there = ", ".join(sorted(path.name for path in CONFIGS.glob("ds_*.json")))
+            raise ValueError(f"no such file in include/configs, which has {there}")
+        return name
+
+    @model_validator(mode="after")
+    def warmup_is_shorter(self) -> Training:
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})"
+            )
+        return self
+
+
+# it names a folder
+AreaName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]{0,99}$")]
+
+
+class Lora(Section):
+    """Low-rank adapters; the names are peft's ``LoraConfig``."""
+
+    r: int = Field(64, ge=1, le=1024)
+    lora_alpha: int = Field(128, ge=1)
+    lora_dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    areas: dict[AreaName, Annotated[list[str], Field(min_length=1)]] = Field(
+        default={},
+        description="One adapter a legal area: its name and the subject matters it is trained on.",
+    )
+
+    @field_validator("areas")
+    @classmethod
+    def other_folders(cls, areas: dict[str, list[str]]) -> dict[str, list[str]]:
+        known: dict[str, str] = {}
+        for name in areas:
+            if (other := known.setdefault(name.casefold(), name)) != name:
+                raise ValueError(f"'{other}' and '{name}' are one folder on a Mac: rename one")
+        return areas
+
+
+class Gate(Section):
+    perplexity_threshold: float = Field(
+        18.0, gt=1.0, le=100_000.0, description="Validation perplexity below it goes on to SFT."
+    )
+    validation_set: Literal["random", "newest"] = "random"
+
+
+class InstructionFields(Section):
+    """Where an instruction's parts are, as dotted paths into its record."""
+
+    id: str = "id"
+    title: str = "title"
+    prompt: str | None = None
+    response: str = "summary"
+
+
+class Sft(Section):
+    instructions: str | None = Field(
+        None, description="JSONL (.gz, .zst) of instructions and answers for fine-tuning."
+    )
+    fields: InstructionFields = InstructionFields()
+    prompt_template: str = Field(
+        "Summarise the legal act: {title}",
+        description="The prompt where the record has none; {title} and {id} are filled in.",
+    )
+    held_out: int = Field(64, ge=1, description="Instructions kept for evaluation.")
+    max_new_tokens: int = Field(256, ge=1)
+    training: Training = Training(max_steps=500, warmup_steps=20)
+
+
+class Slurm(Section):
+    account: str | None = None
+    partition: str | None = None
+    time_limit: str | None = Field(None, pattern=r"^(\d+-)?\d{1,3}(:\d{2}){0,2}$")
+    extra_lines: list[str] = Field(default=[], description="More #SBATCH options, one a line.")
+
+
+class Cluster(Section):
+    connection: str = Field(
+        "gpu_cluster",
+        pattern=r"^[A-Za-z0-9_.-]{1,200}$",
+        description="Airflow connection (type GPU host) of the host that trains.",
+    )
+    root: str = Field(
+        "fast_cpt",
+        pattern=r"^[A-Za-z0-9_./~-]+$",
+        description="Folder of this project there; relative to the login's home.",
+    )
+    gpus: int = Field(4, ge=1, le=4096, description="GPUs the training uses, over all hosts.")
+    gpu: str | None = Field(
+        "B200", description="Their name, for a plan before the cluster is seen."
+    )
+    hosts: list[str] = Field(default=[], description="More hosts of the training, by SSH name.")
+    launcher: Literal["process", "slurm"] = "process"
+    slurm: Slurm = Slurm()
+    python: str | None = Field(
+        None, description="An interpreter there that has the pinned packages; built where empty."
+    )
+    min_free_gb: float = Field(50.0, ge=0.0, description="Free disk the run needs there.")
+    cpu_only: bool = Field(False, description="Train on CPUs: for trying the pipeline out.")
+
+
+class Budget(Section):
+    hours: float | None = Field(
+        None, gt=0.0, allow_inf_nan=False, description="The plan refuses to take longer."
+    )
+    money: float | None = Field(
+        None, gt=0.0, allow_inf_nan=False, description="The plan refuses to cost more (USD)."
+    )
+    price_per_gpu_hour: float | None = Field(
+        None, ge=0.0, allow_inf_nan=False, description="USD; else planning's table."
+    )
+    max_passes: float = Field(
+        4.0,
+        gt=0.0,
+        le=100_000.0,
+        allow_inf_nan=False,
+        description="The plan refuses to train more often on the same corpus.",
+    )
+
+
+class Publish(Section):
+    destination: Literal["bring_back", "leave_on_cluster"] = "bring_back"
+
+
+class Claim(Section):
+    """What the published guide says of this recipe; shown beside the product's own figures."""
+
+    hours: str
+    cost: str
+    quality: str
