@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from fastcpt import __version__
 from fastcpt.recipe import load_recipe
 from fastcpt.reporting import record as records
 from fastcpt.reporting.report import write_report
@@ -45,6 +46,11 @@ def test_the_page_needs_nothing_else(page):
     assert all(link.startswith("#") for link in links)
     assert "url(http" not in page
     assert page.count("<svg") == 2
+
+
+def test_the_version_is_in_page_and_markdown(finished, page):
+    assert f"| Fast CPT | {__version__} |" in (finished / "report.md").read_text()
+    assert f"<td>{__version__}</td>" in page
 
 
 def test_figures_are_in_page_and_markdown(finished, page):
