@@ -18,7 +18,8 @@ from airflow.plugins_manager import AirflowPlugin
 from airflow.sdk import BaseOperatorLink
 
 from fastcpt.files import HOME
-from fastcpt.reporting.record import RecordError, read, record_folder, summary, summary_text
+from fastcpt.reporting.record import RecordError, read, record_folder
+from fastcpt.reporting.summary import summary, summary_text
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

@@ -32,7 +32,8 @@ from fastcpt import files
 from fastcpt.cluster.agent.jobs import stop
 from fastcpt.corpus.sample import generate_sample
 from fastcpt.files import write_json
-from fastcpt.reporting.record import record_folder, summary_text
+from fastcpt.reporting.record import record_folder
+from fastcpt.reporting.summary import summary_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOME = files.HOME.resolve()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fastcpt.files import read_json
-from fastcpt.reporting.record import summary
+from fastcpt.reporting.summary import summary
 
 if TYPE_CHECKING:
     from conftest import Run, Stack

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fastcpt.files import sha256_of_file
-from fastcpt.reporting.record import summary
+from fastcpt.reporting.summary import summary
 
 if TYPE_CHECKING:
     from conftest import Run, Stack

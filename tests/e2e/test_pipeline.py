@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fastcpt.reporting.record import summary, summary_text
+from fastcpt.reporting.summary import summary, summary_text
 
 if TYPE_CHECKING:
     from conftest import Run, Stack

@@ -11,7 +11,7 @@ import pytest
 
 from fastcpt.files import read_json
 from fastcpt.planning.history import FILE, read_history
-from fastcpt.reporting.record import summary
+from fastcpt.reporting.summary import summary
 
 if TYPE_CHECKING:
     from conftest import Run, Stack

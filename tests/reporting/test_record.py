@@ -13,6 +13,7 @@ from fastcpt import __version__
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import load_recipe
 from fastcpt.reporting import record as records
+from fastcpt.reporting.summary import duration, summary, summary_text
 
 RUN = "manual__2026-11-23T01:00:00+00:00"
 
@@ -51,7 +52,7 @@ def test_two_runs_whose_ids_look_alike_keep_their_own_recipes(home):
         records.open_record(home, run, "fast_cpt", load_recipe(recipe))
     first, second = (records.record_folder(home, run) for run in ("exp:1", "exp-1"))
     assert load_recipe(first / "recipe.yaml") == load_recipe("sample")
-    assert records.summary(second)["recipe"] == "cpt_config_fast"
+    assert summary(second)["recipe"] == "cpt_config_fast"
     assert read_json(first / "run.json")["run"] == "exp:1"
 
 
@@ -114,7 +115,7 @@ def test_adding_a_file_again_replaces_it(home, tmp_path):
 
 
 def test_the_summary_of_a_finished_run(finished):
-    facts = records.summary(finished)
+    facts = summary(finished)
     assert facts["state"] == "success"
     assert (facts["documents_seen"], facts["documents_kept"]) == (400, 320)
     assert (facts["tokens_seen"], facts["tokens_kept"]) == (402_000, 376_000)
@@ -136,7 +137,7 @@ def test_the_summary_as_it_is_printed(finished):
     run = read_json(finished / "run.json")
     times = {"started": "2026-11-23T01:00:00+00:00", "ended": "2026-11-23T03:20:05+00:00"}
     write_json(finished / "run.json", {**run, "code": "v1.0", **times})
-    assert records.summary_text(finished).splitlines() == [
+    assert summary_text(finished).splitlines() == [
         "Fast CPT run manual__2026-11-23T01:00:00+00:00: success",
         "  recipe     cpt_config_fast, code v1.0",
         "  corpus     376,000 of 402,000 tokens kept, 320 of 400 documents",
@@ -176,13 +177,13 @@ def test_the_branch_in_words(home, first, second, trained, branch):
             records.add(record, name, {"passed": passed})
     for training in trained:
         records.add(record, f"{training}/training.json", {"steps": 1})
-    assert records.summary(record)["branch"] == branch
+    assert summary(record)["branch"] == branch
 
 
 def test_a_run_without_instructions_does_not_claim_fine_tuning(home):
     record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
     records.add(record, "gate.json", {"passed": True})
-    assert records.summary(record)["branch"] == "no fine-tuning after stage 1: no instructions"
+    assert summary(record)["branch"] == "no fine-tuning after stage 1: no instructions"
 
 
 def test_the_time_tells_work_from_waiting(home):
@@ -203,7 +204,7 @@ def test_the_time_tells_work_from_waiting(home):
     write_json(record / "run.json", {**run, "ended": "2026-11-23T01:20:00+00:00"})
     assert (
         "  time       20 min 00 s: 11 min 00 s of work, 5 min 00 s for approval, 4 min 00 s waiting"
-        in (records.summary_text(record).splitlines())
+        in (summary_text(record).splitlines())
     )
 
 
@@ -220,7 +221,7 @@ def test_clearing_a_run_heals_its_damaged_record(home):
     for name in ("run.json", "recipe.yaml", "gate.json"):
         (record / name).write_text("{")
     records.open_record(home, RUN, "fast_cpt", INSTRUCTED, start)
-    assert records.summary(record)["run"] == RUN
+    assert summary(record)["run"] == RUN
 
 
 def test_a_run_that_is_cleared_begins_its_record_anew(home):
@@ -230,13 +231,13 @@ def test_a_run_that_is_cleared_begins_its_record_anew(home):
     records.add_output(record, "publish", {"path": "/models/old"})
     records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
     assert sorted(path.name for path in record.iterdir()) == ["recipe.yaml", "run.json"]
-    assert records.summary(record)["model"] is None
+    assert summary(record)["model"] is None
 
 
 def test_a_run_that_failed_early_has_a_summary_too(home):
     record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
     records.close_record(record, "failed")
-    text = records.summary_text(record)
+    text = summary_text(record)
     assert "failed" in text
     assert str(record) in text
     assert "None" not in text
@@ -249,14 +250,14 @@ def test_the_cost_of_a_run_without_a_price_is_unknown_not_free(home):
     cost = records.add_cost(record, gpus=2, price_per_gpu_hour=None)
     assert cost["gpu_hours"] == 2.0
     assert cost["cost"] is None
-    assert "$" not in records.summary_text(record)
+    assert "$" not in summary_text(record)
 
 
 def test_a_run_on_cpus_costs_no_gpu_hours(home):
     record = records.open_record(home, RUN, "fast_cpt", load_recipe("sample"))
     records.add(record, "train_cpt/training.json", {"steps": 1, "seconds": 3600.0})
     assert records.add_cost(record, gpus=2, price_per_gpu_hour=4.0)["cost"] == 0.0
-    assert "GPU hours" not in records.summary_text(record)
+    assert "GPU hours" not in summary_text(record)
 
 
 def test_code_without_a_git_history_is_named_by_its_content(tmp_path):
@@ -289,7 +290,7 @@ def test_code_with_a_git_history_is_named_by_its_commit(tmp_path):
     ("seconds", "text"), [(11.6, "12 s"), (249, "4 min 09 s"), (11_130, "3 h 05 min")]
 )
 def test_durations_read_as_people_say_them(seconds, text):
-    assert records.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def write_jobs(record, **seconds):

@@ -15,16 +15,8 @@ from typing import Any
 
 from fastcpt.files import whole_file
 from fastcpt.reporting import pictures
-from fastcpt.reporting.record import (
-    TRAININGS,
-    duration,
-    interval,
-    read,
-    recipe_of,
-    span,
-    summary,
-    summary_text,
-)
+from fastcpt.reporting.record import TRAININGS, read, recipe_of
+from fastcpt.reporting.summary import duration, interval, span, summary, summary_text
 
 COUNTS = ("documents", "characters", "tokens")  # of a row of the funnel
 SETS = ("random", "newest", "general")  # validation sets
