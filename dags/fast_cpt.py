@@ -23,7 +23,13 @@ import pendulum
 from airflow.sdk import ExceptionRetryPolicy, Param, RetryRule, TriggerRule, dag, task
 from airflow.sdk.definitions.retry_policy import RetryAction
 
-import steps
+import steps.cluster
+import steps.corpus
+import steps.gate
+import steps.plan
+import steps.publish
+import steps.report
+import steps.training
 from approval import ApprovePlan
 from fastcpt.recipe import DEFAULT_RECIPE, recipe_names
 from fastcpt.recipe_form import FORM, form_schema
@@ -85,16 +91,20 @@ PARAMS = {
     },
 )
 def fast_cpt() -> None:
-    plan = task(steps.plan)()
-    documents = task(steps.list_documents)(plan)
-    scores = task(steps.score).partial(plan=plan).expand(parts=documents)
-    selection = task(steps.select)(plan, scores)
-    tokens = task(steps.tokenize).partial(plan=plan, selection=selection).expand(parts=documents)
-    corpus = task(steps.build)(plan, selection)
+    plan = task(steps.plan.plan)()
+    documents = task(steps.plan.list_documents)(plan)
+    scores = task(steps.corpus.score).partial(plan=plan).expand(parts=documents)
+    selection = task(steps.corpus.select)(plan, scores)
+    tokens = (
+        task(steps.corpus.tokenize).partial(plan=plan, selection=selection).expand(parts=documents)
+    )
+    corpus = task(steps.corpus.build)(plan, selection)
 
-    cluster = task(steps.check_cluster)(plan)
-    environment = RemoteJobOperator(task_id="prepare_environment", job=steps.prepare_environment)
-    places = task(steps.sync)(plan, corpus, cluster, environment.output)
+    cluster = task(steps.cluster.check_cluster)(plan)
+    environment = RemoteJobOperator(
+        task_id="prepare_environment", job=steps.cluster.prepare_environment
+    )
+    places = task(steps.cluster.sync)(plan, corpus, cluster, environment.output)
 
     def on_gpus(
         step: Callable[..., Any], then: Callable[..., Any], **options: Any
@@ -103,26 +113,26 @@ def fast_cpt() -> None:
             task_id=step.__name__,
             job=step,
             then=then,
-            secrets=steps.secrets,
+            secrets=steps.cluster.secrets,
             in_turn=True,
             **options,
         )
 
-    train_cpt = on_gpus(steps.train_cpt, steps.keep_training)
-    evaluate_cpt = on_gpus(steps.evaluate_cpt, steps.keep_evaluation)
-    gate = task.branch(steps.gate)()
-    train_cpt_stage2 = on_gpus(steps.train_cpt_stage2, steps.keep_training)
-    evaluate_stage2 = on_gpus(steps.evaluate_stage2, steps.keep_evaluation)
-    gate_stage2 = task(steps.gate_stage2)()
+    train_cpt = on_gpus(steps.training.train_cpt, steps.training.keep_training)
+    evaluate_cpt = on_gpus(steps.training.evaluate_cpt, steps.training.keep_evaluation)
+    gate = task.branch(steps.gate.gate)()
+    train_cpt_stage2 = on_gpus(steps.training.train_cpt_stage2, steps.training.keep_training)
+    evaluate_stage2 = on_gpus(steps.training.evaluate_stage2, steps.training.keep_evaluation)
+    gate_stage2 = task(steps.gate.gate_stage2)()
     # after either gate: one of the two ways to it was skipped
     train_sft = on_gpus(
-        steps.train_sft,
-        steps.keep_training,
+        steps.training.train_sft,
+        steps.training.keep_training,
         trigger_rule=TriggerRule.NONE_FAILED_MIN_ONE_SUCCESS,
     )
-    evaluate_sft = on_gpus(steps.evaluate_sft, steps.keep_evaluation)
-    publish = on_gpus(steps.publish, steps.keep_published)
-    report = task(steps.report)()
+    evaluate_sft = on_gpus(steps.training.evaluate_sft, steps.training.keep_evaluation)
+    publish = on_gpus(steps.publish.publish, steps.publish.keep_published)
+    report = task(steps.report.report)()
 
     approve_plan = ApprovePlan(task_id="approve_plan", retries=0)
 

@@ -10,7 +10,7 @@ from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import Context
 from airflow.sdk.definitions.param import ParamsDict
 
-import steps
+import steps.plan
 from fastcpt.reporting.record import add_time, read
 from notifications import tell
 
@@ -25,7 +25,7 @@ class ApprovePlan(ApprovalOperator):
         super().__init__(subject="Approve the plan of this run", fail_on_reject=True, **kwargs)
 
     def execute(self, context: Context) -> Any:
-        plan = steps.final_plan(context)
+        plan = steps.plan.final_plan(context)
         if not context["params"]["require_approval"]:
             return {"plan": plan["path"]}
         self.body = f"```\n{plan['text']}\n```"  # as it is: the page would read it as Markdown

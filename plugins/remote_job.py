@@ -97,7 +97,7 @@ class RemoteJob:
     folder: str | None = None
     result: str | None = None
     fetch: dict[str, str] = field(default_factory=dict)
-    answer: dict[str, Any] | None = None
+    answer: Mapping[str, Any] | None = None
     alone: jobs.Alone = "root"
     slurm: dict[str, Any] | None = None
 
@@ -115,7 +115,7 @@ class RemoteJobOperator(BaseOperator):
         self,
         *,
         job: Callable[[Context], RemoteJob | Mapping[str, Any]],
-        then: Callable[[Context, dict[str, str | None], dict[str, Any]], Any] | None = None,
+        then: Callable[[Context, dict[str, str | None], Any], object] | None = None,
         secrets: Callable[[Context], Mapping[str, str]] | None = None,
         in_turn: bool = False,
         **kwargs: Any,

@@ -162,7 +162,7 @@ class RunRecordLink(BaseOperatorLink):
         return f"{ROOT}/plugin{PREFIX}{PREFIX}/run/{record.name}"
 
 
-class RunPages(AirflowPlugin):  # type: ignore[misc]
+class RunPages(AirflowPlugin):
     name = "fast_cpt_runs"
     external_views: ClassVar = [
         {

@@ -25,17 +25,17 @@ from fastcpt.reporting.record import (
 )
 
 
-@hookimpl  # type: ignore[untyped-decorator]
+@hookimpl
 def on_dag_run_running(dag_run: Any, msg: str) -> None:
     _follow(dag_run, None)
 
 
-@hookimpl  # type: ignore[untyped-decorator]
+@hookimpl
 def on_dag_run_success(dag_run: Any, msg: str) -> None:
     _follow(dag_run, "success")
 
 
-@hookimpl  # type: ignore[untyped-decorator]
+@hookimpl
 def on_dag_run_failed(dag_run: Any, msg: str) -> None:
     _follow(dag_run, "failed")
 

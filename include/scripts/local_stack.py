@@ -209,13 +209,13 @@ def start() -> dict[str, Any]:
     """Start the SSH server and Airflow; returns the state that ``end`` takes, also kept in a file."""
     HOME.mkdir(mode=0o700, parents=True, exist_ok=True)
     if STATE.exists():
-        state = json.loads(STATE.read_text())
-        for started in state.get("processes", []):
-            if started["command"] != "sshd" and process_groups.is_ours(started, state["marker"]):
+        left = json.loads(STATE.read_text())
+        for started in left.get("processes", []):
+            if started["command"] != "sshd" and process_groups.is_ours(started, left["marker"]):
                 raise RuntimeError(
                     "Airflow is already running here. End it with `make down` first."
                 )
-        end(state)
+        end(left)
     port = free_port()
     state: dict[str, Any] = {"processes": [], "port": port, "marker": secrets.token_hex(8)}
     try:

@@ -218,7 +218,8 @@ def corpus_tokens(arguments: argparse.Namespace, recipe: Recipe) -> int | None:
         return manifest_tokens(arguments.manifest)
     if arguments.documents_bytes is not None:
         return estimated_tokens(arguments.documents_bytes, recipe)
-    return arguments.tokens
+    tokens: int | None = arguments.tokens
+    return tokens
 
 
 def manifest_tokens(manifest: Path) -> int:

@@ -20,7 +20,7 @@ from cluster.test_jobs import log_of, poll, processes, wait
 from fastcpt.cluster import jobs
 from fastcpt.cluster.agent import program
 from fastcpt.cluster.remote import Remote, ask
-from steps import _job_seconds
+from steps.training import job_seconds
 
 # Python's wall clock, as a host's whose clock is set: seconds in a file are added to it.
 CLOCK = """
@@ -188,7 +188,7 @@ def test_a_step_of_the_clock_changes_no_seconds_of_a_job(clock: Path, tmp_path: 
     finally:
         os.killpg(facts["pid"], signal.SIGTERM)
         os.waitpid(facts["pid"], 0)
-    seconds = _job_seconds({"status": (tmp_path / "jobs" / "j" / "status.json").read_text()})
+    seconds = job_seconds({"status": (tmp_path / "jobs" / "j" / "status.json").read_text()})
     assert seconds is not None
     assert 4 <= seconds <= took
 

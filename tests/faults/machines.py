@@ -313,7 +313,7 @@ import os, time
 from datetime import timedelta
 from airflow.sdk import dag
 from remote_job import RemoteJob, RemoteJobOperator
-from steps import secrets
+from steps.cluster import secrets
 
 def job(context):
     conf = context["dag_run"].conf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,22 @@ import pytest
 from airflow.sdk import DAG
 from airflow.sdk.execution_time.context import set_current_context
 
-import steps
 from fastcpt.corpus.sample import generate_sample
+from steps import corpus, gate, plan
+
+STEPS: dict[str, Callable[..., Any]] = {
+    step.__name__: step
+    for step in (
+        plan.plan,
+        plan.list_documents,
+        corpus.score,
+        corpus.select,
+        corpus.tokenize,
+        corpus.build,
+        gate.gate,
+        gate.gate_stage2,
+    )
+}
 
 
 class Run:
@@ -39,7 +54,7 @@ class Run:
     def step(self, name: str, *given: Any) -> Any:
         self.task_id = name
         with set_current_context(self.context):
-            self.results[name] = getattr(steps, name)(*given)
+            self.results[name] = STEPS[name](*given)
         return self.results[name]
 
 
@@ -48,6 +63,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     host = json.dumps({"conn_type": "ssh", "host": "localhost"})
     for connection in ("GPU_CLUSTER", "LOCAL_CLUSTER"):
         monkeypatch.setenv(f"AIRFLOW_CONN_{connection}", host)
-    monkeypatch.setattr(steps, "HOME", tmp_path / "home")
+    for module in (plan, corpus):
+        monkeypatch.setattr(module, "HOME", tmp_path / "home")
     generate_sample(tmp_path / "sample", documents=40)
     return Run(tmp_path / "sample" / "parsed")

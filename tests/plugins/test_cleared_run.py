@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import steps
 from fastcpt.files import read_json
 from fastcpt.reporting.record import times
 from fastcpt.training.made_from import tokenizer_digest
+from steps import training
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -42,7 +42,7 @@ def corpus_of(run: Run) -> dict[str, Any]:
 
 
 def test_another_corpus_is_another_training_and_the_same_one_the_same(run: Run) -> None:
-    first, trained = corpus_of(run), steps.train_cpt(run.context).result
+    first, trained = corpus_of(run), training.train_cpt(run.context).result
     record = Path(run.results["plan"]["record"])
     for left in ("gate_stage2.json", "train_sft/training.json", "outputs/publish.json"):
         (record / left).parent.mkdir(exist_ok=True)
@@ -51,7 +51,7 @@ def test_another_corpus_is_another_training_and_the_same_one_the_same(run: Run) 
     one.rename(run.documents.parent / one.name)
     second = corpus_of(run)
     assert second["digest"] != first["digest"]
-    assert steps.train_cpt(run.context).result != trained
+    assert training.train_cpt(run.context).result != trained
     # nothing of the pass before is left
     assert {path.name for path in record.rglob("*.json")} == {
         *("run.json", "plan.json", "corpus_manifest.json", "build.json"),
@@ -59,7 +59,7 @@ def test_another_corpus_is_another_training_and_the_same_one_the_same(run: Run) 
     }
     (run.documents.parent / one.name).rename(one)
     assert corpus_of(run)["digest"] == first["digest"]
-    assert steps.train_cpt(run.context).result == trained
+    assert training.train_cpt(run.context).result == trained
     noted = times(record)
     assert noted is not None
     assert noted["worked"] > 0

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-import steps
 from fastcpt.files import write_json
 from fastcpt.recipe import RecipeError, load_recipe
 from fastcpt.reporting.record import open_record
 from fastcpt.training import made_from
+from steps import training
 
 MODEL, SECOND, BASE = "/r/models/one/final", "/r/models/two/final", "/r/models/base-0"
 
@@ -77,7 +77,7 @@ def version(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.usefixtures("version")
 def test_evaluations_take_the_models_that_were_trained(context: Any) -> None:
-    first, second = steps.evaluate_cpt(context), steps.evaluate_stage2(context)
+    first, second = training.evaluate_cpt(context), training.evaluate_stage2(context)
     for job, model in ((first, MODEL), (second, SECOND)):
         assert words(job)["--checkpoint"] == model
         assert words(job)["--base_model"] == BASE
@@ -90,11 +90,11 @@ def test_evaluations_take_the_models_that_were_trained(context: Any) -> None:
 
 @pytest.mark.usefixtures("version")
 def test_what_follows_the_gate_takes_the_model_it_let_through(context: Any, record: Path) -> None:
-    assert words(steps.train_cpt_stage2(context))["--model"] == MODEL
+    assert words(training.train_cpt_stage2(context))["--model"] == MODEL
     for passed, model in ((True, MODEL), (False, SECOND)):
         gate(record, passed)
-        assert words(steps.train_sft(context))["--model"] == model
-    assert words(steps.evaluate_sft(context))["--model"] == "/r/models/tuned/final"
+        assert words(training.train_sft(context))["--model"] == model
+    assert words(training.evaluate_sft(context))["--model"] == "/r/models/tuned/final"
 
 
 def test_without_instructions_the_gates_model_is_handed_on_as_it_is(
@@ -102,14 +102,14 @@ def test_without_instructions_the_gates_model_is_handed_on_as_it_is(
 ) -> None:
     context["ti"].results["sync"]["instructions"] = None
     gate(record, True)
-    handed = steps.train_sft(context)
+    handed = training.train_sft(context)
     assert handed == {"model": MODEL, "skipped": "the recipe has no instructions"}
 
 
 def test_a_training_hands_on_where_its_model_will_be(context: Any, record: Path) -> None:
     gate(record, True)
-    stage1, stage2 = steps.train_cpt(context), steps.train_cpt_stage2(context)
-    tuned = steps.train_sft(context)
+    stage1, stage2 = training.train_cpt(context), training.train_cpt_stage2(context)
+    tuned = training.train_sft(context)
     for job in (stage1, stage2, tuned):
         output = words(job)["--output_dir"]
         assert job.result == f"{output}/training.json"
@@ -126,7 +126,7 @@ def test_a_root_that_was_moved_has_the_same_names_in_it(context: Any, base: dict
     results["sync"] |= base
 
     def names() -> list[str]:
-        jobs = [steps.train_cpt(context), steps.evaluate_cpt(context)]
+        jobs = [training.train_cpt(context), training.evaluate_cpt(context)]
         return [job.result.removeprefix(f"{job.root}/") for job in jobs]
 
     before = names()
@@ -134,22 +134,22 @@ def test_a_root_that_was_moved_has_the_same_names_in_it(context: Any, base: dict
         for key, value in results[task].items():
             if isinstance(value, str) and f"{value}/".startswith("/r/"):
                 results[task][key] = f"/moved{value}"
-    assert steps.train_cpt(context).root == "/moved/r"
+    assert training.train_cpt(context).root == "/moved/r"
     assert names() == before
 
 
 def test_another_limit_of_the_answers_is_another_evaluation(context: Any, record: Path) -> None:
-    before = steps.evaluate_sft(context).result
+    before = training.evaluate_sft(context).result
     text = (record / "recipe.yaml").read_text()
     assert "max_new_tokens: 64" in text
     (record / "recipe.yaml").write_text(text.replace("max_new_tokens: 64", "max_new_tokens: 32"))
-    assert steps.evaluate_sft(context).result != before
+    assert training.evaluate_sft(context).result != before
 
 
 def test_a_run_that_an_older_version_began_is_told_what_to_clear(context: Any) -> None:
     del context["ti"].results["train_cpt"]["model"]
     with pytest.raises(RecipeError, match=r"older version.*Clear train_cpt and what follows it"):
-        steps.evaluate_cpt(context)
+        training.evaluate_cpt(context)
 
 
 def test_a_training_or_a_gate_marked_by_hand_is_told_what_to_clear(
@@ -157,17 +157,23 @@ def test_a_training_or_a_gate_marked_by_hand_is_told_what_to_clear(
 ) -> None:
     context["ti"].results["train_cpt"] = None
     with pytest.raises(RecipeError, match=r"marked by hand.*Clear train_cpt and what follows it"):
-        steps.evaluate_cpt(context)
+        training.evaluate_cpt(context)
     (record / "gate.json").unlink(missing_ok=True)
     with pytest.raises(RecipeError, match="clear gate and what follows it"):
-        steps.train_sft(context)
+        training.train_sft(context)
+
+
+def test_a_step_without_result_is_named_by_the_one_that_needs_it(context: Any) -> None:
+    context["ti"].results["sync"] = None
+    with pytest.raises(RecipeError, match=r"sync .*marked by hand. Clear sync and what follows it"):
+        training.train_cpt(context)
 
 
 def test_what_a_training_left_is_kept_with_its_place(context: Any, record: Path) -> None:
     context["ti"].task_id = "train_cpt"
     files = {"result": '{"steps": 3, "seconds": 5.0}', "metrics": '{"step": 1}\n', "status": None}
     hands_on = {"model": MODEL, "base_model": BASE}
-    answer = steps.keep_training(context, files, hands_on)
+    answer = training.keep_training(context, files, hands_on)
     assert answer == {"steps": 3, "seconds": 5.0, **hands_on}
     assert (record / "train_cpt" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert (record / "times" / "train_cpt.json").is_file()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import notifications
-import steps
+import steps.report
 from fastcpt.files import write_json
 from fastcpt.reporting.record import record_folder
 from receivers import MailServer, WebServer, receivers
@@ -134,7 +134,9 @@ def test_a_missed_gate_is_told_once_with_its_figures(
 
 
 def test_a_run_that_failed_is_told_by_the_task_that_did(received: Any) -> None:
-    notifications.tell_failure(context(steps.RunFailed("the run did not succeed: plan failed")))
+    notifications.tell_failure(
+        context(steps.report.RunFailed("the run did not succeed: plan failed"))
+    )
     assert received[0].received == received[1].received == []
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-import steps
+import steps.plan
 from fastcpt.planning.result import CannotRun
 
 if TYPE_CHECKING:
@@ -47,4 +47,4 @@ def test_cards_are_looked_at_again_when_the_cluster_is_seen(
     run.results["check_cluster"] = {**facts, "gpus": [{"name": name, "memory_gb": memory_gb}] * 4}
     run.results["build"] = {"corpus": {"tokens": 2_000_000_000}}
     with pytest.raises(ValueError, match=said):
-        steps.final_plan(run.context)
+        steps.plan.final_plan(run.context)

@@ -1,0 +1,96 @@
+"""The cluster: what it has, its environment, and what of the run is brought there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from airflow.sdk import Context, Variable
+
+from fastcpt.files import read_json
+from remote_job import RemoteJob, remote_of
+from steps.results import Built, Environment, HostFacts, Places, Plan, result_of
+from steps.run import noted, recipe_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@noted
+def check_cluster(plan: Plan) -> HostFacts:
+    """What the host is and has; everything that is missing in one message."""
+    from fastcpt.cluster.check import check_cluster as check
+
+    recipe = recipe_of(plan)
+    return cast(HostFacts, check(remote_of(recipe.cluster.connection), recipe.cluster))
+
+
+def prepare_environment(context: Context) -> RemoteJob | Environment:
+    """Ship the code; compare the host's packages with the pinned ones, or build them there."""
+    from fastcpt.cluster import environment
+
+    recipe = recipe_of(result_of(context, "plan"))
+    root = result_of(context, "check_cluster")["root"]
+    remote = remote_of(recipe.cluster.connection)
+    code = environment.ship_code(remote, root, REPOSITORY)
+    if recipe.cluster.python:
+        python = environment.check_python(remote, recipe.cluster, REPOSITORY)
+        return {"python": python, "code": code["path"], "reused": code["reused"]}
+    folder = environment.environment_folder(recipe.cluster, root, REPOSITORY)
+    return RemoteJob(
+        recipe.cluster.connection,
+        root,
+        environment.build_commands(recipe.cluster, code["path"], folder),
+        result=f"{folder}/complete",
+        answer={"python": f"{folder}/bin/python", "code": code["path"], "reused": False},
+        alone="no",
+    )
+
+
+@noted
+def sync(plan: Plan, built: Built, cluster: HostFacts, environment: Environment) -> Places:
+    """Bring corpus, instructions and recipe to the cluster; digests are verified there."""
+    from fastcpt.cluster.transfer import files_of, send, send_base_model
+    from fastcpt.reporting.record import add_output
+    from fastcpt.training.made_from import tokenizer_digest
+
+    recipe, root, record = recipe_of(plan), cluster["root"], Path(plan["record"])
+    remote = remote_of(recipe.cluster.connection)
+    corpus, instructions = built["corpus"], built["instructions"]
+    listed = read_json(Path(corpus["path"]) / "corpus_manifest.json")["files"]
+    manifest = files_of(Path(corpus["path"]), ["corpus_manifest.json"])
+    sent = send(
+        remote,
+        Path(corpus["path"]),
+        f"{root}/corpora/{corpus['digest']}",
+        [*listed, *manifest],
+    )
+    run = send(remote, record, f"{root}/runs/{record.name}", files_of(record, ["recipe.yaml"]))
+    places: Places = {
+        "python": environment["python"],
+        "code": environment["code"],
+        "root": root,
+        "run": run["path"],
+        "corpus": sent["path"],
+        "corpus_digest": corpus["digest"],
+        "tokenizer_digest": tokenizer_digest(listed),
+        "base_model": send_base_model(remote, recipe.model.name_or_path, root),
+        "instructions": None,
+        "reused": sent["reused"],
+        "sent_bytes": sent["bytes"],
+        "seconds": sent["seconds"],
+    }
+    if instructions:
+        folder = f"{root}/instructions/{instructions['digest']}"
+        source = Path(instructions["path"])
+        sft = send(remote, source, folder, read_json(source / "manifest.json")["files"])
+        places["instructions"] = sft["path"]
+        places["instructions_digest"] = instructions["digest"]
+        places["reused"] = places["reused"] and sft["reused"]
+    add_output(record, "sync", {"path": sent["path"], "digest": corpus["digest"], **sent})
+    return places
+
+
+def secrets(context: Context) -> dict[str, str]:
+    """The hub token (Airflow variable ``hf_token``), for gated base models; reaches the job alone."""
+    token = Variable.get("hf_token", default=None)
+    return {"HF_TOKEN": token} if token else {}

@@ -1,0 +1,73 @@
+"""The corpus, on this machine or on workers that share HOME and the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from fastcpt.files import HOME
+from steps.results import Built, Made, Plan
+from steps.run import noted, recipe_of
+
+
+def _brief(facts: Mapping[str, Any]) -> Made:
+    """The part of a room's answer that the next task needs: XComs stay small."""
+    return cast(Made, {key: facts[key] for key in Made.__annotations__ if key in facts})
+
+
+def _processes(plan: Plan) -> int:
+    """A mapped task's share of the cores: all of them where there is one group of files."""
+    from fastcpt.corpus.processes import cores
+
+    return max(1, cores() // len(plan["parts"]))
+
+
+@noted
+def score(plan: Plan, parts: list[str]) -> list[Made]:
+    """Score the documents of a group of files."""
+    from fastcpt.corpus.score import score_parts
+
+    return [_brief(facts) for facts in score_parts(parts, recipe_of(plan), HOME, _processes(plan))]
+
+
+@noted
+def select(plan: Plan, scores: list[list[Made]]) -> Made:
+    """Decide which documents are taken, from the score tables alone; train the tokenizer on them."""
+    from fastcpt.corpus.build import prepare_tokenizer
+    from fastcpt.corpus.select import select as select_documents
+
+    recipe = recipe_of(plan)
+    tables = sorted(table["path"] for group in scores for table in group)
+    selection = _brief(select_documents(tables, recipe, HOME))
+    prepare_tokenizer(selection["path"], recipe, HOME)
+    return selection
+
+
+@noted
+def tokenize(plan: Plan, selection: Made, parts: list[str]) -> dict[str, Any]:
+    """Tokenize the documents taken of a group of files."""
+    from fastcpt.corpus.build import tokenize as tokenize_documents
+
+    recipe, processes = recipe_of(plan), _processes(plan)
+    return tokenize_documents(selection["path"], parts, recipe, HOME, processes)
+
+
+@noted
+def build(plan: Plan, selection: Made) -> Built:
+    """Pack the tokens of the documents taken; split the instructions."""
+    from fastcpt.corpus.build import build as build_corpus
+    from fastcpt.corpus.instructions import build_instructions
+    from fastcpt.reporting.record import add, add_output
+
+    recipe = recipe_of(plan)
+    instructions = build_instructions(recipe, HOME)
+    corpus = build_corpus(selection["path"], recipe, HOME)
+    record = Path(plan["record"])
+    add(record, "corpus_manifest.json", Path(corpus["path"]) / "corpus_manifest.json")
+    add_output(record, "build", _brief(corpus))
+    return {
+        "corpus": _brief(corpus),
+        "instructions": _brief(instructions) if instructions else None,
+        "reused": corpus["reused"] and (instructions is None or instructions["reused"]),
+    }

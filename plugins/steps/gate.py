@@ -1,0 +1,68 @@
+"""The gate on validation perplexity: fine-tuning, a second stage, or the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import Context, get_current_context
+
+from fastcpt.files import read_json
+from fastcpt.recipe import RecipeError
+from notifications import AlreadyTold, tell
+from steps.results import result_of, trained_by
+from steps.run import recipe_of
+
+
+def _decide(context: Context, evaluation: str, gate: str, missed: str) -> dict[str, Any]:
+    """The gate's decision, kept in the record; ``missed`` is what follows from a miss."""
+    from fastcpt.reporting.gate import decide
+    from fastcpt.reporting.record import add
+
+    plan = result_of(context, "plan")
+    settings, record = recipe_of(plan).gate, Path(plan["record"])
+    decision = decide(
+        read_json(record / evaluation), settings.perplexity_threshold, settings.validation_set
+    )
+    add(record, gate, decision)
+    relation = "below" if decision["passed"] else "not below"
+    found = (
+        f"validation perplexity {decision['value']:.3f} ({decision['validation_set']}), base model "
+        f"{decision['base_value'] or float('nan'):.3f}: {relation} the gate's {decision['threshold']:g}"
+    )
+    print(found)
+    if not decision["passed"]:
+        tell(context, "gate missed", f"{found}. {missed}")
+    return decision
+
+
+class GateMissed(RecipeError, AlreadyTold):
+    """The gate was missed and there is no further stage."""
+
+
+def gate() -> str:
+    """Perplexity below the recipe's threshold goes on to fine-tuning, else to stage 2."""
+    context = get_current_context()
+    decision = _decide(context, "evaluation.json", "gate.json", "Stage 2 begins.")
+    return "train_sft" if decision["passed"] else "train_cpt_stage2"
+
+
+def gate_stage2() -> dict[str, Any]:
+    """The same rule after stage 2; a model that still misses it goes no further."""
+    context = get_current_context()
+    decision = _decide(
+        context,
+        "evaluation_stage2.json",
+        "gate_stage2.json",
+        "That was stage 2: the run ends here.",
+    )
+    if not decision["passed"]:
+        raise GateMissed(
+            f"validation perplexity is {decision['value']:.2f} after stage 2, not below "
+            f"{decision['threshold']:g} (gate.perplexity_threshold). Try more steps "
+            "(stage2.max_steps) or a higher stage2.learning_rate, more documents "
+            "(selection.target_tokens, a lower quality_threshold), a stronger base model, or another "
+            f"threshold. The model is kept: {trained_by(context, 'train_cpt_stage2')['model']} on the "
+            "cluster"
+        )
+    return decision

@@ -1,0 +1,121 @@
+"""The plan: before anything is spent, and again with the corpus and the cluster as they are."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+from airflow.sdk import Context, get_current_context
+
+from fastcpt.files import HOME
+from fastcpt.recipe import load_recipe
+from fastcpt.recipe_form import form_overrides
+from remote_job import connection_of
+from steps.results import Plan, result_of
+from steps.run import note, recipe_of
+
+if TYPE_CHECKING:
+    from fastcpt.planning.result import Plan as Planned
+
+# Airflow maps at most 1024 tasks, and fewer, larger groups of files cost less to start: this much
+# text takes about as long as a task's start.
+MOST_GROUPS, GROUP_BYTES = 64, 4_000_000
+
+
+# Bytes of text in a byte of file, about: for a plan before any document is read.
+PACKED = {".gz": 4, ".zst": 6, ".parquet": 4}
+
+
+def plan() -> Plan:
+    """Resolve recipe, form and connection; look at the documents; begin the run's record."""
+    from fastcpt.corpus.documents import list_parts
+    from fastcpt.gguf import base_folder
+    from fastcpt.planning.history import FILE as HISTORY
+    from fastcpt.planning.plan import estimated_tokens, require_fit
+    from fastcpt.planning.plan import plan as make_plan
+    from fastcpt.reporting.record import add, empty_record, open_record, record_folder
+
+    context, began = get_current_context(), time.time()
+    # a cleared run that this plan refuses has no model to show
+    empty_record(record_folder(HOME, context["run_id"]))
+    values = dict(context["params"])
+    overrides = form_overrides(values)
+    recipe = load_recipe(values["recipe"], overrides)
+    extra = connection_of(recipe.cluster.connection).extra_dejson
+    # where things are on a host is the host's business: its connection may say so
+    for key in ("python", "root"):
+        if extra.get(key):  # a field of the form that was left empty is there, too
+            overrides[f"cluster.{key}"] = extra[key]
+    if recipe.model.name_or_path:
+        overrides["model.name_or_path"] = base_folder(recipe.model.name_or_path, HOME)
+    recipe = load_recipe(values["recipe"], overrides)
+    parts = list_parts(recipe.documents)
+    if recipe.sft.instructions is None:
+        print(
+            "No instructions (sft.instructions): a model that passes the gate is published as it is."
+        )
+    started = context["dag_run"].start_date  # another one after a clear
+    record = open_record(HOME, context["run_id"], context["dag"].dag_id, recipe, started)
+    text_bytes = _text_bytes(parts)
+    found = make_plan(recipe, estimated_tokens(text_bytes, recipe), None, HOME / HISTORY)
+    add(record, "plan.json", found.to_json())
+    command = _plan_command(record, found)
+    print(found.text(command))
+    if not values["run_even_if_plan_says_no"]:
+        require_fit(found, command)
+    groups = min(MOST_GROUPS, len(parts), 1 + text_bytes // GROUP_BYTES)
+    note(context, record, began)
+    return {
+        "recipe": str(record / "recipe.yaml"),
+        "record": str(record),
+        "parts": [parts[group::groups] for group in range(groups)],
+    }
+
+
+def _text_bytes(parts: list[str]) -> int:
+    import fsspec
+
+    total = 0
+    for part in parts:
+        system, name = fsspec.url_to_fs(part)
+        total += system.size(name) * PACKED.get(Path(name).suffix, 1)
+    return total
+
+
+class FinalPlan(TypedDict):
+    """The plan's file in the record, and its figures as text."""
+
+    path: str
+    text: str
+
+
+def final_plan(context: Context) -> FinalPlan:
+    """The plan again, now with the corpus that was built and the cluster that was found."""
+    from fastcpt.planning.history import FILE as HISTORY
+    from fastcpt.planning.plan import plan as make_plan
+    from fastcpt.planning.plan import require_fit
+    from fastcpt.reporting.record import add
+
+    first, cluster = result_of(context, "plan"), result_of(context, "check_cluster")
+    tokens = result_of(context, "build")["corpus"]["tokens"]
+    found = make_plan(recipe_of(first), tokens, cluster, HOME / HISTORY)
+    path = add(Path(first["record"]), "plan.json", found.to_json())
+    command = _plan_command(Path(first["record"]), found)
+    print(found.text(command))
+    if not context["params"]["run_even_if_plan_says_no"]:
+        require_fit(found, command)
+    return {"path": str(path), "text": found.text(command)}
+
+
+def _plan_command(record: Path, found: Planned) -> str:
+    """What plans the run's recipe again from a shell, to write one of the alternatives."""
+    words = (
+        f"include/scripts/plan_run.py --config {record / 'recipe.yaml'} --cluster {found.cluster}"
+    )
+    return f"{words} --tokens {found.corpus_tokens}" if found.corpus_tokens else words
+
+
+def list_documents(plan: Plan) -> list[list[str]]:
+    """The groups of files that ``score`` and ``tokenize`` are mapped over."""
+    return plan["parts"]

@@ -1,0 +1,73 @@
+"""The end of a run: its record is closed and its report written, whatever became of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypedDict
+
+from airflow.sdk import get_current_context
+
+from fastcpt.files import HOME
+from notifications import AlreadyTold
+from steps.results import HostFacts, Plan, result_or_none
+from steps.run import price_of, recipe_of
+
+
+class RunFailed(ValueError, AlreadyTold):
+    """What the run came to: the last task fails with it, and so the run. Who failed has said so."""
+
+
+class Reported(TypedDict, total=False):
+    """The report's file and what the run came to; empty where the run had no record."""
+
+    report: str
+    state: str
+
+
+def report() -> Reported:
+    """Close the run's record, whatever became of the run, and write its report.
+
+    ``RunFailed`` where the run did not succeed: this task's end is the run's.
+    """
+    from fastcpt.planning.history import compare, record_run
+    from fastcpt.reporting.record import add, add_cost, close_record, read, took
+    from fastcpt.reporting.report import write_report
+
+    context = get_current_context()
+    run, dag = context["run_id"], context["dag"].dag_id
+    states = context["ti"].get_task_states(dag, run_ids=[run])[run]
+    plan: Plan | None = result_or_none(context, "plan")
+    if plan is None:
+        print("The run ended before it had a record: the log of `plan` says why.")
+        # `success` without a result: the run was marked as successful while `plan` ran
+        _require_success(states, states["plan"])
+        return {}
+    record, recipe = Path(plan["record"]), recipe_of(plan)
+    cluster: HostFacts | None = result_or_none(context, "check_cluster")
+    evaluations = {"train_cpt": "evaluation.json", "train_cpt_stage2": "evaluation_stage2.json"}
+    for training, evaluation in evaluations.items():
+        totals = read(record, f"{training}/training.json")
+        if totals.get("job_seconds"):  # not one that an earlier run had done
+            seconds = read(record, evaluation).get("job_seconds")
+            record_run(HOME, f"{run}/{training}", recipe, cluster, totals, seconds)
+    add_cost(record, recipe.cluster.gpus, price_of(recipe, cluster))
+    compared = compare(read(record, "plan.json"), took(record, recipe.cluster.gpus))
+    add(record, "plan_and_actual.json", {"rows": compared})
+    outcome = read(record, "run.json").get("marked") or _outcome(states)
+    close_record(record, outcome)
+    written = str(write_report(record))
+    _require_success(states, outcome)
+    return {"report": written, "state": outcome}
+
+
+def _outcome(states: dict[str, str]) -> str:
+    """``success`` where a model was published and nothing failed; ``failed`` otherwise."""
+    failed = any(state in ("failed", "upstream_failed") for state in states.values())
+    return "failed" if failed or states["publish"] != "success" else "success"
+
+
+def _require_success(states: dict[str, str], outcome: str) -> None:
+    if outcome != "success":
+        failed = sorted(task for task, state in states.items() if state == "failed")
+        why = f"{', '.join(failed)} failed" if failed else "it was marked as failed"
+        raise RunFailed(f"the run did not succeed: {why}")

@@ -1,0 +1,274 @@
+"""Training and evaluation, on the cluster: the job of each step, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from airflow.sdk import Context
+
+from fastcpt.files import digest_of, read_json
+from fastcpt.recipe import Recipe, RecipeError
+from fastcpt.recipe_sections import CONFIGS
+from remote_job import RemoteJob
+from steps.results import Evaluated, Files, Places, Trained, result_of, trained_by
+from steps.run import note, price_of, recipe_of
+
+if TYPE_CHECKING:
+    from fastcpt.training.commands import Host
+
+
+def job_of_run(
+    context: Context,
+    commands: list[list[str]],
+    result: str,
+    hands_on: Mapping[str, Any],
+    **fetch: str,
+) -> RemoteJob:
+    """A job of the run; ``hands_on`` is what its answer has for later tasks: paths on the cluster."""
+    from fastcpt.cluster.jobs import alone, job_name
+    from fastcpt.training import commands as training
+
+    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    task = context["ti"]
+    name = job_name(task.dag_id, task.run_id, task.task_id, task.map_index)
+    fetch["status"] = f"{places['root']}/jobs/{name}/status.json"
+    return RemoteJob(
+        recipe.cluster.connection,
+        places["root"],
+        commands,
+        environment=training.environment(
+            recipe, host_of(places), price_of(recipe, result_of(context, "check_cluster"))
+        ),
+        result=result,
+        fetch=fetch,
+        answer=hands_on,
+        alone=alone(recipe.cluster),
+        slurm=_slurm(recipe),
+    )
+
+
+def _slurm(recipe: Recipe) -> dict[str, Any] | None:
+    if recipe.cluster.launcher != "slurm":
+        return None
+    gpus = 0 if recipe.cluster.cpu_only else recipe.cluster.gpus
+    return {**recipe.cluster.slurm.model_dump(), "gpus": gpus}
+
+
+def host_of(places: Places) -> Host:
+    from fastcpt.training.commands import Host
+
+    return Host(places["python"], places["code"], f"{places['run']}/recipe.yaml")
+
+
+def _port(output: str) -> int:
+    """A port for the ranks' rendezvous, another for each job: below the ephemeral ones."""
+    return 20_000 + int(digest_of(output), 16) % 10_000
+
+
+def _gated(context: Context) -> Trained:
+    """The training whose model the gate let through, as the record tells: a branch hands on nothing."""
+    record = Path(result_of(context, "plan")["record"])
+    if not (record / "gate.json").is_file():
+        raise RecipeError(
+            "the gate of this run has decided nothing: clear gate and what follows it"
+        )
+    gate = read_json(record / "gate.json")
+    return trained_by(context, "train_cpt" if gate["passed"] else "train_cpt_stage2")
+
+
+def name_of(model: str) -> str:
+    """The name of a training: its output folder's, which holds ``final``."""
+    return Path(model).parent.name
+
+
+def train_cpt(context: Context) -> RemoteJob:
+    """Stage 1, from the base model."""
+    from fastcpt.training import commands, made_from
+
+    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    host, folder = host_of(places), f"{places['root']}/models"
+    base = places.get("base_model") or made_from.base_name(recipe, places["tokenizer_digest"])
+    name = made_from.training_name(
+        recipe,
+        recipe.training,
+        model=base.removeprefix(f"{places['root']}/"),  # which may be moved as a whole
+        data={"corpus": places["corpus_digest"]},
+        deepspeed=CONFIGS,
+    )
+    if recipe.model.config is not None:
+        base = f"{folder}/{base}"
+    output = f"{folder}/{name}"
+    train = commands.train_cpt(
+        recipe,
+        host,
+        _port(output),
+        corpus=places["corpus"],
+        model=base,
+        output=output,
+        stage="stage1",
+    )
+    initialise = commands.initialise(recipe, host, places["corpus"], base)
+    return _training(context, [*initialise, train], output, base)
+
+
+def train_cpt_stage2(context: Context) -> RemoteJob:
+    """Stage 2, from stage 1's final checkpoint."""
+    from fastcpt.training import commands, made_from
+
+    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    before = trained_by(context, "train_cpt")
+    name = made_from.training_name(
+        recipe,
+        recipe.stage2,
+        model=name_of(before["model"]),
+        data={"corpus": places["corpus_digest"]},
+        deepspeed=CONFIGS,
+    )
+    output = f"{places['root']}/models/{name}"
+    train = commands.train_cpt(
+        recipe,
+        host_of(places),
+        _port(output),
+        corpus=places["corpus"],
+        model=before["model"],
+        output=output,
+        stage="stage2",
+    )
+    return _training(context, [train], output, before["base_model"])
+
+
+def _training(
+    context: Context, commands: list[list[str]], output: str, base: str | None = None
+) -> RemoteJob:
+    hands_on: Trained = {"model": f"{output}/final"}
+    if base:
+        hands_on["base_model"] = base
+    result, metrics = f"{output}/training.json", f"{output}/metrics.jsonl"
+    return job_of_run(context, commands, result, hands_on, metrics=metrics)
+
+
+def _evaluate(context: Context, trained: Trained, base_evaluation: str | None = None) -> RemoteJob:
+    from fastcpt.training import commands, made_from
+
+    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    model, base = trained["model"], trained["base_model"]
+    of = base.removeprefix(f"{places['root']}/")
+    name = made_from.evaluation_name(recipe, base=of, corpus=places["corpus_digest"])
+    result = f"{Path(model).parent}/evaluation-{name}.json"
+    evaluate = commands.evaluate(
+        recipe,
+        host_of(places),
+        _port(result),
+        corpus=places["corpus"],
+        model=model,
+        base=base,
+        output=result,
+        base_evaluation=base_evaluation,
+    )
+    return job_of_run(context, [evaluate], result, {"evaluation": result})
+
+
+def evaluate_cpt(context: Context) -> RemoteJob:
+    """Perplexity of stage 1's model and of the base model."""
+    return _evaluate(context, trained_by(context, "train_cpt"))
+
+
+def evaluate_stage2(context: Context) -> RemoteJob:
+    """Perplexity of stage 2's model, beside the base model's as ``evaluate_cpt`` found it."""
+    before = result_of(context, "evaluate_cpt").get("evaluation")
+    return _evaluate(context, trained_by(context, "train_cpt_stage2"), before)
+
+
+def train_sft(context: Context) -> RemoteJob | Trained:
+    """Fine-tune the model that passed the gate on the instructions."""
+    from fastcpt.training import commands, made_from
+
+    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    before = _gated(context)["model"]
+    if places["instructions"] is None:
+        return {"model": before, "skipped": "the recipe has no instructions"}
+    name = made_from.training_name(
+        recipe,
+        recipe.sft.training,
+        model=name_of(before),
+        data={"instructions": places["instructions_digest"]},
+        deepspeed=CONFIGS,
+    )
+    output = f"{places['root']}/models/{name}"
+    train = commands.train_sft(
+        recipe,
+        host_of(places),
+        _port(output),
+        instructions=places["instructions"],
+        model=before,
+        output=output,
+    )
+    return _training(context, [train], output)
+
+
+def evaluate_sft(context: Context) -> RemoteJob | Evaluated:
+    """ROUGE-L and citation accuracy on the held-out instructions."""
+    from fastcpt.training import commands, made_from
+
+    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    if places["instructions"] is None:
+        return {"skipped": "the recipe has no instructions"}
+    model = trained_by(context, "train_sft")["model"]
+    name = made_from.answers_name(recipe, instructions=places["instructions_digest"])
+    result = f"{Path(model).parent}/evaluation_sft-{name}.json"
+    evaluate = commands.evaluate_sft(
+        recipe,
+        host_of(places),
+        _port(result),
+        instructions=places["instructions"],
+        model=model,
+        output=result,
+    )
+    return job_of_run(context, [evaluate], result, {"evaluation": result})
+
+
+def keep_training(context: Context, files: Files, hands_on: Trained) -> Trained:
+    """A training's totals and curve go into the record; the totals are the answer, with the model.
+
+    The record has ``job_seconds`` too: what the job took in this run, None where it was found done.
+    """
+    from fastcpt.reporting.record import add, add_text
+
+    record, name = Path(result_of(context, "plan")["record"]), context["ti"].task_id
+    totals = json.loads(files["result"] or "{}")
+    if metrics := files.get("metrics"):
+        add_text(record, f"{name}/metrics.jsonl", metrics)
+    add(record, f"{name}/training.json", {**totals, "job_seconds": job_seconds(files)})
+    note_job(context, files)
+    return cast(Trained, {**totals, **hands_on})
+
+
+def note_job(context: Context, files: Files, ended: float | None = None) -> None:
+    """When a job worked: by this machine's clock, which it ended about now."""
+    seconds, ended = job_seconds(files) or 0.0, ended or time.time()
+    note(context, Path(result_of(context, "plan")["record"]), ended - seconds)
+
+
+def job_seconds(files: Files) -> float | None:
+    seconds: float | None = json.loads(files.get("status") or "{}").get("seconds")
+    return seconds
+
+
+def keep_evaluation(context: Context, files: Files, hands_on: Evaluated) -> Evaluated:
+    """An evaluation goes into the record whole; the answer is where it is, here and there."""
+    from fastcpt.reporting.record import add
+
+    record = Path(result_of(context, "plan")["record"])
+    name = {
+        "evaluate_cpt": "evaluation.json",
+        "evaluate_stage2": "evaluation_stage2.json",
+        "evaluate_sft": "evaluation_sft.json",
+    }[context["ti"].task_id]
+    evaluation = json.loads(files["result"] or "{}")
+    evaluation["job_seconds"] = job_seconds(files)
+    note_job(context, files)
+    return {"path": str(add(record, name, evaluation)), **hands_on}
