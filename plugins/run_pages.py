@@ -8,7 +8,7 @@ security policy allows no script, whatever a record may hold.
 from __future__ import annotations
 
 import functools
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
@@ -18,6 +18,7 @@ from airflow.plugins_manager import AirflowPlugin
 from airflow.sdk import BaseOperatorLink
 
 from fastcpt.files import HOME
+from fastcpt.reporting.pages import page
 from fastcpt.reporting.record import RecordError, read, record_folder
 from fastcpt.reporting.summary import summary, summary_text
 
@@ -35,16 +36,6 @@ SECURITY = {
     "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b2433; background: #fff; margin: 2rem; }
-table { border-collapse: collapse; }
-th, td { padding: .4rem 1rem .4rem 0; border-bottom: 1px solid #e3e7ee; text-align: left; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-.failed { color: #b3372f; }
-.success { color: #2b7a3d; }
-"""
-
-
 # What a damaged record can raise: files that do not parse, and values of another kind than ours.
 DAMAGED = (ValueError, TypeError, LookupError, AttributeError, OSError)
 
@@ -66,37 +57,46 @@ def _started(record: Path) -> str:
         return ""
 
 
+@dataclass(frozen=True)
+class Row:
+    """A run in the list: what stands in its cells, or (``damage``) why its record cannot be read."""
+
+    name: str
+    run: str
+    damage: str = ""
+    started: str = ""
+    recipe: str = ""
+    state: str = ""
+    perplexity: str = ""
+    base: str = ""
+    branch: str = ""
+
+
 def list_page(home: Path) -> str:
     """The table of all records. Links are relative: the page works under any prefix."""
     rows = [_row(name, record) for name, record in records(home).items()]
-    if not rows:
-        return _page("Fast CPT runs", "<p>No run has left a record yet.</p>")
-    header = (
-        "<tr><th>run</th><th>started (UTC)</th><th>recipe</th><th>state</th>"
-        '<th class="number">perplexity</th><th class="number">base model</th><th>branch</th></tr>'
-    )
-    return _page("Fast CPT runs", f"<table>{header}{''.join(rows)}</table>")
+    return page("runs.html", title="Fast CPT runs", rows=rows)
 
 
-def _row(name: str, record: Path) -> str:
-    link = f'<tr><td><a href="run/{escape(name)}">'
+def _row(name: str, record: Path) -> Row:
     try:
         facts = summary(record)
-        state = str(facts["state"] or "not ended")
-        started = _started(record)[:16].replace("T", " ")
-        perplexity = "" if facts["perplexity"] is None else f"{facts['perplexity']:,.2f}"
-        base = "" if facts["base_perplexity"] is None else f"{facts['base_perplexity']:,.2f}"
-        return (
-            f"{link}{escape(str(facts['run'] or name))}</a></td>"
-            f"<td>{escape(started)}</td><td>{escape(str(facts['recipe'] or ''))}</td>"
-            f'<td class="{escape(state)}">{escape(state)}</td><td class="number">{perplexity}</td>'
-            f'<td class="number">{base}</td><td>{escape(facts["branch"] or "")}</td></tr>'
+        return Row(
+            name=name,
+            run=str(facts["run"] or name),
+            started=_started(record)[:16].replace("T", " "),
+            recipe=str(facts["recipe"] or ""),
+            state=str(facts["state"] or "not ended"),
+            perplexity=_figure(facts["perplexity"]),
+            base=_figure(facts["base_perplexity"]),
+            branch=facts["branch"] or "",
         )
     except DAMAGED as error:
-        return (
-            f'{link}{escape(name)}</a></td><td></td><td></td><td class="failed">damaged</td>'
-            f'<td colspan="3">{escape(_why(error))}</td></tr>'
-        )
+        return Row(name=name, run=name, damage=_why(error))
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:,.2f}"
 
 
 def _why(error: Exception) -> str:
@@ -111,11 +111,12 @@ def run_page(record: Path) -> str:
     report = record / "report.html"
     if report.is_file():
         return report.read_text("utf-8")
+    text = damage = ""
     try:
-        body = f"<p>The report comes at the end.</p><pre>{escape(summary_text(record))}</pre>"
+        text = summary_text(record)
     except DAMAGED as error:
-        body = f'<p class="failed">This record is damaged: {escape(_why(error))}</p>'
-    return _page(f"Fast CPT run {record.name}", body)
+        damage = _why(error)
+    return page("run.html", title=f"Fast CPT run {record.name}", summary=text, damage=damage)
 
 
 def app(home: Path) -> FastAPI:
@@ -179,11 +180,3 @@ class RunPages(AirflowPlugin):
     def fastapi_apps(self) -> list[dict[str, Any]]:
         """Asked for by the API server alone."""
         return [{"app": app(HOME), "url_prefix": PREFIX, "name": "Fast CPT runs"}]
-
-
-def _page(title: str, body: str) -> str:
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}'
-        f"</title><style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{body}\n"
-        "</body></html>\n"
-    )

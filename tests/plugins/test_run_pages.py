@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +53,7 @@ def test_a_damaged_record_spoils_its_own_row_alone(
         assert "sample" in seen[run]
     (spoilt,) = (text for name, text in seen.items() if name.startswith("second"))
     assert "damaged" in spoilt
-    assert why in spoilt.replace("&#x27;", "'").replace("&quot;", '"')
+    assert why in html.unescape(spoilt)
 
 
 def test_the_page_of_a_damaged_record_says_so(home: Path) -> None:
@@ -70,3 +71,11 @@ def test_a_task_of_a_run_with_a_damaged_record_has_no_button(
     assert "second" in link.get_link(None, ti_key=key)
     (records.record_folder(home, "second") / "run.json").write_text("{")
     assert link.get_link(None, ti_key=key) == ""
+
+
+def test_what_a_user_named_a_run_is_shown_not_run(tmp_path: Path) -> None:
+    hostile = "\"><script>alert('run')</script>"
+    record = records.open_record(tmp_path, hostile, "fast_cpt", load_recipe("sample"))
+    for page in (run_pages.list_page(tmp_path), run_pages.run_page(record)):
+        assert "<script" not in page
+        assert hostile in html.unescape(page)

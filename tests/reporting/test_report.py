@@ -59,8 +59,7 @@ def test_figures_are_in_page_and_markdown(finished, page):
         assert figure in page
         assert figure in markdown
     assert (
-        "After stage 2: 11.25 on the random validation set, below the gate&#x27;s 18 (pass)."
-        in page
+        "After stage 2: 11.25 on the random validation set, below the gate&#39;s 18 (pass)." in page
     )
     # Claim, plan and the run's own side by side: 5400 + 1800 + 450 s are 2.125 h.
     assert "| time | 4-6 h | 75.50 to 140.00 h | 2.12 h |" in markdown

@@ -276,7 +276,7 @@ def code_version(repository: Path) -> str:
             path
             for folder in ("dags", "plugins", "include")
             for path in (repository / folder).rglob("*")
-            if path.suffix in {".py", ".sh", ".yaml", ".json"}
+            if path.suffix in {".py", ".sh", ".yaml", ".json", ".html"}
         )
         contents = [[str(path.relative_to(repository)), sha256_of_file(path)] for path in files]
         return f"files-{digest_of(contents)}"

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastcpt.files import whole_file
 from fastcpt.reporting import pictures
+from fastcpt.reporting.pages import page
 from fastcpt.reporting.record import TRAININGS, read, recipe_of
 from fastcpt.reporting.summary import duration, interval, span, summary, summary_text
 
@@ -26,6 +27,12 @@ SETS = ("random", "newest", "general")  # validation sets
 class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers: a page sets them to the right."""
+        columns = zip(*self.rows, strict=True)
+        return [all(not cell.strip("-0123456789,. %") for cell in column) for column in columns]
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ def write_report(record: Path) -> Path:
             if isinstance(part, Picture):
                 _write(record / f"{part.name}.svg", part.svg)
     _write(record / "report.md", _markdown(title, sections))
-    _write(record / "report.html", _html(title, sections))
+    _write(record / "report.html", page("report.html", title=title, sections=sections))
     return record / "report.html"
 
 
@@ -357,60 +364,6 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
 def _markdown_row(cells: Sequence[str]) -> str:
     texts = (escape(cell, quote=False).replace("|", "\\|").replace("\n", " ") for cell in cells)
     return f"| {' | '.join(texts)} |"
-
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b2433; background: #fff; margin: 2rem auto;
-  max-width: 60rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid #d5dbe5; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid #e3e7ee; text-align: left; }
-th { font-weight: 600; background: #f3f6fa; }
-td { white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: #f6f8fb; padding: .8rem 1rem; overflow-x: auto; font-size: .85rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-svg { max-width: 100%; height: auto; }
-"""
-
-
-def _html(title: str, sections: Sequence[Section]) -> str:
-    body = [f"<h1>{escape(title)}</h1>"]
-    for section in sections:
-        body.append(f"<h2>{escape(section.title)}</h2>")
-        for part in section.parts:
-            match part:
-                case Table(header, rows):
-                    body.append(_html_table(header, rows))
-                case Picture(_, svg):
-                    body.append(svg)
-                case Listing(text):
-                    body.append(f"<pre>{escape(text)}</pre>")
-                case str(words):
-                    body.append(f"<p>{escape(words)}</p>")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body></html>\n"
-    )
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; columns of numbers are set to the right."""
-    classes = [
-        ' class="number"' if all(not cell.strip("-0123456789,. %") for cell in column) else ""
-        for column in zip(*rows, strict=True)
-    ]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        pairs = zip(classes, cells, strict=True)
-        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in pairs)
-
-    body = "\n".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{line('th', header)}</tr></thead>\n{body}</table>"
 
 
 def _write(path: Path, text: str) -> None:
