@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pendulum
@@ -91,27 +92,29 @@ PARAMS = {
     },
 )
 def fast_cpt() -> None:
-    plan = task(steps.plan.plan)()
-    documents = task(steps.plan.list_documents)(plan)
-    scores = task(steps.corpus.score).partial(plan=plan).expand(parts=documents)
-    selection = task(steps.corpus.select)(plan, scores)
+    # a result is one record: its keys are not stored a second time, one by one
+    step = partial(task, multiple_outputs=False)
+    plan = step(steps.plan.plan)()
+    documents = step(steps.plan.list_documents)(plan)
+    scores = step(steps.corpus.score).partial(plan=plan).expand(parts=documents)
+    selection = step(steps.corpus.select)(plan, scores)
     tokens = (
-        task(steps.corpus.tokenize).partial(plan=plan, selection=selection).expand(parts=documents)
+        step(steps.corpus.tokenize).partial(plan=plan, selection=selection).expand(parts=documents)
     )
-    corpus = task(steps.corpus.build)(plan, selection)
+    corpus = step(steps.corpus.build)(plan, selection)
 
-    cluster = task(steps.cluster.check_cluster)(plan)
+    cluster = step(steps.cluster.check_cluster)(plan)
     environment = RemoteJobOperator(
         task_id="prepare_environment", job=steps.cluster.prepare_environment
     )
-    places = task(steps.cluster.sync)(plan, corpus, cluster, environment.output)
+    places = step(steps.cluster.sync)(plan, corpus, cluster, environment.output)
 
     def on_gpus(
-        step: Callable[..., Any], then: Callable[..., Any], **options: Any
+        job: Callable[..., Any], then: Callable[..., Any], **options: Any
     ) -> RemoteJobOperator:
         return RemoteJobOperator(
-            task_id=step.__name__,
-            job=step,
+            task_id=job.__name__,
+            job=job,
             then=then,
             secrets=steps.cluster.secrets,
             in_turn=True,
@@ -123,7 +126,7 @@ def fast_cpt() -> None:
     gate = task.branch(steps.gate.gate)()
     train_cpt_stage2 = on_gpus(steps.training.train_cpt_stage2, steps.training.keep_training)
     evaluate_stage2 = on_gpus(steps.training.evaluate_stage2, steps.training.keep_evaluation)
-    gate_stage2 = task(steps.gate.gate_stage2)()
+    gate_stage2 = step(steps.gate.gate_stage2)()
     # after either gate: one of the two ways to it was skipped
     train_sft = on_gpus(
         steps.training.train_sft,
@@ -132,7 +135,7 @@ def fast_cpt() -> None:
     )
     evaluate_sft = on_gpus(steps.training.evaluate_sft, steps.training.keep_evaluation)
     publish = on_gpus(steps.publish.publish, steps.publish.keep_published)
-    report = task(steps.report.report)()
+    report = step(steps.report.report)()
 
     approve_plan = ApprovePlan(task_id="approve_plan", retries=0)
 

@@ -248,11 +248,9 @@ class RemoteJobTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         clock = asyncio.get_running_loop().time
-        began = answered = wrote = told = clock()
+        began = answered = clock()
         remote: Remote | None = None
-        seen: int | None = None
-        last_lines = [""]
-        told_why = ""
+        shown = _Shown(self.log, clock)
         # the rest of the task's time: from here on a clock that is set does not shorten it
         until = clock() + self.ends_by - time.time() if self.ends_by else None
         while True:
@@ -264,7 +262,7 @@ class RemoteJobTrigger(BaseTrigger):
                 if remote is None:
                     # not asgiref's: it loses what a cancel says, and with it Airflow's call of on_kill
                     remote = await asyncio.to_thread(remote_of, self.connection)
-                answer = await _poll(remote, self.root, self.name, seen)
+                answer = await _poll(remote, self.root, self.name, shown.seen)
                 if "error" in answer:
                     raise ConnectionLost(f"{remote.host}: {answer['error']}")
             except (ConnectionLost, LoginRefused) as error:
@@ -280,34 +278,10 @@ class RemoteJobTrigger(BaseTrigger):
                 yield TriggerEvent({"refused": str(error)})
                 return
             answered = clock()
-            status, piece = answer["status"], base64.b64decode(answer["log"])
-            if "cut" in answer:
-                self.log.warning(
-                    "job.log was cut there: %d bytes, %d were shown before. It is shown from its beginning",
-                    answer["size"],
-                    answer["cut"],
-                )
-            all_read = answer["seen"] + len(piece) >= answer["size"]
-            ended = status["state"] not in jobs.ACTIVE
-            lines, taken = _lines(piece, whole=ended and all_read)
-            seen = answer["seen"] + taken
-            for number, line in enumerate(lines):
-                self.log.info("%s", line)
-                if number % 500 == 499:
-                    await asyncio.sleep(0)  # the triggerer watches other jobs too
-            last_lines = [*last_lines, *lines][-LAST_LINES:]
-            if lines:
-                wrote = told = clock()
-            elif status["state"] == "running" and clock() - told > QUIET_S:
-                told = clock()
-                self.log.info("running, silent for %.0f s after: %s", told - wrote, last_lines[-1])
-            if ended and all_read:
-                yield TriggerEvent({"status": status, "last_lines": last_lines})
+            taken, over = await shown.show(answer)
+            if over:
+                yield TriggerEvent({"status": answer["status"], "last_lines": shown.last_lines})
                 return
-            why = status.get("why", "")
-            if why and why != told_why:
-                self.log.info("%s: %s", status["state"], why)
-            told_why = why
             if not taken:
                 # what was shown is acknowledged at once: a restart repeats next to nothing
                 await asyncio.sleep(POLL_S if clock() - began < SHORT_S else LONG_POLL_S)
@@ -350,6 +324,49 @@ class RemoteJobTrigger(BaseTrigger):
                 else:
                     self.log.info("job %s had ended before: %s", self.name, answer["was"])
                 return
+
+
+class _Shown:
+    """What the task's log has of a job: its lines up to byte ``seen``, and why it does not run."""
+
+    def __init__(self, log: Any, clock: Callable[[], float]) -> None:
+        self.log, self.clock = log, clock
+        self.seen: int | None = None
+        self.last_lines = [""]
+        self.why = ""
+        self.wrote = self.told = clock()
+
+    async def show(self, answer: Mapping[str, Any]) -> tuple[int, bool]:
+        """Log what a poll answered: how many bytes of log that was, and whether the job is over and read."""
+        status, piece = answer["status"], base64.b64decode(answer["log"])
+        if "cut" in answer:
+            self.log.warning(
+                "job.log was cut there: %d bytes, %d were shown before. It is shown from its beginning",
+                answer["size"],
+                answer["cut"],
+            )
+        all_read = answer["seen"] + len(piece) >= answer["size"]
+        over = status["state"] not in jobs.ACTIVE and all_read
+        lines, taken = _lines(piece, whole=over)
+        self.seen = answer["seen"] + taken
+        for number, line in enumerate(lines):
+            self.log.info("%s", line)
+            if number % 500 == 499:
+                await asyncio.sleep(0)  # the triggerer watches other jobs too
+        self.last_lines = [*self.last_lines, *lines][-LAST_LINES:]
+        now = self.clock()
+        if lines:
+            self.wrote = self.told = now
+        elif status["state"] == "running" and now - self.told > QUIET_S:
+            self.told = now
+            self.log.info(
+                "running, silent for %.0f s after: %s", now - self.wrote, self.last_lines[-1]
+            )
+        why = status.get("why", "")
+        if why and why != self.why and not over:
+            self.log.info("%s: %s", status["state"], why)
+        self.why = why
+        return taken, over
 
 
 def _lines(piece: bytes, whole: bool) -> tuple[list[str], int]:

@@ -139,7 +139,7 @@ def nearby_instructions(documents: Path) -> str:
 # The processes
 
 
-def environment(cluster: dict[str, Any], port: int) -> dict[str, str]:
+def environment(cluster: local_sshd.Server, port: int) -> dict[str, str]:
     """The Airflow processes' environment: one configuration for all four."""
     connection = {
         "conn_type": "gpuhost",

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fastcpt.cluster.remote import ConnectionLost, Remote, ask, ask_through
 from fastcpt.cluster.transfer import files_of, send, send_base_model
 from fastcpt.files import HOME, digest_of, read_json, whole_file
 from fastcpt.recipe import Recipe, load_recipe
-from fastcpt.recipe_sections import CONFIGS
+from fastcpt.recipe_sections import CONFIGS, Cluster
 from fastcpt.training import commands, made_from
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", default="")
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.config)
-    server: dict[str, Any] | None = None
+    server: local_sshd.Server | None = None
     try:
         if arguments.host:
             remote = Remote(
@@ -72,19 +73,10 @@ def main() -> None:
 def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None:
     recipe, facts = with_gpus_of(remote, recipe)
     root = facts["root"]
-    code = environment.ship_code(remote, root, REPOSITORY)
+    code = environment.ship_code(remote, root, REPOSITORY)["path"]
     local_python = "" if arguments.host else str(REPOSITORY / ".env/cluster/bin/python")
-    python = arguments.python or recipe.cluster.python or local_python
-    if python:
-        cluster = recipe.cluster.model_copy(update={"python": python})
-        python = environment.check_python(remote, cluster, REPOSITORY)
-    else:
-        folder = environment.environment_folder(recipe.cluster, root, REPOSITORY)
-        build = environment.build_commands(recipe.cluster, code["path"], folder)
-        complete = f"{folder}/complete"
-        name = f"environment-{digest_of(folder)}"
-        run(remote, root, jobs.Job(name, build, result=complete, alone="no"))
-        python = f"{folder}/bin/python"
+    named = arguments.python or recipe.cluster.python or local_python
+    python = python_of(remote, root, recipe.cluster, code, named)
     manifest = read_json(arguments.corpus / "corpus_manifest.json")
     listed = [*manifest["files"], *files_of(arguments.corpus, ["corpus_manifest.json"])]
     corpus = send(remote, arguments.corpus, f"{root}/corpora/{manifest['digest']}", listed)["path"]
@@ -92,9 +84,40 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
         aside.write_text(recipe.to_yaml(), encoding="utf-8")
     shipped = files_of(arguments.output, ["recipe.yaml"])
     place = send(remote, arguments.output, f"{root}/runs/{digest_of(shipped)}", shipped)["path"]
-    host = commands.Host(python, code["path"], f"{place}/recipe.yaml")
+    host = commands.Host(python, code, f"{place}/recipe.yaml")
     base = send_base_model(remote, recipe.model.name_or_path, root)
-    base = base or made_from.base_name(recipe, made_from.tokenizer_digest(manifest["files"]))
+    job, output = training_job(recipe, host, root, corpus, manifest, base)
+    run(remote, root, job)
+    paths = {name: f"{output}/{name}" for name in ("training.json", "metrics.jsonl")}
+    files = ask(remote, "read_files", paths={**paths, "evaluation.json": job.result})
+    for name, text in files.items():
+        with whole_file(arguments.output / name) as aside:
+            aside.write_text(text, encoding="utf-8")
+    print(f"The model is in {output}/final on {remote.host}; its figures are in {arguments.output}")
+
+
+def python_of(remote: Remote, root: str, cluster: Cluster, code: str, named: str) -> str:
+    """The interpreter there: the one that is named, else one that is built there."""
+    if named:
+        cluster = cluster.model_copy(update={"python": named})
+        return environment.check_python(remote, cluster, REPOSITORY)
+    folder = environment.environment_folder(cluster, root, REPOSITORY)
+    build = environment.build_commands(cluster, code, folder)
+    name = f"environment-{digest_of(folder)}"
+    run(remote, root, jobs.Job(name, build, result=f"{folder}/complete", alone="no"))
+    return f"{folder}/bin/python"
+
+
+def training_job(
+    recipe: Recipe,
+    host: commands.Host,
+    root: str,
+    corpus: str,
+    manifest: Mapping[str, Any],
+    sent_base: str | None,
+) -> tuple[jobs.Job, str]:
+    """The job that trains and evaluates, and the folder that it writes to there."""
+    base = sent_base or made_from.base_name(recipe, made_from.tokenizer_digest(manifest["files"]))
     name = made_from.training_name(
         recipe,
         recipe.training,
@@ -109,34 +132,20 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
     named = made_from.evaluation_name(recipe, base=of, corpus=manifest["digest"])
     evaluation = f"{output}/evaluation-{named}.json"
     port = 20_000 + int(name, 16) % 10_000
+    train = commands.train_cpt(
+        recipe, host, port, corpus=corpus, model=base, output=output, stage="stage1"
+    )
+    evaluate = commands.evaluate(
+        recipe, host, port, corpus=corpus, model=f"{output}/final", base=base, output=evaluation
+    )
     job = jobs.Job(
         f"shell-{name}",
-        [
-            *commands.initialise(recipe, host, corpus, base),
-            commands.train_cpt(
-                recipe, host, port, corpus=corpus, model=base, output=output, stage="stage1"
-            ),
-            commands.evaluate(
-                recipe,
-                host,
-                port,
-                corpus=corpus,
-                model=f"{output}/final",
-                base=base,
-                output=evaluation,
-            ),
-        ],
+        [*commands.initialise(recipe, host, corpus, base), train, evaluate],
         commands.environment(recipe, host),
         result=evaluation,
         alone=jobs.alone(recipe.cluster),
     )
-    run(remote, root, job)
-    paths = {name: f"{output}/{name}" for name in ("training.json", "metrics.jsonl")}
-    files = ask(remote, "read_files", paths={**paths, "evaluation.json": evaluation})
-    for name, text in files.items():
-        with whole_file(arguments.output / name) as aside:
-            aside.write_text(text, encoding="utf-8")
-    print(f"The model is in {output}/final on {remote.host}; its figures are in {arguments.output}")
+    return job, output
 
 
 def with_gpus_of(remote: Remote, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
