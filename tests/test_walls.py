@@ -20,6 +20,7 @@ SHARED = {
     *(
         f"fastcpt.{name}"
         for name in (
+            "best_fit",
             "families",
             "files",
             "gguf",

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastcpt.best_fit import best_fit
+
 Ints = npt.NDArray[np.int64]
 
 MAX_PADDING = 0.004
@@ -40,7 +42,7 @@ def pack(lengths: Ints, size: int) -> Packed:
     count = int(whole.sum())
     document = np.repeat(np.arange(len(lengths)), whole)
     begin = (np.arange(count) - np.repeat(np.cumsum(whole) - whole, whole)) * size
-    bins = _best_fit(rests, size)
+    bins = _rows_of_rests(rests, size)
     total = int(rests.sum())
     bins = _without_gaps(bins, total, count, size)
     pieces = [
@@ -63,29 +65,13 @@ def pack(lengths: Ints, size: int) -> Packed:
 Piece = tuple[int, int, int]
 
 
-def _best_fit(rests: Ints, size: int) -> list[list[Piece]]:
-    """Best-fit decreasing: rows as lists of whole rests."""
-    order = np.lexsort((np.arange(len(rests)), -rests))
-    order = order[rests[order] > 0]
-    bins: list[list[Piece]] = []
-    with_room: list[list[int]] = [[] for _ in range(size + 1)]
-    rooms = 0  # bit r is set where some row has room for exactly r more
-    for item, length in zip(order.tolist(), rests[order].tolist(), strict=True):
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            chosen = with_room[room].pop()
-            if not with_room[room]:
-                rooms ^= 1 << room
-        else:
-            room, chosen = size, len(bins)
-            bins.append([])
-        bins[chosen].append((item, 0, length))
-        room -= length
-        if room:
-            with_room[room].append(chosen)
-            rooms |= 1 << room
-    return bins
+def _rows_of_rests(rests: Ints, size: int) -> list[list[Piece]]:
+    """Whole rests packed best-fit; the row that begins with the longest comes first."""
+    document = np.flatnonzero(rests).tolist()
+    length = rests[document].tolist()
+    rows = best_fit(length, size)
+    rows.sort(key=lambda row: (-length[row[0]], row[0]))
+    return [[(document[n], 0, length[n]) for n in row] for row in rows]
 
 
 def _without_gaps(
