@@ -16,11 +16,11 @@ LIBRARY = REPOSITORY / "include" / "fastcpt"
 ROOMS = ["corpus", "planning", "cluster", "training", "reporting"]
 SHARED = {
     "fastcpt",
+    "fastcpt.best_fit",
     "fastcpt.__version__",
     *(
         f"fastcpt.{name}"
         for name in (
-            "best_fit",
             "families",
             "files",
             "gguf",

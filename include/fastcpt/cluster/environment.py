@@ -17,10 +17,10 @@ GPU_REQUIREMENTS = "requirements-cluster-gpu.txt"
 # training is shipped whole, with the modules that it shares with the other rooms
 SHIPPED = (
     "fastcpt/__init__.py",
-    "fastcpt/best_fit.py",
     "fastcpt/families.py",
     "fastcpt/recipe.py",
     "fastcpt/recipe_sections.py",
+    "fastcpt/best_fit.py",
     "fastcpt/files.py",
     "fastcpt/ids.py",
     "fastcpt/yaml_files.py",
