@@ -19,7 +19,7 @@ def expand(path: str) -> str:
 
 
 def write_whole(path: str, text: str, mode: int = 0o600) -> None:
-    aside = "%s.%d.partial" % (path, os.getpid())
+    aside = f"{path}.{os.getpid()}.partial"
     try:
         with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as file:
             file.write(text)
@@ -92,7 +92,7 @@ def listing(folder: str) -> Answer:
     """The files below a folder with sizes and digests, for a transfer back."""
     folder = expand(folder)
     if not os.path.isdir(folder):
-        return {"error": "no folder '%s' on the cluster" % folder}
+        return {"error": f"no folder '{folder}' on the cluster"}
     files = []
     for parent, _, names in sorted(os.walk(folder)):
         for name in sorted(names):

@@ -23,7 +23,7 @@ def shared_locks(root: str, alone: str) -> List[str]:
     """The locks that a job holds against others: of its root, and of all roots on this host."""
     of_root = os.path.join(os.path.realpath(expand(root)), "gpus.lock")
     # a home may be shared by several hosts
-    of_host = expand("~/.fast_cpt/gpus-%s.lock" % os.uname().nodename)
+    of_host = expand(f"~/.fast_cpt/gpus-{os.uname().nodename}.lock")
     return {"no": [], "root": [of_root], "host": [of_root, of_host]}[alone]
 
 
@@ -63,10 +63,10 @@ def wait_for(path: str, folder: str, status: Answer, ending: List[float]) -> int
             if not holder:
                 sign(lock, status["name"])
                 break
-            why = "job %s has the GPUs (%s)" % (holder, path)
+            why = f"job {holder} has the GPUs ({path})"
         except BlockingIOError:
             holder = os.pread(lock, 1024, 0).decode(errors="replace")
-            why = "job %s has the GPUs (%s)" % (holder, path)
+            why = f"job {holder} has the GPUs ({path})"
         except OSError as error:
             why = str(error)
         status.update(state="waiting", why=why)

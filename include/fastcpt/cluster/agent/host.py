@@ -21,7 +21,7 @@ def check(root: str) -> Answer:
     return {
         "hostname": os.uname().nodename,
         "system": os.uname().sysname,
-        "python": "%d.%d.%d" % sys.version_info[:3],
+        "python": ".".join(map(str, sys.version_info[:3])),
         "root": root,
         "home": os.path.expanduser("~"),
         "rsync": shutil.which("rsync"),
@@ -40,7 +40,7 @@ def check(root: str) -> Answer:
 
 def why_unwritable(folder: str) -> str:
     """Why no file can be made in a folder; empty where one can."""
-    trial = os.path.join(folder, "written-by-check-%d" % os.getpid())
+    trial = os.path.join(folder, f"written-by-check-{os.getpid()}")
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         write_whole(trial, "x")
@@ -86,13 +86,13 @@ def versions(python: str, pins: Dict[str, str]) -> Answer:
             capture_output=True,
         )
     except OSError as error:
-        return {"error": "%s: %s" % (python, error.strerror)}
+        return {"error": f"{python}: {error.strerror}"}
     if done.returncode:
         return {"error": done.stderr.decode(errors="replace").strip()[-500:]}
     found = json.loads(done.stdout)
     # a local build (2.13.0+cpu) is the same release
     wrong = [
-        "%s %s, wanted %s" % (name, found[name] or "missing", wanted)
+        f"{name} {found[name] or 'missing'}, wanted {wanted}"
         for name, wanted in pins.items()
         if (found[name] or "").split("+")[0] != wanted
     ]

@@ -17,18 +17,11 @@ from fastcpt.cluster.agent.slurm import run_slurm
 
 # A host of several ends its part when it has not heard of the first one for so long.
 SILENCE_S = 60.0
-SSH_ALIVE = [
-    "-o",
-    "ServerAliveInterval=15",
-    "-o",
-    "ServerAliveCountMax=4",
-    "-o",
-    "ConnectTimeout=20",
+SSH = [
+    *("ssh", "-T", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes"),
+    *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4", "-o", "ConnectTimeout=20"),
     # a connection of its own: ended with the job, it must not be one that the user shares
-    "-o",
-    "ControlMaster=no",
-    "-o",
-    "ControlPath=none",
+    *("-o", "ControlMaster=no", "-o", "ControlPath=none"),
 ]
 
 
@@ -46,18 +39,16 @@ def on_hosts(gpus: int, hosts: List[str], command: List[str]) -> int:
         master = address_towards(hosts[0]) if hosts else "127.0.0.1"
         names = [master, *hosts]
     if gpus % len(names):
-        print(
-            "ValueError: cluster.gpus (%d) must be a multiple of the %d hosts" % (gpus, len(names))
-        )
+        print(f"ValueError: cluster.gpus ({gpus}) must be a multiple of the {len(names)} hosts")
         return 78
     hostfile = os.path.abspath("hostfile")
     slots = gpus // len(names)
-    write_whole(hostfile, "".join("%s slots=%d\n" % (name, slots) for name in names))
+    write_whole(hostfile, "".join(f"{name} slots={slots}\n" for name in names))
     values = {"{master_addr}": master, "{hostfile}": hostfile}
     command = [values.get(word, word) for word in command]
     here = [sys.executable, os.path.abspath(sys.argv[0]), "node"]
     if inside_slurm:
-        srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--ntasks=%d" % len(names)]
+        srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", f"--ntasks={len(names)}"]
         return subprocess.call([*srun, *here, *command])
     return watch([start_node(rank, host, command) for rank, host in enumerate(["", *hosts])])
 
@@ -65,9 +56,8 @@ def on_hosts(gpus: int, hosts: List[str], command: List[str]) -> int:
 def start_node(rank: int, host: str, command: List[str]) -> "subprocess.Popen[bytes]":
     """Start one host's part; this host's own where ``host`` is empty."""
     program = os.path.abspath(sys.argv[0])
-    far = "exec python3 %s node" % shlex.quote(program)
-    ssh = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes", *SSH_ALIVE]
-    words = [*ssh, "--", host, far] if host else [sys.executable, program, "node"]
+    far = f"exec python3 {shlex.quote(program)} node"
+    words = [*SSH, "--", host, far] if host else [sys.executable, program, "node"]
     node = subprocess.Popen(words, stdin=subprocess.PIPE)
     words = [str(rank) if word == "{node_rank}" else word for word in command]
     settings = {"cwd": os.getcwd(), "environment": dict(os.environ), "command": words}

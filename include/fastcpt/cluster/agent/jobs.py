@@ -75,19 +75,19 @@ def submit(
             spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
             if spec.get("digest") == digest:
                 if not note(os.path.join(folder, "owners.json"), [*owners(folder), owner]):
-                    return {"unavailable": "no room in %s to note whose job %s is" % (folder, name)}
+                    return {"unavailable": f"no room in {folder} to note whose job {name} is"}
                 return {"found": "running", "folder": folder}
         if status["state"] in ACTIVE or living(folder):
             answer = end(folder, owner)
             if "unavailable" in answer:
                 return answer
             if not answer["ended"]:
-                return {"error": "job %s is running and could not be ended" % name}
+                return {"error": f"job {name} is running and could not be ended"}
         if result and os.path.exists(expand(result)):
             return {"found": "complete", "folder": folder}
         lock = locked(folder)
         if lock is None:
-            return {"error": "something of job %s lives and could not be ended" % name}
+            return {"error": f"something of job {name} lives and could not be ended"}
         waiting = slurm is not None
         spec = {"name": name, "digest": digest, "locks": shared_locks(root, alone)}
         begin_folder(folder, owner, script, spec, secrets, waiting)
@@ -131,7 +131,7 @@ def state_of(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answ
             status["state"] = "lost"
             status["why"] = "the host was rebooted" if rebooted else "its supervisor is gone"
     elif status["state"] in ACTIVE and stands_still(status.get("supervisor")):
-        again = "kill -CONT %d" % status["supervisor"]
+        again = f"kill -CONT {status['supervisor']:d}"
         status["why"] = "its supervisor is stopped and sees nothing; go on with: " + again
     stopped = read_json(os.path.join(folder, "stopped.json"), dict)
     if stopped and status["state"] in ("lost", "cancelled"):
@@ -157,7 +157,7 @@ def poll(root: str, jobs: List[Answer]) -> Answer:
             answer = next_piece(folder, job["seen"], budget)
         except (OSError, ValueError, TypeError, KeyError) as error:
             # one job's damaged files are no matter of the others
-            answers.append({"error": "%s in %s: %s" % (type(error).__name__, folder, error)})
+            answers.append({"error": f"{type(error).__name__} in {folder}: {error}"})
             continue
         piece = answer["log"]
         budget -= len(piece)

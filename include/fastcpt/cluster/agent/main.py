@@ -39,9 +39,9 @@ def answer(do: str, values: Answer) -> Answer:
     try:
         return REQUESTS[do](**values)
     except Exception as error:
-        why = "'%s' failed there: %s" % (do, traceback.format_exc().strip())
+        why = f"'{do}' failed there: {traceback.format_exc().strip()}"
         if isinstance(error, OSError):
-            why = "'%s' failed there: %s" % (do, error)
+            why = f"'{do}' failed there: {error}"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 why += ". The disk there is full: free some, then clear this task"
         watching = do in ("poll", "stop")

@@ -38,7 +38,7 @@ def processes() -> Iterator[int]:
 def environment_of(pid: int) -> Dict[str, str]:
     """A process's environment at its start; empty where it has ended or is somebody else's."""
     try:
-        with open("/proc/%d/environ" % pid, "rb") as file:
+        with open(f"/proc/{pid:d}/environ", "rb") as file:
             entries = os.fsdecode(file.read()).split("\0")
     except OSError:
         return {}
@@ -61,7 +61,7 @@ def living(folder: str) -> List[int]:
 def stands_still(pid: Optional[int]) -> bool:
     """Whether a process was stopped (SIGSTOP)."""
     try:
-        with open("/proc/%d/stat" % (pid or 0)) as file:
+        with open(f"/proc/{pid or 0:d}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] in "Tt"
     except OSError:
         return False

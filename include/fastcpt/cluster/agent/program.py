@@ -34,14 +34,14 @@ def text(last: str) -> str:
     """The program that can import all of the agent and ends with the lines ``last``."""
     names = ["fastcpt", "fastcpt.cluster", PACKAGE, *(PACKAGE + "." + name for name in MODULES)]
     sources = {name: source(name) for name in names}
-    return "%s\n\nstart(%r)\n%s\n" % (source(START), sources, last)
+    return f"{source(START)}\n\nstart({sources!r})\n{last}\n"
 
 
 def request(do: str, values: str) -> str:
     """The program that answers one request; ``values`` are JSON."""
-    return text("from %s.main import respond" % PACKAGE) + "respond(%r, %r)\n" % (do, values)
+    return text(f"from {PACKAGE}.main import respond") + f"respond({do!r}, {values!r})\n"
 
 
 def supervisor() -> str:
     """The program in a job's folder."""
-    return text("from %s.main import main\nmain()" % PACKAGE)
+    return text(f"from {PACKAGE}.main import main\nmain()")

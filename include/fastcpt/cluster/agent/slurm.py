@@ -42,7 +42,7 @@ def sbatch(folder: str, spec: Answer, options: List[str], extra_lines: List[str]
     if done.returncode:
         answer = done.stderr.decode(errors="replace").strip()
         if "ontact" in answer or "imed out" in answer:
-            return {"unavailable": "%s: %s" % (NO_CONTROLLER, answer)}
+            return {"unavailable": f"{NO_CONTROLLER}: {answer}"}
         forget_secrets(folder)
         return {"error": "sbatch refused the job: " + answer}
     spec["slurm_id"] = done.stdout.decode().strip().split(";")[0]
@@ -70,7 +70,7 @@ def squeue() -> Queue:
         "squeue",
         "--noheader",
         "--states=all",
-        "--user=%d" % os.getuid(),
+        f"--user={os.getuid()}",
         "--format=%A|%T|%r",
     ]
     done = run_slurm(command, {})
@@ -87,7 +87,7 @@ def state_in_slurm(status: Answer, slurm_id: str, queue: Queue) -> Answer:
         return {**status, "state": "running", "why": NO_CONTROLLER}
     state, reason = queue.get(slurm_id, ["", ""])
     if state in WAITING:
-        return {**status, "state": "waiting", "why": "Slurm: %s, %s" % (state, reason)}
+        return {**status, "state": "waiting", "why": f"Slurm: {state}, {reason}"}
     if state in RUNNING:
         return {**status, "state": "running"}
     if state == "CANCELLED":

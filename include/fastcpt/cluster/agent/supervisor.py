@@ -45,7 +45,7 @@ def supervise(folder: str, lock: Optional[int]) -> None:
         code = None if ending else run_job(folder, lock, spec["locks"], status, ending)
     except OSError as error:
         code = None
-        status["why"] = "it could not be started: %s" % error
+        status["why"] = f"it could not be started: {error}"
     else:
         status["why"] = "ended from outside"
     end_strays(folder)
