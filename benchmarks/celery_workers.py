@@ -86,7 +86,7 @@ def built_by_workers(home: Path, conf: dict[str, Any]) -> tuple[dict[str, Any], 
         state["processes"] += [
             process_groups.entry(pid, "airflow celery worker") for pid in workers
         ]
-        with local_stack.Api(state) as api:
+        with local_stack.Api(state["url"], local_stack.HOME) as api:
             api.log_in()
             run = api.trigger(conf)
             began = time.monotonic()

@@ -12,16 +12,16 @@ from typing import Any
 from fastcpt.cluster.agent import program
 
 
-def ask(folder: Path, do: str, **values: Any) -> dict[str, Any]:
+def ask(at: Path, do: str, **values: Any) -> dict[str, Any]:
     """The answer of a Python that has nothing of ours, in a folder with another ``fastcpt``."""
-    (folder / "fastcpt").mkdir(exist_ok=True)
-    (folder / "fastcpt" / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
+    (at / "fastcpt").mkdir(exist_ok=True)
+    (at / "fastcpt" / "__init__.py").write_text("raise SystemExit('the wrong one')\n")
     done = subprocess.run(
         [sys.executable, "-"],
         input=program.request(do, json.dumps(values)).encode(),
         capture_output=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
+        cwd=at,
+        env={**os.environ, "PYTHONPATH": str(at)},
     )
     assert done.returncode == 0, done.stderr.decode()
     return dict(json.loads(done.stdout))

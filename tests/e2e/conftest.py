@@ -153,7 +153,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     module.generate_sample(home / SAMPLE, documents=120)
     state = module.start()
     try:
-        with module.Api(state) as api:
+        with module.Api(state["url"], module.HOME) as api:
             api.log_in()
             yield Stack(module, api, home, state)
     finally:
