@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fastcpt.cluster import first_contact
 from fastcpt.cluster.remote import Remote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "include" / "scripts"))
@@ -46,3 +49,37 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Remote]]:
 @pytest.fixture(scope="session")
 def remote(server: dict[str, Any]) -> Remote:
     return remote_of(server)
+
+
+@pytest.fixture
+def ssh_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Gives OpenSSH a configuration: it looks for its own in the home of the user database alone."""
+
+    def write(text: str) -> Path:
+        config, programs = tmp_path / "ssh_config", tmp_path / "programs"
+        config.write_text(text)
+        programs.mkdir()
+        (programs / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {config} "$@"\n')
+        (programs / "ssh").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        return config
+
+    return write
+
+
+@pytest.fixture
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    path = str(tmp_path / "agent")
+    process = subprocess.Popen(["ssh-agent", "-D", "-a", path], stdout=subprocess.DEVNULL)
+    monkeypatch.setenv("SSH_AUTH_SOCK", path)
+    while not os.path.exists(path):
+        assert process.poll() is None
+    yield path
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_contact, "CONNECT_TIMEOUT_S", 2)
+    monkeypatch.setattr("fastcpt.cluster.remote.CONNECT_TIMEOUT_S", 2)
