@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastcpt.training.evaluation import Scorer, document_losses, figures_of
 from fastcpt.training.generation import generate
-from fastcpt.training.inference import model_for_inference, rank, ranks, world_size
+from fastcpt.training.inference import model_for_inference, ranks
 from fastcpt.training.model import choose_attention
+from fastcpt.training.ranks import rank, world_size
 from fastcpt.training.validation import Document
 from training import SHAPES, SIZE
 

@@ -2,7 +2,7 @@
 
     python benchmarks/training.py [--cases 8b-lora-bf16,8b-full-fp8@4] [--steps 2] [--profile]
 
-Each case runs the product's own engine and step (``fastcpt.training.trainer``) in processes of its
+Each case runs the product's own engine and step (``fastcpt.training``) in processes of its
 own: Llama shapes with random weights, random tokens in whole sequences of 3072, accumulation 16,
 one step to warm up. ``@4`` runs a case on four GPUs, whatever its own number is. The last line is
 one JSON object.
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -74,117 +75,54 @@ def flop_per_token(shape: dict[str, Any], lora: bool) -> float:
 
 def worker(args: argparse.Namespace) -> None:
     """One rank of one case; rank 0 prints the result."""
-    import numpy as np
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
-    from transformers.initialization import no_init_weights
 
     from fastcpt.recipe import Recipe
-    from fastcpt.training import layers, trainer
-    from fastcpt.training.data import ListRows, Row
-    from fastcpt.training.model import choose_attention
+    from fastcpt.training import engine, layers, memory
+    from fastcpt.training.loop import Loop
+    from fastcpt.training.metrics import peak_memory_gb
+    from fastcpt.training.ranks import StopSignal, start_ranks
+    from fastcpt.training.schedule import phases_of
 
-    name, lora, fp8, gpus, micro, _, _ = case_of(args.worker)
-    shape = SHAPES[name]
-    folder = Path(args.folder)
-    # beyond 2^31 the mask of positions is longer than any row here
-    config = LlamaConfig(**shape, max_position_embeddings=131072, rope_parameters=LLAMA3)
-    if os.environ["RANK"] == "0":
-        config.save_pretrained(folder)
-    while not (folder / "config.json").is_file():
-        time.sleep(0.1)
-
-    def random_model(path: str, attention: str, dtype: str, device: Any) -> tuple[Any, str]:
-        attention = choose_attention(attention)
-        shape = AutoConfig.from_pretrained(path)
-        with no_init_weights(), torch.device(device or "cpu"):
-            model = AutoModelForCausalLM.from_config(
-                shape, dtype=getattr(torch, dtype), attn_implementation=attention
-            )
-        model.tie_weights()
-        model.config.use_cache = False
-        for words, parameter in model.named_parameters():
-            part = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
-            part.data.fill_(1.0) if "norm" in words else part.data.normal_(0.0, 0.02)
-        return model, attention
-
-    trainer.load_model = random_model
+    name, lora, fp8, gpus, own_micro, _, _ = case_of(args.worker)
+    shape, folder, micro = SHAPES[name], Path(args.folder), args.micro or own_micro
+    write_config(shape, folder)
+    engine.load_model = random_model
     if args.scaling == "delayed":
         from transformer_engine.common.recipe import DelayedScaling
 
         layers.fp8_recipe = lambda: DelayedScaling(amax_history_len=16, reduce_amax=False)
-    micro = args.micro or micro
+    if args.share:
+        memory.StepMemory.SHARE = args.share
+    model = {"name_or_path": str(folder), "dtype": args.dtype}
+    training = {"max_steps": 1000, "warmup_steps": 100, "use_fp8": fp8}
+    training["per_device_train_batch_size"] = micro
+    training["gradient_accumulation_steps"] = args.accumulation
     recipe = Recipe.model_validate(
         {
             "name": "benchmark",
             "corpus": {"max_seq_length": SIZE},
-            "model": {
-                "name_or_path": str(folder),
-                "dtype": args.dtype,
-                "attn_implementation": args.attention,
-            },
-            "training": {
-                "per_device_train_batch_size": micro,
-                "gradient_accumulation_steps": args.accumulation,
-                "max_steps": 1000,
-                "warmup_steps": 100,
-                "use_fp8": fp8,
-            },
+            "model": {**model, "attn_implementation": args.attention},
+            "training": training,
             "lora": {"lora_dropout": args.dropout} if lora else None,
             "cluster": {"gpus": gpus},
         }
     )
-    drawn = np.random.default_rng(0)
-
-    def row() -> Row:
-        ends = np.sort(drawn.choice(np.arange(1, SIZE), args.pieces - 1, replace=False))
-        lengths = np.diff(np.concatenate([[0], ends, [SIZE]])).astype(np.int32)
-        return Row(drawn.integers(0, shape["vocab_size"], SIZE).astype(np.int32), lengths)
-
-    rows = ListRows([row() for _ in range(64)], SIZE)
+    rows = random_rows(shape["vocab_size"], args.pieces)
     begin = time.monotonic()
-    device = trainer.start_ranks()
-    if args.share:
-        trainer._Memory.SHARE = args.share
+    device = start_ranks()
     file = ROOT / "include/configs/ds_config_zero3.json"
-    engine, _ = trainer._engine(
+    trained, _ = engine.build_engine(
         recipe, recipe.training, str(folder), file, args.accumulation, fp8, device
     )
-    phases = trainer.phases_of(recipe.training, rows)
-    loop = trainer._Loop(
-        recipe.training, phases, engine, folder, args.accumulation, device, trainer._StopSignal()
-    )
+    phases = phases_of(recipe.training, rows)
+    loop = Loop(recipe.training, phases, trained, folder, args.accumulation, device, StopSignal())
     ready = time.monotonic()
-    times = []
-    for step in range(args.steps + 1):
-        started = time.monotonic()
-        loop._one_step(1e-5, started, 0.0)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.monotonic() - started)
-        if loop.rank == 0:
-            print(f"step {step}: {times[-1]:.2f} s, loss {loop.loss:.4f}", flush=True)
+    times = timed_steps(loop, args.steps)
     if args.profile:
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-            loop._one_step(1e-5, time.monotonic(), 0.0)
-            torch.cuda.synchronize()
-        if loop.rank == 0:
-            from collections import defaultdict
-
-            spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
-            for event in seen.events():
-                if event.device_type == torch.autograd.DeviceType.CUDA:
-                    spent[event.name[:110]][0] += event.time_range.elapsed_us() / 1000
-                    spent[event.name[:110]][1] += 1
-            total = sum(ms for ms, _ in spent.values())
-            print(f"profile of one step: {total:.0f} ms in kernels")
-            for kernel, (ms, count) in sorted(spent.items(), key=lambda x: -x[1][0])[:32]:
-                print(f"{ms:9.1f} ms {100 * ms / total:5.1f} % {int(count):6d} x {kernel}")
-    tokens = micro * SIZE * args.accumulation
+        print_profile(loop)
     median = sorted(times[1:])[(len(times) - 1) // 2] if args.steps else times[0]
-    rate = tokens / median
+    rate = micro * SIZE * args.accumulation / median
     if loop.rank == 0:
         result = {
             "case": args.worker,
@@ -192,7 +130,7 @@ def worker(args: argparse.Namespace) -> None:
             "chip": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
             "tokens_per_s_per_gpu": round(rate),
             "mfu": round(rate * flop_per_token(shape, lora) / PEAK, 3),
-            "memory_gb": round(trainer._memory_gb(device), 1),
+            "memory_gb": round(peak_memory_gb(device), 1),
             # pages given back and fetched again because the memory was full: they cost time
             "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
             "micro_batch": micro,
@@ -204,6 +142,93 @@ def worker(args: argparse.Namespace) -> None:
         (folder / "result.json").write_text(json.dumps(result))
         print(json.dumps(result), flush=True)
     torch.distributed.destroy_process_group()
+
+
+def write_config(shape: dict[str, Any], folder: Path) -> None:
+    """The model's config.json, by rank 0; returns when it is there."""
+    from transformers import LlamaConfig
+
+    # beyond 2^31 the mask of positions is longer than any row here
+    config = LlamaConfig(**shape, max_position_embeddings=131072, rope_parameters=LLAMA3)
+    if os.environ["RANK"] == "0":
+        config.save_pretrained(folder)
+    while not (folder / "config.json").is_file():
+        time.sleep(0.1)
+
+
+def random_model(path: str, attention: str, dtype: str, device: Any) -> tuple[Any, str]:
+    """``fastcpt.training.model.load_model`` of a folder without weights: random ones."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    from fastcpt.training.model import choose_attention
+
+    attention = choose_attention(attention)
+    shape = AutoConfig.from_pretrained(path)
+    with no_init_weights(), torch.device(device or "cpu"):
+        model = AutoModelForCausalLM.from_config(
+            shape, dtype=getattr(torch, dtype), attn_implementation=attention
+        )
+    model.tie_weights()
+    model.config.use_cache = False
+    for words, parameter in model.named_parameters():
+        part = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+        part.data.fill_(1.0) if "norm" in words else part.data.normal_(0.0, 0.02)
+    return model, attention
+
+
+def random_rows(words: int, pieces: int) -> Any:
+    """64 full rows of random tokens below ``words``, each of so many documents."""
+    import numpy as np
+
+    from fastcpt.training.data import ListRows, Row
+
+    drawn = np.random.default_rng(0)
+
+    def row() -> Row:
+        ends = np.sort(drawn.choice(np.arange(1, SIZE), pieces - 1, replace=False))
+        lengths = np.diff(np.concatenate([[0], ends, [SIZE]])).astype(np.int32)
+        return Row(drawn.integers(0, words, SIZE).astype(np.int32), lengths)
+
+    return ListRows([row() for _ in range(64)], SIZE)
+
+
+def timed_steps(loop: Any, steps: int) -> list[float]:
+    """The seconds of one step to warm up and of ``steps`` more."""
+    import torch
+
+    times = []
+    for step in range(steps + 1):
+        started = time.monotonic()
+        loop.one_step(1e-5)
+        if loop.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.monotonic() - started)
+        if loop.rank == 0:
+            print(f"step {step}: {times[-1]:.2f} s, loss {loop.loss:.4f}", flush=True)
+    return times
+
+
+def print_profile(loop: Any) -> None:
+    """The kernels of one step that took the most time."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        loop.one_step(1e-5)
+        torch.cuda.synchronize()
+    if loop.rank != 0:
+        return
+    spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in seen.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name[:110]][0] += event.time_range.elapsed_us() / 1000
+            spent[event.name[:110]][1] += 1
+    total = sum(ms for ms, _ in spent.values())
+    print(f"profile of one step: {total:.0f} ms in kernels")
+    for kernel, (ms, count) in sorted(spent.items(), key=lambda x: -x[1][0])[:32]:
+        print(f"{ms:9.1f} ms {100 * ms / total:5.1f} % {int(count):6d} x {kernel}")
 
 
 def run(case: str, options: list[str], seconds: float) -> dict[str, Any] | None:

@@ -47,7 +47,8 @@ def main() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     model = base_model(recipe, args.model)
     from fastcpt.training.data import AreaRows, CorpusRows, Rows, decode_corpus
-    from fastcpt.training.trainer import once_a_host, train
+    from fastcpt.training.ranks import once_a_host
+    from fastcpt.training.trainer import train
     from fastcpt.training.validation import tokens_read
 
     size = recipe.corpus.max_seq_length

@@ -21,10 +21,10 @@ from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.recipe_sections import Training
 from fastcpt.training.data import AreaRows, DataError, ListRows, Row, decode_corpus, packed
-from fastcpt.training.exits import exit_code
+from fastcpt.training.exits import TrainingError, exit_code
 from fastcpt.training.model import load_model
 from fastcpt.training.publish import publish
-from fastcpt.training.trainer import TrainingError, phases_of
+from fastcpt.training.schedule import phases_of
 from fastcpt.training.validation import Document
 from training.conftest import INCLUDE, launch, start, train_arguments, write_recipe, write_shards
 from training.test_evaluation import write_set

@@ -18,8 +18,9 @@ from fastcpt.planning.plan import plan
 from fastcpt.planning.shapes import KNOWN, MODELS, shape_from_config
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.training.data import Row, make_batch
+from fastcpt.training.exits import TrainingError
 from fastcpt.training.model import ModelError, Trainee, load_model
-from fastcpt.training.trainer import TrainingError, preflight
+from fastcpt.training.preflight import check_model
 from training.conftest import launch, train_arguments, write_recipe
 from training.test_trainer import finish, metrics
 
@@ -180,7 +181,7 @@ def test_the_plan_refuses_what_the_trainer_refuses_in_the_same_words(
 def trainers_refusal(recipe: Recipe, model: Path) -> str | None:
     """What the trainer says before it begins."""
     try:
-        preflight(recipe, str(model), recipe.training.use_fp8)
+        check_model(recipe, str(model), recipe.training.use_fp8)
     except (TrainingError, ModelError) as refused:
         return str(refused).removeprefix(f"--model {model}: ")
     return None

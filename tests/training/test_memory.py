@@ -7,8 +7,8 @@ from transformers import LlamaConfig
 
 from fastcpt.planning.costs import UNSEEN, Job, as_the_trainer_runs
 from fastcpt.planning.shapes import KNOWN
-from fastcpt.recipe_sections import Lora, Training
-from fastcpt.training.trainer import _Memory
+from fastcpt.recipe import Lora, Training
+from fastcpt.training.memory import StepMemory
 
 
 @pytest.mark.parametrize("gpu_gb", [48.3, 85.5, 150.7, 192.0])
@@ -33,7 +33,7 @@ def test_trainer_and_plan_agree(name: str, dropout: float | None, gpu_gb: float)
             for fp8 in (False, True):
                 training = Training(per_device_train_batch_size=micro)
                 seen = int(gpu_gb * 1e9 - UNSEEN)
-                trainer = _Memory(
+                trainer = StepMemory(
                     config, training, 3072, seen, ranks, lora is not None, bool(dropout), fp8
                 )
                 job = Job(shape, 3072, micro, 1, ranks, lora=lora, fp8=fp8)

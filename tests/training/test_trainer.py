@@ -21,17 +21,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastcpt.recipe import load_recipe
 from fastcpt.recipe_sections import CONFIGS, Training
 from fastcpt.training.data import DataError, Order, Row, decode_corpus, make_batch, targets_of
-from fastcpt.training.exits import exit_code
+from fastcpt.training.exits import TrainingError, exit_code
+from fastcpt.training.guard import Guard
 from fastcpt.training.made_from import training_name
 from fastcpt.training.model import ChunkedLoss, ModelError, load_model, packed_inputs
-from fastcpt.training.trainer import (
-    Gpu,
-    Guard,
-    TrainingError,
-    _check_disk,
-    learning_rate,
-    what_is_wrong,
-)
+from fastcpt.training.preflight import Gpu, check_disk, what_is_wrong
+from fastcpt.training.schedule import learning_rate
 from fastcpt.training.validation import Document
 from training.conftest import INCLUDE, launch, start, train_arguments, write_recipe, write_shards
 from training.test_evaluation import write_set
@@ -161,10 +156,10 @@ def test_gpus_that_cannot_train_together_are_named() -> None:
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path) -> None:
     layer = torch.nn.Linear(1000, 1000, bias=False)
-    _check_disk(layer, Training(save_total_limit=2), tmp_path)
+    check_disk(layer, Training(save_total_limit=2), tmp_path)
     # each 12 bytes a weight: 12 MB
     with pytest.raises(TrainingError, match="1000000000 checkpoints, the next one and the model"):
-        _check_disk(layer, Training(save_total_limit=10**9), tmp_path)
+        check_disk(layer, Training(save_total_limit=10**9), tmp_path)
 
 
 def test_wrong_corpora_are_named(corpus: Path, tmp_path: Path) -> None:
@@ -271,9 +266,9 @@ def test_fused_blocks_on_one_rank_draw_the_same_curve(
         f"""
 import runpy, sys
 sys.path[:0] = [{str(INCLUDE)!r}, {str(Path(__file__).parent / "fake")!r}]  # a GPU's layers in torch
-from fastcpt.training import trainer
-trainer.can_fuse = lambda *_: True
-trainer.UPDATED_AT_ONCE = 10_000  # several groups
+from fastcpt.training import engine
+engine.can_fuse = lambda *_: True
+engine.UPDATED_AT_ONCE = 10_000  # several groups
 runpy.run_path({str(INCLUDE / "scripts/train_cpt.py")!r}, run_name="__main__")
 """
     )
@@ -523,7 +518,8 @@ def test_hosts_that_do_not_share_the_output_are_named(tmp_path: Path) -> None:
 import os
 from pathlib import Path
 from fastcpt.training.exits import end
-from fastcpt.training.trainer import check_shared, start_ranks
+from fastcpt.training.preflight import check_shared
+from fastcpt.training.ranks import start_ranks
 start_ranks()
 check_shared(Path({str(tmp_path)!r}) / "shared")
 end(lambda: check_shared(Path({str(tmp_path)!r}) / os.environ["RANK"]))
@@ -559,7 +555,8 @@ from transformers.integrations import HfDeepSpeedConfig
 from fastcpt.recipe_sections import Training
 from fastcpt.training.exits import end
 from fastcpt.training.model import load_model
-from fastcpt.training.trainer import deepspeed_config, start_ranks
+from fastcpt.training.engine import deepspeed_config
+from fastcpt.training.ranks import start_ranks
 def own():  # pages of mapped files are the system's, which drops them when it needs room
     return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status") if "RssAnon" in line)
 start_ranks()

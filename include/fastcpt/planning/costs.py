@@ -250,7 +250,7 @@ def _logit_bytes(job: Job) -> float:
 def as_the_trainer_runs(job: Job, gpu_bytes: float, fill: float = FILL) -> Job:
     """The job with what the trainer recomputes and keeps by itself (``gradient_checkpointing: auto``).
 
-    The same rule as ``fastcpt.training.trainer._Memory``: nothing recomputed where all fits into
+    The same rule as ``fastcpt.training.memory.StepMemory``: nothing recomputed where all fits into
     ``fill`` of the memory that torch sees; else feed-forward halves of as many layers as it takes;
     else as many whole layers. With room to spare ZeRO-3's weights stay whole.
     """

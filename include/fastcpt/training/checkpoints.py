@@ -29,7 +29,7 @@ from fastcpt.training.digests import (
     write_digests,
 )
 from fastcpt.training.layers import plain_weights
-from fastcpt.training.model import Trainee
+from fastcpt.training.model import BASE, Trainee
 
 PARTS = (None, "exp_avg", "exp_avg_sq")  # None: the float32 weights
 
@@ -267,7 +267,7 @@ def save_final(
                 settings.base_model_name_or_path = base
         trainee.model.save_pretrained(partial, state_dict=named)
         if adapters:
-            (partial / "base.json").write_text(json.dumps({"base": base}) + "\n")
+            (partial / BASE).write_text(json.dumps({"base": base}) + "\n")
         if before and (before / "areas").is_dir():
             shutil.copytree(before / "areas", partial / "areas")
             shutil.copyfile(before / "areas.json", partial / "areas.json")

@@ -29,17 +29,11 @@ from torch import nn
 
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
 from fastcpt.recipe import Recipe
-from fastcpt.training.inference import (
-    Progress,
-    base_of,
-    final_of,
-    identity,
-    model_for_inference,
-    rank,
-    ranks,
-    world_size,
-)
+from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
 from fastcpt.training.made_from import EVALUATION_FORMAT
+from fastcpt.training.model import base_of
+from fastcpt.training.progress import Progress
+from fastcpt.training.ranks import rank, world_size
 from fastcpt.training.validation import (
     Document,
     EvaluationError,
@@ -98,13 +92,13 @@ def evaluate(
         window,
         dtype,
     )
-    whose = identity(checkpoint), identity(base) if base else None
+    whose = model_identity(checkpoint), model_identity(base) if base else None
     made_from = digest_of(*whose, gate_set, *asked_of)
     if output.is_file() and (found := read_json(output)).get("made_from") == made_from:
         print(f"{output} is complete", flush=True)
         return dict(found)
     subjects = {label: sorted(area.subjects) for label, area in areas.items()}
-    base_made_from = digest_of(identity(base), subjects, *asked_of) if base else None
+    base_made_from = digest_of(model_identity(base), subjects, *asked_of) if base else None
     known = _base_figures(base_evaluation, base_made_from)
     sets = {name: read_documents(files[name]) for name in files}
     losses: dict[tuple[str, str], npt.NDArray[np.float64]] = {}  # of a set's documents, by whom

@@ -14,6 +14,10 @@ CANNOT_HEAL = 78  # sysexits.h EX_CONFIG: running it again would end the same wa
 STOPPED = 143  # as a shell reports SIGTERM
 
 
+class TrainingError(ValueError):
+    """The training cannot be done as asked; the message says what to change."""
+
+
 class Stopped(Exception):
     """SIGTERM came; a checkpoint has been saved."""
 

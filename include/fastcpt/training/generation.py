@@ -21,16 +21,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
 from fastcpt.recipe import Recipe
 from fastcpt.training.citations import check
-from fastcpt.training.inference import (
-    Progress,
-    final_of,
-    identity,
-    model_for_inference,
-    rank,
-    ranks,
-    world_size,
-)
+from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
 from fastcpt.training.made_from import ANSWERS_FORMAT
+from fastcpt.training.progress import Progress
+from fastcpt.training.ranks import rank, world_size
 from fastcpt.training.sft import Chat, Instruction, InstructionError, read_instructions
 
 BATCH = 32  # prompts decoded together
@@ -60,7 +54,7 @@ def evaluate_sft(
     asked = read_instructions(held_out)
     made_from = digest_of(
         ANSWERS_FORMAT,
-        identity(model),
+        model_identity(model),
         sha256_of_file(held_out),
         recipe.sft.max_new_tokens,
         recipe.corpus.max_seq_length,

@@ -1,4 +1,4 @@
-"""What evaluation, generation and publishing share: ranks, models without an optimizer, progress.
+"""What evaluation, generation and publishing share: ranks, and models without an optimizer.
 
 A script runs as one process, or as several started by DeepSpeed's launcher. A model that fits one
 GPU stands whole on each; one that does not is partitioned over all of them by ZeRO-3, whose ranks
@@ -8,7 +8,6 @@ have to make the same calls in the same order.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +17,10 @@ import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
-from fastcpt.files import digest_of, read_json, sha256_of_file
-from fastcpt.training.model import ModelError, load_model
+from fastcpt.files import digest_of, sha256_of_file
+from fastcpt.training.model import ModelError, base_of, load_config, load_model
+from fastcpt.training.ranks import start_ranks, world_size
 
-SILENCE = 20.0  # seconds without a progress line
 ROOM = 0.8  # of a GPU's memory that weights may take; the rest is for activations
 SMALL = 10**6  # bytes; larger files of a model are known by size and time alone
 
@@ -44,14 +43,6 @@ def ranks() -> Iterator[torch.device]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def model_for_inference(
@@ -82,12 +73,9 @@ def model_for_inference(
 def _fits(path: str, dtype: str, device: torch.device) -> bool:
     if device.type == "cpu":
         return True
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    try:
-        config = AutoConfig.from_pretrained(base_of(path))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"model '{base_of(path)}' cannot be loaded: {error}") from error
+    config = load_config(base_of(path))
     with torch.device("meta"):
         shape = AutoModelForCausalLM.from_config(config)
     needed = sum(parameter.numel() for parameter in shape.parameters())
@@ -108,8 +96,6 @@ def _partitioned(
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    from fastcpt.training.trainer import start_ranks
-
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -124,12 +110,6 @@ def _partitioned(
     return engine.module.eval()
 
 
-def base_of(path: str | Path) -> str:
-    """The model whose weights ``path`` uses: its own, or those that its adapters are put on."""
-    reference = Path(path) / "base.json"
-    return str(read_json(reference)["base"]) if reference.is_file() else str(path)
-
-
 def final_of(path: str | Path) -> str:
     """``path``, or the ``final`` folder in it where it is the output folder of a training."""
     if (Path(path) / "final").is_dir():
@@ -142,7 +122,7 @@ def final_of(path: str | Path) -> str:
     return str(path)
 
 
-def identity(model: str | Path) -> Any:
+def model_identity(model: str | Path) -> Any:
     """What tells whether a model is still the same one; JSON.
 
     A hub name stands for itself. In a folder small files count by their bytes, weights (too large
@@ -160,16 +140,4 @@ def identity(model: str | Path) -> Any:
             else [facts.st_size, facts.st_mtime_ns]
         )
     base = base_of(model)
-    return digest_of(files, identity(base) if base != str(model) else None)
-
-
-class Progress:
-    """Prints a line when ``SILENCE`` seconds have passed since the last one; on rank 0 alone."""
-
-    def __init__(self) -> None:
-        self.said = time.monotonic()
-
-    def say(self, line: str, now: bool = False) -> None:
-        if rank() == 0 and (now or time.monotonic() - self.said > SILENCE):
-            print(line, flush=True)
-            self.said = time.monotonic()
+    return digest_of(files, model_identity(base) if base != str(model) else None)

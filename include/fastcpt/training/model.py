@@ -19,7 +19,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from fastcpt.files import read_json
 from fastcpt.recipe import Recipe
@@ -27,6 +33,7 @@ from fastcpt.recipe_sections import Lora
 from fastcpt.training.data import NO_LOSS, Batch
 from fastcpt.training.layers import Packing, autocast
 
+BASE = "base.json"  # in an adapter's folder: the model it is an adapter of
 CHUNK = 4096  # tokens whose logits exist at one time: 1 GB for 128,000 words
 
 
@@ -48,7 +55,7 @@ def load_model(
     ``device`` where one is given.
     """
     attention = choose_attention(attention)
-    base, adapted = base_of(path)
+    base = base_of(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base,
@@ -59,21 +66,35 @@ def load_model(
     except (ValueError, OSError) as error:
         raise ModelError(f"model '{base}' cannot be loaded: {error}") from error
     model.config.use_cache = False
-    if adapted:
+    if is_adapter(path):
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(path))
     return model, attention
 
 
-def base_of(path: str | Path) -> tuple[str, bool]:
-    """The folder or hub name with the whole weights, and whether ``path`` is an adapter on them."""
-    reference = Path(path) / "base.json"
-    adapted = reference.is_file()
-    base = str(read_json(reference)["base"]) if adapted else str(path)
+def is_adapter(path: str | Path) -> bool:
+    """Whether ``path`` is the ``final`` folder of a LoRA training."""
+    return (Path(path) / BASE).is_file()
+
+
+def base_of(path: str | Path) -> str:
+    """The folder or hub name with the whole weights: of an adapter its base, else ``path`` itself.
+
+    ``ModelError`` where it is a folder without a model.
+    """
+    base = str(read_json(Path(path) / BASE)["base"]) if is_adapter(path) else str(path)
     if base.startswith(("/", ".", "~")) and not (Path(base) / "config.json").is_file():
         raise ModelError(f"{base}: no model there (no config.json)")
-    return base, adapted
+    return base
+
+
+def load_config(base: str) -> Any:
+    """transformers' configuration of a model; ``ModelError`` where there is none."""
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (ValueError, OSError) as error:
+        raise ModelError(f"model '{base}' cannot be loaded: {error}") from error
 
 
 def initialise_model(recipe: Recipe, tokenizer: Path, target: Path) -> None:

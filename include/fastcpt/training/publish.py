@@ -12,10 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +23,13 @@ from fastcpt import __version__
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe
 from fastcpt.training.card import hub_name, model_card, read_facts
-from fastcpt.training.inference import identity
+from fastcpt.training.inference import model_identity
 from fastcpt.training.made_from import publication_name
 from fastcpt.training.model import load_model
+from fastcpt.training.progress import signs_of_life
 from fastcpt.training.sft import Chat
 
 SHARD = "5GB"
-SILENCE = 20.0  # seconds without a line of progress
 PUBLICATION = "publication.json"
 
 
@@ -54,7 +50,7 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
     if not record.is_dir():
         raise PublishError(f"--record {record}: no such folder")
     facts = read_facts(record)
-    made_from = publication_name(recipe, facts, identity(model))
+    made_from = publication_name(recipe, facts, model_identity(model))
     if (output / PUBLICATION).is_file() and read_json(output / PUBLICATION)[
         "made_from"
     ] == made_from:
@@ -68,7 +64,7 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
     parameters = causal.num_parameters()
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with _signs_of_life(f"writing {parameters:,} parameters"):
+    with signs_of_life(f"writing {parameters:,} parameters"):
         causal.save_pretrained(str(partial), max_shard_size=SHARD)
     AutoTokenizer.from_pretrained(str(model)).save_pretrained(str(partial))
     areas = _copy_adapters(model, partial, hub_name(recipe))
@@ -94,11 +90,11 @@ def merge_lora(model: Path, dtype: str) -> tuple[Any, bool]:
 
     ``PublishError`` where weights are not finite, ``ModelError`` where there is no model.
     """
-    with _signs_of_life(f"loading {model.name}"):
+    with signs_of_life(f"loading {model.name}"):
         causal, _ = load_model(model, "sdpa", dtype)
     merged = hasattr(causal, "merge_and_unload")
     if merged:
-        with _signs_of_life("merging the adapter into its base model"):
+        with signs_of_life("merging the adapter into its base model"):
             # not safe_merge, which would round the product before it is added
             causal = causal.merge_and_unload()
     _check_finite(causal)
@@ -125,25 +121,6 @@ def _check_finite(model: Any) -> None:
                 f"{name} holds values that are not finite: the training broke the model; take an "
                 "earlier checkpoint"
             )
-
-
-@contextmanager
-def _signs_of_life(what: str) -> Iterator[None]:
-    """Says that ``what`` begins, and now and then that it goes on."""
-    ended, begin = threading.Event(), time.monotonic()
-
-    def speak() -> None:
-        while not ended.wait(SILENCE):
-            print(f"{what}, {time.monotonic() - begin:.0f} s so far", flush=True)
-
-    print(what, flush=True)
-    speaker = threading.Thread(target=speak, daemon=True)
-    speaker.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        speaker.join()
 
 
 def _put_in_place(partial: Path, output: Path) -> None:

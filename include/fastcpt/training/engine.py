@@ -1,0 +1,224 @@
+"""DeepSpeed's engine around the model, with its optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import set_z3_leaf_modules
+from transformers.integrations import HfDeepSpeedConfig
+
+from fastcpt.files import read_json
+from fastcpt.recipe import Recipe, Training
+from fastcpt.training.exits import TrainingError
+from fastcpt.training.guard import GuardedAdamW
+from fastcpt.training.layers import Block, can_fuse, with_fused_blocks
+from fastcpt.training.memory import StepMemory, block_parameters
+from fastcpt.training.model import (
+    Trainee,
+    add_lora,
+    base_of,
+    is_adapter,
+    load_config,
+    load_model,
+)
+
+UPDATED_AT_ONCE = 300_000_000  # weights
+
+
+def build_engine(
+    recipe: Recipe,
+    training: Training,
+    path: str,
+    deepspeed_file: Path,
+    accumulation: int,
+    use_fp8: bool,
+    device: torch.device,
+    fresh: bool = False,
+) -> tuple[Any, dict[str, Any]]:
+    """DeepSpeed's engine around the model, and what was chosen for it.
+
+    ``fresh`` makes new adapters, also where ``path`` has some.
+    """
+    base = base_of(path)
+    if fresh:
+        path = base
+    shape = load_config(base)
+    dtype, world, size = recipe.model.dtype, dist.get_world_size(), recipe.corpus.max_seq_length
+    targets = recipe.lora.target_modules if recipe.lora else []
+    wanted = recipe.model.attn_implementation
+    fused = can_fuse(shape, dtype, wanted, targets)
+    dropout = recipe.lora is not None and recipe.lora.lora_dropout > 0.0
+    room = None if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+    block = block_parameters(shape)
+    config = deepspeed_config(deepspeed_file, training, dtype, block, accumulation, world)
+    offload = "offload_optimizer" in config["zero_optimization"]
+    memory = StepMemory(
+        shape, training, size, room, world, bool(targets), dropout, use_fp8, offload
+    )
+    if memory.gathered:  # weights stay whole between steps
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**12
+    if device.type == "cuda":
+        _use_liger(shape.model_type)
+    # while it lives, from_pretrained loads only a part
+    partitioned = HfDeepSpeedConfig(config) if world > 1 else None
+    torch.manual_seed(training.seed)
+    place = device if device.type == "cuda" and world == 1 else None
+    causal, attention = load_model(path, wanted, dtype, place)
+    if fused and wanted == "auto":  # cuDNN's kernels: faster than flash-attn 2 on Hopper
+        attention = "transformer_engine"
+    if is_adapter(path):  # a second training of the adapters
+        for name, parameter in causal.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    elif recipe.lora is not None:
+        torch.manual_seed(training.seed)  # loading drew from it, more or less
+        causal = add_lora(causal, recipe.lora)
+    packing = None
+    if fused:
+        inside = causal.get_base_model() if hasattr(causal, "get_base_model") else causal
+        packing = with_fused_blocks(
+            inside,
+            size,
+            attention,
+            use_fp8,
+            memory.keep_fp8,
+            config if world > 1 else None,
+            device,
+            add_up=world == 1 and not targets and not offload,
+        )
+        for n, block in enumerate(inside.model.layers):
+            block.recompute(
+                "all" if n < memory.recomputed else "mlp" if n < memory.mlp_recomputed else "none"
+            )
+        set_z3_leaf_modules(causal, [Block])
+    elif memory.recomputed or memory.mlp_recomputed:
+        # transformers' layers are recomputed whole, all of them or none
+        memory.recomputed, memory.mlp_recomputed = memory.layers, 0
+        causal.gradient_checkpointing_enable({"use_reentrant": False})
+    causal.train()
+    trainee = Trainee(causal, attention, packing)
+    engine, *_ = deepspeed.initialize(
+        model=trainee, optimizer=_optimizer(trainee, training, world), config=config
+    )
+    del partitioned
+    if dist.get_rank() == 0:
+        print(
+            f"model {base}: {_parameters(trainee):,} parameters, "
+            f"{'fused' if fused else 'plain'} layers, attention {attention}, {dtype}"
+            f"{', FP8' if use_fp8 else ''}{', LoRA' if recipe.lora else ''}, {memory}, "
+            f"{world} ranks",
+            flush=True,
+        )
+    return engine, {
+        "base": base,
+        "ranks": world,
+        "micro_batch": training.per_device_train_batch_size,
+        "accumulation": accumulation,
+        "layers": "fused" if fused else "plain",
+        "attention": attention,
+        "precision": "fp8" if use_fp8 else dtype,
+        "checkpointing": memory.level,
+        "layers_recomputed": memory.recomputed or memory.mlp_recomputed,
+        "weights_kept_gathered": memory.gathered,
+    }
+
+
+def deepspeed_config(
+    file: Path, training: Training, dtype: str, block: int, accumulation: int, world: int
+) -> dict[str, Any]:
+    """The DeepSpeed file with its "auto" values filled in from the recipe.
+
+    ``block`` is the number of weights of one layer: the next one is fetched while one computes. A
+    value the file fixes has to agree with the recipe: ``TrainingError`` otherwise. On a single
+    rank there is nothing to partition, and ZeRO-3's copies would only cost: stage 1 is used, and
+    gradients stay where they are.
+    """
+    try:
+        config: dict[str, Any] = read_json(file)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"--deepspeed {file}: {error}") from error
+    zero = config.setdefault("zero_optimization", {})
+    if zero.get("stage") != 3:
+        raise TrainingError(f"{file}: zero_optimization.stage must be 3")
+    ours: list[tuple[dict[str, Any], str, Any, bool]] = [
+        (config, "train_micro_batch_size_per_gpu", training.per_device_train_batch_size, True),
+        (config, "gradient_accumulation_steps", accumulation, True),
+        (config, "gradient_clipping", training.max_grad_norm, True),
+        (config.setdefault("bf16", {}), "enabled", dtype == "bfloat16", True),
+        (zero, "reduce_bucket_size", min(block, 50_000_000), False),
+        (zero, "stage3_prefetch_bucket_size", block, False),
+        (zero, "stage3_max_live_parameters", 4 * block + 10**9, False),
+        (zero, "stage3_param_persistence_threshold", 100_000, False),
+    ]
+    for section, key, value, must_agree in ours:
+        given = section.get(key, "auto")
+        if given == "auto":
+            section[key] = value
+        elif must_agree and given != value:
+            raise TrainingError(
+                f"{file}: {key} is {given}, the recipe asks for {value}; write auto"
+            )
+    if world == 1:
+        zero["stage"] = 1
+        if "offload_optimizer" not in zero:  # which goes through their buffers
+            zero |= {"overlap_comm": False, "contiguous_gradients": False}
+    config["steps_per_print"] = 10**9
+    config["zero_allow_untested_optimizer"] = True  # GuardedAdamW
+    return config
+
+
+def _use_liger(model_type: str) -> None:
+    """Liger's fused norms, rotary embeddings and activations, where it is installed."""
+    try:
+        from liger_kernel.transformers.monkey_patch import _apply_liger_kernel
+    except ImportError:
+        return
+    _apply_liger_kernel(model_type, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _optimizer(trainee: Trainee, training: Training, world: int) -> GuardedAdamW:
+    """AdamW; norms and biases are not decayed.
+
+    A single rank's groups are cut to ``UPDATED_AT_ONCE`` weights: DeepSpeed's stage 1 makes the
+    float32 gradients of one group at a time.
+    """
+    vectors: list[torch.nn.Parameter] = []
+    matrices: list[list[torch.nn.Parameter]] = []
+    room = 0
+    for parameter in trainee.parameters():
+        if not parameter.requires_grad:
+            continue
+        if len(getattr(parameter, "ds_shape", parameter.shape)) < 2:
+            vectors.append(parameter)
+            continue
+        if not matrices or (world == 1 and parameter.numel() > room):
+            matrices.append([])
+            room = UPDATED_AT_ONCE
+        matrices[-1].append(parameter)
+        room -= parameter.numel()
+    groups = [{"params": group, "weight_decay": training.weight_decay} for group in matrices]
+    if vectors:
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return GuardedAdamW(
+        groups,
+        lr=0.0,  # DeepSpeed makes an empty first step; the loop sets the rate of every other
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        fused=True,
+    )
+
+
+def _parameters(trainee: Trainee) -> int:
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in trainee.parameters())
+
+
+def begin_step(engine: Any) -> None:
+    """Tell fused blocks that weights have changed, and empty the gradients they add up themselves."""
+    if engine.module.packing is not None:
+        engine.module.packing.fresh = True
+    for weight in engine.module.parameters():
+        if hasattr(weight, "main_grad"):
+            weight.grad = weight.main_grad.zero_()

@@ -1,0 +1,98 @@
+"""What a training says of itself: metrics.jsonl, TensorBoard, operations, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcpt.families import head_width
+from fastcpt.training.data import Ints
+from fastcpt.training.model import (
+    Trainee,
+)
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard; a step that is there already is not written again."""
+
+    def __init__(self, output: Path, step: int) -> None:
+        self.file = output / "metrics.jsonl"
+        self.last = 0
+        output.mkdir(parents=True, exist_ok=True)
+        if self.file.is_file():
+            content = self.file.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):  # killed while it wrote a line
+                os.truncate(self.file, len(whole))
+            if whole:
+                self.last = json.loads(whole.splitlines()[-1])["step"]
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        for name, value in metrics.items():
+            if name not in ("step", "area"):
+                self.board.add_scalar(name, value, step)
+        self.board.flush()
+        if step <= self.last:
+            return
+        # JSON has no NaN
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in metrics.items()
+        }
+        with self.file.open("a") as out:
+            out.write(json.dumps(finite) + "\n")
+
+
+class Work:
+    """FLOP of the model's own mathematics, for the share of the GPU's peak (MFU) it reaches.
+
+    Per token 6 for each weight of a matrix product (4 where it is frozen: no gradient of its own)
+    and for each document 6 x layers x heads x width x length squared: attention, its causal half.
+    """
+
+    # dense bf16 FLOP/s (NVIDIA's datasheets), by a word of the GPU's name
+    PEAKS = (
+        *(("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H200 NVL", 835e12)),
+        *(("H100", 989e12), ("H200", 989e12), ("B200", 2250e12), ("A100", 312e12)),
+    )
+
+    def __init__(self, trainee: Trainee, device: torch.device) -> None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = next((peak for word, peak in self.PEAKS if word in name), None)
+        shape = trainee.causal.config
+        self.per_token = 0.0
+        for words, parameter in trainee.named_parameters():
+            sides = getattr(parameter, "ds_shape", parameter.shape)
+            if len(sides) == 2 and ("embed" not in words or shape.tie_word_embeddings):
+                self.per_token += (6 if parameter.requires_grad else 4) * math.prod(sides)
+        width = shape.num_attention_heads * head_width(shape)
+        self.attention = 6 * shape.num_hidden_layers * width
+        self.flop = 0.0
+
+    def add(self, pieces: list[Ints]) -> None:
+        """Count rows of pieces of these lengths."""
+        for of_row in pieces:
+            lengths = of_row.astype(float)
+            self.flop += self.per_token * lengths.sum() + self.attention * (lengths**2).sum()
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory (10^9 bytes) this rank has used: of the GPU, or of the process on a CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return float(torch.cuda.max_memory_allocated(device)) / 1e9
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
