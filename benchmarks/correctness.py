@@ -80,7 +80,7 @@ def main() -> None:
         ((False, "llama3"), (True, "default")),
         ("transformer_engine", "flash_attention_2"),
         (False, True),
-        ("none", "mlp", "all"),
+        ("none", "mlp", "full"),
     )
     for (tied, rope), attention, adapted, recompute in cases:
         plain = llama(tied, rope)

@@ -77,8 +77,9 @@ def worker(args: argparse.Namespace) -> None:
     """One rank of one case; rank 0 prints the result."""
     import torch
 
+    from fastcpt import step_memory
     from fastcpt.recipe import Recipe
-    from fastcpt.training import engine, layers, memory
+    from fastcpt.training import engine, layers
     from fastcpt.training.loop import Loop
     from fastcpt.training.metrics import peak_memory_gb
     from fastcpt.training.ranks import StopSignal, start_ranks
@@ -93,7 +94,7 @@ def worker(args: argparse.Namespace) -> None:
 
         layers.fp8_recipe = lambda: DelayedScaling(amax_history_len=16, reduce_amax=False)
     if args.share:
-        memory.StepMemory.SHARE = args.share
+        step_memory.FILL = args.share
     model = {"name_or_path": str(folder), "dtype": args.dtype}
     training = {"max_steps": 1000, "warmup_steps": 100, "use_fp8": fp8}
     training["per_device_train_batch_size"] = micro

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 import gguf_file
 from fastcpt.corpus.tokenizer import describe, find_tokenizer
 from fastcpt.gguf import GgufError, base_folder, convert, weights_of
-from fastcpt.planning.shapes import shape_of
+from fastcpt.planning.models import shape_of
 from fastcpt.recipe import load_recipe
 from gguf_file import KINDS, MERGES, TOKENS, shape_facts, tokenizer_facts, write_gguf
 from llama_cpp import LlamaCpp

@@ -20,8 +20,9 @@ from fastcpt.planning.costs import (
     tokens_per_second,
 )
 from fastcpt.planning.hardware import find_gpu, named_hardware
-from fastcpt.planning.shapes import KNOWN, Shape
-from fastcpt.recipe_sections import Lora
+from fastcpt.planning.models import KNOWN
+from fastcpt.recipe import Lora
+from fastcpt.shapes import Shape
 
 EIGHT, SEVENTY = KNOWN["Llama-3.1-8B"], KNOWN["Llama-3.1-70B"]
 JOB = Job(EIGHT, 3072, micro_batch=2, accumulation=16, ranks=2, kernels="liger")

@@ -14,9 +14,9 @@ from fastcpt.planning.hardware import named_hardware
 from fastcpt.planning.history import FILE, record_run
 from fastcpt.planning.jobs import changed
 from fastcpt.planning.measured import measured_rows, published_rows
+from fastcpt.planning.models import KNOWN
 from fastcpt.planning.plan import plan
 from fastcpt.planning.ranges import differing, measured_range, widened
-from fastcpt.planning.shapes import KNOWN
 from fastcpt.recipe import load_recipe
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "planning.py"

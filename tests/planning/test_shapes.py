@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from fastcpt.planning.shapes import KNOWN, known_name, shape_from_config, shape_of
-from fastcpt.recipe import load_recipe
-from fastcpt.recipe_sections import Lora
+from fastcpt.planning.models import KNOWN, known_name, shape_of
+from fastcpt.recipe import Lora, load_recipe
+from fastcpt.shapes import shape_from_config
 
 
 @pytest.mark.parametrize(

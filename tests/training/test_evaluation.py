@@ -159,7 +159,7 @@ def test_the_size_of_batches_does_not_show(
 ) -> None:
     model = Scorer(llama())
     expected = document_losses(model, DOCUMENTS, SIZE, CPU)
-    monkeypatch.setattr(evaluation, "CHUNK", chunk)
+    monkeypatch.setattr(evaluation, "SCORED_AT_ONCE", chunk)
     found = document_losses(model, DOCUMENTS, SIZE, CPU, batch_tokens)
     assert found == pytest.approx(expected, rel=1e-6)
 

@@ -14,9 +14,10 @@ import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fastcpt.families import FAMILIES, NEEDED, read_config
+from fastcpt.planning.models import KNOWN, MODELS
 from fastcpt.planning.plan import plan
-from fastcpt.planning.shapes import KNOWN, MODELS, shape_from_config
 from fastcpt.recipe import Recipe, load_recipe
+from fastcpt.shapes import shape_from_config
 from fastcpt.training.data import Row, make_batch
 from fastcpt.training.exits import TrainingError
 from fastcpt.training.model import ModelError, Trainee, load_model

@@ -70,7 +70,7 @@ def test_documents_of_a_row_do_not_see_one_another(model: Path) -> None:
 
 
 def test_the_chunked_loss_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcpt.training.model.CHUNK", 3)
+    monkeypatch.setattr("fastcpt.training.model.LOGITS_AT_ONCE", 3)
     torch.manual_seed(0)
     hidden = torch.randn(8, 4, requires_grad=True)
     weight = torch.randn(11, 4, requires_grad=True)

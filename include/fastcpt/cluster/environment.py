@@ -17,12 +17,15 @@ GPU_REQUIREMENTS = "requirements-cluster-gpu.txt"
 # training is shipped whole, with the modules that it shares with the other rooms
 SHIPPED = (
     "fastcpt/__init__.py",
+    "fastcpt/exit_codes.py",
     "fastcpt/families.py",
     "fastcpt/recipe.py",
     "fastcpt/recipe_sections.py",
     "fastcpt/best_fit.py",
     "fastcpt/files.py",
     "fastcpt/ids.py",
+    "fastcpt/shapes.py",
+    "fastcpt/step_memory.py",
     "fastcpt/yaml_files.py",
 )
 SHIPPED_FOLDERS = ("fastcpt/training", "scripts", "configs")

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastcpt.cluster.remote import ClusterError, Remote, ask_through
+from fastcpt.exit_codes import CANNOT_HEAL
 from fastcpt.files import digest_of
 from fastcpt.recipe_sections import Cluster
 
 ACTIVE = ("starting", "waiting", "running")
-# sysexits.h EX_CONFIG: the trainer's word for input that does not get better by trying again.
-EXIT_CANNOT_HEAL = 78
 Alone = Literal["no", "root", "host"]
 
 
@@ -138,7 +137,7 @@ def outcome(
     if state == "succeeded":
         return
     said = "\n".join(last_lines)
-    if state == "failed" and status.get("exit_code") == EXIT_CANNOT_HEAL:
+    if state == "failed" and status.get("exit_code") == CANNOT_HEAL:
         raise JobRefused(_reason(last_lines) or f"{name}: its input is wrong; see its log")
     if state == "failed":
         raise JobFailed(

@@ -23,11 +23,11 @@ from fastcpt.planning.jobs import (
     job_of,
     refused_by_trainer,
 )
+from fastcpt.planning.models import KNOWN, LLAMAS, known_name, shape_of
 from fastcpt.planning.placement import batch_problem, placement
 from fastcpt.planning.result import Alternative, Plan
-from fastcpt.planning.shapes import KNOWN, LLAMAS, Shape, known_name, shape_of
-from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Lora
+from fastcpt.recipe import Lora, Recipe
+from fastcpt.shapes import Shape
 
 OFFLOAD_FILE = "ds_config_zero3_offload.json"
 MORE_GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

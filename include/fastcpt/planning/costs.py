@@ -15,13 +15,18 @@ part scales to another model, sequence or chip by what it is made of.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastcpt.planning.hardware import Hardware
-from fastcpt.planning.shapes import Shape
-from fastcpt.recipe_sections import Lora
+from fastcpt.recipe import Lora
+from fastcpt.shapes import Shape
+from fastcpt.step_memory import (
+    CHECKPOINT_BYTES,
+    LOGITS_AT_ONCE,
+    activation_checkpointing,
+    fused_block_bytes,
+)
 
 # What the backward computes again: nothing, every second matrix product (torchtitan), the
 # feed-forward products (the trainer's fused blocks), all of a block.
@@ -31,10 +36,8 @@ Checkpointing = Literal["none", "selective", "mlp", "full"]
 Kernels = Literal["plain", "liger", "compile", "te", "fused"]
 Attention = Literal["sdpa", "flash", "cudnn"]
 
-CHUNK = 4096  # tokens whose logits exist at once (fastcpt.training.model)
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 SUB_GROUP = 1_000_000_000  # DeepSpeed's sub_group_size
-FILL = 0.94  # of the memory that the trainer plans to fill before it recomputes
 UNSEEN = 0.55e9  # bytes of what nvidia-smi gives that torch does not see
 RUNTIME_GB = 1.5  # CUDA context and NCCL, outside of torch's memory
 USABLE = 0.97  # of a GPU's memory; the rest goes to fragmentation
@@ -149,7 +152,8 @@ def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
     if checkpointing == "full":
         return 2 * h
     if job.kernels == "fused":
-        return sum(_fused_halves(job)) if checkpointing == "none" else _fused_halves(job)[0]
+        attention, mlp = fused_block_bytes(job.shape, job.lora, job.fp8)
+        return attention + mlp if checkpointing == "none" else attention
     if checkpointing == "selective":
         return 2 * (h + q + k + f)
     between = 2 * (h + q + 2 * k + q + h + job.shape.widened)
@@ -161,19 +165,6 @@ def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
         return between + 2 * (2 * h + f)
     fused = job.kernels in ("compile", "te")
     return between + ((2 * h if fused else 5 * h) + q + f)
-
-
-def _fused_halves(job: Job) -> tuple[int, int]:
-    """Bytes a token that a fused block keeps in its attention and in its feed-forward half."""
-    h, f = job.shape.hidden_size, job.shape.intermediate_size
-    q, k = job.shape.queries, job.shape.keys
-    entering = 1 if job.fp8 else 2  # bytes of what enters a product whose weight is trained
-    attention = 2 * h + 2 * (q + 2 * k) + 2 * (q + k) + 2 * q
-    if job.lora:
-        # the adapters' inputs; with dropout its mask, and the dropped copy of attention's output
-        attention += 2 * h + (h + 3 * q if job.lora.lora_dropout else 0)
-        return attention, 4 * f + 2 * h
-    return attention + entering * h + (q if job.fp8 else 0), 4 * f + 2 * h + entering * (f + h)
 
 
 def memory_parts(job: Job) -> dict[str, float]:
@@ -229,7 +220,7 @@ def _add_moments(job: Job, parts: dict[str, float]) -> None:
     backward = 8.0 * shape.intermediate_size * tokens
     if job.checkpointing == "full":
         backward += tokens * activation_bytes(job, "none")
-    parts["block"] = max(0.0, backward - 4.0 * shape.vocab_size * min(tokens, CHUNK))
+    parts["block"] = max(0.0, backward - 4.0 * shape.vocab_size * min(tokens, LOGITS_AT_ONCE))
     if not job.offload:
         at_once = job.trained if job.ranks == 1 else min(SUB_GROUP, job.trained / job.ranks)
         gone = ("activations", "logits", "gather_buffers", "block")
@@ -242,41 +233,27 @@ def _logit_bytes(job: Job) -> float:
     if job.whole_logits:
         return 6.0 * shape.vocab_size * job.tokens  # bf16 and the fp32 of the loss
     # a chunk and its slopes in bf16; the output layer's gradient
-    chunk = 2.0 * BYTES_BF16 * shape.vocab_size * min(job.tokens, CHUNK)
+    chunk = 2.0 * BYTES_BF16 * shape.vocab_size * min(job.tokens, LOGITS_AT_ONCE)
     weight = 0 if job.lora else BYTES_BF16 * shape.head_parameters
     return chunk + weight + BYTES_BF16 * shape.hidden_size * job.tokens
 
 
-def as_the_trainer_runs(job: Job, gpu_bytes: float, fill: float = FILL) -> Job:
-    """The job with what the trainer recomputes and keeps by itself (``gradient_checkpointing: auto``).
-
-    The same rule as ``fastcpt.training.memory.StepMemory``: nothing recomputed where all fits into
-    ``fill`` of the memory that torch sees; else feed-forward halves of as many layers as it takes;
-    else as many whole layers. With room to spare ZeRO-3's weights stay whole.
-    """
-    shape, tokens = job.shape, job.tokens
-    block, head = shape.block_parameters, shape.head_parameters
-    layers = shape.num_hidden_layers
-    attention, mlp = _fused_halves(job)
-    on_gpu = 14 if not job.offload else 2 if job.ranks == 1 else 0
-    trained = 0 if job.lora else on_gpu * shape.parameters / job.ranks
-    room = fill * (gpu_bytes - UNSEEN)
-    room -= 2 * shape.parameters / job.ranks + trained
-    room -= 8 * shape.vocab_size * min(tokens, CHUNK) + 2 * head * (1 if job.lora else 2)
-    room -= 8 * block + 8 * tokens * shape.intermediate_size
-    room -= layers * tokens * 2 * shape.hidden_size  # each block's input stays in any case
-    fp8 = 2 * block if job.fp8 else 0
-    kept = tokens * (attention + mlp - 2 * shape.hidden_size)
-    if room >= layers * (kept + fp8):
-        spare = room - layers * (kept + fp8)
-        gathered = job.ranks > 1 and spare >= 2 * shape.parameters
-        return replace(job, checkpointing="none", layers_again=None, gathered=gathered)
-    if room >= layers * (kept - tokens * mlp + fp8):
-        short = layers * (kept + fp8) - room
-        some = min(layers, math.ceil(short / (tokens * mlp)))
-        return replace(job, checkpointing="mlp", layers_again=some)
-    whole = min(layers, int(max(0.0, room) // (kept + fp8)))
-    return replace(job, checkpointing="full", layers_again=layers - whole if whole else None)
+def as_the_trainer_runs(job: Job, gpu_bytes: float, fill: float | None = None) -> Job:
+    """The job with what the trainer recomputes and keeps by itself (``gradient_checkpointing: auto``)."""
+    found = activation_checkpointing(
+        job.shape,
+        job.tokens,
+        job.ranks,
+        gpu_bytes - UNSEEN,
+        lora=job.lora,
+        fp8=job.fp8,
+        offload=job.offload,
+        fill=fill,
+    )
+    if found.kind == "none":
+        return replace(job, checkpointing="none", layers_again=None, gathered=found.gathered)
+    every = found.kind == "full" and found.layers == found.total
+    return replace(job, checkpointing=found.kind, layers_again=None if every else found.layers)
 
 
 def host_bytes(job: Job) -> float:
@@ -286,7 +263,7 @@ def host_bytes(job: Job) -> float:
 
 def checkpoint_bytes(job: Job) -> float:
     """Disk of one checkpoint: float32 weights and two moments of what is trained."""
-    return 12.0 * job.trained
+    return float(CHECKPOINT_BYTES) * job.trained
 
 
 # Seconds

@@ -33,6 +33,7 @@ from fastcpt.planning.jobs import (
     refused_by_trainer,
 )
 from fastcpt.planning.measured import measured_rows, published_rows
+from fastcpt.planning.models import known_name, shape_of, unknown_model
 from fastcpt.planning.placement import batch_of, batch_problem
 from fastcpt.planning.ranges import (
     OF_LAST_RUN,
@@ -43,9 +44,9 @@ from fastcpt.planning.ranges import (
     widened,
 )
 from fastcpt.planning.result import Plan
-from fastcpt.planning.shapes import Shape, known_name, shape_of, unknown_model
-from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Lora, Training
+from fastcpt.recipe import Lora, Recipe
+from fastcpt.shapes import Shape
+from fastcpt.step_memory import training_disk_bytes
 
 BYTES_PER_TOKEN_ON_DISK = 1.1  # of the shards: zstd over int32 ids
 STARTUP_SECONDS = 120.0  # packages imported, kernels built, NCCL up; without loading weights
@@ -239,10 +240,10 @@ def _with_disk(found: Plan, recipe: Recipe, job: Job, hardware: Hardware) -> Pla
     published; the shards, and their rows as the trainer reads them.
     """
     parameters, corpus = job.shape.parameters, found.corpus_tokens or found.tokens
-    stage2 = training_disk(recipe.stage2, job) / 1e9
-    disk = training_disk(recipe.training, job) / 1e9 + stage2
+    stage2 = training_disk_bytes(job.trained, recipe.stage2.save_total_limit) / 1e9
+    disk = training_disk_bytes(job.trained, recipe.training.save_total_limit) / 1e9 + stage2
     if recipe.sft.instructions:
-        disk += training_disk(recipe.sft.training, job) / 1e9
+        disk += training_disk_bytes(job.trained, recipe.sft.training.save_total_limit) / 1e9
     disk += (4 * parameters + corpus * (BYTES_PER_TOKEN_ON_DISK + 4)) / 1e9
     back = 2 * parameters if recipe.publish.destination == "bring_back" else 0
     moved = (corpus * BYTES_PER_TOKEN_ON_DISK + back) / 1e9
@@ -274,11 +275,6 @@ def _with_host_memory(found: Plan, job: Job, hardware: Hardware) -> Plan:
 def _size(shape: Shape) -> str:
     words = f"{shape.parameters / 1e9:.1f} B parameters"
     return words + (f", {shape.active_parameters / 1e9:.1f} B a token" if shape.experts else "")
-
-
-def training_disk(training: Training, job: Job) -> float:
-    """Bytes that a training leaves there: its checkpoints, one more than are kept, and its model."""
-    return checkpoint_bytes(job) * (training.save_total_limit + 1) + 2 * job.trained
 
 
 def _overheads(

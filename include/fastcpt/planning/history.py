@@ -15,8 +15,9 @@ from typing import Any
 
 from fastcpt.files import whole_file
 from fastcpt.planning.hardware import Hardware, hardware_of
-from fastcpt.planning.shapes import Shape, shape_of
+from fastcpt.planning.models import shape_of
 from fastcpt.recipe import Recipe
+from fastcpt.shapes import Shape
 
 FILE = "plan_history.jsonl"
 

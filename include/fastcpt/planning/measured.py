@@ -15,8 +15,9 @@ from fastcpt.planning.costs import (
     tokens_per_second,
 )
 from fastcpt.planning.hardware import Hardware, named_hardware
-from fastcpt.planning.shapes import KNOWN, Shape
-from fastcpt.recipe_sections import Lora
+from fastcpt.planning.models import KNOWN
+from fastcpt.recipe import Lora
+from fastcpt.shapes import Shape
 from fastcpt.yaml_files import read_yaml
 
 MEASURED = Path(__file__).with_name("measured.yaml")

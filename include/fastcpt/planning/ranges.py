@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from fastcpt.planning.costs import Job, model_flops
 from fastcpt.planning.hardware import Hardware
 from fastcpt.planning.measured import Published, Row
-from fastcpt.planning.shapes import KNOWN, Shape
-from fastcpt.recipe_sections import Lora
+from fastcpt.planning.models import KNOWN
+from fastcpt.recipe import Lora
+from fastcpt.shapes import Shape
 
 OF_LAST_RUN, OF_MEASUREMENTS = 0.07, 0.15  # half-widths where nothing differs
 A_DOUBLING_OF_GPUS, A_DOUBLING_OF_HOSTS = 1.10, 1.15

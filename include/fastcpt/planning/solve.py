@@ -12,8 +12,8 @@ from fastcpt.planning.costs import Job
 from fastcpt.planning.figures import plan_on
 from fastcpt.planning.hardware import Hardware, hardware_of
 from fastcpt.planning.jobs import best_job, changed, host_has_memory, job_changes
+from fastcpt.planning.models import shape_of
 from fastcpt.planning.result import CannotRun, Plan, PlanRefused
-from fastcpt.planning.shapes import shape_of
 from fastcpt.recipe import Recipe
 
 MOST_STEPS = 10_000_000  # the recipe's own limit

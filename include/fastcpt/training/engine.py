@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from fastcpt.files import read_json
 from fastcpt.recipe import Recipe, Training
+from fastcpt.shapes import Shape, shape_from_config
+from fastcpt.step_memory import ActivationCheckpointing, activation_checkpointing
 from fastcpt.training.exits import TrainingError
 from fastcpt.training.guard import GuardedAdamW
-from fastcpt.training.layers import Block, can_fuse, with_fused_blocks
-from fastcpt.training.memory import StepMemory, block_parameters
+from fastcpt.training.layers import Block, Packing, can_fuse, with_fused_blocks
 from fastcpt.training.model import (
     Trainee,
     add_lora,
@@ -46,57 +48,33 @@ def build_engine(
     base = base_of(path)
     if fresh:
         path = base
-    shape = load_config(base)
-    dtype, world, size = recipe.model.dtype, dist.get_world_size(), recipe.corpus.max_seq_length
+    shape = shape_from_config(load_config(base).to_dict(), base)
+    world, model = dist.get_world_size(), recipe.model
     targets = recipe.lora.target_modules if recipe.lora else []
-    wanted = recipe.model.attn_implementation
-    fused = can_fuse(shape, dtype, wanted, targets)
-    dropout = recipe.lora is not None and recipe.lora.lora_dropout > 0.0
-    room = None if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
-    block = block_parameters(shape)
-    config = deepspeed_config(deepspeed_file, training, dtype, block, accumulation, world)
+    fused = can_fuse(shape.configuration, model.dtype, model.attn_implementation, targets)
+    block = shape.block_parameters + 2 * shape.hidden_size  # with its norms
+    config = deepspeed_config(deepspeed_file, training, model.dtype, block, accumulation, world)
     offload = "offload_optimizer" in config["zero_optimization"]
-    memory = StepMemory(
-        shape, training, size, room, world, bool(targets), dropout, use_fp8, offload
-    )
-    if memory.gathered:  # weights stay whole between steps
+    memory = _checkpointing(recipe, training, shape, device, use_fp8, offload)
+    if memory.gathered:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**12
     if device.type == "cuda":
         _use_liger(shape.model_type)
     # while it lives, from_pretrained loads only a part
     partitioned = HfDeepSpeedConfig(config) if world > 1 else None
-    torch.manual_seed(training.seed)
-    place = device if device.type == "cuda" and world == 1 else None
-    causal, attention = load_model(path, wanted, dtype, place)
-    if fused and wanted == "auto":  # cuDNN's kernels: faster than flash-attn 2 on Hopper
-        attention = "transformer_engine"
-    if is_adapter(path):  # a second training of the adapters
-        for name, parameter in causal.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-    elif recipe.lora is not None:
-        torch.manual_seed(training.seed)  # loading drew from it, more or less
-        causal = add_lora(causal, recipe.lora)
+    causal, attention = _load(recipe, training, path, device)
     packing = None
     if fused:
-        inside = causal.get_base_model() if hasattr(causal, "get_base_model") else causal
-        packing = with_fused_blocks(
-            inside,
-            size,
-            attention,
-            use_fp8,
-            memory.keep_fp8,
-            config if world > 1 else None,
-            device,
-            add_up=world == 1 and not targets and not offload,
-        )
-        for n, block in enumerate(inside.model.layers):
-            block.recompute(
-                "all" if n < memory.recomputed else "mlp" if n < memory.mlp_recomputed else "none"
-            )
-        set_z3_leaf_modules(causal, [Block])
-    elif memory.recomputed or memory.mlp_recomputed:
+        if (
+            model.attn_implementation == "auto"
+        ):  # cuDNN's kernels: faster than flash-attn 2 on Hopper
+            attention = "transformer_engine"
+        add_up = world == 1 and not targets and not offload
+        size, zero3 = recipe.corpus.max_seq_length, config if world > 1 else None
+        packing = _fuse(causal, size, attention, use_fp8, memory, zero3, device, add_up)
+    elif memory.kind != "none":
         # transformers' layers are recomputed whole, all of them or none
-        memory.recomputed, memory.mlp_recomputed = memory.layers, 0
+        memory = replace(memory, kind="full", layers=memory.total)
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     causal.train()
     trainee = Trainee(causal, attention, packing)
@@ -104,12 +82,12 @@ def build_engine(
         model=trainee, optimizer=_optimizer(trainee, training, world), config=config
     )
     del partitioned
+    layers, precision = "fused" if fused else "plain", "fp8" if use_fp8 else model.dtype
     if dist.get_rank() == 0:
         print(
-            f"model {base}: {_parameters(trainee):,} parameters, "
-            f"{'fused' if fused else 'plain'} layers, attention {attention}, {dtype}"
-            f"{', FP8' if use_fp8 else ''}{', LoRA' if recipe.lora else ''}, {memory}, "
-            f"{world} ranks",
+            f"model {base}: {parameters(trainee):,} parameters, {layers} layers, "
+            f"attention {attention}, {model.dtype}{', FP8' if use_fp8 else ''}"
+            f"{', LoRA' if recipe.lora else ''}, {memory}, {world} ranks",
             flush=True,
         )
     return engine, {
@@ -117,13 +95,75 @@ def build_engine(
         "ranks": world,
         "micro_batch": training.per_device_train_batch_size,
         "accumulation": accumulation,
-        "layers": "fused" if fused else "plain",
+        "layers": layers,
         "attention": attention,
-        "precision": "fp8" if use_fp8 else dtype,
-        "checkpointing": memory.level,
-        "layers_recomputed": memory.recomputed or memory.mlp_recomputed,
+        "precision": precision,
+        "checkpointing": memory.kind,
+        "layers_recomputed": memory.layers,
         "weights_kept_gathered": memory.gathered,
     }
+
+
+def _checkpointing(
+    recipe: Recipe,
+    training: Training,
+    shape: Shape,
+    device: torch.device,
+    use_fp8: bool,
+    offload: bool,
+) -> ActivationCheckpointing:
+    """What is recomputed: as the recipe says, or as little as fits; on CPUs nothing by itself."""
+    wanted, layers = training.gradient_checkpointing, shape.num_hidden_layers
+    if wanted is True:
+        return ActivationCheckpointing("full", layers, layers)
+    if device.type == "cpu":
+        return ActivationCheckpointing("none", 0, layers)
+    return activation_checkpointing(
+        shape,
+        training.per_device_train_batch_size * recipe.corpus.max_seq_length,
+        dist.get_world_size(),
+        torch.cuda.get_device_properties(device).total_memory,
+        lora=recipe.lora,
+        fp8=use_fp8,
+        offload=offload,
+        never=wanted is False,
+    )
+
+
+def _load(recipe: Recipe, training: Training, path: str, device: torch.device) -> tuple[Any, str]:
+    """The model, what is to be trained of it asking for gradients, and the name of its attention."""
+    torch.manual_seed(training.seed)
+    place = device if device.type == "cuda" and dist.get_world_size() == 1 else None
+    model = recipe.model
+    causal, attention = load_model(path, model.attn_implementation, model.dtype, place)
+    if is_adapter(path):  # a second training of the adapters
+        for name, parameter in causal.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+    elif recipe.lora is not None:
+        torch.manual_seed(training.seed)  # loading drew from it, more or less
+        causal = add_lora(causal, recipe.lora)
+    return causal, attention
+
+
+def _fuse(
+    causal: Any,
+    size: int,
+    attention: str,
+    use_fp8: bool,
+    memory: ActivationCheckpointing,
+    zero3: dict[str, Any] | None,
+    device: torch.device,
+    add_up: bool,
+) -> Packing:
+    """The model's layers replaced by fused blocks, each with its recomputation."""
+    inside = causal.get_base_model() if hasattr(causal, "get_base_model") else causal
+    packing = with_fused_blocks(
+        inside, size, attention, use_fp8, memory.keep_fp8, zero3, device, add_up
+    )
+    for n, block in enumerate(inside.model.layers):
+        block.recompute(memory.kind if n < memory.layers else "none")
+    set_z3_leaf_modules(causal, [Block])
+    return packing
 
 
 def deepspeed_config(
@@ -211,8 +251,13 @@ def _optimizer(trainee: Trainee, training: Training, world: int) -> GuardedAdamW
     )
 
 
-def _parameters(trainee: Trainee) -> int:
-    return sum(int(getattr(p, "ds_numel", p.numel())) for p in trainee.parameters())
+def parameters(module: torch.nn.Module, trained: bool = False) -> int:
+    """Weights of all ranks together; where ``trained``, of those that have gradients."""
+    return sum(
+        int(getattr(p, "ds_numel", p.numel()))
+        for p in module.parameters()
+        if p.requires_grad or not trained
+    )
 
 
 def begin_step(engine: Any) -> None:

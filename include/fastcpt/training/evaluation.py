@@ -47,7 +47,7 @@ from fastcpt.training.validation import (
 # Tokens of a batch, padding included: enough to keep a GPU busy; what a CPU's caches hold.
 GPU_BATCH, CPU_BATCH = 16_384, 2_048
 ADAPTER = "adapter "  # before an area's name
-CHUNK = 2048  # tokens whose logits exist at one time
+SCORED_AT_ONCE = 2048  # tokens whose logits exist at one time: here in float32, and twice
 
 
 def evaluate(
@@ -295,7 +295,7 @@ def document_losses(
         together = batches[start : start + world_size()]
         most = max(sum(window.end - window.first for window in batch) for batch in together)
         batch = together[rank()] if rank() < len(together) else []
-        sums += _losses(scorer, documents, batch, math.ceil(most / CHUNK), device)
+        sums += _losses(scorer, documents, batch, math.ceil(most / SCORED_AT_ONCE), device)
         done += sum(map(len, together))
         progress.say(f"evaluated {what}: {done:,} of {len(windows):,} windows")
     if dist.is_initialized():

@@ -10,8 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-CANNOT_HEAL = 78  # sysexits.h EX_CONFIG: running it again would end the same way
-STOPPED = 143  # as a shell reports SIGTERM
+from fastcpt.exit_codes import CANNOT_HEAL, STOPPED
 
 
 class TrainingError(ValueError):

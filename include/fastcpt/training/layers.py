@@ -24,14 +24,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fastcpt.families import cannot_fuse, read_config
+from fastcpt.families import cannot_fuse
 from fastcpt.training.data import Batch
 
 # a fused weight: transformers' weights in it, first rows first
@@ -136,9 +136,9 @@ class Block(nn.Module):  # type: ignore[misc]
         for linear in self.self_attn.children():
             linear.base_layer = nn.Identity()
 
-    def recompute(self, what: Literal["all", "mlp", "none"]) -> None:
+    def recompute(self, what: Literal["full", "mlp", "none"]) -> None:
         """What the backward computes again instead of keeping it."""
-        self.recomputed = what == "all"
+        self.recomputed = what == "full"
         self.mlp.checkpoint = what == "mlp"
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -251,13 +251,13 @@ def with_fused_blocks(
     return packing
 
 
-def can_fuse(config: Any, dtype: str, attention: str, targets: list[str]) -> bool:
-    """Whether fused blocks can be made of a model on this host (``families.cannot_fuse``)."""
+def can_fuse(config: Mapping[str, Any], dtype: str, attention: str, targets: list[str]) -> bool:
+    """Whether fused blocks can be made of a model (by ``read_config``) on this host."""
     return (
         importlib.util.find_spec("transformer_engine") is not None
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability() >= (8, 0)
-        and cannot_fuse(read_config(config.to_dict(), "config"), dtype, attention, targets) is None
+        and cannot_fuse(config, dtype, attention, targets) is None
     )
 
 

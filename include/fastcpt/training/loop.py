@@ -25,9 +25,10 @@ import torch
 import torch.distributed as dist
 
 from fastcpt.recipe import Training
+from fastcpt.step_memory import CHECKPOINT_BYTES, MODEL_BYTES, training_disk_bytes
 from fastcpt.training import checkpoints
 from fastcpt.training.data import Order, Reader
-from fastcpt.training.engine import begin_step
+from fastcpt.training.engine import begin_step, parameters
 from fastcpt.training.exits import Stopped, TrainingError
 from fastcpt.training.guard import Guard
 from fastcpt.training.metrics import MetricsLog, Work, duration, peak_memory_gb
@@ -128,13 +129,9 @@ class Loop:
         age = LAUNCHER + time.time() - psutil.Process().create_time()
         started = torch.tensor([age if self.rank == 0 else 0.0], device=self.device)
         dist.all_reduce(started)
-        trained = sum(
-            int(getattr(p, "ds_numel", p.numel()))
-            for p in self.engine.module.parameters()
-            if p.requires_grad
-        )
         self.clock.startup = started.item()
-        self.clock.saving = 14 * trained / SAVING
+        trained = parameters(self.engine.module, trained=True)
+        self.clock.saving = training_disk_bytes(trained, 0) / SAVING
         self.clock.evaluated_tokens = evaluated_tokens
         hours = self.clock.hours
         if hours and not self.step and self.clock.seconds_left(0.0, self.tokens) < 0:
@@ -316,9 +313,10 @@ class Loop:
         checkpoints.save_checkpoint(
             self.engine, self.folder, self.state(), self.training.save_total_limit
         )
-        self.clock.saving = max(self.clock.saving, 14 / 12 * (time.monotonic() - begin))
+        spent = time.monotonic() - begin
+        self.clock.saving = max(self.clock.saving, spent * (1 + MODEL_BYTES / CHECKPOINT_BYTES))
         if not last:
-            self._say(f"saved checkpoints/step_{self.step} in {time.monotonic() - begin:.1f} s")
+            self._say(f"saved checkpoints/step_{self.step} in {spent:.1f} s")
 
     def _say(self, line: str) -> None:
         self.progress_lines.say(line, now=True)

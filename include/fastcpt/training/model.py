@@ -5,7 +5,7 @@ apart by their cumulative lengths: no mask, and no work across documents. Otherw
 apart and get a block-diagonal causal mask.
 
 **Loss.** Logits of a whole row take more memory than anything else (6 bytes x vocabulary x
-tokens). ``LossHead`` computes loss and gradients together, ``CHUNK`` tokens at a time, inside the
+tokens). ``LossHead`` computes loss and gradients together, ``LOGITS_AT_ONCE`` tokens at a time, inside the
 output layer's own forward: under ZeRO-3 its weight is then gathered once a micro-batch.
 """
 
@@ -28,13 +28,12 @@ from transformers import (
 )
 
 from fastcpt.files import read_json
-from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Lora
+from fastcpt.recipe import Lora, Recipe
+from fastcpt.step_memory import LOGITS_AT_ONCE
 from fastcpt.training.data import NO_LOSS, Batch
 from fastcpt.training.layers import Packing, autocast
 
 BASE = "base.json"  # in an adapter's folder: the model it is an adapter of
-CHUNK = 4096  # tokens whose logits exist at one time: 1 GB for 128,000 words
 
 
 class ModelError(ValueError):
@@ -188,8 +187,8 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         slopes = _compiled_slopes() if hidden.is_cuda else _slopes
-        for begin in range(0, len(hidden), CHUNK):
-            part = slice(begin, begin + CHUNK)
+        for begin in range(0, len(hidden), LOGITS_AT_ONCE):
+            part = slice(begin, begin + LOGITS_AT_ONCE)
             part_loss, slope = slopes(hidden[part] @ weight.T, targets[part])
             loss += part_loss
             if grad_hidden is not None:

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from fastcpt.families import read_config, refusal
 from fastcpt.recipe import Recipe, Training
+from fastcpt.step_memory import training_disk_bytes
 from fastcpt.training.data import Rows, make_batch
-from fastcpt.training.engine import begin_step
+from fastcpt.training.engine import begin_step, parameters
 from fastcpt.training.exits import TrainingError
 from fastcpt.training.metrics import peak_memory_gb
 from fastcpt.training.model import (
@@ -122,12 +123,7 @@ def check_shared(output: Path) -> None:
 
 def check_disk(trainee: torch.nn.Module, training: Training, output: Path) -> None:
     """``TrainingError`` unless the checkpoints (12 bytes a trained weight) and the model fit."""
-    sizes = [
-        (int(getattr(p, "ds_numel", p.numel())), p.requires_grad) for p in trainee.parameters()
-    ]
-    trained = sum(size for size, trains in sizes if trains)
-    checkpoint, final = 12 * trained, 2 * trained
-    needed = (training.save_total_limit + 1) * checkpoint + final
+    needed = training_disk_bytes(parameters(trainee, trained=True), training.save_total_limit)
     output.mkdir(parents=True, exist_ok=True)
     there = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     free = shutil.disk_usage(output).free
