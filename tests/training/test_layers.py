@@ -63,7 +63,7 @@ def batch(size: int = 40) -> Any:
     return make_batch(rows, size)
 
 
-@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(
     ("tied", "rope"), [(True, {"rope_type": "default", "rope_theta": 1e4}), (False, LLAMA3)]
@@ -95,7 +95,7 @@ def test_a_fused_model_has_the_loss_and_the_gradients_of_the_plain_one(
         torch.testing.assert_close(named[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
 def test_products_add_the_gradients_of_micro_batches_up_themselves(recompute: Any) -> None:
     plain = llama(True, LLAMA3)
     fused = copy.deepcopy(plain)

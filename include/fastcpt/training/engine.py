@@ -65,10 +65,8 @@ def build_engine(
     causal, attention = _load(recipe, training, path, device)
     packing = None
     if fused:
-        if (
-            model.attn_implementation == "auto"
-        ):  # cuDNN's kernels: faster than flash-attn 2 on Hopper
-            attention = "transformer_engine"
+        # cuDNN's kernels are faster than flash-attn 2 on Hopper
+        attention = "transformer_engine" if model.attn_implementation == "auto" else attention
         add_up = world == 1 and not targets and not offload
         size, zero3 = recipe.corpus.max_seq_length, config if world > 1 else None
         packing = _fuse(causal, size, attention, use_fp8, memory, zero3, device, add_up)
@@ -82,26 +80,26 @@ def build_engine(
         model=trainee, optimizer=_optimizer(trainee, training, world), config=config
     )
     del partitioned
-    layers, precision = "fused" if fused else "plain", "fp8" if use_fp8 else model.dtype
-    if dist.get_rank() == 0:
-        print(
-            f"model {base}: {parameters(trainee):,} parameters, {layers} layers, "
-            f"attention {attention}, {model.dtype}{', FP8' if use_fp8 else ''}"
-            f"{', LoRA' if recipe.lora else ''}, {memory}, {world} ranks",
-            flush=True,
-        )
-    return engine, {
+    chosen = {
         "base": base,
         "ranks": world,
         "micro_batch": training.per_device_train_batch_size,
         "accumulation": accumulation,
-        "layers": layers,
+        "layers": "fused" if fused else "plain",
         "attention": attention,
-        "precision": precision,
+        "precision": "fp8" if use_fp8 else model.dtype,
         "checkpointing": memory.kind,
         "layers_recomputed": memory.layers,
         "weights_kept_gathered": memory.gathered,
     }
+    if dist.get_rank() == 0:
+        print(
+            f"model {base}: {parameters(trainee):,} parameters, {chosen['layers']} layers, "
+            f"attention {attention}, {model.dtype}{', FP8' if use_fp8 else ''}"
+            f"{', LoRA' if recipe.lora else ''}, {memory}, {world} ranks",
+            flush=True,
+        )
+    return engine, chosen
 
 
 def _checkpointing(

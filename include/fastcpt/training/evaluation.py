@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
-from fastcpt.recipe import Recipe
+from fastcpt.recipe import Model, Recipe
 from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
 from fastcpt.training.made_from import EVALUATION_FORMAT
 from fastcpt.training.model import base_of
@@ -47,6 +47,8 @@ from fastcpt.training.validation import (
 # Tokens of a batch, padding included: enough to keep a GPU busy; what a CPU's caches hold.
 GPU_BATCH, CPU_BATCH = 16_384, 2_048
 ADAPTER = "adapter "  # before an area's name
+# Of each (set, label): the summed loss (nats) of each of its documents.
+Losses = dict[tuple[str, str], npt.NDArray[np.float64]]
 SCORED_AT_ONCE = 2048  # tokens whose logits exist at one time: here in float32, and twice
 
 
@@ -83,14 +85,13 @@ def evaluate(
             f"for; it has {', '.join(files)}"
         )
     window = recipe.corpus.max_seq_length if recipe else sequence_length(validation)
-    dtype = recipe.model.dtype if recipe else "bfloat16"
-    attention = recipe.model.attn_implementation if recipe else "auto"
+    model = recipe.model if recipe else Model()
     areas = _areas_of(checkpoint)
     asked_of = (
         EVALUATION_FORMAT,
         {name: [sha256_of_file(file) for file in files[name]] for name in files},
         window,
-        dtype,
+        model.dtype,
     )
     whose = model_identity(checkpoint), model_identity(base) if base else None
     made_from = digest_of(*whose, gate_set, *asked_of)
@@ -101,54 +102,25 @@ def evaluate(
     base_made_from = digest_of(model_identity(base), subjects, *asked_of) if base else None
     known = _base_figures(base_evaluation, base_made_from)
     sets = {name: read_documents(files[name]) for name in files}
-    losses: dict[tuple[str, str], npt.NDArray[np.float64]] = {}  # of a set's documents, by whom
-    result: dict[str, Any] = {name: {} for name in sets}
+    losses: Losses = {}
     with ranks() as device:
         for path, labels in _to_load(checkpoint, None if known else base):
             own = areas if path == checkpoint else {}
-            scorer, _ = model_for_inference(
-                path,
-                attention,
-                dtype,
-                device,
-                wrap=partial(_scorer, own),
-                in_parts=in_parts,
+            load = partial(
+                model_for_inference, path, model.attn_implementation, model.dtype, device
             )
-            for label, (name, documents) in product([*labels, *own], sets.items()):
-                begin = time.monotonic()
-                asked = own[label].documents(documents) if label in own else documents
-                if not asked:
-                    continue
-                with _switched(scorer.model, label, own, plain=label == "base" and path != base):
-                    found = document_losses(
-                        scorer, asked, window, device, batch_tokens, f"{label}, {name}"
-                    )
-                losses[name, label] = found
-                figures = figures_of(asked, found, f"{label} on the {name} validation set")
-                if label not in own:
-                    result[name][label] = figures
-                Progress().say(
-                    f"evaluated {label}, {name}: perplexity {figures['perplexity']:.4f}, "
-                    f"{figures['bits_per_byte']:.4f} bits a byte, {figures['tokens']:,} tokens "
-                    f"in {time.monotonic() - begin:.1f} s",
-                    now=True,
-                )
+            scorer, _ = load(wrap=partial(_scorer, own), in_parts=in_parts)
+            plain = path != base  # the base is the checkpoint with its adapters switched off
+            losses |= _losses_of(
+                scorer, [*labels, *own], own, plain, sets, window, device, batch_tokens
+            )
             del scorer  # the next model takes its place
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-        for name, documents in sets.items():
-            beside = {who: losses[name, who] for who in ("model", "base") if (name, who) in losses}
-            tables = {
-                label.removeprefix(ADAPTER): area.figures(documents, losses[name, label], beside)
-                for label, area in areas.items()
-                if (name, label) in losses
-            }
-            if known:
-                result[name]["base"] = known[name]["base"]
-                for label, table in tables.items():
-                    table["base"] = known[name]["adapters"][label]["base"]
-            if tables:
-                result[name]["adapters"] = tables
+        result: dict[str, Any] = {
+            name: _figures_of_set(name, documents, areas, losses, known.get(name))
+            for name, documents in sets.items()
+        }
         result |= {
             "validation_set": gate_set,
             "window": window,
@@ -158,6 +130,67 @@ def evaluate(
         }
         if rank() == 0:
             write_json(output, result)
+    return result
+
+
+def _losses_of(
+    scorer: Scorer,
+    labels: list[str],
+    areas: dict[str, _Area],
+    plain: bool,
+    sets: dict[str, list[Document]],
+    window: int,
+    device: torch.device,
+    batch_tokens: int | None,
+) -> Losses:
+    """What a loaded model's documents lose, under each of its labels; of an area its own documents."""
+    losses: Losses = {}
+    for label, (name, documents) in product(labels, sets.items()):
+        begin = time.monotonic()
+        asked = areas[label].documents(documents) if label in areas else documents
+        if not asked:
+            continue
+        with _switched(scorer.model, label, areas, plain=label == "base" and plain):
+            what = f"{label}, {name}"
+            found = document_losses(scorer, asked, window, device, batch_tokens, what)
+        losses[name, label] = found
+        figures = figures_of(asked, found, f"{label} on the {name} validation set")
+        Progress().say(
+            f"evaluated {label}, {name}: perplexity {figures['perplexity']:.4f}, "
+            f"{figures['bits_per_byte']:.4f} bits a byte, {figures['tokens']:,} tokens "
+            f"in {time.monotonic() - begin:.1f} s",
+            now=True,
+        )
+    return losses
+
+
+def _figures_of_set(
+    name: str,
+    documents: list[Document],
+    areas: dict[str, _Area],
+    losses: Losses,
+    known: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """A set's figures: of model and base, and of each area's adapter beside them.
+
+    ``known`` are the set's figures of an earlier evaluation, whose base's are taken.
+    """
+    beside = {who: losses[name, who] for who in ("model", "base") if (name, who) in losses}
+    result: dict[str, Any] = {
+        who: figures_of(documents, found, f"{who} on the {name} validation set")
+        for who, found in beside.items()
+    }
+    tables = {
+        label.removeprefix(ADAPTER): area.figures(documents, losses[name, label], beside)
+        for label, area in areas.items()
+        if (name, label) in losses
+    }
+    if known:
+        result["base"] = known["base"]
+        for label, table in tables.items():
+            table["base"] = known["adapters"][label]["base"]
+    if tables:
+        result["adapters"] = tables
     return result
 
 
