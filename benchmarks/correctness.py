@@ -68,13 +68,57 @@ def error(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> floa
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
-def main() -> None:
+def one_batch() -> Any:
+    """Two rows of three documents each, a little shorter than ``SIZE``."""
     drawn = np.random.default_rng(0)
     lengths = np.array([60, 128, 61], np.int32)
-    batch = make_batch(
+    return make_batch(
         [Row(drawn.integers(0, 2048, lengths.sum()).astype(np.int32), lengths) for _ in range(2)],
         SIZE,
     )
+
+
+def compared(
+    tied: bool, rope: str, attention: str, adapted: bool, recompute: Any, batch: Any
+) -> dict[str, Any]:
+    """Losses of one model by four ways of computing it, and how far their gradients are off."""
+    plain = llama(tied, rope)
+    if adapted:
+        plain = add_lora(plain, Lora(r=8, lora_alpha=16, lora_dropout=0.0))
+        for name, parameter in plain.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, 0.0, 0.05)
+    wide, fused = copy.deepcopy(plain).float(), copy.deepcopy(plain)
+    wide.config._attn_implementation = "sdpa"
+    inside = fused.get_base_model() if adapted else fused
+    before = {name: weight.clone() for name, weight in inside.named_parameters()}
+    packing = with_fused_blocks(inside, SIZE, attention, False, False, None, GPU)
+    after = plain_weights(dict(inside.named_parameters()), inside.config)
+    exact = adapted or all(torch.equal(after[name], w) for name, w in before.items())
+    for block in inside.model.layers:
+        block.recompute(recompute)
+    found, losses = {}, {}
+    for kind, trainee, packed in (
+        ("float32", Trainee(wide, "sdpa", None), None),
+        ("transformers", Trainee(plain, "flash_attention_2", None), None),
+        ("fused", Trainee(fused, attention, packing), None),
+        ("fp8", Trainee(fused, attention, packing), fp8_recipe()),
+    ):
+        packing.fp8 = packed
+        loss = trainee(batch, GPU)
+        loss.backward()
+        losses[kind], found[kind] = loss.item(), gradients(trainee.model, inside.config)
+    return {
+        "case": f"{rope} rope, {'tied' if tied else 'untied'}, {attention}, "
+        f"{'LoRA' if adapted else 'full'}, recompute {recompute}",
+        "exact_weights": exact,
+        "loss": losses,
+        "gradient_error": {kind: error(found[kind], found["float32"]) for kind in list(found)[1:]},
+    }
+
+
+def main() -> None:
+    batch = one_batch()
     results = []
     cases = itertools.product(
         ((False, "llama3"), (True, "default")),
@@ -83,45 +127,11 @@ def main() -> None:
         ("none", "mlp", "full"),
     )
     for (tied, rope), attention, adapted, recompute in cases:
-        plain = llama(tied, rope)
-        if adapted:
-            plain = add_lora(plain, Lora(r=8, lora_alpha=16, lora_dropout=0.0))
-            for name, parameter in plain.named_parameters():
-                if "lora_B" in name:
-                    torch.nn.init.normal_(parameter, 0.0, 0.05)
-        wide, fused = copy.deepcopy(plain).float(), copy.deepcopy(plain)
-        wide.config._attn_implementation = "sdpa"
-        inside = fused.get_base_model() if adapted else fused
-        before = {name: weight.clone() for name, weight in inside.named_parameters()}
-        packing = with_fused_blocks(inside, SIZE, attention, False, False, None, GPU)
-        after = plain_weights(dict(inside.named_parameters()), inside.config)
-        exact = adapted or all(torch.equal(after[name], w) for name, w in before.items())
-        for block in inside.model.layers:
-            block.recompute(recompute)
-        config, found, losses = inside.config, {}, {}
-        for kind, model, packed in (
-            ("float32", Trainee(wide, "sdpa", None), None),
-            ("transformers", Trainee(plain, "flash_attention_2", None), None),
-            ("fused", Trainee(fused, attention, packing), None),
-            ("fp8", None, fp8_recipe()),
-        ):
-            trainee = model or Trainee(fused, attention, packing)
-            packing.fp8 = packed
-            loss = trainee(batch, GPU)
-            loss.backward()
-            losses[kind], found[kind] = loss.item(), gradients(trainee.model, config)
-        errors = {kind: error(found[kind], found["float32"]) for kind in list(found)[1:]}
-        results.append(
-            {
-                "case": f"{rope} rope, {'tied' if tied else 'untied'}, {attention}, "
-                f"{'LoRA' if adapted else 'full'}, recompute {recompute}",
-                "exact_weights": exact,
-                "loss": losses,
-                "gradient_error": errors,
-            }
-        )
-        shown = " ".join(f"{kind} {value:.4f}" for kind, value in errors.items())
-        print(f"{results[-1]['case']:70} exact {exact} {shown}", flush=True)
+        result = compared(tied, rope, attention, adapted, recompute, batch)
+        results.append(result)
+        errors = result["gradient_error"].items()
+        shown = " ".join(f"{kind} {value:.4f}" for kind, value in errors)
+        print(f"{result['case']:70} exact {result['exact_weights']} {shown}", flush=True)
     passed = all(
         r["exact_weights"]
         and r["gradient_error"]["fused"] < 1.3 * r["gradient_error"]["transformers"]

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fastcpt.planning.hardware import Hardware
+from fastcpt.planning.hardware import Gpu, Hardware
 from fastcpt.recipe import Lora
 from fastcpt.shapes import Shape
 from fastcpt.step_memory import (
@@ -313,10 +313,26 @@ def seconds_parts(
     """Seconds of a GPU for one token, by part."""
     gpu = hardware.gpu
     assert gpu is not None
-    e, shape = efficiency, job.shape
-    bandwidth = e.memory * 1e12 * gpu.memory_tb_s
-    bf16 = gpu.peak(fp8=False)
+    bandwidth = efficiency.memory * 1e12 * gpu.memory_tb_s
+    fused = job.kernels == "fused"
+    parts = {
+        **_product_seconds(job, gpu, efficiency),
+        "memory traffic": _moved_bytes(job, efficiency) / bandwidth,
+        "optimizer": _optimizer_seconds(job, hardware, bandwidth),
+    }
+    if fused and not job.lora:
+        parts["micro-batch"] = efficiency.micro_batch_ms / 1000 / job.tokens
+    # part of the traffic always shows (the first block's, the last one's), and all that computing
+    # is too short to hide
+    traffic = communication_seconds(job, hardware, efficiency) / job.tokens
+    hidden = efficiency.hidden_fused if fused else efficiency.hidden
+    parts["communication"] = max((1 - hidden) * traffic, traffic - sum(parts.values()))
+    return parts
 
+
+def _product_seconds(job: Job, gpu: Gpu, e: Efficiency) -> dict[str, float]:
+    """Matrix products and attention of a token: operations over the chip's peak."""
+    shape, bf16 = job.shape, gpu.peak(fp8=False)
     head = shape.head_parameters * (4 if job.lora else 6)
     adapters = 6 * shape.lora_parameters(job.lora) if job.lora else 0
     blocks = (4 if job.lora else 6) * (shape.matrix_parameters - shape.head_parameters)
@@ -326,19 +342,19 @@ def seconds_parts(
         again -= forward * job.again
         forward *= 1 + job.again / 3
     in_blocks = blocks + again
-    parts = {
+    return {
         "matrix products": (head + adapters) / (bf16 * e.bf16)
         + in_blocks / (gpu.peak(job.fp8) * (e.fp8 if job.fp8 else e.bf16)),
         "attention": 3.0 * forward / (bf16 * getattr(e, job.attention)),
     }
 
-    fused = job.kernels == "fused"
-    # reading and writing again what is computed again: a third of forward and backward, or half that
-    more = (
-        1
-        + job.again
-        * {"none": 0, "selective": 1 / 6, "mlp": 1 / 6, "full": 1 / 3}[job.checkpointing]
-    )
+
+def _moved_bytes(job: Job, e: Efficiency) -> float:
+    """Bytes of a token that are read and written between the products."""
+    shape, fused = job.shape, job.kernels == "fused"
+    # what is computed again is moved again: a third of forward and backward, or half that
+    share = {"none": 0, "selective": 1 / 6, "mlp": 1 / 6, "full": 1 / 3}[job.checkpointing]
+    more = 1 + job.again * share
     passes = PASSES_PLAIN if job.kernels == "plain" else getattr(e, f"passes_{job.kernels}")
     if fused and job.fp8:
         passes += e.passes_fp8
@@ -356,27 +372,19 @@ def seconds_parts(
         once = job.tokens * (job.accumulation if fused and job.checkpointing != "full" else 1)
         weights = BYTES_BF16 * shape.block_parameters * shape.num_hidden_layers
         moved += e.passes_fp8_weights * weights / once
-    parts["memory traffic"] = moved / bandwidth
+    return moved
 
+
+def _optimizer_seconds(job: Job, hardware: Hardware, bandwidth: float) -> float:
+    """The optimizer's own, once a step; where it is offloaded, over PCIe and on the hosts' CPUs."""
     step_tokens = job.tokens * job.accumulation
     if job.offload:
         transfer = 4 * job.trained / job.ranks / (1e9 * hardware.host.pcie_gb_s)
         cpu = 28 * job.trained / hardware.hosts / (1e9 * hardware.host.cpu_memory_gb_s)
-        parts["optimizer"] = (transfer + cpu) / step_tokens
-    else:
-        # gradients, master, moments and weights read and written once a step
-        touched = (30 if job.fp32_master else 14) * job.trained / job.ranks
-        parts["optimizer"] = touched / bandwidth / step_tokens
-
-    if fused and not job.lora:
-        parts["micro-batch"] = e.micro_batch_ms / 1000 / job.tokens
-
-    # part of the traffic always shows (the first block's, the last one's), and all that computing
-    # is too short to hide
-    traffic = communication_seconds(job, hardware, e) / job.tokens
-    hidden = e.hidden_fused if fused else e.hidden
-    parts["communication"] = max((1 - hidden) * traffic, traffic - sum(parts.values()))
-    return parts
+        return (transfer + cpu) / step_tokens
+    # gradients, master, moments and weights read and written
+    touched = (30 if job.fp32_master else 14) * job.trained / job.ranks
+    return touched / bandwidth / step_tokens
 
 
 def communication_seconds(
