@@ -168,7 +168,7 @@ def test_replay_of_recorded_runs(job, hardware, facts, tmp_path):
         "peak_memory_gb": facts["memory_gb"],
         "startup_seconds": 75.0,
         "checkpointing": job.checkpointing,
-        "layers_recomputed": job.layers_again or 0,
+        "layers_recomputed": job.layers_recomputed or 0,
     }
     record_run(tmp_path, "replayed", recipe, None, training, evaluation_seconds=900.0)
     after = plan(recipe, history=tmp_path / FILE)

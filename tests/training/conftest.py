@@ -61,7 +61,7 @@ def write_shards(
     lengths: list[list[list[int]]],
     areas: list[list[list[list[str] | None]]] | None = None,
 ) -> None:
-    """Shards of rows of tokens, with the lengths and areas of the rows' pieces, and their manifest."""
+    """Shards of rows of tokens, with the lengths and areas of the rows' segments, and their manifest."""
     files = []
     kind = pa.list_(pa.int32())
     for shard, (ids, pieces) in enumerate(zip(shards, lengths, strict=True)):

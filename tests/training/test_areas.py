@@ -1,4 +1,4 @@
-"""An adapter a legal area: its pieces, its training, its figures, and the model of all of them."""
+"""An adapter a legal area: its segments, its training, its figures, and the model of all of them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ AREAS = {"falling fast": ["down"], "rising": ["up", "upward"]}
 SIZE = 64
 
 
-def test_the_longest_piece_goes_first_into_the_fullest_row_with_room() -> None:
+def test_the_longest_segment_goes_first_into_the_fullest_row_with_room() -> None:
     # rows of 8: 6; 5; 5; 3 fits a 5 exactly, 2 the 6, 1 what is left of the other 5
     assert sorted(packed([5, 3, 6, 2, 5, 1], 8)) == [[0, 5], [2, 3], [4, 1]]
 
 
-def test_an_areas_rows_are_its_pieces_and_no_others(tmp_path: Path) -> None:
+def test_an_areas_rows_are_its_segments_and_no_others(tmp_path: Path) -> None:
     rows = [[1, 2, 3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13]]
     pieces = [[2, 3, 1], [3], [1, 3]]
     areas: list[list[list[str] | None]] = [
@@ -62,7 +62,7 @@ def test_an_areas_rows_are_its_pieces_and_no_others(tmp_path: Path) -> None:
 
     assert seen(0) == [[3, 4, 5], [11, 12, 13]]
     assert seen(1) == [[1, 2], [3, 4, 5], [11, 12, 13]]
-    with pytest.raises(DataError, match=r"lora\.areas\.empty: no piece of the corpus"):
+    with pytest.raises(DataError, match=r"lora\.areas\.empty: no segment of the corpus"):
         decode_corpus(tmp_path, 6, tmp_path / "scratch", {"empty": ["nothing"]})
     write_shards(tmp_path, [rows], [pieces])
     with pytest.raises(DataError, match=r"no column areas, which lora\.areas needs"):

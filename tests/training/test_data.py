@@ -31,7 +31,7 @@ SEQUENCE, GROUP = 2048, 256  # tokens of a row, rows of a row group
 
 
 def random_corpus(folder: Path, tokens: int, vocabulary: int) -> Path:
-    """One shard of so many drawn tokens, two pieces a row, written a row group at a time."""
+    """One shard of so many drawn tokens, two segments a row, written a row group at a time."""
     folder.mkdir()
     shard = folder / "cpt_train_shard_00.parquet"
     kind = pa.list_(pa.int32())
@@ -109,12 +109,12 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows(
         assert rows.targets_in(n) == int((targets_of(rows[n]) != -100).sum())
 
 
-def test_a_piece_without_a_token_is_named_by_its_row(tmp_path: Path) -> None:
+def test_a_segment_without_a_token_is_named_by_its_row(tmp_path: Path) -> None:
     write_shards(tmp_path, [[[1, 2]] * 9], [[[2]] * 8 + [[1, 2]]])
     with pytest.raises(DataError, match=r"row 8: 'lengths' do not add up to 'input_ids'"):
         decode_corpus(tmp_path, 64, tmp_path / "a")
     write_shards(tmp_path, [[[1, 2]]], [[[2, 0]]])
-    with pytest.raises(DataError, match=r"'lengths' has a piece without a token"):
+    with pytest.raises(DataError, match=r"'lengths' has a segment without a token"):
         decode_corpus(tmp_path, 64, tmp_path / "b")
 
 

@@ -100,7 +100,7 @@ def test_products_add_the_gradients_of_micro_batches_up_themselves(recompute: An
     plain = llama(True, LLAMA3)
     fused = copy.deepcopy(plain)
     packing = with_fused_blocks(
-        fused, 40, "transformer_engine", False, False, None, CPU, add_up=True
+        fused, 40, "transformer_engine", False, False, None, CPU, accumulate=True
     )
     for block in fused.model.layers:
         block.recompute(recompute)
@@ -136,7 +136,7 @@ def test_other_documents_of_a_row_change_nothing() -> None:
             np.array([len(piece) for piece in pieces], np.int32),
         )
         made = make_batch([row], 40)
-        packing.show(made, CPU)
+        packing.set_batch(made, CPU)
         states = model.model.embed_tokens(made.input_ids.reshape(-1))
         for block in model.model.layers:
             states = block(states)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fastcpt.training.data import NO_LOSS, Row
+from fastcpt.training.data import IGNORE_INDEX, Row
 from fastcpt.training.sft import (
     Chat,
     Instruction,
@@ -94,7 +94,7 @@ def test_loss_is_on_the_answer_and_its_end_alone(chat: str, request: pytest.Fixt
     prompt = words.prompt_ids("Why?", 100)
     assert row.labels is not None
     assert row.input_ids.tolist()[: len(prompt)] == prompt
-    assert row.labels.tolist()[: len(prompt)] == [NO_LOSS] * len(prompt)
+    assert row.labels.tolist()[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
     assert row.labels.tolist()[len(prompt) :] == row.input_ids.tolist()[len(prompt) :]
     assert row.labels.tolist()[len(prompt) :] == words.answer_ids("Why?", "So.", 100)
 
@@ -104,12 +104,12 @@ def test_a_long_answer_loses_its_end_and_a_long_prompt_keeps_half(own: Chat) -> 
     row = example(own, Instruction("1", "?", "a" * 100), 50)
     assert row.labels is not None
     assert len(row.input_ids) == 50
-    assert (row.labels == NO_LOSS).sum() == 20
+    assert (row.labels == IGNORE_INDEX).sum() == 20
     assert text(own, row.input_ids[20:].tolist()) == "a" * 30
     # both too long: the prompt is cut to at most half, the answer fills the rest
     row = example(own, Instruction("1", "p" * 100, "a" * 100), 50)
     assert row.labels is not None
-    prompt = int((row.labels == NO_LOSS).sum())
+    prompt = int((row.labels == IGNORE_INDEX).sum())
     assert prompt <= 25
     assert len(row.input_ids) == 50
     assert (
@@ -134,7 +134,7 @@ def test_a_template_that_fills_the_row_is_refused(own: Chat) -> None:
 def piece(length: int) -> Row:
     ids = np.arange(length, dtype=np.int32)
     labels = ids.copy()
-    labels[: length // 2] = NO_LOSS
+    labels[: length // 2] = IGNORE_INDEX
     return Row(ids, np.array([length], np.int32), labels)
 
 

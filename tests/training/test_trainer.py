@@ -45,12 +45,12 @@ def test_no_token_is_asked_for_the_next_document() -> None:
     assert targets_of(row([5, 6, 7], [8, 9])).tolist() == [6, 7, -100, 9, -100]
 
 
-def test_labels_of_fine_tuning_are_shifted_within_their_piece() -> None:
+def test_labels_of_fine_tuning_are_shifted_within_their_segment() -> None:
     labels = [-100, -100, 7, -100, 9]
     assert targets_of(row([5, 6, 7], [8, 9], labels=labels)).tolist() == [-100, 7, -100, 9, -100]
 
 
-def test_padding_is_a_piece_of_its_own_without_loss() -> None:
+def test_padding_is_a_segment_of_its_own_without_loss() -> None:
     batch = make_batch([row([5, 6, 7], [8, 9]), row([1, 2])], 6)
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
     assert batch.targets.tolist()[1] == [2, -100, -100, -100, -100, -100]

@@ -56,7 +56,7 @@ class Job:
     lora: Lora | None = None
     fp8: bool = False
     checkpointing: Checkpointing = "none"
-    layers_again: int | None = None  # of so many layers, where it is not of all
+    layers_recomputed: int | None = None  # of so many layers, where it is not of all
     gathered: bool = False  # ZeRO-3's weights stay whole between steps
     offload: bool = False  # gradients and optimizer on the host
     attention: Attention = "flash"
@@ -76,19 +76,19 @@ class Job:
         return self.shape.lora_parameters(self.lora) if self.lora else self.shape.parameters
 
     @property
-    def again(self) -> float:
+    def recomputed_share(self) -> float:
         """Share of the layers that are recomputed."""
         if self.checkpointing == "none":
             return 0.0
         layers = self.shape.num_hidden_layers
-        return 1.0 if self.layers_again is None else self.layers_again / layers
+        return 1.0 if self.layers_recomputed is None else self.layers_recomputed / layers
 
     @property
     def recomputation(self) -> str:
         """``checkpointing`` in words, with the layers where it is not all of them."""
-        if self.layers_again is None:
+        if self.layers_recomputed is None:
             return self.checkpointing
-        return f"{self.checkpointing} of {self.layers_again}/{self.shape.num_hidden_layers} layers"
+        return f"{self.checkpointing} of {self.layers_recomputed}/{self.shape.num_hidden_layers} layers"
 
     @property
     def method(self) -> str:
@@ -132,7 +132,7 @@ def recomputed_flops(job: Job) -> float:
         "mlp": 4.0 * shape.num_hidden_layers * shape.hidden_size * shape.intermediate_size,
         "full": blocks + attention_flops(shape, job.attended or job.sequence),
     }
-    return added[job.checkpointing] * job.again
+    return added[job.checkpointing] * job.recomputed_share
 
 
 # Memory
@@ -178,7 +178,7 @@ def memory_parts(job: Job) -> dict[str, float]:
     on_host = job.offload
     frozen = job.trained if job.lora else 0
     whole, less = activation_bytes(job, "none"), activation_bytes(job, job.checkpointing)
-    kept = layers * tokens * (job.again * less + (1 - job.again) * whole)
+    kept = layers * tokens * (job.recomputed_share * less + (1 - job.recomputed_share) * whole)
     if job.kernels != "fused":
         # the block at work holds everything it needs, whatever is kept of the others
         kept += tokens * whole
@@ -202,7 +202,7 @@ def memory_parts(job: Job) -> dict[str, float]:
         # transformer-engine keeps FP8 copies, unsharded, for the backward of what is not
         # recomputed; a fused block keeps each turned both ways, as Hopper's products want them
         copies = 2 if job.kernels == "fused" else 1
-        recomputed = job.again if job.checkpointing == "full" else 0.0
+        recomputed = job.recomputed_share if job.checkpointing == "full" else 0.0
         parts["fp8_weights"] = copies * block * max(1.0, layers * (1 - recomputed))
     if job.kernels == "fused":
         _add_moments(job, parts)
@@ -232,7 +232,7 @@ def _logit_bytes(job: Job) -> float:
     shape = job.shape
     if job.whole_logits:
         return 6.0 * shape.vocab_size * job.tokens  # bf16 and the fp32 of the loss
-    # a chunk and its slopes in bf16; the output layer's gradient
+    # a chunk of logits and its gradient in bf16; the output layer's gradient
     chunk = 2.0 * BYTES_BF16 * shape.vocab_size * min(job.tokens, LOGITS_AT_ONCE)
     weight = 0 if job.lora else BYTES_BF16 * shape.head_parameters
     return chunk + weight + BYTES_BF16 * shape.hidden_size * job.tokens
@@ -251,9 +251,9 @@ def as_the_trainer_runs(job: Job, gpu_bytes: float, fill: float | None = None) -
         fill=fill,
     )
     if found.kind == "none":
-        return replace(job, checkpointing="none", layers_again=None, gathered=found.gathered)
+        return replace(job, checkpointing="none", layers_recomputed=None, gathered=found.gathered)
     every = found.kind == "full" and found.layers == found.total
-    return replace(job, checkpointing=found.kind, layers_again=None if every else found.layers)
+    return replace(job, checkpointing=found.kind, layers_recomputed=None if every else found.layers)
 
 
 def host_bytes(job: Job) -> float:
@@ -339,8 +339,8 @@ def _product_seconds(job: Job, gpu: Gpu, e: Efficiency) -> dict[str, float]:
     forward = attention_flops(shape, job.attended or job.sequence)
     again = recomputed_flops(job)
     if job.checkpointing == "full":
-        again -= forward * job.again
-        forward *= 1 + job.again / 3
+        again -= forward * job.recomputed_share
+        forward *= 1 + job.recomputed_share / 3
     in_blocks = blocks + again
     return {
         "matrix products": (head + adapters) / (bf16 * e.bf16)
@@ -354,7 +354,7 @@ def _moved_bytes(job: Job, e: Efficiency) -> float:
     shape, fused = job.shape, job.kernels == "fused"
     # what is computed again is moved again: a third of forward and backward, or half that
     share = {"none": 0, "selective": 1 / 6, "mlp": 1 / 6, "full": 1 / 3}[job.checkpointing]
-    more = 1 + job.again * share
+    more = 1 + job.recomputed_share * share
     passes = PASSES_PLAIN if job.kernels == "plain" else getattr(e, f"passes_{job.kernels}")
     if fused and job.fp8:
         passes += e.passes_fp8

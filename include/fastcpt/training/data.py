@@ -1,7 +1,7 @@
 """Packed rows -> micro-batches, in an order that only the seed decides.
 
-A row holds pieces of several documents. Positions begin anew at every piece, no piece attends to
-another, and no token is asked to predict the first token of the next piece.
+A row holds segments: whole documents or parts of them, packed one after another. Positions begin anew at every segment, no segment attends to
+another, and no token has the first token of the next segment as its target.
 
 The shards are decoded once a host, a row group at a time, into one flat file of tokens that every
 rank reads its own rows from, a step ahead: shuffling over the whole corpus then costs no memory and
@@ -9,7 +9,7 @@ no reader processes. What a rank has to know of the others' rows follows from th
 n-th sample of a training is a function of the seed and of n alone, so the order is the same for any
 number of ranks, and a resumed training goes on where it stopped.
 
-An adapter of a legal area is trained on the pieces of its area, packed anew: rows of its own.
+An adapter of a legal area is trained on the segments of its area, packed anew: rows of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file
 from fastcpt.ids import read_ids, to_bytes, width_of
 
 Ints = npt.NDArray[np.int32]
-NO_LOSS = -100
+IGNORE_INDEX = -100  # the label of a token without loss: the loss mask
 FORMAT = 2  # of decoded corpora
 
 
@@ -38,10 +38,10 @@ class DataError(ValueError):
 
 
 class Row(NamedTuple):
-    """One packed sequence; ``labels`` are not shifted, -100 asks for nothing, None for all."""
+    """One packed sequence; ``labels`` are not shifted: -100 where the loss mask is off, None where all tokens count."""
 
     input_ids: Ints
-    lengths: Ints  # of the pieces; their sum is the number of tokens
+    lengths: Ints  # of the segments; their sum is the number of tokens
     labels: Ints | None = None
 
 
@@ -53,10 +53,10 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, number: int) -> Row: ...
     def lengths_of(self, number: int) -> Ints:
-        """The lengths of a row's pieces, without reading its tokens."""
+        """The lengths of a row's segments, without reading its tokens."""
 
     def targets_in(self, number: int) -> int:
-        """How many tokens of a row are asked for: those of ``targets_of`` that are not -100."""
+        """How many of a row's targets count in the loss: those of ``targets_of`` that are not -100."""
 
 
 class ListRows:
@@ -75,7 +75,7 @@ class ListRows:
         return self.rows[number].lengths
 
     def targets_in(self, number: int) -> int:
-        return int((targets_of(self.rows[number]) != NO_LOSS).sum())
+        return int((targets_of(self.rows[number]) != IGNORE_INDEX).sum())
 
 
 class CorpusRows:
@@ -89,7 +89,7 @@ class CorpusRows:
         (tokens,) = scratch.glob("tokens.ids?")
         self.file, self.width = os.open(tokens, os.O_RDONLY), int(tokens.name[-1])
         self.lengths: Ints = np.load(scratch / "lengths.npy")
-        self.starts = np.load(scratch / "starts.npy")  # [rows + 1, 2]: first token, first piece
+        self.starts = np.load(scratch / "starts.npy")  # [rows + 1, 2]: first token, first segment
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -104,18 +104,18 @@ class CorpusRows:
 
     def targets_in(self, number: int) -> int:
         lengths = self.lengths_of(number)
-        return int(lengths.sum()) - len(lengths)  # all but each piece's first
+        return int(lengths.sum()) - len(lengths)  # all but each segment's first
 
 
 class AreaRows(CorpusRows):
-    """The pieces of one area, packed into rows of their own; ``area`` counts from 0."""
+    """The segments of one area, packed into rows of their own; ``area`` counts from 0."""
 
     def __init__(self, scratch: Path, size: int, area: int) -> None:
         super().__init__(scratch, size)
-        pieces = np.flatnonzero(np.load(scratch / "areas.npy")[:, area])
+        segments = np.flatnonzero(np.load(scratch / "areas.npy")[:, area])
         ends = self.lengths.cumsum(dtype=np.int64)
-        self.packed = [pieces[row] for row in packed(self.lengths[pieces].tolist(), size)]
-        self.begins = ends - self.lengths  # [pieces]: the first token of each
+        self.packed = [segments[row] for row in packed(self.lengths[segments].tolist(), size)]
+        self.begins = ends - self.lengths  # [segments]: the first token of each
 
     def __len__(self) -> int:
         return len(self.packed)
@@ -135,20 +135,20 @@ class AreaRows(CorpusRows):
 
 
 def packed(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Rows of at most ``size`` tokens, as numbers of the pieces of these ``lengths`` in them.
+    """Rows of at most ``size`` tokens, as numbers of the segments of these ``lengths`` in them.
 
     The longest first, each into the fullest row that still has room for it.
     """
     by_room: list[list[list[int]]] = [[] for _ in range(size + 1)]  # rows by the tokens left
     rooms = 0  # bit n: some row has n tokens left
-    for piece in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        need = lengths[piece]
+    for segment in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        need = lengths[segment]
         fitting = rooms >> need
         room = need + (fitting & -fitting).bit_length() - 1 if fitting else size
         row = by_room[room].pop() if fitting else []
         if fitting and not by_room[room]:
             rooms &= ~(1 << room)
-        row.append(piece)
+        row.append(segment)
         by_room[room - need].append(row)
         rooms |= 1 << (room - need)
     return [row for rows in by_room for row in rows]
@@ -160,10 +160,10 @@ def decode_corpus(
     """Verify a corpus folder's shards and decode them to flat files; returns their folder.
 
     Run by one process of each host. Costs 2 or 3 bytes a token under ``scratch`` (``fastcpt.ids``),
-    the memory of one row group and 4 bytes a piece, and nothing when it was done before. ``areas``
-    maps an area to the subjects of its pieces, for ``AreaRows``. Raises ``DataError`` for a missing
-    or altered shard, rows that are longer than ``size`` tokens or whose pieces do not add up, or an
-    area without pieces.
+    the memory of one row group and 4 bytes a segment, and nothing when it was done before. ``areas``
+    maps an area to the subjects of its segments, for ``AreaRows``. Raises ``DataError`` for a missing
+    or altered shard, rows that are longer than ``size`` tokens or whose segments do not add up, or an
+    area without segments.
     """
     shards = _shards(corpus)
     made_from = [FORMAT, [digest for _, digest in shards], size, areas or None]
@@ -172,7 +172,7 @@ def decode_corpus(
         return folder
     lengths: list[Ints] = []
     row_tokens: list[Ints] = []
-    row_pieces: list[Ints] = []
+    row_segments: list[Ints] = []
     of_areas: list[npt.NDArray[np.bool_]] = []
     width = max(_width(shard, areas) for shard, _ in shards)
     with whole_file(folder / f"tokens.ids{width}") as aside, aside.open("wb") as out:
@@ -181,15 +181,15 @@ def decode_corpus(
                 to_bytes(group.tokens, width).tofile(out)
                 lengths.append(group.lengths)
                 row_tokens.append(group.row_tokens)
-                row_pieces.append(group.row_pieces)
+                row_segments.append(group.row_segments)
                 of_areas.append(group.areas)
     if areas:
         chosen = np.concatenate(of_areas)
         for n, name in enumerate(areas):
             if not chosen[:, n].any():
-                raise DataError(f"lora.areas.{name}: no piece of the corpus is of its subjects")
+                raise DataError(f"lora.areas.{name}: no segment of the corpus is of its subjects")
         _save(folder / "areas.npy", chosen)
-    sizes = np.stack([np.concatenate(row_tokens), np.concatenate(row_pieces)], axis=1)
+    sizes = np.stack([np.concatenate(row_tokens), np.concatenate(row_segments)], axis=1)
     _save(folder / "lengths.npy", np.concatenate(lengths))
     # the last of these completes the folder
     starts = np.concatenate([np.zeros((1, 2), np.int64), sizes.cumsum(axis=0, dtype=np.int64)])
@@ -232,10 +232,10 @@ def _width(shard: Path, areas: Mapping[str, Sequence[str]] | None) -> int:
 
 class _RowGroup(NamedTuple):
     tokens: Ints
-    lengths: Ints  # of the pieces
+    lengths: Ints  # of the segments
     row_tokens: Ints  # of each row
-    row_pieces: Ints
-    areas: npt.NDArray[np.bool_]  # [pieces, areas]
+    row_segments: Ints
+    areas: npt.NDArray[np.bool_]  # [segments, areas]
 
 
 def _row_groups(
@@ -247,12 +247,12 @@ def _row_groups(
     with parquet.ParquetFile(shard) as file:
         for number in range(file.num_row_groups):
             table = file.read_row_group(number, columns=columns)
-            ids, pieces = (table[name].combine_chunks() for name in ("input_ids", "lengths"))
+            ids, segments = (table[name].combine_chunks() for name in ("input_ids", "lengths"))
             group = _RowGroup(
                 ids.flatten().to_numpy().astype(np.int32, copy=False),
-                pieces.flatten().to_numpy().astype(np.int32, copy=False),
+                segments.flatten().to_numpy().astype(np.int32, copy=False),
                 ids.value_lengths().to_numpy(),
-                pieces.value_lengths().to_numpy(),
+                segments.value_lengths().to_numpy(),
                 _of_areas(table["areas"].combine_chunks().flatten(), areas)
                 if areas
                 else np.empty((0, 0), np.bool_),
@@ -267,11 +267,11 @@ def _save(file: Path, content: npt.NDArray[Any]) -> None:
         np.save(out, content)
 
 
-def _of_areas(pieces: Any, areas: Mapping[str, Sequence[str]]) -> npt.NDArray[np.bool_]:
-    """[pieces, areas]: whether a piece names one of the area's subjects; general text names none."""
-    values = pieces.flatten().to_pylist()
-    owner = np.repeat(np.arange(len(pieces)), pieces.value_lengths().fill_null(0).to_numpy())
-    chosen = np.zeros((len(pieces), len(areas)), np.bool_)
+def _of_areas(segments: Any, areas: Mapping[str, Sequence[str]]) -> npt.NDArray[np.bool_]:
+    """[segments, areas]: whether a segment names one of the area's subjects; general text names none."""
+    values = segments.flatten().to_pylist()
+    owner = np.repeat(np.arange(len(segments)), segments.value_lengths().fill_null(0).to_numpy())
+    chosen = np.zeros((len(segments), len(areas)), np.bool_)
     for n, subjects in enumerate(areas.values()):
         chosen[owner[np.isin(values, list(subjects))], n] = True
     return chosen
@@ -293,13 +293,13 @@ def _check_rows(shard: Path, before: int, group: _RowGroup, size: int) -> None:
             f"{shard}: row {before + row} has {tokens[row]} tokens, more than max_seq_length "
             f"({size}); train with the recipe that the corpus was built with"
         )
-    ends = np.concatenate([[0], group.lengths.cumsum(dtype=np.int64)])[group.row_pieces.cumsum()]
+    ends = np.concatenate([[0], group.lengths.cumsum(dtype=np.int64)])[group.row_segments.cumsum()]
     wrong = np.flatnonzero(ends != tokens.cumsum())
     if len(wrong):
         row = before + int(wrong[0])
         raise DataError(f"{shard}: row {row}: 'lengths' do not add up to 'input_ids'")
     if (group.lengths < 1).any():
-        raise DataError(f"{shard}: 'lengths' has a piece without a token")
+        raise DataError(f"{shard}: 'lengths' has a segment without a token")
 
 
 class Order:
@@ -319,20 +319,20 @@ class Order:
 
 
 class Batch(NamedTuple):
-    """A micro-batch of B rows, padded to S tokens; padding is a piece of its own, without loss."""
+    """A micro-batch of B rows, padded to S tokens; padding is a segment of its own, without loss."""
 
     input_ids: torch.Tensor  # [B, S] int64
-    targets: torch.Tensor  # [B, S] int64: the next token of the same piece, or -100
-    position_ids: torch.Tensor  # [B, S] int64, from 0 at every piece
-    lengths: list[int]  # of all pieces, row after row, with the padding: their sum is B * S
+    targets: torch.Tensor  # [B, S] int64: the next token of the same segment, or -100
+    position_ids: torch.Tensor  # [B, S] int64, from 0 at every segment
+    lengths: list[int]  # of all segments, row after row, with the padding: their sum is B * S
 
 
 def targets_of(row: Row) -> Ints:
-    """What each token of a row is asked to predict: the next one of its piece, or -100."""
+    """Each token's target: the next token of its segment, or -100."""
     labels = row.input_ids if row.labels is None else row.labels
-    targets = np.full(len(row.input_ids), NO_LOSS, np.int32)
+    targets = np.full(len(row.input_ids), IGNORE_INDEX, np.int32)
     targets[:-1] = labels[1:]
-    targets[np.cumsum(row.lengths) - 1] = NO_LOSS
+    targets[np.cumsum(row.lengths) - 1] = IGNORE_INDEX
     return targets
 
 
@@ -340,7 +340,7 @@ def make_batch(rows: list[Row], size: int) -> Batch:
     """Pad rows to ``size`` tokens and stack them. Padding is token 0, whatever that is."""
     shape = (len(rows), size)
     input_ids = np.zeros(shape, np.int64)
-    targets = np.full(shape, NO_LOSS, np.int64)
+    targets = np.full(shape, IGNORE_INDEX, np.int64)
     lengths: list[int] = []
     for n, row in enumerate(rows):
         used = len(row.input_ids)
@@ -357,7 +357,7 @@ class Step(NamedTuple):
     """What a rank needs for one step: its own micro-batches, and what all ranks' rows have."""
 
     batches: list[Batch]
-    lengths: list[Ints]  # of the pieces of each row of the step, of all ranks
+    lengths: list[Ints]  # of the segments of each row of the step, of all ranks
     targets: int  # of all ranks
 
 

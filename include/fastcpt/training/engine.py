@@ -67,9 +67,9 @@ def build_engine(
     if fused:
         # cuDNN's kernels are faster than flash-attn 2 on Hopper
         attention = "transformer_engine" if model.attn_implementation == "auto" else attention
-        add_up = world == 1 and not targets and not offload
+        accumulate = world == 1 and not targets and not offload
         size, zero3 = recipe.corpus.max_seq_length, config if world > 1 else None
-        packing = _fuse(causal, size, attention, use_fp8, memory, zero3, device, add_up)
+        packing = _fuse(causal, size, attention, use_fp8, memory, zero3, device, accumulate)
     elif memory.kind != "none":
         # transformers' layers are recomputed whole, all of them or none
         memory = replace(memory, kind="full", layers=memory.total)
@@ -151,12 +151,12 @@ def _fuse(
     memory: ActivationCheckpointing,
     zero3: dict[str, Any] | None,
     device: torch.device,
-    add_up: bool,
+    accumulate: bool,
 ) -> Packing:
     """The model's layers replaced by fused blocks, each with its recomputation."""
     inside = causal.get_base_model() if hasattr(causal, "get_base_model") else causal
     packing = with_fused_blocks(
-        inside, size, attention, use_fp8, memory.keep_fp8, zero3, device, add_up
+        inside, size, attention, use_fp8, memory.keep_fp8, zero3, device, accumulate
     )
     for n, block in enumerate(inside.model.layers):
         block.recompute(memory.kind if n < memory.layers else "none")
@@ -261,7 +261,7 @@ def parameters(module: torch.nn.Module, trained: bool = False) -> int:
 def begin_step(engine: Any) -> None:
     """Tell fused blocks that weights have changed, and empty the gradients they add up themselves."""
     if engine.module.packing is not None:
-        engine.module.packing.fresh = True
+        engine.module.packing.weights_changed = True
     for weight in engine.module.parameters():
         if hasattr(weight, "main_grad"):
             weight.grad = weight.main_grad.zero_()

@@ -17,7 +17,7 @@ products, and their sum needs no pass of its own (``addmm``).
 **FP8.** Per-tensor scaling; the weights are quantized once a step, not once a micro-batch.
 
 **One rank.** Nothing waits for a micro-batch's own gradients: the products add to those of the step
-(``add_up``), which spares writing, reading and adding them.
+(``accumulate``), which spares writing, reading and adding them.
 """
 
 from __future__ import annotations
@@ -57,32 +57,34 @@ class Packing:
         self.size = len(frequencies)
         self.angles = torch.cat([frequencies, frequencies], dim=-1)[:, None, None, :].contiguous()
         self.fp8, self.keep_fp8_weights = fp8, keep_fp8_weights
-        self.fresh = True  # weights have changed since the last micro-batch
-        self.ends = torch.empty(0, dtype=torch.int32)
+        self.weights_changed = True  # since the last micro-batch
+        self.cu_seqlens = torch.empty(0, dtype=torch.int32)  # [segments + 1]
 
-    def show(self, batch: Batch, device: torch.device) -> None:
-        """``ends`` [pieces + 1] int32: where pieces end in the micro-batch seen as one long row."""
-        # a multiple of 32 pieces, the last ones empty: kernels are not planned anew for each count
-        ends = torch.zeros(-(-len(batch.lengths) // 32) * 32 + 1, dtype=torch.int32)
-        ends[1 : len(batch.lengths) + 1] = torch.tensor(batch.lengths, dtype=torch.int32).cumsum(0)
-        ends[len(batch.lengths) + 1 :] = ends[len(batch.lengths)]
-        self.ends = ends.to(device, non_blocking=True)
+    def set_batch(self, batch: Batch, device: torch.device) -> None:
+        """Begin a micro-batch: the cumulative lengths of its segments, seen as one long row."""
+        # a multiple of 32 segments, the last ones empty: kernels are not planned anew for each count
+        cu_seqlens = torch.zeros(-(-len(batch.lengths) // 32) * 32 + 1, dtype=torch.int32)
+        cu_seqlens[1 : len(batch.lengths) + 1] = torch.tensor(
+            batch.lengths, dtype=torch.int32
+        ).cumsum(0)
+        cu_seqlens[len(batch.lengths) + 1 :] = cu_seqlens[len(batch.lengths)]
+        self.cu_seqlens = cu_seqlens.to(device, non_blocking=True)
 
     @property
     def first(self) -> bool | None:
         """transformer-engine's ``is_first_microbatch``."""
-        return self.fresh if self.fp8 is not None and self.keep_fp8_weights else None
+        return self.weights_changed if self.fp8 is not None and self.keep_fp8_weights else None
 
 
 class Block(nn.Module):  # type: ignore[misc]
     """A Llama layer; built from transformers' own, whose weights it takes."""
 
     def __init__(
-        self, layer: Any, config: Any, packing: Packing, attention: str, add_up: bool = False
+        self, layer: Any, config: Any, packing: Packing, attention: str, accumulate: bool = False
     ) -> None:
         """``layer`` may carry peft's adapters on the linear layers of ``families.ADAPTABLE``.
 
-        ``add_up``: a matrix' gradient is not given to autograd, but added to its ``main_grad`` by
+        ``accumulate``: a matrix' gradient is not given to autograd, but added to its ``main_grad`` by
         the very product that computes it.
         """
         super().__init__()
@@ -108,7 +110,7 @@ class Block(nn.Module):  # type: ignore[misc]
             "bias": False,
             "params_dtype": norm.dtype,
             "device": norm.device,
-            "fuse_wgrad_accumulation": add_up,
+            "fuse_wgrad_accumulation": accumulate,
         }
         normed = {**made, "normalization": "RMSNorm", "eps": config.rms_norm_eps}
         self.qkv = te.LayerNormLinear(
@@ -131,7 +133,7 @@ class Block(nn.Module):  # type: ignore[misc]
             with torch.no_grad():
                 fused.copy_(torch.cat(taken))
             fused.requires_grad_(taken[0].requires_grad)
-            if add_up and fused.ndim > 1:
+            if accumulate and fused.ndim > 1:
                 fused.main_grad = torch.zeros_like(fused)
         for linear in self.self_attn.children():
             linear.base_layer = nn.Identity()
@@ -167,11 +169,11 @@ class Block(nn.Module):  # type: ignore[misc]
     def _attend(self, qkv_TD: torch.Tensor) -> torch.Tensor:
         from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
 
-        ends, size = self.packing.ends, self.packing.size
+        cu_seqlens, size = self.packing.cu_seqlens, self.packing.size
         q, k, v = (
             part.view(len(qkv_TD), -1, self.width) for part in qkv_TD.split(self.split, dim=-1)
         )
-        turned = {"tensor_format": "thd", "fused": True, "cu_seqlens": ends}
+        turned = {"tensor_format": "thd", "fused": True, "cu_seqlens": cu_seqlens}
         q = apply_rotary_pos_emb(q, self.packing.angles, **turned)
         k = apply_rotary_pos_emb(k, self.packing.angles, **turned)
         if self.attention == "transformer_engine":
@@ -179,15 +181,15 @@ class Block(nn.Module):  # type: ignore[misc]
                 q,
                 k,
                 v.contiguous(),
-                cu_seqlens_q=ends,
-                cu_seqlens_kv=ends,
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_kv=cu_seqlens,
                 max_seqlen_q=size,
                 max_seqlen_kv=size,
             )
             return context
         from flash_attn import flash_attn_varlen_func
 
-        context = flash_attn_varlen_func(q, k, v, ends, ends, size, size, causal=True)
+        context = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, size, size, causal=True)
         return context.flatten(1)
 
     def _adapt(
@@ -219,11 +221,11 @@ def with_fused_blocks(
     keep_fp8_weights: bool,
     zero3: Any | None,
     device: torch.device,
-    add_up: bool = False,
+    accumulate: bool = False,
 ) -> Packing:
     """Replace a Llama's layers by ``Block``s, in place; returns what they share.
 
-    ``size`` is the length of the longest row; ``add_up`` as in ``Block``.
+    ``size`` is the length of the longest row; ``accumulate`` as in ``Block``.
 
     ``zero3`` is DeepSpeed's configuration where weights are partitioned: each layer is gathered,
     fused and partitioned again before the next one.
@@ -237,7 +239,7 @@ def with_fused_blocks(
     for n, layer in enumerate(layers):
         before = list(layer.parameters())
         with _whole(before, zero3):
-            block = Block(layer, config, packing, attention, add_up)
+            block = Block(layer, config, packing, attention, accumulate)
         layers[n] = block
         kept = {id(parameter) for parameter in block.parameters()}
         for parameter in before:  # DeepSpeed's own references would hold them

@@ -78,11 +78,11 @@ class Work:
         self.attention = 6 * shape.num_hidden_layers * width
         self.flop = 0.0
 
-    def add(self, pieces: list[Ints]) -> None:
-        """Count rows of pieces of these lengths."""
-        for of_row in pieces:
-            lengths = of_row.astype(float)
-            self.flop += self.per_token * lengths.sum() + self.attention * (lengths**2).sum()
+    def add(self, lengths: list[Ints]) -> None:
+        """Count rows; ``lengths`` of each row's segments."""
+        for of_row in lengths:
+            wide = of_row.astype(float)
+            self.flop += self.per_token * wide.sum() + self.attention * (wide**2).sum()
 
 
 def peak_memory_gb(device: torch.device) -> float:

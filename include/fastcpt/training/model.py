@@ -1,7 +1,7 @@
-"""Causal language models for training: loading, attention over packed rows, loss in pieces.
+"""Causal language models for training: loading, attention over packed rows, chunked loss.
 
 **Attention.** With flash-attn installed a micro-batch is one long row whose documents are told
-apart by their cumulative lengths: no mask, and no work across documents. Otherwise rows stay
+apart by their cumulative lengths (``cu_seqlens``): no mask, and no work across documents. Otherwise rows stay
 apart and get a block-diagonal causal mask.
 
 **Loss.** Logits of a whole row take more memory than anything else (6 bytes x vocabulary x
@@ -30,7 +30,7 @@ from transformers import (
 from fastcpt.files import read_json
 from fastcpt.recipe import Lora, Recipe
 from fastcpt.step_memory import LOGITS_AT_ONCE
-from fastcpt.training.data import NO_LOSS, Batch
+from fastcpt.training.data import IGNORE_INDEX, Batch
 from fastcpt.training.layers import Packing, autocast
 
 BASE = "base.json"  # in an adapter's folder: the model it is an adapter of
@@ -186,16 +186,16 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
-        slopes = _compiled_slopes() if hidden.is_cuda else _slopes
+        loss_of = _compiled_loss() if hidden.is_cuda else _loss_and_gradient
         for begin in range(0, len(hidden), LOGITS_AT_ONCE):
             part = slice(begin, begin + LOGITS_AT_ONCE)
-            part_loss, slope = slopes(hidden[part] @ weight.T, targets[part])
+            part_loss, grad_logits = loss_of(hidden[part] @ weight.T, targets[part])
             loss += part_loss
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[part])
+                torch.mm(grad_logits, weight, out=grad_hidden[part])
             if grad_weight is not None:  # added up inside the product
                 beta = 1.0 if begin else 0.0
-                torch.addmm(grad_weight, slope.T, hidden[part], beta=beta, out=grad_weight)
+                torch.addmm(grad_weight, grad_logits.T, hidden[part], beta=beta, out=grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -209,22 +209,24 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
         )
 
 
-def _slopes(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of ``logits [T, V]`` and its slope, of the logits' shape and type."""
+def _loss_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of ``logits [T, V]`` and its gradient with respect to them, in their type."""
     wide = logits.float()
-    asked = targets != NO_LOSS
+    mask = targets != IGNORE_INDEX
     index = targets.clamp(min=0)[:, None]
     log_total = wide.logsumexp(dim=-1, keepdim=True)
-    loss = ((log_total - wide.gather(1, index))[:, 0] * asked).sum()
+    loss = ((log_total - wide.gather(1, index))[:, 0] * mask).sum()
     words = torch.arange(wide.shape[1], device=wide.device)
-    slope = ((wide - log_total).exp() - (words == index).float()) * asked[:, None]
-    return loss, slope.to(logits.dtype)
+    gradient = ((wide - log_total).exp() - (words == index).float()) * mask[:, None]
+    return loss, gradient.to(logits.dtype)
 
 
 @functools.cache
-def _compiled_slopes() -> Any:
+def _compiled_loss() -> Any:
     """Two passes over the logits instead of ten."""
-    return torch.compile(_slopes, dynamic=False)
+    return torch.compile(_loss_and_gradient, dynamic=False)
 
 
 class LossHead(nn.Linear):  # type: ignore[misc]
@@ -261,7 +263,7 @@ class Trainee(nn.Module):  # type: ignore[misc]
             inputs = packed_inputs(batch, self.attention, device)
             hidden = causal.model(**inputs, use_cache=False)[0]
         else:
-            self.packing.show(batch, device)
+            self.packing.set_batch(batch, device)
             words = batch.input_ids.to(device, non_blocking=True).reshape(-1)
             hidden = causal.model.embed_tokens(words)
             if not hidden.requires_grad:  # DeepSpeed's hooks wait for a gradient of the input
@@ -269,34 +271,34 @@ class Trainee(nn.Module):  # type: ignore[misc]
             with autocast(self.packing.fp8):
                 for block in causal.model.layers:
                     hidden = block(hidden)
-            self.packing.fresh = False
+            self.packing.weights_changed = False
             hidden = causal.model.norm(hidden)
         loss: torch.Tensor = causal.lm_head(hidden, batch.targets.to(device, non_blocking=True))
         return loss
 
 
 def packed_inputs(batch: Batch, attention: str, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments of a transformers model that keep a batch's pieces apart."""
+    """Keyword arguments of a transformers model that keep a batch's segments apart."""
     input_ids = batch.input_ids.to(device, non_blocking=True)
     positions = batch.position_ids.to(device, non_blocking=True)
     lengths = torch.tensor(batch.lengths, device=device)
     if attention == "flash_attention_2":
         # flash-attn's packed kernel takes one row, however long
-        ends = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         longest = max(batch.lengths)
         return {
             "input_ids": input_ids.reshape(1, -1),
             "position_ids": positions.reshape(1, -1),
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
             "max_length_q": longest,
             "max_length_k": longest,
         }
-    pieces = torch.arange(len(lengths), device=device).repeat_interleave(
+    segments = torch.arange(len(lengths), device=device).repeat_interleave(
         lengths, output_size=input_ids.numel()
     )
-    pieces = pieces.reshape(input_ids.shape)
-    mask = (pieces[:, :, None] == pieces[:, None, :]).tril()[:, None]  # [B, 1, S, S]
+    segments = segments.reshape(input_ids.shape)
+    mask = (segments[:, :, None] == segments[:, None, :]).tril()[:, None]  # [B, 1, S, S]
     if attention == "eager":  # adds its mask to the scores
         mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     return {"input_ids": input_ids, "position_ids": positions, "attention_mask": mask}

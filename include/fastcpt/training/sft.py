@@ -18,7 +18,7 @@ import numpy as np
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from fastcpt.training.data import NO_LOSS, ListRows, Row, packed
+from fastcpt.training.data import IGNORE_INDEX, ListRows, Row, packed
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -136,7 +136,7 @@ def example(chat: Chat, instruction: Instruction, size: int) -> Row:
     answer = answer[: size - len(prompt)]
     ids = np.array(prompt + answer, np.int32)
     labels = ids.copy()
-    labels[: len(prompt)] = NO_LOSS
+    labels[: len(prompt)] = IGNORE_INDEX
     return Row(ids, np.array([len(ids)], np.int32), labels)
 
 
@@ -156,7 +156,7 @@ def sft_rows(instructions: Path, chat: Chat, size: int) -> ListRows:
     """The training rows of an instructions folder (``train.jsonl``)."""
     found = read_instructions(instructions / "train.jsonl")
     rows = pack([example(chat, instruction, size) for instruction in found], size)
-    asked = sum(int((row.labels != NO_LOSS).sum()) for row in rows if row.labels is not None)
+    asked = sum(int((row.labels != IGNORE_INDEX).sum()) for row in rows if row.labels is not None)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{len(found):,} answers of {asked:,} tokens in {len(rows):,} rows", flush=True)
     return ListRows(rows, size)
