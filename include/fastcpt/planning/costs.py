@@ -6,11 +6,11 @@ vocabulary, ``S`` sequence, ``T`` tokens of a micro-batch, ``N`` parameters, ``R
 Operations (Megatron and NVIDIA's tables count the same): 2 a multiply-add; forward ``2 N_mm``,
 backward twice that; attention's two products forward are ``4 L q S`` a token, half of it causal.
 
-Seconds are those of what does not overlap on a GPU (matrix products by precision, attention, the
-reading and writing between them, the optimizer's own, what the host takes for each micro-batch) and
-of what the interconnect cannot hide. Each part is a physical quantity over a chip's peak times an efficiency,
-and the efficiencies in ``Efficiency`` were fitted once, on the rows of ``measured.yaml``; so a
-part scales to another model, sequence or chip by what it is made of.
+Seconds add up what does not overlap on a GPU: matrix products by precision, attention, the memory
+traffic between them, the optimizer, the host's work for each micro-batch, and the communication that
+computing cannot hide. Each part is a physical quantity over a chip's peak, times an efficiency. The
+efficiencies were fitted once, on the rows of ``measured.yaml``. A part scales to another model,
+sequence or chip with its physical quantity.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def memory_parts(job: Job) -> dict[str, float]:
 
 
 def _add_moments(job: Job, parts: dict[str, float]) -> None:
-    """What of a step's other moments goes beyond the moment of the logits.
+    """Add what other moments of a step need beyond the moment of the logits.
 
     A block's backward: gradients of its feed-forward products, and all it keeps where it is computed
     again. The optimizer's step: gradients flat once more and in float32, activations gone (read in
@@ -278,8 +278,8 @@ PASSES_PLAIN, LOGITS_PLAIN = 13.8, 30
 class Efficiency:
     """Shares of a chip's peaks and numbers of passes over memory, fitted on ``measured.yaml``.
 
-    Fitted, so each also stands for what it is not named after: kernel launches are in the passes,
-    a power limit is in the shares. ``plan_run.py --check`` shows what they predict.
+    A fitted number also holds effects that it is not named after: kernel launches are in the passes,
+    a power limit is in the shares. ``plan_run.py --check`` sets predictions beside measurements.
     """
 
     bf16: float = 0.658

@@ -1,4 +1,4 @@
-"""The figures of one recipe on given machines: time, memory, money, disk, and what keeps it from running.
+"""The figures of one recipe on given machines: time, memory, money, disk, and why it cannot run.
 
 A rate comes from the newest run of the same model, method, precision, sequence length and GPU;
 without one from the cost model (``costs``), as a range: narrow where this project measured that

@@ -1,4 +1,4 @@
-"""What runs took, kept so that the next plan for the same is better than a formula.
+"""What runs took: the next plan for the same uses it in place of a formula.
 
 One JSON line a training in ``home/plan_history.jsonl``: its key (model, method, precision,
 sequence length, GPU), how it was run (GPUs, micro-batch, recomputation) and what was measured.

@@ -1,6 +1,6 @@
 """The eight published options, planned for one's own model, corpus and cluster.
 
-Beside each stands what the guide claims of it: the plan's figures are this project's own.
+Beside each stands the guide's own claim; the figures are this project's.
 """
 
 from __future__ import annotations

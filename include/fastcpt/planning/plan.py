@@ -1,4 +1,4 @@
-"""What a recipe will take on a cluster: time, memory, money; or why it cannot be, and what can.
+"""What a recipe will take on a cluster: time, memory, money; or why it does not fit, and what would.
 
     plan(recipe, tokens, cluster, history) -> Plan
 

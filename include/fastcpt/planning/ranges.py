@@ -1,11 +1,11 @@
 """How wide a planned rate's range is: by how far the plan lies from what was measured.
 
-Where a job like the planned one was measured, the range is the cost model's rate give or take
-``OF_MEASUREMENTS``, or a run's own rate give or take ``OF_LAST_RUN``. Each way in which the plan
-differs from that measurement moves both ends further apart by a factor: so much a doubling of GPUs,
-hosts, parameters and sequence, so much for another chip, family, method, precision or kernels. The differences
-are taken for independent, so the logarithms of their factors add in squares. The measurement that
-leaves the narrowest range is taken, and named.
+Where a job like the planned one was measured, the range is the cost model's rate plus or minus
+``OF_MEASUREMENTS``, or a run's own rate plus or minus ``OF_LAST_RUN``. Each way in which the plan differs
+from that measurement widens the range by a factor: one for each doubling of GPUs, hosts, parameters or
+sequence, one for another chip, family, method, precision or kernels. The differences are taken for
+independent, so the logarithms of their factors add in squares. The measurement that gives the narrowest
+range is taken, and named.
 
 ``benchmarks/planning.py`` leaves whole model sizes and GPU counts out and counts how often the range
 holds what was measured there. Those groups are a doubling of GPUs away and up to six of size; the
@@ -62,7 +62,7 @@ def measured_range(
     """Tokens/s a GPU around the cost model's ``likely``, and in words what they rest on.
 
     On a chip that no row was measured on, the range goes up to the best that was shown of that model
-    and method, here or elsewhere: nobody did more, and over NVLink that much can be done.
+    and method, here or elsewhere: nobody reached more, and over NVLink that much can be reached.
     """
     rows = list(rows)
     differences = [differing(job, hardware, row, there) for row, there, _ in rows]

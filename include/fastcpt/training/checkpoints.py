@@ -4,7 +4,7 @@ A checkpoint holds what the optimizer knows: the float32 weights and Adam's two 
 trained weight; frozen ones come from the base model again). Each rank writes its own slices under
 the weights' names, and reads those it needs from whichever files have them: a training goes on with
 another number of ranks. Ranks write into ``.step_N.partial``, which gets its name when all of it is
-on the disk, ``digests.json`` last. What is not as it was written is not used (``digests``).
+on the disk, ``digests.json`` last. A checkpoint whose files differ from their digests is not used.
 On hosts that share no file system a checkpoint cannot be renamed for all at once: the output folder
 has to be shared.
 """
@@ -74,9 +74,9 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int)
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint whose files are as they were written; None where there is none at all.
 
-    Called by every rank; each looks at its share of the files. A damaged one is said and set aside
-    as what a killed training leaves. ``CheckpointError`` where all are damaged, ``OSError`` on every
-    rank where one could not read: a retry may, and no checkpoint is given up for it.
+    Called by every rank; each looks at its share of the files. A damaged one is named in the log and set
+    aside. ``CheckpointError`` where all are damaged. ``OSError`` on every rank where a file could not
+    be read: a retry may read it, so no checkpoint is set aside for that.
     """
     found = checkpoints(folder)
     damaged: list[str] = []
@@ -112,7 +112,7 @@ def newest_whole(folder: Path) -> Path | None:
 def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
     """Put the newest whole checkpoint into the engine; returns its state, None without any.
 
-    Called once before the first step, also where there is no checkpoint.
+    Called once before the first step, also where there is no checkpoint: it makes Adam's moments.
     """
     _make_moments(engine)
     newest = newest_whole(folder)
@@ -179,7 +179,7 @@ def adapter_weights(engine: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _forget_gathered(engine: Any) -> None:
-    """Weights that ZeRO-3 keeps gathered are gathered again, with new values, by their first use."""
+    """Drop ZeRO-3's gathered copies: the next use gathers the new values."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() == 3 and zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
@@ -243,7 +243,7 @@ def save_final(
 ) -> None:
     """Write the folder that transformers (or peft, for adapters) loads; whole or not at all.
 
-    What ``before``, the model that was trained, has of areas' adapters is handed on.
+    Areas' adapters in ``before``, the model that was trained, are copied.
     """
     trainee: Trainee = engine.module
     adapters = _has_frozen(engine)
@@ -274,15 +274,15 @@ def save_final(
         for file in tokenizer.iterdir():
             if "token" in file.name or file.suffix in {".txt", ".jinja"}:
                 shutil.copyfile(file, partial / file.name)
-        _put_in_place(partial, target)
+        put_in_place(partial, target)
     dist.barrier()
 
 
 def save_mean(adapters: dict[str, Path], subjects: dict[str, list[str]], target: Path) -> None:
     """Write the mean of several adapters as one, with each of them under ``areas``.
 
-    ``subjects`` are each area's. Adapters stacked on one another are a larger one that adds up
-    what they add: exact. Their scaling, alpha / r, is divided by their number as r grows by it.
+    ``subjects`` are each area's. Adapters of rank r, concatenated, are one adapter of rank n r that adds
+    the sum of what they add, exactly. Its scaling, alpha / (n r), makes the sum a mean.
     """
     if dist.get_rank() == 0:
         partial = target.with_name(f".{target.name}.partial")
@@ -301,17 +301,21 @@ def save_mean(adapters: dict[str, Path], subjects: dict[str, list[str]], target:
         for area, folder in adapters.items():
             shutil.copytree(folder, partial / "areas" / area)
         write_json(partial / "areas.json", subjects)
-        _put_in_place(partial, target)
+        put_in_place(partial, target)
     dist.barrier()
 
 
-def _put_in_place(partial: Path, target: Path) -> None:
-    """Give a folder its name, in the place of what has it, when all of it is on the disk."""
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename a finished folder when all of it is on the disk; one with that name gives way to it."""
     for path in [*partial.rglob("*"), partial]:
         flush(path)
-    shutil.rmtree(target, ignore_errors=True)
+    old = target.with_name(f".{target.name}.old.partial")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
     partial.rename(target)
     flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _has_frozen(engine: Any) -> bool:

@@ -3,13 +3,13 @@
 A row holds segments: whole documents or parts of them, packed one after another. Positions begin anew at every segment, no segment attends to
 another, and no token has the first token of the next segment as its target.
 
-The shards are decoded once a host, a row group at a time, into one flat file of tokens that every
-rank reads its own rows from, a step ahead: shuffling over the whole corpus then costs no memory and
-no reader processes. What a rank has to know of the others' rows follows from their lengths. The
-n-th sample of a training is a function of the seed and of n alone, so the order is the same for any
-number of ranks, and a resumed training goes on where it stopped.
+The shards are decoded once a host, a row group at a time, into one flat file of tokens. Every rank
+reads its own rows from it, a step ahead. Shuffling the whole corpus then needs no memory and no reader
+processes. Of the other ranks' rows a rank needs the lengths alone. The n-th sample of a training is a
+function of the seed and of n, so the order is the same for any number of ranks, and a resumed training
+goes on where it stopped.
 
-An adapter of a legal area is trained on the segments of its area, packed anew: rows of its own.
+The adapter of a legal area is trained on the segments of its area, packed into rows of their own.
 """
 
 from __future__ import annotations
@@ -135,9 +135,10 @@ class AreaRows(CorpusRows):
 
 
 def packed(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Rows of at most ``size`` tokens, as numbers of the segments of these ``lengths`` in them.
+    """Rows of at most ``size`` tokens, as indices into ``lengths``, the lengths of segments.
 
-    The longest first, each into the fullest row that still has room for it.
+    Best fit: the longest first, each into the fullest row with room for it. ``corpus.pack`` cuts documents to
+    fill gaps; here nothing may be cut, and the order of rows is part of a training's result.
     """
     by_room: list[list[list[int]]] = [[] for _ in range(size + 1)]  # rows by the tokens left
     rooms = 0  # bit n: some row has n tokens left

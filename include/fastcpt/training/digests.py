@@ -1,8 +1,8 @@
 """What a checkpoint's files were when they were written, and what is wrong with them now.
 
-A digest is taken of the bytes on their way to the disk: nothing is read again, and what the disk
-or the network made of them later shows. All of it is compared before a checkpoint is used: one of
-112 GB on eight ranks is 14 GB each, eleven seconds of SHA-256, and they are read for loading anyway.
+Digests are computed while the bytes are written, so nothing is read twice, and damage by the disk or
+the network shows later. All files are compared before a checkpoint is used. Of one of 112 GB each of
+eight ranks compares 14 GB: eleven seconds of SHA-256, and loading reads them anyway.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def write_digests(folder: Path, digests: Mapping[str, Digest]) -> None:
 def what_is_damaged(folder: Path, rank: int, ranks: int) -> str | None:
     """What is wrong with this rank's share of a folder's files; None where they are whole.
 
-    Sizes are compared first: they tell most, at once. ``OSError`` where the disk does not answer: that
-    may pass, and says nothing of the files.
+    Sizes are compared first: that is fast and finds most damage. ``OSError`` where the disk does not
+    answer: that may pass, and does not mean that the files are damaged.
     """
     try:
         digests: dict[str, Digest] = read_json(folder / DIGESTS)

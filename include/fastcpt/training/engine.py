@@ -1,4 +1,4 @@
-"""DeepSpeed's engine around the model, with its optimizer."""
+"""DeepSpeed's engine: the model with what is recomputed, its optimizer, ZeRO's settings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastcpt.training.model import (
     load_model,
 )
 
-UPDATED_AT_ONCE = 300_000_000  # weights
+UPDATED_AT_ONCE = 300_000_000  # weights of one group of the optimizer on a single rank
 
 
 def build_engine(
@@ -129,7 +129,7 @@ def _checkpointing(
 
 
 def _load(recipe: Recipe, training: Training, path: str, device: torch.device) -> tuple[Any, str]:
-    """The model, what is to be trained of it asking for gradients, and the name of its attention."""
+    """The model, with gradients on for what is trained, and the name of its attention."""
     torch.manual_seed(training.seed)
     place = device if device.type == "cuda" and dist.get_world_size() == 1 else None
     model = recipe.model
@@ -138,7 +138,7 @@ def _load(recipe: Recipe, training: Training, path: str, device: torch.device) -
         for name, parameter in causal.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif recipe.lora is not None:
-        torch.manual_seed(training.seed)  # loading drew from it, more or less
+        torch.manual_seed(training.seed)  # loading may have drawn random numbers
         causal = add_lora(causal, recipe.lora)
     return causal, attention
 
@@ -170,9 +170,9 @@ def deepspeed_config(
     """The DeepSpeed file with its "auto" values filled in from the recipe.
 
     ``block`` is the number of weights of one layer: the next one is fetched while one computes. A
-    value the file fixes has to agree with the recipe: ``TrainingError`` otherwise. On a single
-    rank there is nothing to partition, and ZeRO-3's copies would only cost: stage 1 is used, and
-    gradients stay where they are.
+    value that the file fixes must agree with the recipe: ``TrainingError`` otherwise. A single rank
+    has nothing to partition, and ZeRO-3's copies would only cost: it runs stage 1, and gradients stay
+    where they are.
     """
     try:
         config: dict[str, Any] = read_json(file)
@@ -218,7 +218,7 @@ def _use_liger(model_type: str) -> None:
 
 
 def _optimizer(trainee: Trainee, training: Training, world: int) -> GuardedAdamW:
-    """AdamW; norms and biases are not decayed.
+    """AdamW without weight decay on norms and biases.
 
     A single rank's groups are cut to ``UPDATED_AT_ONCE`` weights: DeepSpeed's stage 1 makes the
     float32 gradients of one group at a time.

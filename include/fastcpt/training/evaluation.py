@@ -5,9 +5,9 @@ windows that begin half a window apart; a window counts only the tokens that the
 counted, so all but the first have at least half a window of context.
 
 The unit of work is a window: windows are sorted by length, put into batches, and the batches dealt
-out to the ranks. A window's figure depends on nothing but its own tokens (causal attention, the
-padding behind them), and sums are kept a document, in double precision: so neither the batch size
-nor the number of ranks shows in the result.
+out to the ranks. A window's loss depends on its own tokens alone: attention is causal and padding
+stands behind them. Sums are kept for each document, in double precision. So the result does not depend
+on the batch size or the number of ranks.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _losses_of(
     device: torch.device,
     batch_tokens: int | None,
 ) -> Losses:
-    """What a loaded model's documents lose, under each of its labels; of an area its own documents."""
+    """The losses of a loaded model under each of its labels; of an area, on the area's documents."""
     losses: Losses = {}
     for label, (name, documents) in product(labels, sets.items()):
         begin = time.monotonic()
@@ -235,7 +235,7 @@ class _Area(NamedTuple):
 
 
 def _areas_of(checkpoint: str) -> dict[str, _Area]:
-    """What a model has of areas' adapters, by their labels; of most models nothing."""
+    """The areas that a model has adapters of, by label; empty for most models."""
     listed = Path(checkpoint) / "areas.json"
     if not listed.is_file():
         return {}
@@ -254,7 +254,7 @@ def _scorer(areas: dict[str, _Area], model: Any) -> Scorer:
 
 @contextmanager
 def _switched(model: Any, label: str, areas: dict[str, _Area], plain: bool) -> Iterator[None]:
-    """A model with an area's adapter, its own or (``plain``) none."""
+    """The model with an area's adapter switched on, with its own, or (``plain``) with none."""
     if label in areas:
         model.set_adapter(f"area{list(areas).index(label)}")
         yield
@@ -265,14 +265,14 @@ def _switched(model: Any, label: str, areas: dict[str, _Area], plain: bool) -> I
 
 
 def _to_load(checkpoint: str, base: str | None) -> list[tuple[str, list[str]]]:
-    """Models, each with what it is evaluated as; adapters can be switched off to give their base."""
+    """The models to load, each with its labels; an adapter is also its base, with the adapter switched off."""
     if base is not None and base == base_of(checkpoint) != checkpoint:
         return [(checkpoint, ["model", "base"])]
     return [(checkpoint, ["model"])] + ([(base, ["base"])] if base is not None else [])
 
 
 class Scorer(nn.Module):  # type: ignore[misc]
-    """A model that answers with losses."""
+    """A model whose forward returns losses."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

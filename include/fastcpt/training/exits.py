@@ -47,9 +47,9 @@ def exit_code(main: Callable[[], Any]) -> int:
 
 
 def end(main: Callable[[], Any]) -> NoReturn:
-    """End this process as ``exit_code`` says, without the interpreter's own farewell.
+    """End this process as ``exit_code`` says, without the interpreter's shutdown.
 
-    A thread of gloo or NCCL that meets an interpreter on its way out aborts the process now and
+    A thread of gloo or NCCL that is still running then aborts the process now and
     then ("terminate called without an active exception"), after all work is done and on disk.
     """
     code = exit_code(main)

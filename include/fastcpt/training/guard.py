@@ -1,4 +1,4 @@
-"""Steps that would do harm are skipped: the weights stay as they were."""
+"""Skipping of bad steps: the weights stay as they were."""
 
 from __future__ import annotations
 
@@ -76,9 +76,10 @@ class Guard:
 
 
 class GuardedAdamW(torch.optim.AdamW):  # type: ignore[misc]
-    """AdamW that asks before it touches anything.
+    """AdamW whose step can be refused.
 
-    ZeRO-3 knows the gradient norm only inside its own step, after which it calls this one.
+    ZeRO-3 knows the gradient norm only inside its own step, and then calls this one: ``allowed`` is the
+    last moment to decide, before weights or moments change.
     """
 
     allowed: Callable[[], bool] = staticmethod(lambda: True)

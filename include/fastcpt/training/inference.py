@@ -123,7 +123,7 @@ def final_of(path: str | Path) -> str:
 
 
 def model_identity(model: str | Path) -> Any:
-    """What tells whether a model is still the same one; JSON.
+    """A JSON value that changes when the model does.
 
     A hub name stands for itself. In a folder small files count by their bytes, weights (too large
     to read again each time) by size and time of change; the base of an adapter counts too.

@@ -5,8 +5,8 @@ What a step does (``Loop.one_step``):
 1. every rank takes its micro-batches of the step's samples (``data.Order``);
 2. the loss is divided by the number of targets of the *whole* step, so that every token counts
    the same wherever it lies, and the curve does not depend on the number of ranks;
-3. one small all-reduce sums the loss and spreads rank 0's clock and anybody's SIGTERM;
-4. ``Guard`` looks at loss and gradient norm, and only then are weights and moments touched.
+3. one small all-reduce sums the loss and tells all ranks of rank 0's clock and of a SIGTERM;
+4. ``Guard`` judges loss and gradient norm, and only then do weights and moments change.
 
 The learning rate is a function of progress alone: the larger of steps done and, with
 ``time_budget_hours``, of the time used. A resumed training continues both.
@@ -41,7 +41,7 @@ SAVING = 1e9  # bytes/s of a first checkpoint; the next are measured
 
 
 class Loop:
-    """The steps of one training, and what has to survive a restart."""
+    """The steps of one training, and the state that a checkpoint keeps of them."""
 
     def __init__(
         self,
@@ -122,9 +122,9 @@ class Loop:
         self.reader = Reader(rows, order, micro, self.accumulation, self.rank, self.world)
 
     def start_clock(self, evaluated_tokens: int) -> None:
-        """From here on time is counted as steps; before it, it was the start.
+        """Time until now was the start-up, from now on it is training.
 
-        ``TrainingError`` where the time budget does not reach for a single step.
+        ``TrainingError`` where the time budget is too small for a single step.
         """
         age = LAUNCHER + time.time() - psutil.Process().create_time()
         started = torch.tensor([age if self.rank == 0 else 0.0], device=self.device)

@@ -1,8 +1,8 @@
 """What each result on the cluster is made from: the names under which it is found again. No torch.
 
-A name holds all that the result depends on and nothing else. Of a section of the recipe it holds what is not
-at its default: a field that is added later, with the default that means "as before", leaves every name
-as it is. Whoever changes a default, or what is made of the same inputs, raises the format of that result.
+A name is a digest of all that the result depends on, and of nothing else. Of a recipe's section only fields
+that are not at their defaults count: a new field whose default means "as before" changes no name. If you
+change a default, or what is made from the same inputs, raise the format number of that result.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def base_name(recipe: Recipe, tokenizer: str) -> str:
 
 
 def tokenizer_digest(files: Sequence[Mapping[str, Any]]) -> str:
-    """What tells a corpus's tokenizer, of the files in its manifest (``file``, ``sha256``)."""
+    """The digest of a corpus's tokenizer, from the files in its manifest (``file``, ``sha256``)."""
     its = (file for file in files if file["file"].startswith("tokenizer/"))
     return digest_of(sorted([file["file"], file["sha256"]] for file in its))
 
@@ -98,11 +98,11 @@ def answers_name(recipe: Recipe, *, instructions: str) -> str:
 
 
 def publication_name(recipe: Recipe, facts: Mapping[str, Any], model: Any) -> str:
-    """A published model: by the model, and by the words of its card, which hold what else counts."""
+    """A published model: by the model, and by the text of its card, which has all else that counts."""
     card = model_card(recipe, facts, name="", parameters=0)
     return digest_of("publication", PUBLICATION_FORMAT, model, recipe.model.dtype, card)
 
 
 def _settings(section: Section, without: set[str] | None = None) -> dict[str, Any]:
-    """What of a section is not at its default."""
+    """The fields of a section that are not at their defaults."""
     return section.model_dump(mode="json", exclude_defaults=True, exclude=without)

@@ -1,4 +1,4 @@
-"""What a training says of itself: metrics.jsonl, TensorBoard, operations, memory."""
+"""What a training reports: metrics.jsonl, TensorBoard, operations, memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from fastcpt.training.model import (
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard; a step that is there already is not written again."""
+    """metrics.jsonl and TensorBoard. A step that is there already is not written again: a resumed training
+    repeats some."""
 
     def __init__(self, output: Path, step: int) -> None:
         self.file = output / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""What is asked before the first step: the model, the GPUs, the output folder, its disk."""
+"""Checks before the first step: the model, the GPUs, the output folder, its disk, one step's memory."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ SLOW = 0.75  # of the fastest GPU's products: one below it is throttled or broke
 
 
 def check_model(recipe: Recipe, path: str, use_fp8: bool) -> None:
-    """``ValueError`` kinds where this host does not train the model as the recipe wants it; asked
-    before ranks meet or anything is loaded."""
+    """``ValueError`` kinds where this host cannot train the model as the recipe says.
+
+    Called before ranks meet and before weights are loaded.
+    """
     base = base_of(path)
     config = read_config(load_config(base).to_dict(), base)
     attention = choose_attention(recipe.model.attn_implementation)
@@ -53,7 +55,7 @@ class Gpu(NamedTuple):
 
 
 def check_gpus(device: torch.device) -> None:
-    """``TrainingError`` where a rank computes wrong, or the ranks' GPUs differ."""
+    """Multiply matrices on every rank; ``TrainingError`` where one is wrong or slow, or the GPUs differ."""
     if device.type == "cpu":
         name, memory, side = "CPU", 0, 256
     else:
@@ -138,7 +140,7 @@ def check_disk(trainee: torch.nn.Module, training: Training, output: Path) -> No
 def try_one_step(
     engine: Any, rows: Rows, micro: int, accumulation: int, device: torch.device
 ) -> None:
-    """The last micro-batches of a step and all that follows them, except that nothing changes.
+    """Run the last micro-batches of a step at the real shape, and the optimizer without its update.
 
     ``TrainingError`` where the memory does not suffice.
     """

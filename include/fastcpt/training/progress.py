@@ -1,4 +1,4 @@
-"""Progress of what takes long, as lines: rank 0 alone speaks, and is never silent for long."""
+"""Lines of progress, by rank 0 alone and never far apart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Progress:
 
 @contextmanager
 def signs_of_life(what: str) -> Iterator[None]:
-    """Says that ``what`` begins and, while it is one long call, now and then that it goes on."""
+    """Print that ``what`` begins and, every ``SILENCE`` seconds of one long call, that it goes on."""
     ended, begin = threading.Event(), time.monotonic()
 
     def speak() -> None:

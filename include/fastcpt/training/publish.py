@@ -10,7 +10,6 @@ each of them in ``adapters/`` for peft: what a server of several adapters on one
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from fastcpt import __version__
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe
 from fastcpt.training.card import hub_name, model_card, read_facts
+from fastcpt.training.checkpoints import put_in_place
 from fastcpt.training.inference import model_identity
 from fastcpt.training.made_from import publication_name
 from fastcpt.training.model import load_model
@@ -80,7 +80,7 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
         "merged": merged,
     }
     write_json(partial / PUBLICATION, result)
-    _put_in_place(partial, output)
+    put_in_place(partial, output)
     print(f"published {output}", flush=True)
     return result
 
@@ -121,13 +121,3 @@ def _check_finite(model: Any) -> None:
                 f"{name} holds values that are not finite: the training broke the model; take an "
                 "earlier checkpoint"
             )
-
-
-def _put_in_place(partial: Path, output: Path) -> None:
-    """Rename the finished folder; one that was published before gives way to it."""
-    old = output.with_name(f".{output.name}.old.partial")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.rename(output, old)
-    os.rename(partial, output)
-    shutil.rmtree(old, ignore_errors=True)

@@ -17,7 +17,7 @@ def learning_rate(training: Training, step: int, progress: float) -> float:
     """The rate of a step (from 0) when ``progress`` (0..1) of the training is behind it.
 
     Linear warm-up over ``warmup_steps``, then the schedule's curve down to 0 at the end:
-    warmup_stable_decay is flat until the last fifth, which it goes down linearly.
+    warmup_stable_decay is flat, then falls linearly over the last fifth.
     """
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
@@ -33,7 +33,7 @@ def learning_rate(training: Training, step: int, progress: float) -> float:
 
 
 class Phase(NamedTuple):
-    """What is trained one after another: everything, or the adapter of a legal area each."""
+    """One of the parts trained one after another: everything, or the adapter of one legal area."""
 
     area: str  # empty: everything
     rows: Rows
@@ -43,7 +43,7 @@ class Phase(NamedTuple):
 
 
 def phases_of(training: Training, data: Rows | dict[str, Rows]) -> list[Phase]:
-    """One phase, or one for each area: they share the steps as they share the rows."""
+    """One phase, or one for each area, with steps in proportion to its rows."""
     if not isinstance(data, dict):
         if not len(data):
             raise TrainingError("there are no rows to train on")

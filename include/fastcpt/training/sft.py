@@ -141,7 +141,7 @@ def example(chat: Chat, instruction: Instruction, size: int) -> Row:
 
 
 def pack(examples: list[Row], size: int) -> list[Row]:
-    """Conversations put into rows of at most ``size`` tokens, as ``data.packed`` does."""
+    """Conversations packed into rows of at most ``size`` tokens (``data.packed``)."""
     return [
         Row(
             np.concatenate([examples[n].input_ids for n in row]),

@@ -1,7 +1,7 @@
 """A training from its beginning to its final model: continued pre-training and fine-tuning alike.
 
-They differ in their rows. Before the first step every GPU multiplies matrices and has to be right and
-as fast as the others, and one step is done at the real shape, whose gradients are thrown away.
+They differ in their rows alone. Before the first step the GPUs are checked against each other, and one step is
+run at the real shape without an update, to see that the memory suffices (``preflight``).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def train(
 
     Called by every rank. ``rows`` is called when the process group exists; where it answers with the
     rows of several areas, each gets an adapter of its own, one after another. A training that was
-    stopped goes on from its newest checkpoint; a complete one is returned at once. Of a time budget
-    enough is left to evaluate ``evaluated_tokens``. Raises ``ValueError`` kinds for what a retry
+    stopped goes on from its newest checkpoint; a complete one is returned at once. A time budget
+    leaves enough to evaluate ``evaluated_tokens``. Raises ``ValueError`` kinds for what a retry
     cannot heal, ``Stopped`` after SIGTERM and a checkpoint.
     """
     done = output / "training.json"
