@@ -41,7 +41,7 @@ SUB_GROUP = 1_000_000_000  # DeepSpeed's sub_group_size
 UNSEEN = 0.55e9  # bytes of what nvidia-smi gives that torch does not see
 RUNTIME_GB = 1.5  # CUDA context and NCCL, outside of torch's memory
 USABLE = 0.97  # of a GPU's memory; the rest goes to fragmentation
-BYTES_BF16, BYTES_FP32 = 2, 4
+BYTES_BF16 = 2
 
 
 @dataclass(frozen=True)

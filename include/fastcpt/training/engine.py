@@ -39,15 +39,9 @@ def build_engine(
     accumulation: int,
     use_fp8: bool,
     device: torch.device,
-    fresh: bool = False,
 ) -> tuple[Any, dict[str, Any]]:
-    """DeepSpeed's engine around the model, and what was chosen for it.
-
-    ``fresh`` makes new adapters, also where ``path`` has some.
-    """
+    """DeepSpeed's engine around the model, and what was chosen for it (for training.json)."""
     base = base_of(path)
-    if fresh:
-        path = base
     shape = shape_from_config(load_config(base).to_dict(), base)
     world, model = dist.get_world_size(), recipe.model
     targets = recipe.lora.target_modules if recipe.lora else []

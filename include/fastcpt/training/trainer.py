@@ -14,18 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from transformers.utils import logging
 
 from fastcpt.files import read_json, write_json
-from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Training
+from fastcpt.recipe import Lora, Recipe, Training
 from fastcpt.training import checkpoints
 from fastcpt.training.checkpoints import save_final
 from fastcpt.training.commands import PRICE
 from fastcpt.training.data import Rows
 from fastcpt.training.engine import build_engine
 from fastcpt.training.loop import Loop
+from fastcpt.training.model import base_of
 from fastcpt.training.preflight import (
     check_disk,
     check_gpus,
@@ -74,9 +75,15 @@ def train(
     accumulation = accumulation_steps(recipe, training, world)
     data = rows()
     phases = phases_of(training, data)
-    several = isinstance(data, dict)
+    several = isinstance(data, dict)  # adapters of areas, which begin anew
     engine, chosen = build_engine(
-        recipe, training, model, deepspeed_file, accumulation, use_fp8, device, fresh=several
+        recipe,
+        training,
+        base_of(model) if several else model,
+        deepspeed_file,
+        accumulation,
+        use_fp8,
+        device,
     )
     fresh = checkpoints.trained_weights(engine) if several else {}
     if dist.get_rank() == 0:
@@ -87,21 +94,13 @@ def train(
     micro = training.per_device_train_batch_size
     try_one_step(engine, loop.phase.rows, micro, accumulation, device)
     loop.start_clock(evaluated_tokens)
-    before, final, base = Path(model), output / "final", chosen["base"]
+    base = chosen["base"]
     if several:
         assert recipe.lora
-        adapters = {phase.area: output / "areas" / phase.area for phase in phases}
-
-        def begin(area: str) -> None:
-            own = before / "areas" / area
-            known = checkpoints.adapter_weights(engine, own) if own.is_dir() else fresh
-            checkpoints.begin_again(engine, known)
-
-        loop.run(begin, lambda area: save_final(engine, adapters[area], tokenizer, base))
-        checkpoints.save_mean(adapters, recipe.lora.areas, final)
+        _train_areas(recipe.lora, loop, fresh, Path(model), output, tokenizer, base)
     else:
         loop.run()
-        save_final(engine, final, tokenizer, base, before)
+        save_final(engine, output / "final", tokenizer, base, Path(model))
     result = {**loop.result(), **chosen}
     if dist.get_rank() == 0:
         shutil.rmtree(output / "rows", ignore_errors=True)
@@ -110,3 +109,28 @@ def train(
     dist.barrier()
     dist.destroy_process_group()
     return result
+
+
+def _train_areas(
+    lora: Lora,
+    loop: Loop,
+    fresh: dict[str, torch.Tensor],
+    before: Path,
+    output: Path,
+    tokenizer: Path,
+    base: str,
+) -> None:
+    """Train the adapter of each area, and write their mean as the final model.
+
+    An adapter begins with the area's own in ``before``, or with the ``fresh`` weights.
+    """
+    engine = loop.engine
+    adapters = {phase.area: output / "areas" / phase.area for phase in loop.phases}
+
+    def begin(area: str) -> None:
+        own = before / "areas" / area
+        known = checkpoints.adapter_weights(engine, own) if own.is_dir() else fresh
+        checkpoints.begin_again(engine, known)
+
+    loop.run(begin, lambda area: save_final(engine, adapters[area], tokenizer, base))
+    checkpoints.save_mean(adapters, lora.areas, output / "final")
