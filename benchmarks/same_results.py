@@ -42,8 +42,11 @@ LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["q_pro
 # of everything that is found again by its name
 NAMES = """
 import json
-from fastcpt.recipe import CONFIGS, load_recipe
+from pathlib import Path
+import fastcpt
+from fastcpt.recipe import load_recipe
 from fastcpt.training import made_from
+CONFIGS = Path(fastcpt.__file__).resolve().parents[1] / "configs"
 names = {}
 for file in sorted(CONFIGS.glob("*.yaml")):
     recipe = load_recipe(file.stem)

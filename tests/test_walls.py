@@ -19,7 +19,8 @@ SHARED = {
     "fastcpt.best_fit",
     "fastcpt.__version__",
     *(f"fastcpt.{name}" for name in ("exit_codes", "families", "files", "gguf", "ids", "recipe")),
-    *(f"fastcpt.{name}" for name in ("shapes", "step_memory", "yaml_files")),
+    *(f"fastcpt.{name}" for name in ("recipe_form", "recipe_sections", "shapes", "step_memory")),
+    "fastcpt.yaml_files",
 }
 GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}
 

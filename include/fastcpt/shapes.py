@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastcpt.families import FAMILIES, NEEDED, Family, read_config
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 
 
 @dataclass(frozen=True)

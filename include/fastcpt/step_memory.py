@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape
 
 LOGITS_AT_ONCE = 4096  # tokens whose logits exist at one time: 1 GB for 128,000 words

@@ -21,7 +21,7 @@ from fastcpt.planning.costs import (
 )
 from fastcpt.planning.hardware import find_gpu, named_hardware
 from fastcpt.planning.models import KNOWN
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape
 
 EIGHT, SEVENTY = KNOWN["Llama-3.1-8B"], KNOWN["Llama-3.1-70B"]

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from fastcpt.planning.models import KNOWN, known_name, shape_of
-from fastcpt.recipe import Lora, load_recipe
+from fastcpt.recipe import load_recipe
+from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import shape_from_config
 
 

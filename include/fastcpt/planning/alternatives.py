@@ -26,7 +26,8 @@ from fastcpt.planning.jobs import (
 from fastcpt.planning.models import KNOWN, LLAMAS, known_name, shape_of
 from fastcpt.planning.placement import batch_problem, placement
 from fastcpt.planning.result import Alternative, Plan
-from fastcpt.recipe import Lora, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape
 
 OFFLOAD_FILE = "ds_config_zero3_offload.json"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastcpt.planning.hardware import Gpu, Hardware
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape
 from fastcpt.step_memory import (
     CHECKPOINT_BYTES,

@@ -44,7 +44,8 @@ from fastcpt.planning.ranges import (
     widened,
 )
 from fastcpt.planning.result import Plan
-from fastcpt.recipe import Lora, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape
 from fastcpt.step_memory import training_disk_bytes
 

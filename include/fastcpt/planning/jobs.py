@@ -21,7 +21,8 @@ from fastcpt.planning.costs import (
 from fastcpt.planning.hardware import Hardware
 from fastcpt.planning.history import Measured
 from fastcpt.planning.placement import SECTIONS, placement
-from fastcpt.recipe import CONFIGS, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import CONFIGS
 from fastcpt.shapes import Shape
 
 NEAR_BEST = 0.01  # a smaller micro-batch is taken where it costs no more than this

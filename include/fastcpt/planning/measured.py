@@ -16,7 +16,7 @@ from fastcpt.planning.costs import (
 )
 from fastcpt.planning.hardware import Hardware, named_hardware
 from fastcpt.planning.models import KNOWN
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape
 from fastcpt.yaml_files import read_yaml
 

@@ -22,7 +22,7 @@ from fastcpt.planning.costs import Job, model_flops
 from fastcpt.planning.hardware import Hardware
 from fastcpt.planning.measured import Published, Row
 from fastcpt.planning.models import KNOWN
-from fastcpt.recipe import Lora
+from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape
 
 OF_LAST_RUN, OF_MEASUREMENTS = 0.07, 0.15  # half-widths where nothing differs

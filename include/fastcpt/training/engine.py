@@ -13,7 +13,8 @@ from deepspeed.utils import set_z3_leaf_modules
 from transformers.integrations import HfDeepSpeedConfig
 
 from fastcpt.files import read_json
-from fastcpt.recipe import Recipe, Training
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Training
 from fastcpt.shapes import Shape, shape_from_config
 from fastcpt.step_memory import ActivationCheckpointing, activation_checkpointing
 from fastcpt.training.exits import TrainingError

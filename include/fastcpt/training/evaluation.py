@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
-from fastcpt.recipe import Model, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Model
 from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
 from fastcpt.training.made_from import EVALUATION_FORMAT
 from fastcpt.training.model import base_of

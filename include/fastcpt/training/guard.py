@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastcpt.recipe import Training
+from fastcpt.recipe_sections import Training
 from fastcpt.training.exits import TrainingError
 
 WINDOW = 128  # steps that the guard remembers; it judges from half of them on

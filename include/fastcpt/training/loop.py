@@ -24,7 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from fastcpt.recipe import Training
+from fastcpt.recipe_sections import Training
 from fastcpt.step_memory import CHECKPOINT_BYTES, MODEL_BYTES, training_disk_bytes
 from fastcpt.training import checkpoints
 from fastcpt.training.data import Order, Reader

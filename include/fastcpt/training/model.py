@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from fastcpt.files import read_json
-from fastcpt.recipe import Lora, Recipe
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Lora
 from fastcpt.step_memory import LOGITS_AT_ONCE
 from fastcpt.training.data import IGNORE_INDEX, Batch
 from fastcpt.training.layers import Packing, autocast

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from fastcpt.families import read_config, refusal
-from fastcpt.recipe import Recipe, Training
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Training
 from fastcpt.step_memory import training_disk_bytes
 from fastcpt.training.data import Rows, make_batch
 from fastcpt.training.engine import begin_step, parameters

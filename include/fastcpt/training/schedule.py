@@ -6,7 +6,8 @@ import math
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from fastcpt.recipe import Recipe, Training
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Training
 from fastcpt.training.data import Rows
 from fastcpt.training.exits import TrainingError
 

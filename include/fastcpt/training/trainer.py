@@ -19,7 +19,8 @@ import torch.distributed as dist
 from transformers.utils import logging
 
 from fastcpt.files import read_json, write_json
-from fastcpt.recipe import Lora, Recipe, Training
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Lora, Training
 from fastcpt.training import checkpoints
 from fastcpt.training.checkpoints import save_final
 from fastcpt.training.commands import PRICE
