@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "include" / "scripts"))
+import local_stack
 import process_groups
 
 SCRIPTS = Path(process_groups.__file__).parent
@@ -113,3 +115,23 @@ def _children(pid: int, count: int) -> list[psutil.Process]:
 
 def lives(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_what_airflow_forks_on_a_mac_keeps_off_apple_s_frameworks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    assert local_stack.settings_of_forks("linux") == {}
+    settings = local_stack.settings_of_forks("darwin")
+    assert settings["OBJC_DISABLE_INITIALIZE_FORK_SAFETY"] == "YES"
+    # urllib asks the system where the environment names no proxies at all
+    assert not urllib.request.getproxies_environment()
+    monkeypatch.setenv("no_proxy", settings["no_proxy"])
+    assert urllib.request.getproxies_environment()
+    assert urllib.request.proxy_bypass_environment("127.0.0.1")
+
+
+def test_a_proxy_that_is_set_stays_in_use_on_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
+    assert "no_proxy" not in local_stack.settings_of_forks("darwin")

@@ -122,6 +122,31 @@ def test_the_patterns_leave_the_rest_alone(line: str) -> None:
     assert newer_than_a_mac(line) == []
 
 
+# What needs Linux
+
+
+ON_A_MAC = """
+import sys, pytest
+class Mac:
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self):
+        sys.platform = "darwin"
+sys.exit(pytest.main(sys.argv[1:], plugins=[Mac()]))
+"""
+
+
+def test_what_needs_linux_is_skipped_on_a_mac_and_says_why() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_MAC, "tests/cluster/test_jobs_in_trouble.py"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "needs Linux: a host's processes are found in /proc" in done.stdout
+    assert re.search(r"= \d+ skipped in", done.stdout), done.stdout
+
+
 # A Mac's PATH
 
 # Linux's own are not among them: flock, sha256sum, apt-get, ldconfig, nproc, dpkg-deb, ip.

@@ -59,7 +59,7 @@ def start(
     passed = {**_environment(), **(environment or {})}
     lines.append("SetEnv " + " ".join(f'"{name}={value}"' for name, value in passed.items()))
     (folder / "sshd_config").write_text("\n".join(lines) + "\n")
-    if os.getuid() == 0:
+    if os.getuid() == 0 and sys.platform == "linux":
         # where root's sshd drops its rights; absent in a bare container
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     log = folder / "sshd.log"
@@ -101,13 +101,14 @@ def _make_keys(folder: Path) -> None:
 
 def _settings(folder: Path) -> dict[str, object]:
     return {
-        "HostKey": folder / "host_key",
-        "AuthorizedKeysFile": folder / "authorized_keys",
+        "HostKey": f'"{folder / "host_key"}"',
+        "AuthorizedKeysFile": f'"{folder / "authorized_keys"}"',
         "PidFile": "none",
         "AllowUsers": getpass.getuser(),
         "PasswordAuthentication": "no",
         "KbdInteractiveAuthentication": "no",
         "PermitRootLogin": "prohibit-password",
+        "UsePAM": "no",  # Apple's default asks what only root may
         "StrictModes": "no",  # a folder under /tmp is writable by others, the files are not
         "MaxStartups": "100",
         "MaxSessions": "200",

@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,21 @@ def environment(cluster: local_sshd.Server, port: int) -> dict[str, str]:
         "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "false",
         "FASTCPT_HOME": str(HOME),
+        **settings_of_forks(sys.platform),
     }
+
+
+def settings_of_forks(platform: str) -> dict[str, str]:
+    """What macOS needs where Airflow's DAG processor and triggerer fork: nothing elsewhere.
+
+    Apple's frameworks end a forked process that enters them first after the fork: the Objective-C
+    runtime is told not to, and Python's urllib, which asks the system for its proxies, finds a
+    setting in the environment instead, unless there is one already.
+    """
+    if platform != "darwin":
+        return {}
+    settings = {"OBJC_DISABLE_INITIALIZE_FORK_SAFETY": "YES"}
+    return settings if urllib.request.getproxies_environment() else {**settings, "no_proxy": "*"}
 
 
 def _secret(name: str) -> str:
@@ -217,7 +232,9 @@ def start() -> dict[str, Any]:
     port = free_port()
     state: dict[str, Any] = {"processes": [], "port": port, "marker": secrets.token_hex(8)}
     try:
-        cluster = local_sshd.start(HOME / "sshd")
+        # gloo looks for its address under the machine's name, which a Mac need not be able to resolve
+        loopback = {"GLOO_SOCKET_IFNAME": "lo0"} if sys.platform == "darwin" else None
+        cluster = local_sshd.start(HOME / "sshd", loopback)
         state["processes"].append(process_groups.entry(cluster["pid"], "sshd"))
         write_json(STATE, state)
         passwords = HOME / "passwords.json"

@@ -12,7 +12,7 @@ from fastcpt.recipe import load_recipe
 from fastcpt.reporting import record as records
 from fastcpt.reporting.report import write_report
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.linux("Debian's Chromium")]
 
 PAGES = "/fast-cpt-runs"
 RUN = "manual__2026-11-23T01:00:00+00:00"

@@ -7,7 +7,7 @@ import pytest
 from fastcpt.recipe import DEFAULT_RECIPE, recipe_names
 from fastcpt.recipe_form import FORM, form_schema
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.linux("Debian's Chromium")]
 
 
 @pytest.fixture

@@ -93,6 +93,7 @@ def test_a_job_whose_result_is_there_is_complete(remote: Remote, tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.linux("a host's processes are found in /proc")
 def test_stopping_ends_every_process_of_the_job(remote: Remote, tmp_path: Path) -> None:
     # one that ignores SIGTERM and one that left the process group
     program = "trap '' TERM; setsid sleep 98765 & sleep 98764"
@@ -106,6 +107,7 @@ def test_stopping_ends_every_process_of_the_job(remote: Remote, tmp_path: Path) 
     assert poll(remote, tmp_path, "f")["status"]["state"] == "cancelled"
 
 
+@pytest.mark.linux("a host's processes are found in /proc")
 def test_a_killed_supervisor_is_seen_and_its_job_ended_before_the_next(
     remote: Remote, tmp_path: Path
 ) -> None:
@@ -152,6 +154,7 @@ def test_a_secret_reaches_the_job_and_no_file_that_stays(remote: Remote, tmp_pat
     assert all(path.stat().st_mode & 0o077 == 0 for path in kept)
 
 
+@pytest.mark.linux("a host's processes are found in /proc")
 def test_stopping_a_job_leaves_one_of_the_same_name_under_another_root(
     remote: Remote, tmp_path: Path
 ) -> None:

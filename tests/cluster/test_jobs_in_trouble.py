@@ -35,7 +35,7 @@ def stepped():
 time.time = stepped
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.linux("a host's processes are found in /proc")]
 
 
 @pytest.fixture

@@ -341,6 +341,7 @@ def test_a_folder_whose_name_is_fsspec_s_chain(tmp_path: Path) -> None:
     assert ids(list(read_documents(part, Fields()))) == ["c.jsonl:1"]
 
 
+@pytest.mark.linux("a Mac's disk takes no name that is not UTF-8")
 def test_a_name_that_is_not_utf_8(tmp_path: Path, recipe_for: Recipes, home: Path) -> None:
     folder = tmp_path / "documents"
     folder.mkdir()
@@ -420,6 +421,7 @@ def bomb(path: Path, before: bytes, after: bytes, blanks: int) -> None:
 
 @pytest.mark.parametrize("wanted", ["all", "wanted"])
 @pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.json.zst", "a.json.gz"])
+@pytest.mark.linux("RLIMIT_AS holds")
 def test_a_line_that_unpacks_to_gigabytes_costs_itself(
     tmp_path: Path, name: str, wanted: str
 ) -> None:
@@ -443,6 +445,7 @@ def test_a_line_that_unpacks_to_gigabytes_costs_itself(
     assert json.loads(done.stdout) == expected
 
 
+@pytest.mark.linux("RLIMIT_AS holds")
 def test_a_parquet_column_that_repeats_one_long_value_is_read_row_by_row(tmp_path: Path) -> None:
     texts = pa.DictionaryArray.from_arrays([0] * 64, ["x" * 30_000_000])
     table = pa.table({"id": list(map(str, range(64))), "full_text": texts})

@@ -74,6 +74,7 @@ def test_a_killed_worker_is_an_error_that_a_retry_may_heal() -> None:
         list(in_processes(signal.raise_signal, [(signal.SIGKILL,)] * 2, processes=2))
 
 
+@pytest.mark.linux("/proc")
 def test_no_worker_stays_behind(tmp_path: Path) -> None:
     def children() -> set[str]:
         return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())

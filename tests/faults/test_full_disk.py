@@ -14,7 +14,7 @@ from fastcpt.cluster import jobs
 from fastcpt.cluster.remote import Remote, ask
 from faults.machines import Training, Watch, alive, eventually, remote_of
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.linux("network namespaces, mounts, Slurm, /proc")]
 
 
 @pytest.fixture

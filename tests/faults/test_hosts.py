@@ -19,7 +19,7 @@ from fastcpt.recipe import load_recipe
 from fastcpt.training import commands
 from faults.machines import RANK, REPOSITORY, Host, eventually, free_port, remote_of
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.linux("network namespaces, mounts, Slurm, /proc")]
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ import remote_job
 from fastcpt.cluster import jobs, remote
 from faults.machines import Host, Training, Watch, eventually, remote_of, sshd_sessions
 
+pytestmark = pytest.mark.linux("network namespaces, mounts, Slurm, /proc")
+
 
 def job_of(training: Training, steps: int, pace: float = 0.5) -> jobs.Job:
     return jobs.Job("train", [training.command(steps, pace)], result=training.result)

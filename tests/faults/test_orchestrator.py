@@ -14,6 +14,8 @@ import pytest
 
 from faults.machines import SECRET, Airflow, Host, Training, alive, eventually, sshd_sessions
 
+pytestmark = pytest.mark.linux("network namespaces, mounts, Slurm, /proc")
+
 
 @pytest.mark.slow
 def test_a_killed_triggerer_loses_nothing(airflow: Airflow, training: Training) -> None:

@@ -26,7 +26,7 @@ from faults.machines import (
     free_port,
 )
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.linux("network namespaces, mounts, Slurm, /proc")]
 
 
 def poll(to: Remote, root: Path, name: str) -> dict[str, Any]:

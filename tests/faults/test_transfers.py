@@ -19,6 +19,8 @@ from fastcpt.cluster import jobs, transfer
 from fastcpt.cluster.remote import ClusterError
 from faults.machines import Host, _descendants, remote_of
 
+pytestmark = pytest.mark.linux("network namespaces, mounts, Slurm, /proc")
+
 
 def shards(folder: Path, count: int, size: int) -> list[dict[str, Any]]:
     folder.mkdir()

@@ -78,6 +78,7 @@ def peak_of_loading(corpus: Path, scratch: Path) -> tuple[int, int]:
     return tokens, peak
 
 
+@pytest.mark.linux("a process's peak in /proc")
 def test_two_billion_tokens_are_loaded_in_less_than_two_gigabytes(tmp_path: Path) -> None:
     peaks = {}
     for n in (16, 32):  # row groups of half a million tokens

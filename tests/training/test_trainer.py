@@ -532,6 +532,7 @@ end(lambda: check_shared(Path({str(tmp_path)!r}) / os.environ["RANK"]))
 
 
 @pytest.mark.slow
+@pytest.mark.linux("a process's pages in /proc")
 def test_two_ranks_load_a_model_in_the_memory_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

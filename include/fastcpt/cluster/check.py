@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 from fastcpt.cluster.first_contact import first_contact
@@ -33,8 +34,22 @@ def check_cluster(remote: Remote, cluster: Cluster) -> dict[str, Any]:
 
 
 def _facts(remote: Remote, root: str) -> dict[str, Any]:
+    _check_rsync()
     first_contact(remote)
     return ask(remote, "check", root=root)
+
+
+def _check_rsync() -> None:
+    """``ClusterError`` where this machine's rsync is missing, or is Apple's own.
+
+    That one fetches no list of files, and hands the quotes in its ssh command on to ssh.
+    """
+    try:
+        version = subprocess.run(["rsync", "--version"], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise ClusterError("this machine has no rsync: install the package rsync") from None
+    if "openrsync" in version.stdout + version.stderr:
+        raise ClusterError("this machine's rsync is Apple's openrsync: brew install rsync")
 
 
 def _require(remote: Remote, missing: list[str]) -> None:

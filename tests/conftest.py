@@ -1,0 +1,15 @@
+"""What all tests share: on macOS those that need Linux are skipped, each with its reason."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if sys.platform != "darwin":
+        return
+    for item in items:
+        if marker := item.get_closest_marker("linux"):
+            item.add_marker(pytest.mark.skip(reason=f"needs Linux: {marker.args[0]}"))
