@@ -13,7 +13,7 @@ from fastcpt.cluster.agent.processes import (
     MARK,
     boot_id,
     environment_of,
-    mark,
+    job_of,
     processes,
     signal_quietly,
 )
@@ -36,7 +36,7 @@ def same_file(lock: int, path: str) -> bool:
     return os.path.samestat(there, os.fstat(lock))
 
 
-def sign(lock: int, name: str) -> None:
+def write_holder(lock: int, name: str) -> None:
     """For those that wait: whose turn it is. On a full disk they are not told."""
     try:
         os.ftruncate(lock, 0)
@@ -61,7 +61,7 @@ def wait_for(path: str, folder: str, status: Answer, ending: List[float]) -> int
                 continue
             holder = os.path.basename(other_holder(path, folder))
             if not holder:
-                sign(lock, status["name"])
+                write_holder(lock, status["name"])
                 break
             why = f"job {holder} has the GPUs ({path})"
         except BlockingIOError:
@@ -89,7 +89,7 @@ def other_holder(lock: str, folder: str) -> str:
         boot, supervisor, *locks = environment.get(HOLDS, "\n").split("\n")
         other = environment.get(MARK, "")
         if lock in locks and other != folder:
-            if boot == boot_id() and mark(int(supervisor)) != other:
+            if boot == boot_id() and job_of(int(supervisor)) != other:
                 signal_quietly(os.kill, pid, signal.SIGKILL)
             return other
     return ""

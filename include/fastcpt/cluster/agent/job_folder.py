@@ -8,7 +8,7 @@ from typing import Dict, List, Optional
 
 from fastcpt.cluster.agent import program
 from fastcpt.cluster.agent.files import Answer, expand, read_json, unlink, write_whole
-from fastcpt.cluster.agent.processes import HOLDS, MARK, boot_id, environment_of, mark, processes
+from fastcpt.cluster.agent.processes import HOLDS, MARK, boot_id, environment_of, job_of, processes
 
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 # Given up when a job has ended on a full disk, so that its last status can be written.
@@ -40,7 +40,7 @@ class Door:
             os.close(self.lock)
 
 
-def locked(folder: str) -> Optional[int]:
+def take_lock(folder: str) -> Optional[int]:
     """The lock's descriptor, or None while the job's supervisor lives."""
     lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -51,10 +51,10 @@ def locked(folder: str) -> Optional[int]:
     return lock
 
 
-def held(folder: str) -> bool:
+def lock_held(folder: str) -> bool:
     """Whether a supervisor holds the job's lock; one that cannot be opened is nobody's."""
     try:
-        lock = locked(folder)
+        lock = take_lock(folder)
     except OSError:
         return False
     if lock is not None:
@@ -92,7 +92,7 @@ def owners(folder: str) -> List[str]:
     return read_json(os.path.join(folder, "owners.json"), list) or []
 
 
-def said(folder: str) -> Optional[Answer]:
+def last_status(folder: str) -> Optional[Answer]:
     """What the job's supervisor has last said; None where that is not there or damaged."""
     status: Optional[Answer] = read_json(os.path.join(folder, "status.json"), dict)
     return status if status and isinstance(status.get("state"), str) else None
@@ -123,16 +123,16 @@ class Removed:
 def supervisors(folder: str) -> List[int]:
     """A job's supervisor: what carries its folder and is no process of the job itself."""
     if not os.path.isdir("/proc/self"):
-        pid = (said(folder) or {}).get("supervisor")
-        return [pid] if pid and held(folder) else []
+        pid = (last_status(folder) or {}).get("supervisor")
+        return [pid] if pid and lock_held(folder) else []
     found = [(pid, environment_of(pid)) for pid in processes()]
     return [pid for pid, its in found if its.get(MARK) == folder and HOLDS not in its]
 
 
-def lives(folder: str, status: Answer) -> bool:
+def supervisor_lives(folder: str, status: Answer) -> bool:
     """Whether a job's supervisor is there; before it has said its pid, whether the lock is held."""
     if status.get("boot_id") != boot_id():
         return False
     if status.get("supervisor") and os.path.isdir("/proc/self"):
-        return mark(status["supervisor"]) == folder
-    return held(folder)
+        return job_of(status["supervisor"]) == folder
+    return lock_held(folder)

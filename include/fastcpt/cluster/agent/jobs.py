@@ -17,20 +17,20 @@ from fastcpt.cluster.agent.job_folder import (
     Door,
     begin_folder,
     forget_secrets,
-    held,
     job_folder,
-    lives,
-    locked,
+    last_status,
+    lock_held,
     owners,
-    said,
+    supervisor_lives,
     supervisors,
+    take_lock,
 )
 from fastcpt.cluster.agent.processes import (
     GRACE_S,
     MARK,
     boot_id,
     end_strays,
-    living,
+    processes_of,
     signal_quietly,
     stands_still,
 )
@@ -77,7 +77,7 @@ def submit(
                 if not note(os.path.join(folder, "owners.json"), [*owners(folder), owner]):
                     return {"unavailable": f"no room in {folder} to note whose job {name} is"}
                 return {"found": "running", "folder": folder}
-        if status["state"] in ACTIVE or living(folder):
+        if status["state"] in ACTIVE or processes_of(folder):
             answer = end(folder, owner)
             if "unavailable" in answer:
                 return answer
@@ -85,7 +85,7 @@ def submit(
                 return {"error": f"job {name} is running and could not be ended"}
         if result and os.path.exists(expand(result)):
             return {"found": "complete", "folder": folder}
-        lock = locked(folder)
+        lock = take_lock(folder)
         if lock is None:
             return {"error": f"something of job {name} lives and could not be ended"}
         waiting = slurm is not None
@@ -115,17 +115,17 @@ def start_supervisor(folder: str, lock: int) -> None:
 
 def state_of(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answer:
     """The job's status as it is: what it says of itself, checked against what is there."""
-    status = said(folder)
+    status = last_status(folder)
     spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
     if spec.get("slurm_id"):
         status = state_in_slurm(status or {"state": "waiting"}, spec["slurm_id"], queue())
     elif status is None:
-        if not held(folder):
+        if not lock_held(folder):
             return {"state": "absent", "why": "there is no status of it any more"}
         status = {"state": "running", "why": "its status.json is damaged"}
-    elif status["state"] in ACTIVE and not lives(folder, status):
+    elif status["state"] in ACTIVE and not supervisor_lives(folder, status):
         # it may have ended between the two looks
-        status = said(folder) or status
+        status = last_status(folder) or status
         if status["state"] in ACTIVE:
             rebooted = status.get("boot_id") != boot_id()
             status["state"] = "lost"
@@ -228,16 +228,16 @@ def end(folder: str, owner: str) -> Answer:
         if told and not noted:
             noted = note(os.path.join(folder, "stopped.json"), stopped)
         # held and nobody there: it has just been started
-        if not there and not held(folder):
+        if not there and not lock_held(folder):
             break
         time.sleep(0.1)
     end_strays(folder)
-    if living(folder) or held(folder):
+    if processes_of(folder) or lock_held(folder):
         return {"ended": False, "was": status["state"]}
     forget_secrets(folder)
     if not noted:
         note(os.path.join(folder, "stopped.json"), stopped)
-    left = said(folder)
+    left = last_status(folder)
     if active and left and left["state"] in ACTIVE:
         note(os.path.join(folder, "status.json"), {**left, **stopped})
     return {"ended": True, "was": status["state"]}

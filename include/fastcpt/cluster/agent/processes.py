@@ -46,7 +46,7 @@ def environment_of(pid: int) -> Dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def mark(pid: int) -> str:
+def job_of(pid: int) -> str:
     """The folder of the job that a process belongs to; empty for any other.
 
     Not its name: another orchestrator's job with another root may have the same one.
@@ -54,8 +54,8 @@ def mark(pid: int) -> str:
     return environment_of(pid).get(MARK, "")
 
 
-def living(folder: str) -> List[int]:
-    return [pid for pid in processes() if mark(pid) == folder]
+def processes_of(folder: str) -> List[int]:
+    return [pid for pid in processes() if job_of(pid) == folder]
 
 
 def stands_still(pid: Optional[int]) -> bool:
@@ -70,7 +70,7 @@ def stands_still(pid: Optional[int]) -> bool:
 def end_strays(folder: str) -> None:
     """Kill every other process that carries the job's mark: what outlived its supervisor or it."""
     for _ in range(50):
-        alive = living(folder)
+        alive = processes_of(folder)
         if not alive:
             return
         for pid in alive:

@@ -10,7 +10,7 @@ from typing import List, Optional
 
 from fastcpt.cluster.agent.files import Answer, note, read_json, unlink
 from fastcpt.cluster.agent.gpu_locks import wait_for
-from fastcpt.cluster.agent.job_folder import LOG_FLAGS, Removed, forget_secrets, said
+from fastcpt.cluster.agent.job_folder import LOG_FLAGS, Removed, forget_secrets, last_status
 from fastcpt.cluster.agent.processes import (
     HEARTBEAT_S,
     HOLDS,
@@ -29,7 +29,7 @@ def supervise(folder: str, lock: Optional[int]) -> None:
     Without a ``lock`` it is Slurm that runs this, and that may run it again (a requeue).
     """
     spec = read_json(os.path.join(folder, "spec.json"), dict)
-    status: Answer = {"state": "starting", "started": (said(folder) or {}).get("started")}
+    status: Answer = {"state": "starting", "started": (last_status(folder) or {}).get("started")}
     status.update(name=spec["name"], supervisor=os.getpid(), boot_id=boot_id())
     status.update(host=os.uname().nodename)
     ending: List[float] = []
