@@ -21,7 +21,6 @@ NOT_OURS = {
     "mine.yaml",
     "matrix.svg",
     "docs/gguf.md",
-    "docs/macos.md",
 }
 page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 page_of_today = pytest.mark.parametrize(
