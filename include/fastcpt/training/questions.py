@@ -1,0 +1,263 @@
+"""Questions made from held-out documents, without a person (docs/evaluation.md).
+
+Each has four answers, of which a model chooses the one that it finds likeliest, so that a guess is
+right once in four times. A document is asked about:
+
+- ``citation``, ``date``, ``number``: which act, date or number stands here, after what stands before;
+- ``title``: which title belongs to this text;
+- ``sentence``: which sentence goes on here.
+
+Nothing is asked whose answer could be copied: no answer stands in what is given. Wrong answers are
+of the same form, from anywhere in the set, so that form and length tell nothing. What is asked is
+drawn by hashes: the same documents give the same questions on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastcpt.training.validation import Document
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+ANSWERS = 4
+BEFORE, LEAST_BEFORE, AFTER = 600, 200, 24  # characters given around what is asked
+BODY = 800  # characters of the text whose title is asked
+TITLE, LEAST_WORDS, HEAD = 400, 5, 12  # characters and words of a title, in these first lines
+FIRST_PAGES = 5_000  # characters
+SENTENCE = (60, 300)
+A_DOCUMENT = 2  # questions of a kind about one document: long acts are not most of a set
+READ = 60_000  # characters of a document in which questions are looked for
+RESAMPLES, SEED = 2_000, 0
+
+# In this order: what is part of a citation or a date is no number.
+_FORMS = {
+    "citation": re.compile(r"(?<![\w/])(?:[A-Z]-)?\d{1,4}/\d{2,4}(?:/[A-Z]{2,8})?(?![\w/])"),
+    "date": re.compile(
+        r"(?<!\w)\d{1,2}(?:er|st|nd|rd|th|º|\.)? (?:de )?[^\W\d_]{3,10} (?:de )?(?:19|20)\d\d(?!\d)"
+        r"|(?<![\d.])\d{1,2}\.\d{1,2}\.(?:19|20)\d\d(?!\d)"
+    ),
+    "number": re.compile(r"(?<![\w/.,-])\d{2,}(?:[ .,\u00a0\u202f]\d+)*(?![\w/-])"),
+}
+_ACT = re.compile(r"\d+/\d+|\d{5,}")  # what would be found in both, not understood
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_END = re.compile(r"(?<=[.;:!?])\s+(?=[^\W\d_a-z]|[(\d])")
+
+
+class Question(NamedTuple):
+    kind: str
+    document: str  # id of the document that it is about
+    given: list[str]  # a text for each answer: the answer in its place
+    alone: list[str]  # what of it says nothing of the answer's place; empty where all are alike
+    right: int
+
+
+def questions_of(documents: Sequence[Document], texts: Sequence[str], most: int) -> list[Question]:
+    """At most ``most`` questions of each kind about documents with these texts."""
+    asked: list[Question] = []
+    about = [(document.id, text[:READ]) for document, text in zip(documents, texts, strict=True)]
+    for kind, candidates in _candidates(about).items():
+        candidates.sort(key=lambda one: one.order)
+        of_document: dict[str, int] = {}
+        wanted = most
+        for one in candidates:
+            if not wanted:
+                break
+            if of_document.get(one.document, 0) == A_DOCUMENT:
+                continue
+            if question := _question(kind, one, candidates):
+                asked.append(question)
+                of_document[one.document] = of_document.get(one.document, 0) + 1
+                wanted -= 1
+    return asked
+
+
+class _Candidate(NamedTuple):
+    document: str
+    answer: str
+    before: str
+    after: str
+    order: int  # drawn from what it is
+
+
+def _candidates(about: Sequence[tuple[str, str]]) -> dict[str, list[_Candidate]]:
+    found: dict[str, list[_Candidate]] = {kind: [] for kind in (*_FORMS, "title", "sentence")}
+    places = [
+        (document, place)
+        for document, text in about
+        for place in (*_places(text), *_sentences(text))
+    ]
+    for document, (kind, answer, before, after) in (*places, *_titles(about)):
+        order = _drawn(kind, document, answer, before[-50:])
+        found[kind].append(_Candidate(document, answer, before, after, order))
+    return found
+
+
+def _places(text: str) -> Iterator[tuple[str, str, str, str]]:
+    taken = np.zeros(len(text), dtype=np.bool_)
+    for kind, form in _FORMS.items():
+        for match in form.finditer(text):
+            begin, end = match.span()
+            before = text[max(0, begin - BEFORE) : begin]
+            counts = kind == "number" and before.endswith("(")  # the next of (1), (2), (3)
+            if not taken[begin:end].any() and len(before) >= LEAST_BEFORE and not counts:
+                yield kind, match[0], before, text[end : end + AFTER]
+            taken[begin:end] = True
+
+
+def _titles(about: Sequence[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, str, str, str]]]:
+    """The first line of each document that no other one begins with, and the text behind it."""
+    heads = {document: [line.strip() for line in _head(text)] for document, text in about}
+    often = Counter(line for lines in heads.values() for line in set(lines))
+    for document, text in about:
+        title = next((line for line in heads[document] if _is_title(line, often)), None)
+        if title is None:
+            continue
+        # publishers print it twice: the text begins behind the last of the first pages
+        begin = text.rfind(title, 0, FIRST_PAGES) + len(title)
+        body = text[begin:].strip()[:BODY]
+        numbered = any(number in body for number in _ACT.findall(title))
+        if len(body) >= LEAST_BEFORE and not numbered:
+            yield document, ("title", title, "", "\n\n" + body)
+
+
+def _head(text: str) -> list[str]:
+    return text.strip().split("\n", HEAD)[:HEAD]
+
+
+def _is_title(line: str, often: Mapping[str, int]) -> bool:
+    words = [word for word in _WORD.findall(line) if not word.isupper()]  # "COUNCIL DECISION"
+    return often[line] == 1 and len(line) <= TITLE and len(words) >= LEAST_WORDS
+
+
+def _sentences(text: str) -> Iterator[tuple[str, str, str, str]]:
+    begin = 0
+    for end in [*(match.start() for match in _END.finditer(text)), len(text)]:
+        sentence = text[begin:end].strip()
+        before = text[max(0, begin - BEFORE) : begin]
+        if SENTENCE[0] <= len(sentence) <= SENTENCE[1] and len(before) >= LEAST_BEFORE:
+            yield "sentence", sentence, before.rstrip() + " ", ""
+        begin = end
+
+
+def _question(kind: str, one: _Candidate, candidates: Sequence[_Candidate]) -> Question | None:
+    """A question about this place, or None where there are no three wrong answers of its form."""
+    given = one.before + one.after
+    if one.answer in given:
+        return None
+    wrong: list[str] = []
+    like = _likeness(kind, one.answer)
+    begin = one.order % len(candidates)
+    for other in (*candidates[begin:], *candidates[:begin]):
+        if kind in ("title", "sentence") and other.document == one.document:
+            continue
+        text = other.answer
+        if text in (one.answer, *wrong) or text in given or not like(text):
+            continue
+        wrong.append(text)
+        if len(wrong) == ANSWERS - 1:
+            break
+    else:
+        return None
+    right = one.order // len(candidates) % ANSWERS
+    answers = [*wrong[:right], one.answer, *wrong[right:]]
+    begins = "\n" if kind == "title" else one.before
+    return Question(
+        kind,
+        one.document,
+        [f"{begins}{answer}{one.after}" for answer in answers],
+        # a rare title is not held against its text, nor a rare sentence against its place
+        [f"\n{answer}" for answer in answers] if kind in ("title", "sentence") else [],
+        right,
+    )
+
+
+def _likeness(kind: str, answer: str) -> Callable[[str], bool]:
+    """What a wrong answer has in common with the right one."""
+    if kind == "title":
+        return lambda text: True
+    if kind == "sentence":
+        return lambda text: 0.7 <= len(text) / len(answer) <= 1.4
+    form = _form(answer)
+    return lambda text: _form(text) == form
+
+
+def _form(answer: str) -> str:
+    """``2016/679`` and ``1999/468`` are alike, ``95/46/EC`` is not; months are."""
+    return re.sub(r"[^\W\d_]{3,}", "a", re.sub(r"\d", "0", answer))
+
+
+def _drawn(*parts: str) -> int:
+    joined = "\x1f".join(parts).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
+
+
+Tokenize = Callable[[str], Sequence[int]]
+
+
+def answered(
+    questions: Sequence[Question],
+    tokenize: Tokenize,
+    losses: Callable[[list[Document]], Floats],
+) -> Bools:
+    """Which questions are answered rightly; of equally likely answers none is.
+
+    ``losses`` gives the summed negative log likelihood of each text's tokens but the first, which
+    is the same token for all answers of a question.
+    """
+    texts = [text for question in questions for text in (*question.given, *question.alone)]
+    asked = [Document("", np.array(tokenize(text), np.int32), 0, None, ()) for text in texts]
+    found = iter(losses(asked).tolist())
+    right = []
+    for question in questions:
+        given = np.array([next(found) for _ in question.given])
+        alone = np.array([next(found) for _ in question.alone]) if question.alone else 0.0
+        scores = given - alone
+        chosen = np.flatnonzero(scores == scores.min())
+        right.append(chosen.tolist() == [question.right])
+    return np.array(right, dtype=np.bool_)
+
+
+def table_of(
+    questions: Sequence[Question], right: Bools, base: Bools | None = None
+) -> dict[str, Any]:
+    """For each kind and for ``all``: the share of ``right`` answers, and what it is beside the base's.
+
+    ``value``, ``low``, ``high`` (95 %, bootstrap over documents) and the number ``asked``; with a
+    base also ``gain``, the same of the difference on the same questions. ``right`` has a
+    letter a question, in order, so that another model can be compared later.
+    """
+    kinds = np.array([question.kind for question in questions])
+    documents = np.unique([question.document for question in questions], return_inverse=True)[1]
+    table: dict[str, Any] = {}
+    for kind in (*dict.fromkeys(kinds.tolist()), "all"):
+        its = np.flatnonzero((kinds == kind) | (kind == "all"))
+        row: dict[str, Any] = {"asked": len(its), **_mean(right[its], documents[its])}
+        if base is not None:
+            gain = right[its].astype(np.float64) - base[its]
+            row["gain"] = _mean(gain, documents[its])
+        table[kind] = row
+    return {"table": table, "right": "".join("01"[one] for one in right.tolist())}
+
+
+def read_right(table: Mapping[str, Any]) -> Bools:
+    """``right`` of an earlier ``table_of``."""
+    return np.array([letter == "1" for letter in table["right"]], dtype=np.bool_)
+
+
+def _mean(values: npt.NDArray[Any], documents: npt.NDArray[np.intp]) -> dict[str, float]:
+    """A mean with its 95 % interval: documents are drawn with replacement, with all their questions."""
+    groups = np.unique(documents, return_inverse=True)[1]
+    sums, counts = np.bincount(groups, values), np.bincount(groups)
+    drawn = np.random.default_rng(SEED).integers(0, len(sums), (RESAMPLES, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
