@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 
 from fastcpt.recipe import load_recipe
 from fastcpt.training import generation
-from fastcpt.training.generation import _with_interval, evaluate_sft, figures_of, generate
+from fastcpt.training.generation import evaluate_sft, figures_of, generate
+from fastcpt.training.intervals import ratio
 from fastcpt.training.sft import Chat, Instruction
 from training.conftest import launch, write_recipe
 from training.tiny import END, model_folder
@@ -132,19 +133,19 @@ def test_without_citations_there_is_no_accuracy() -> None:
 def test_an_interval_holds_the_value_and_narrows_with_more_answers() -> None:
     drawn = np.random.default_rng(1)
     few, many = drawn.random(20), drawn.random(2000)
-    wide, narrow = (_with_interval(scores, np.ones(len(scores))) for scores in (few, many))
+    wide, narrow = (ratio(scores, np.ones(len(scores))) for scores in (few, many))
     for found, scores in ((wide, few), (narrow, many)):
         assert found["value"] == pytest.approx(scores.mean())
         # the normal approximation: 1.96 standard errors on either side
         error = 1.96 * scores.std() / len(scores) ** 0.5
         assert found["low"] == pytest.approx(scores.mean() - error, abs=error / 5)
         assert found["high"] == pytest.approx(scores.mean() + error, abs=error / 5)
-    assert _with_interval(few, np.ones(20)) == wide  # the seed is fixed
+    assert ratio(few, np.ones(20)) == wide  # the seed is fixed
 
 
 def test_answers_are_drawn_whole() -> None:
     # 10 right citations in one answer, 10 wrong ones in the other: all, half or none are right
-    found = _with_interval(np.array([10, 0]), np.array([10, 10]))
+    found = ratio(np.array([10, 0]), np.array([10, 10]))
     assert found == {"value": 0.5, "low": 0.0, "high": 1.0}
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -22,14 +21,13 @@ from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
 from fastcpt.recipe import Recipe
 from fastcpt.training.citations import check
 from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
+from fastcpt.training.intervals import ratio
 from fastcpt.training.made_from import ANSWERS_FORMAT
 from fastcpt.training.progress import Progress
 from fastcpt.training.ranks import rank, world_size
 from fastcpt.training.sft import Chat, Instruction, InstructionError, read_instructions
 
 BATCH = 32  # prompts decoded together
-RESAMPLES = 2000
-SEED = 0
 SAMPLES = 3  # answers shown in the report
 SHOWN = 2000  # characters of each of their texts
 
@@ -172,16 +170,16 @@ def figures_of(asked: Sequence[Instruction], answers: Sequence[str]) -> dict[str
     recalled = np.array([check(one.response, text) for one, text in pairs])
     beyond = np.array([check(text, one.response, given=one.prompt) for one, text in pairs])
     return {
-        "rouge_l": _with_interval(rouge, np.ones(len(rouge))),
+        "rouge_l": ratio(rouge, np.ones(len(rouge))),
         "citation_accuracy": {
-            **_with_interval(checked[:, 1], checked[:, 0]),
+            **ratio(checked[:, 1], checked[:, 0]),
             "counted": int(checked[:, 0].sum()),
             "beyond_prompt": {
-                **_with_interval(beyond[:, 1], beyond[:, 0]),
+                **ratio(beyond[:, 1], beyond[:, 0]),
                 "counted": int(beyond[:, 0].sum()),
             },
             "recall": {
-                **_with_interval(recalled[:, 1], recalled[:, 0]),
+                **ratio(recalled[:, 1], recalled[:, 0]),
                 "counted": int(recalled[:, 0].sum()),
             },
         },
@@ -195,23 +193,4 @@ def figures_of(asked: Sequence[Instruction], answers: Sequence[str]) -> dict[str
             }
             for one, text in pairs[:SAMPLES]
         ],
-    }
-
-
-def _with_interval(parts: npt.NDArray[Any], wholes: npt.NDArray[Any]) -> dict[str, float | None]:
-    """``sum(parts) / sum(wholes)`` and its 95 % percentile bootstrap interval.
-
-    Examples are drawn with replacement, each with all that it contributes: citations of one answer
-    are not independent. A resample without anything to divide by is left out.
-    """
-    if not wholes.sum():
-        return {"value": None, "low": None, "high": None}
-    drawn = np.random.default_rng(SEED).integers(0, len(parts), (RESAMPLES, len(parts)))
-    sums = wholes[drawn].sum(axis=1)
-    ratios = parts[drawn].sum(axis=1)[sums > 0] / sums[sums > 0]
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return {
-        "value": float(parts.sum() / wholes.sum()),
-        "low": float(low),
-        "high": float(high),
     }
