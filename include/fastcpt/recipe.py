@@ -26,6 +26,7 @@ from fastcpt.recipe_sections import (
     Cluster,
     Corpus,
     Documents,
+    Evaluation,
     Gate,
     Lora,
     Model,
@@ -65,6 +66,7 @@ class Recipe(Section):
     training: Training = Training()
     stage2: Training = Training(max_steps=30_000, learning_rate=1e-5)
     lora: Lora | None = None
+    evaluation: Evaluation = Evaluation()
     gate: Gate = Gate()
     sft: Sft = Sft()
     cluster: Cluster = Cluster()

@@ -274,6 +274,12 @@ class Lora(Section):
         return areas
 
 
+class Evaluation(Section):
+    questions: int = Field(
+        100, ge=0, le=10_000, description="Questions of each kind made from held-out documents."
+    )
+
+
 class Gate(Section):
     perplexity_threshold: float = Field(
         18.0, gt=1.0, le=100_000.0, description="Validation perplexity below it goes on to SFT."

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fastcpt.recipe import load_recipe
 from fastcpt.training import evaluation
@@ -244,6 +244,60 @@ def test_the_same_inputs_are_not_evaluated_again(
     llama(seed=3).save_pretrained(str(folder))
     assert run(folder, corpus, recipe, output)["random"] != first["random"]
     assert loaded == [str(folder)]
+
+
+# Questions
+
+
+@pytest.fixture(scope="module")
+def acts(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
+    """A corpus whose held-out documents can be asked about."""
+    folder = tmp_path_factory.mktemp("acts")
+    words = AutoTokenizer.from_pretrained(str(trained))
+    held_out = []
+    for number, subject in enumerate(["ships", "honey", "toys", "lifts", "seeds", "banks"]):
+        keep = f"Operators who deal in {subject} shall keep what the authority asks them to keep. "
+        text = (
+            f"on common rules for the trade in {subject} between the Member States\n{keep * 4}\n"
+            f"Under Regulation (EC) No {100 + number}/{2001 + number} the maker of {subject} has "
+            f"until {1 + number} March {2005 + number} to pay {3120 + 7 * number} euro. {keep}"
+        )
+        ids = np.array([BOS, *words(text, add_special_tokens=False)["input_ids"], END], np.int32)
+        held_out.append(Document(f"act-{number}", ids, len(text.encode()), 2001, ("trade",)))
+    write_set(folder / "validation", held_out)
+    return folder
+
+
+def test_model_and_base_are_asked_the_same_questions(
+    trained: Path, base: Path, acts: Path, recipe: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "evaluation.json"
+    asked = run(trained, acts, recipe, output, base=str(base))["questions"]
+    model, known = asked["model"], asked["base"]
+    assert {kind: row["asked"] for kind, row in model["table"].items()} == {
+        "citation": 6, "date": 6, "number": 6, "title": 6, "sentence": 6, "all": 30
+    }  # fmt: skip
+    assert len(model["right"]) == len(known["right"]) == 30
+    share = model["right"].count("1") / 30
+    assert model["table"]["all"]["value"] == pytest.approx(share)
+    gain = model["table"]["all"]["gain"]
+    assert gain["value"] == pytest.approx(share - known["right"].count("1") / 30)
+    assert gain["low"] <= gain["value"] <= gain["high"]
+    assert "gain" not in known["table"]["all"]
+    # after stage 2 the base's answers are taken from here
+    later = run(
+        base, acts, recipe, tmp_path / "later.json", base=str(base), base_evaluation=output
+    )["questions"]
+    assert later["base"] == known
+    assert later["model"]["right"] == known["right"]
+    assert later["model"]["table"]["all"]["gain"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_a_recipe_may_ask_nothing(trained: Path, acts: Path, recipe: Path, tmp_path: Path) -> None:
+    silent = load_recipe(recipe, {"evaluation.questions": 0})
+    assert "questions" not in evaluate(
+        str(trained), acts, tmp_path / "evaluation.json", recipe=silent
+    )
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from fastcpt.training.questions import (
     questions_of,
     read_right,
     table_of,
+    texts_of,
 )
 from fastcpt.training.validation import Document
 
@@ -127,40 +128,21 @@ def test_whatever_the_documents_are_no_answer_can_be_copied(texts: list[str]) ->
         assert question.given[question.right][common:] not in first[:common]
 
 
-def letters(text: str) -> list[int]:
-    return list(text.encode())
-
-
 def test_who_knows_the_documents_answers_and_who_knows_nothing_guesses() -> None:
-    asked = made(ACTS)
-    known = [text for _, text in ACTS]
-
-    def knows(texts: list[Document]) -> np.ndarray:
-        # a text that stands in a document as it is costs nothing beside its letters
-        found = [bytes(one.input_ids.astype(np.uint8)).decode().strip("\n") for one in texts]
-        flat = [" ".join(text.split()) for text in known]
-        return np.array(
-            [
-                len(text) * (not any(" ".join(text.split()) in one for one in flat))
-                for text in found
-            ],
-            np.float64,
-        )
-
-    right = answered(
-        [one for one in asked if one.kind in ("citation", "date", "number", "title")],
-        letters,
-        knows,
-    )
-    assert right.all()
-    nothing = answered(asked, letters, lambda texts: np.zeros(len(texts)))
-    assert not nothing.any()  # all answers alike: none is chosen
+    asked = [one for one in made(ACTS) if one.kind in ("citation", "date", "number", "title")]
+    texts = texts_of(asked, lambda text: list(text.encode()))
+    known = [" ".join(text.split()) for _, text in ACTS]
+    # a text that stands in a document as it is costs nothing, any other its letters
+    found = [" ".join(bytes(one.input_ids.tolist()).decode().split()) for one in texts]
+    losses = [len(text) * (not any(text in one for one in known)) for text in found]
+    assert answered(asked, np.array(losses, np.float64)).all()
+    assert not answered(asked, np.zeros(len(texts))).any()
 
 
 def test_a_rare_title_is_not_held_against_its_text() -> None:
     question = Question("title", "d", ["abc", "abcd"], ["x", "xyz"], 1)
-    losses = np.array([5.0, 7.0, 1.0, 4.0])  # 4 beside the first title, 3 beside the second
-    assert answered([question], letters, lambda texts: losses).tolist() == [True]
+    # 4 beside the first title, 3 beside the second
+    assert answered([question], np.array([5.0, 7.0, 1.0, 4.0])).tolist() == [True]
 
 
 def test_the_table_has_shares_and_the_gain_over_the_base() -> None:

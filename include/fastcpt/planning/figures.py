@@ -51,6 +51,8 @@ from fastcpt.step_memory import training_disk_bytes
 
 BYTES_PER_TOKEN_ON_DISK = 1.1  # of the shards: zstd over int32 ids
 STARTUP_SECONDS = 120.0  # packages imported, kernels built, NCCL up; without loading weights
+# Texts of at most 900 characters: four answers to five kinds, two of them also read alone.
+TOKENS_A_QUESTION = 4_200
 A_LAYER_SECONDS = 1e-3  # of a generated token: transformers' launches, whatever the GPU; assumed
 GENERATED_TOGETHER = 32  # answers (fastcpt.training.generation)
 
@@ -295,7 +297,8 @@ def _overheads(
     shares = recipe.corpus.validation_share, recipe.corpus.newest_share
     held_out = sum(min(corpus_tokens * s, recipe.corpus.validation_tokens) for s in shares)
     # model and base, each a forward (a third of a step) over windows that overlap by half
-    evaluation = STARTUP_SECONDS + 2 * loading + 2 * 2 * held_out / 3 / rate
+    read = 2 * held_out + TOKENS_A_QUESTION * recipe.evaluation.questions
+    evaluation = STARTUP_SECONDS + 2 * loading + 2 * read / 3 / rate
     if before is not None:
         startup = before.startup_seconds or startup
         evaluation = before.evaluation_seconds or evaluation

@@ -26,14 +26,23 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import AutoTokenizer
 
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
 from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Model
 from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
 from fastcpt.training.made_from import EVALUATION_FORMAT
-from fastcpt.training.model import base_of
+from fastcpt.training.model import ModelError, base_of
 from fastcpt.training.progress import Progress
+from fastcpt.training.questions import (
+    Question,
+    answered,
+    questions_of,
+    read_right,
+    table_of,
+    texts_of,
+)
 from fastcpt.training.ranks import rank, world_size
 from fastcpt.training.validation import (
     Document,
@@ -48,6 +57,7 @@ from fastcpt.training.validation import (
 # Tokens of a batch, padding included: enough to keep a GPU busy; what a CPU's caches hold.
 GPU_BATCH, CPU_BATCH = 16_384, 2_048
 ADAPTER = "adapter "  # before an area's name
+QUESTIONS = "questions"  # among the sets: the texts whose likelihoods answer them
 # Of each (set, label): the summed loss (nats) of each of its documents.
 Losses = dict[tuple[str, str], npt.NDArray[np.float64]]
 SCORED_AT_ONCE = 2048  # tokens whose logits exist at one time: here in float32, and twice
@@ -72,8 +82,9 @@ def evaluate(
     ``model`` and ``base``: ``perplexity``, ``bits_per_byte``, ``loss`` (nats a token), ``tokens``,
     ``documents``, and the same ``by_area`` and ``by_year``. Where ``checkpoint`` holds adapters of
     areas, ``adapters`` has for each, on the documents of its area, those of ``adapter``, of
-    ``model`` (the mean of all adapters) and of ``base``. Without a recipe the window is the
-    corpus's own sequence length, and the weights are bfloat16. An evaluation of
+    ``model`` (the mean of all adapters) and of ``base``. ``questions`` has for ``model`` and
+    ``base`` what ``questions.table_of`` gives, on the gate's set. Without a recipe nothing is asked,
+    the window is the corpus's own sequence length, and the weights are bfloat16. An evaluation of
     the same inputs is not done again, and of an earlier one, ``base_evaluation``, the figures of the
     same base on the same documents are taken. Raises ``EvaluationError``.
     """
@@ -87,12 +98,14 @@ def evaluate(
         )
     window = recipe.corpus.max_seq_length if recipe else sequence_length(validation)
     model = recipe.model if recipe else Model()
+    most = recipe.evaluation.questions if recipe else 0
     areas = _areas_of(checkpoint)
     asked_of = (
         EVALUATION_FORMAT,
         {name: [sha256_of_file(file) for file in files[name]] for name in files},
         window,
         model.dtype,
+        most,
     )
     whose = model_identity(checkpoint), model_identity(base) if base else None
     made_from = digest_of(*whose, gate_set, *asked_of)
@@ -100,9 +113,13 @@ def evaluate(
         print(f"{output} is complete", flush=True)
         return dict(found)
     subjects = {label: sorted(area.subjects) for label, area in areas.items()}
-    base_made_from = digest_of(model_identity(base), subjects, *asked_of) if base else None
+    base_made_from = (
+        digest_of(model_identity(base), subjects, gate_set, *asked_of) if base else None
+    )
     known = _base_figures(base_evaluation, base_made_from)
     sets = {name: read_documents(files[name]) for name in files}
+    questions, texts = _questions(checkpoint, sets[gate_set], most) if most else ([], [])
+    scored = {**sets, QUESTIONS: texts} if texts else sets
     losses: Losses = {}
     with ranks() as device:
         for path, labels in _to_load(checkpoint, None if known else base):
@@ -113,7 +130,7 @@ def evaluate(
             scorer, _ = load(wrap=partial(_scorer, own), in_parts=in_parts)
             plain = path != base  # the base is the checkpoint with its adapters switched off
             losses |= _losses_of(
-                scorer, [*labels, *own], own, plain, sets, window, device, batch_tokens
+                scorer, [*labels, *own], own, plain, scored, window, device, batch_tokens
             )
             del scorer  # the next model takes its place
             if device.type == "cuda":
@@ -122,6 +139,8 @@ def evaluate(
             name: _figures_of_set(name, documents, areas, losses, known.get(name))
             for name, documents in sets.items()
         }
+        if questions:
+            result[QUESTIONS] = _figures_of_questions(questions, losses, known.get(QUESTIONS))
         result |= {
             "validation_set": gate_set,
             "window": window,
@@ -193,6 +212,44 @@ def _figures_of_set(
     if tables:
         result["adapters"] = tables
     return result
+
+
+def _questions(
+    model: str, documents: list[Document], most: int
+) -> tuple[list[Question], list[Document]]:
+    """Questions about held-out documents, and the texts whose losses answer them."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model '{model}': no tokenizer can be loaded, which evaluation.questions needs (0 asks "
+            f"nothing): {error}"
+        ) from error
+    texts = [tokenizer.decode(one.input_ids, skip_special_tokens=True) for one in documents]
+    # a text begins as the corpus's documents do
+    first = int(documents[0].input_ids[0])
+    begin = [first] if first == tokenizer.bos_token_id else []
+    questions = questions_of(documents, texts, most)
+    return questions, texts_of(
+        questions, lambda text: begin + tokenizer(text, add_special_tokens=False)["input_ids"]
+    )
+
+
+def _figures_of_questions(
+    questions: list[Question], losses: Losses, known: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What model and base answered; ``known`` are the answers of an earlier evaluation."""
+    right = {
+        who: answered(questions, losses[QUESTIONS, who])
+        for who in ("model", "base")
+        if (QUESTIONS, who) in losses
+    }
+    if known:
+        right["base"] = read_right(known["base"])
+    found = {"model": table_of(questions, right["model"], right.get("base"))}
+    if "base" in right:
+        found["base"] = table_of(questions, right["base"])
+    return found
 
 
 def _base_figures(earlier: Path | None, made_from: str | None) -> dict[str, Any]:

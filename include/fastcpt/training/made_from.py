@@ -17,7 +17,7 @@ from fastcpt.recipe_sections import Section, Training
 from fastcpt.training.card import model_card
 
 TRAINING_FORMAT = 1
-EVALUATION_FORMAT = 1
+EVALUATION_FORMAT = 2
 ANSWERS_FORMAT = 1
 PUBLICATION_FORMAT = 1
 # What may change when a training goes on (docs/training.md), and what can only end it.
@@ -87,7 +87,8 @@ def training_name(
 
 def evaluation_name(recipe: Recipe, *, base: str, corpus: str) -> str:
     """An evaluation of perplexity, among those of one model: by base model, corpus and settings."""
-    settings = recipe.corpus.max_seq_length, recipe.model.dtype, recipe.gate.validation_set
+    asked = recipe.gate.validation_set, recipe.evaluation.questions
+    settings = recipe.corpus.max_seq_length, recipe.model.dtype, *asked
     return digest_of("evaluation", EVALUATION_FORMAT, base, corpus, *settings)
 
 

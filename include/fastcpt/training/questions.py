@@ -200,22 +200,26 @@ def _drawn(*parts: str) -> int:
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
 
 
-Tokenize = Callable[[str], Sequence[int]]
+def texts_of(
+    questions: Sequence[Question], tokenize: Callable[[str], Sequence[int]]
+) -> list[Document]:
+    """The texts whose losses answer the questions, in the order that ``answered`` takes."""
+    return [
+        Document(
+            question.document, np.array(tokenize(text), np.int32), len(text.encode()), None, ()
+        )
+        for question in questions
+        for text in (*question.given, *question.alone)
+    ]
 
 
-def answered(
-    questions: Sequence[Question],
-    tokenize: Tokenize,
-    losses: Callable[[list[Document]], Floats],
-) -> Bools:
-    """Which questions are answered rightly; of equally likely answers none is.
+def answered(questions: Sequence[Question], losses: Floats) -> Bools:
+    """Which questions are answered rightly; of equally likely answers none is chosen.
 
-    ``losses`` gives the summed negative log likelihood of each text's tokens but the first, which
-    is the same token for all answers of a question.
+    ``losses`` are the summed negative log likelihoods of the tokens but the first of each of
+    ``texts_of``; the first token is the same for all answers of a question.
     """
-    texts = [text for question in questions for text in (*question.given, *question.alone)]
-    asked = [Document("", np.array(tokenize(text), np.int32), 0, None, ()) for text in texts]
-    found = iter(losses(asked).tolist())
+    found = iter(losses.tolist())
     right = []
     for question in questions:
         given = np.array([next(found) for _ in question.given])
