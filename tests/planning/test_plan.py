@@ -233,9 +233,11 @@ def test_fine_tuning_is_in_the_hours_where_there_are_instructions(hybrid):
 def test_the_evaluation_reads_the_held_out_tokens_in_overlapping_windows(hybrid):
     found = plan(changed(hybrid, SMALL), 120_000_000, "8xH100")
     rate = (found.tokens_per_s.low + found.tokens_per_s.high) / 2
-    # 0.5 % at random, but 500,000 at most, and 0.25 % of the newest, twice over, by model and base, a
-    # third of a step each; two minutes to begin and two models of 2.47 GB at 2 GB/s
-    seconds = (500_000 + 300_000) * 2 * 2 / 3 / rate + 120 + 2 * 2.4716 / 2
+    # 0.5 % at random, but 500,000 at most, and 0.25 % of the newest, twice over, and 100 questions of
+    # each kind in 4,200 tokens, by model and base, a third of a step each; two minutes to begin and
+    # two models of 2.47 GB at 2 GB/s
+    read = (500_000 + 300_000) * 2 + 100 * 4_200
+    seconds = read * 2 / 3 / rate + 120 + 2 * 2.4716 / 2
     assert found.hours_parts["evaluation"] * 3600 == pytest.approx(seconds, rel=1e-3)
 
 
