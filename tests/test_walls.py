@@ -18,8 +18,11 @@ SHARED = {
     "fastcpt",
     "fastcpt.best_fit",
     "fastcpt.__version__",
-    *(f"fastcpt.{name}" for name in ("exit_codes", "families", "files", "gguf", "ids", "recipe")),
-    *(f"fastcpt.{name}" for name in ("recipe_form", "recipe_sections", "shapes", "step_memory")),
+    *(f"fastcpt.{name}" for name in ("exit_codes", "families", "files", "gate", "gguf", "ids")),
+    *(
+        f"fastcpt.{name}"
+        for name in ("recipe", "recipe_form", "recipe_sections", "shapes", "step_memory")
+    ),
     "fastcpt.yaml_files",
 }
 GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}

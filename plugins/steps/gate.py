@@ -8,6 +8,7 @@ from typing import Any
 from airflow.sdk import Context, get_current_context
 
 from fastcpt.files import read_json
+from fastcpt.gate import decide, words
 from fastcpt.recipe import RecipeError
 from notifications import AlreadyTold, tell
 from steps.results import result_of, trained_by
@@ -16,7 +17,6 @@ from steps.run import recipe_of
 
 def _decide(context: Context, evaluation: str, gate: str, missed: str) -> dict[str, Any]:
     """The gate's decision, kept in the record; ``missed`` is what follows from a miss."""
-    from fastcpt.reporting.gate import decide
     from fastcpt.reporting.record import add
 
     plan = result_of(context, "plan")
@@ -25,11 +25,7 @@ def _decide(context: Context, evaluation: str, gate: str, missed: str) -> dict[s
         read_json(record / evaluation), settings.perplexity_threshold, settings.validation_set
     )
     add(record, gate, decision)
-    relation = "below" if decision["passed"] else "not below"
-    found = (
-        f"validation perplexity {decision['value']:.3f} ({decision['validation_set']}), base model "
-        f"{decision['base_value'] or float('nan'):.3f}: {relation} the gate's {decision['threshold']:g}"
-    )
+    found = f"validation perplexity {words(decision)}"
     print(found)
     if not decision["passed"]:
         tell(context, "gate missed", f"{found}. {missed}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from airflow.sdk import Context, get_current_context
 
 from fastcpt.files import HOME
-from fastcpt.recipe import load_recipe
+from fastcpt.gate import base_passes
+from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.recipe_form import form_overrides
 from remote_job import connection_of
 from steps.results import Plan, result_of
@@ -59,6 +61,7 @@ def plan() -> Plan:
     record = open_record(HOME, context["run_id"], context["dag"].dag_id, recipe, started)
     text_bytes = _text_bytes(parts)
     found = make_plan(recipe, estimated_tokens(text_bytes, recipe), None, HOME / HISTORY)
+    found = _with_note_on_gate(found, recipe)
     add(record, "plan.json", found.to_json())
     command = _plan_command(record, found)
     print(found.text(command))
@@ -100,12 +103,22 @@ def final_plan(context: Context) -> FinalPlan:
     first, cluster = result_of(context, "plan"), result_of(context, "check_cluster")
     tokens = result_of(context, "build")["corpus"]["tokens"]
     found = make_plan(recipe_of(first), tokens, cluster, HOME / HISTORY)
+    found = _with_note_on_gate(found, recipe_of(first))
     path = add(Path(first["record"]), "plan.json", found.to_json())
     command = _plan_command(Path(first["record"]), found)
     print(found.text(command))
     if not context["params"]["run_even_if_plan_says_no"]:
         require_fit(found, command)
     return {"path": str(path), "text": found.text(command)}
+
+
+def _with_note_on_gate(found: Planned, recipe: Recipe) -> Planned:
+    """The plan, with a note where the base model passed the recipe's gate in an earlier run."""
+    from fastcpt.reporting.record import last_gate
+
+    before = last_gate(HOME, recipe.model.name_or_path, recipe.gate.validation_set)
+    note = base_passes(before.get("base_value"), recipe.gate.perplexity_threshold)
+    return replace(found, notes=(*found.notes, note)) if note else found
 
 
 def _plan_command(record: Path, found: Planned) -> str:

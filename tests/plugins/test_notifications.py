@@ -128,7 +128,7 @@ def test_a_missed_gate_is_told_once_with_its_figures(
     ((_, message),) = received[0].received
     assert message["Subject"] == f"Fast CPT: gate missed: {step} of fast_cpt, a:run"
     (post,) = received[1].received
-    assert "20.000 (random)" in post["text"]
+    assert "validation perplexity 20.00; not below" in post["text"]
     assert "not below the gate's 18" in post["text"]
     assert then in post["text"]
 

@@ -1,5 +1,6 @@
 """The record of a run: whole files, and a summary that says what a user asks first."""
 
+import os
 import re
 import subprocess
 from datetime import UTC, datetime
@@ -343,3 +344,23 @@ def test_a_run_that_was_not_evaluated_took_nobody_knows_how_long(home):
     found = records.took(record, gpus=4)
     assert (found["hours"], found["cost"]) == (None, None)
     assert found["training_hours"] is not None
+
+
+def test_the_last_gate_is_that_of_the_same_base_model_and_set(home):
+    recipe = load_recipe("sample", {"model.name_or_path": "llama", "model.config": None})
+    gate = {"base_value": 9.6, "validation_set": "random"}
+    for number, (model, facts) in enumerate(
+        (
+            ("llama", gate),
+            ("llama", {**gate, "base_value": 9.5}),
+            ("qwen", {**gate, "base_value": 7}),
+        )
+    ):
+        of = load_recipe("sample", {"model.name_or_path": model, "model.config": None})
+        record = records.open_record(home, f"run-{number}", "fast_cpt", of)
+        file = records.add(record, "gate.json", facts)
+        os.utime(file, (number, number))
+    name = recipe.model.name_or_path
+    assert records.last_gate(home, name, "random")["base_value"] == 9.5
+    assert records.last_gate(home, name, "newest") == {}
+    assert records.last_gate(home, None, "random") == {}

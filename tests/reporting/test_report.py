@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 import pytest
 
 from fastcpt import __version__
+from fastcpt.files import write_json
 from fastcpt.recipe import load_recipe
 from fastcpt.reporting import record as records
 from fastcpt.reporting.report import write_report
+from fastcpt.reporting.summary import summary_text
 
 
 @pytest.fixture
@@ -59,11 +61,34 @@ def test_figures_are_in_page_and_markdown(finished, page):
         assert figure in page
         assert figure in markdown
     assert (
-        "After stage 2: 11.25 on the random validation set, below the gate&#39;s 18 (pass)." in page
+        "After stage 2: 11.25, base model 2,081.00; below the gate&#39;s 18 (random validation set)."
+        in page
     )
     # Claim, plan and the run's own side by side: 5400 + 1800 + 450 s are 2.125 h.
     assert "| time | 4-6 h | 75.50 to 140.00 h | 2.12 h |" in markdown
     assert "| cost | $180 | $1,208.00 to $2,240.00 | $34.00 |" in markdown
+
+
+def test_questions_stand_beside_the_base_models_with_their_intervals(finished):
+    def row(value, gain=None):
+        figures = {"asked": 200, "value": value, "low": value - 0.05, "high": value + 0.05}
+        return figures if gain is None else {**figures, "gain": gain}
+
+    gain = {"value": 0.125, "low": 0.03125, "high": 0.25}
+    asked = {
+        "model": {"table": {"date": row(0.5, gain), "all": row(0.5, gain)}},
+        "base": {"table": {"date": row(0.375), "all": row(0.375)}},
+    }
+    evaluation = json.loads((finished / "evaluation_stage2.json").read_text())
+    write_json(finished / "evaluation_stage2.json", {**evaluation, "questions": asked})
+    write_report(finished)
+    assert (
+        "| date | 200 | 37.5 % (32.5 % to 42.5 %) | 50.0 % (45.0 % to 55.0 %) | 12.5 % (3.1 % to 25.0 %) |"
+    ) in (finished / "report.md").read_text()
+    assert (
+        "questions  50.0 % (45.0 % to 55.0 %) right of 200, "
+        "gain over the base 12.5 % (3.1 % to 25.0 %); a guess 25 %"
+    ) in summary_text(finished)
 
 
 def test_areas_years_and_forgetting_stand_beside_the_base_model(finished):

@@ -42,7 +42,8 @@ def record(tmp_path: Path) -> Path:
     write_json(folder / "train_cpt" / "training.json", totals)
     write_json(folder / "train_sft" / "training.json", {**totals, "steps": 30})
     write_json(folder / "evaluation.json", {"random": FIGURES, "validation_set": "random"})
-    gate = {"passed": True, "value": 12.5, "threshold": 18.0, "validation_set": "random"}
+    gate = {"passed": True, "value": 12.5, "base_value": 40.125, "threshold": 18.0}
+    gate["validation_set"] = "random"
     write_json(folder / "gate.json", gate)
     nothing: dict[str, Any] = {"value": None, "low": None, "high": None, "counted": 0}
     write_json(
@@ -158,7 +159,7 @@ def test_another_record_makes_another_card(
     publish(recipe, tuned, record, output)
     write_json(record / "gate.json", {**read_json(record / "gate.json"), "value": 11.25})
     publish(recipe, tuned, record, output)
-    assert "11.25 is below it" in (output / "README.md").read_text()
+    assert "11.25, base model 40.13; below the gate's 18" in (output / "README.md").read_text()
 
 
 def test_a_publishing_that_dies_leaves_no_folder_and_is_done_by_the_next(
@@ -212,7 +213,9 @@ def test_the_card_tells_the_runs_figures_and_no_place(
     card = (tmp_path / "published" / "README.md").read_text()
     assert "| random | base model | 40.13 | 1.2346 | 12,345 |" in card
     assert "| random | after continued pre-training | 12.50 | 0.9000 | 12,345 |" in card
-    assert "less than 18 on the random set; 12.50 is below it" in card
+    assert (
+        "At the gate: 12.50, base model 40.13; below the gate's 18 (random validation set)." in card
+    )
     assert "| continued pre-training | 60 | 244,522 | 0.01 | 3.562 | 1.50 h |" in card
     assert "| ROUGE-L (F) | 0.412 (0.380 to 0.440) | 16 answers |" in card
     assert "| citation accuracy | 0.750 (0.600 to 0.900) | 40 citations |" in card

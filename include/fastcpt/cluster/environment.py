@@ -23,6 +23,7 @@ SHIPPED = (
     "fastcpt/recipe_sections.py",
     "fastcpt/best_fit.py",
     "fastcpt/files.py",
+    "fastcpt/gate.py",
     "fastcpt/ids.py",
     "fastcpt/shapes.py",
     "fastcpt/step_memory.py",

@@ -245,6 +245,18 @@ def read(record: Path, name: str) -> dict[str, Any]:
     return _mapping(record / name, read_json)
 
 
+def last_gate(home: Path, base: str | None, validation_set: str) -> dict[str, Any]:
+    """The newest decision of a gate on this set in a run of this base model; empty without one."""
+    if base is None:
+        return {}
+    decisions = (home / "runs").glob("*/gate.json")
+    for file in sorted(decisions, key=lambda path: path.stat().st_mtime, reverse=True):
+        gate, model = read(file.parent, file.name), recipe_of(file.parent).get("model") or {}
+        if (model.get("name_or_path"), gate.get("validation_set")) == (base, validation_set):
+            return gate
+    return {}
+
+
 def recipe_of(record: Path) -> dict[str, Any]:
     """The recipe as plain sections. Not validated: old records outlive changes of the format.
 

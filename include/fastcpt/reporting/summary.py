@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from fastcpt.gate import words
 from fastcpt.reporting.record import TRAININGS, read, recipe_of, times
 
 
@@ -89,10 +90,12 @@ def summary_text(record: Path) -> str:
     if facts["steps"]:
         steps = [f"{name} {count:,}" for name, count in facts["steps"].items()]
         lines.append(("steps", ", ".join(steps)))
-    if facts["perplexity"] is not None:
-        lines.append(("perplexity", _perplexity_line(facts)))
+    if gate := read(record, "gate_stage2.json") or read(record, "gate.json"):
+        lines.append(("perplexity", words(gate)))
     if better := _bits_line(record):
         lines.append(("bits/byte", better))
+    if answers := _questions_line(record):
+        lines.append(("questions", answers))
     if facts["branch"]:
         lines.append(("branch", facts["branch"]))
     if facts["rouge_l"]:
@@ -155,14 +158,14 @@ def _branch(record: Path) -> str | None:
     return f"gate passed after {stage}"
 
 
-def _perplexity_line(facts: Mapping[str, Any]) -> str:
-    base = facts["base_perplexity"]
-    of_base = f", base model {base:,.2f}" if base is not None else ""
-    relation = "below" if facts["gate"] == "pass" else "not below"
-    return (
-        f"{facts['perplexity']:,.2f}{of_base}; {relation} the gate's {facts['threshold']:g} "
-        f"({facts['validation_set']} validation set)"
-    )
+def _questions_line(record: Path) -> str:
+    """The share of questions answered rightly, and the gain over the base model."""
+    evaluation = read(record, "evaluation_stage2.json") or read(record, "evaluation.json")
+    if not evaluation.get("questions"):
+        return ""
+    row = evaluation["questions"]["model"]["table"]["all"]
+    gain = f", gain over the base {interval(row['gain'], percent=True)}" if "gain" in row else ""
+    return f"{interval(row, percent=True)} right of {row['asked']:,}{gain}; a guess 25 %"
 
 
 def _bits_line(record: Path) -> str:

@@ -165,7 +165,7 @@ def _perplexity(facts: Mapping[str, Any]) -> list[str]:
         figures = evaluation.get(name, {})
         areas = figures.get("adapters", {}).items()
         for kind, of in ((name, figures), *((f"{name}, {area}", by) for area, by in areas)):
-            for who, words in (
+            for who, label in (
                 ("base", "base model"),
                 ("model", "after continued pre-training"),
                 ("adapter", "with the area's own adapter"),
@@ -175,7 +175,7 @@ def _perplexity(facts: Mapping[str, Any]) -> list[str]:
                     rows.append(
                         (
                             kind,
-                            words,
+                            label,
                             f"{found['perplexity']:.2f}",
                             f"{found['bits_per_byte']:.4f}",
                             f"{found['tokens']:,}",
@@ -191,14 +191,32 @@ def _perplexity(facts: Mapping[str, Any]) -> list[str]:
     ]
     gate = facts["gate_stage2"] or facts["gate"]
     if gate:
-        relation = "below" if gate["passed"] else "not below"
-        parts.append(
-            f"The gate asked for less than {gate['threshold']:g} on the {gate['validation_set']} "
-            f"set; {gate['value']:.2f} is {relation} it."
-        )
+        parts.append(f"At the gate: {words(gate)}.")
+    parts += _questions(evaluation.get("questions"))
     if facts["train_sft/training"]:
-        parts.append("Perplexity was measured before fine-tuning.")
+        parts.append("All this was measured before fine-tuning.")
     return parts
+
+
+def _questions(asked: Mapping[str, Any] | None) -> list[str]:
+    if not asked:
+        return []
+    base = asked.get("base", {}).get("table", {})
+    rows = [
+        (
+            kind,
+            f"{row['asked']:,}",
+            _interval(base[kind]) if kind in base else "",
+            _interval(row),
+            _interval(row["gain"]) if "gain" in row else "",
+        )
+        for kind, row in asked["model"]["table"].items()
+    ]
+    return [
+        "Questions made from the held-out documents, four answers each (a guess: 0.25), the share "
+        "answered rightly with 95 % intervals:",
+        _table(("kind", "asked", "base model", "this model", "gain"), rows),
+    ]
 
 
 def _answers(evaluation: Mapping[str, Any]) -> list[str]:

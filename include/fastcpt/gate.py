@@ -3,11 +3,14 @@
 Perplexity strictly below the recipe's threshold passes. Anything that is no perplexity (missing,
 not a number, infinite, below 1) is an error and never an answer: a run must not go on to hours of
 training, or past the gate, on the strength of a broken evaluation.
+
+A base model that passes by itself is said wherever the gate is: then passing shows nothing.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -40,6 +43,28 @@ def decide(evaluation: dict[str, Any], threshold: float, validation_set: str) ->
         "threshold": threshold,
         "validation_set": validation_set,
     }
+
+
+def words(gate: Mapping[str, Any]) -> str:
+    """What ``decide`` answered, in words without a full stop at the end."""
+    base, threshold = gate["base_value"], gate["threshold"]
+    relation = "below" if gate["passed"] else "not below"
+    of_base = f", base model {base:,.2f}" if base is not None else ""
+    decided = (
+        f"{gate['value']:,.2f}{of_base}; {relation} the gate's {threshold:g} "
+        f"({gate['validation_set']} validation set)"
+    )
+    return ". ".join(filter(None, (decided, base_passes(base, threshold))))
+
+
+def base_passes(base: float | None, threshold: float) -> str:
+    """A sentence where a base model of this perplexity passes the gate; empty where it does not."""
+    if base is None or base >= threshold:
+        return ""
+    return (
+        f"The base model passes this gate too ({base:,.2f}, below {threshold:g}): passing it does not "
+        "show that training helped"
+    )
 
 
 def figures_of(evaluation: dict[str, Any], validation_set: str) -> dict[str, Any]:

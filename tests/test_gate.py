@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcpt.reporting.gate import GateError, decide
+from fastcpt.gate import GateError, decide, words
 
 
 def evaluation(value, base=400.0):
@@ -69,6 +69,17 @@ def test_the_recipes_validation_set_counts():
     newest = decide(figures, 18.0, "newest")
     assert not newest["passed"]
     assert newest["base_value"] is None
+
+
+def test_a_base_model_that_passes_too_is_said():
+    gate = decide(evaluation(8.9, base=9.6), 18.0, "random")
+    assert words(gate) == (
+        "8.90, base model 9.60; below the gate's 18 (random validation set). The base model passes "
+        "this gate too (9.60, below 18): passing it does not show that training helped"
+    )
+    assert "too" not in words(decide(evaluation(8.9, base=18.0), 18.0, "random"))
+    unknown = words(decide({"random": {"model": {"perplexity": 20.0}}}, 18.0, "random"))
+    assert unknown == "20.00; not below the gate's 18 (random validation set)"
 
 
 @given(
