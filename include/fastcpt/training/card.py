@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from fastcpt.files import read_json
+from fastcpt.gate import words
 from fastcpt.recipe import Recipe
 
 HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
@@ -128,12 +129,12 @@ def _trainings(recipe: Recipe, facts: Mapping[str, Any]) -> list[str]:
         "train_sft": recipe.sft.training,
     }
     rows = []
-    for training, words in TRAININGS.items():
+    for training, label in TRAININGS.items():
         totals = facts[f"{training}/training"]
         if totals:
             rows.append(
                 (
-                    words,
+                    label,
                     f"{totals['steps']:,}",
                     f"{totals['tokens']:,}",
                     f"{settings[training].learning_rate:g}",
