@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +35,8 @@ SUBJECTS = [f"Subject {n}" for n in range(40)]
 KINDS = ["regulation", "directive", "decision", "recommendation"]
 
 
-def generate(folder: Path, part: int, rows: int, documents: int) -> Path:
+def columns_of(part: int, rows: int, documents: int) -> dict[str, Any]:
+    """One part's columns of the score table."""
     rng = np.random.default_rng(part)
     first = part * rows
     numbers = np.arange(first, first + rows)
@@ -54,7 +56,7 @@ def generate(folder: Path, part: int, rows: int, documents: int) -> Path:
     names = pa.array([f"doc-{number}" for number in numbers.tolist()])
     chosen = rng.integers(0, len(SUBJECTS), rows * 2)
     offsets = pa.array(np.arange(0, rows * 2 + 1, 2, dtype=np.int32))
-    columns = {
+    return {
         "position": numbers - first,
         "id": names,
         "id_hash": own,
@@ -88,6 +90,10 @@ def generate(folder: Path, part: int, rows: int, documents: int) -> Path:
         "excerpt": pa.nulls(rows, pa.string()),
         **{f"score_{name}": rng.random(rows) for name in LEGAL_COMPONENTS},
     }
+
+
+def generate(folder: Path, part: int, rows: int, documents: int) -> Path:
+    columns = columns_of(part, rows, documents)
     schema = score_schema("legal")
     arrays = [pa.array(columns[field.name]).cast(field.type) for field in schema]
     path = folder / f"{part:05}"

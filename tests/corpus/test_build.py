@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,13 +18,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corpus.made import Record, act, record, text_of
+from corpus.made import act, acts, bytes_of, general_folder, made, record, rows_of, text_of
 from fastcpt.corpus import build as build_module
 from fastcpt.corpus import documents as documents_module
 from fastcpt.corpus import processes as processes_module
 from fastcpt.corpus import token_ids as token_ids_module
 from fastcpt.corpus.build import build, prepare_tokenizer, tokenize
-from fastcpt.corpus.decontamination import LeakError
 from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import select
@@ -41,30 +37,6 @@ from fastcpt.recipe import Recipe
 
 Recipes = Callable[..., Recipe]
 Writer = Callable[..., Path]
-
-
-def made(recipe: Recipe, home: Path, processes: int = 1) -> dict[str, Any]:
-    """All steps up to the corpus."""
-    scores = score_parts(list_parts(recipe.documents), recipe, home, processes)
-    selection = select([score["path"] for score in scores], recipe, home)
-    return build(selection["path"], recipe, home, processes)
-
-
-def rows_of(corpus: dict[str, Any], pattern: str = "cpt_train_shard_*.parquet") -> list[Record]:
-    paths = sorted(Path(corpus["path"]).glob(pattern))
-    return [row for path in paths for row in pq.read_table(path).to_pylist()]
-
-
-def acts(count: int = 40, words: int = 150) -> list[Record]:
-    return [act(n, year=2000 + n % 20, words=words + n) for n in range(1, count + 1)]
-
-
-def bytes_of(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture
@@ -442,234 +414,6 @@ def test_the_counted_budget_is_exact_to_one_document(
     assert whole["tokens"] == sum(row["tokens"] for row in rows)
 
 
-def test_extracts_of_held_out_acts_are_not_trained_on(
-    documents: Writer, recipe_for: Recipes, home: Path
-) -> None:
-    # the newest act, and older ones that hold all of it, a third of it and a tenth of it
-    newest = record("newest", text_of(1, 300), date="2025-01-01")
-    words = text_of(1, 300).split()
-    own = {count: text_of(10 + count, 1500).split() for count in (300, 120, 30)}
-    others = [
-        record(name, " ".join([*own[count][:700], *words[:count], *own[count][700:]]))
-        for name, count in (("all", 300), ("third", 120), ("tenth", 30))
-    ]
-    # and one that is made of it
-    extract = record("extract", " ".join([*words[100:200], *text_of(5, 100).split()]))
-    corpus = made(
-        recipe_for(
-            documents([newest, *others, extract, *acts(20)]),
-            corpus__newest_share=0.01,
-            corpus__validation_share=0.01,
-            corpus__seed=4,
-        ),
-        home,
-    )
-    assert [row["id"] for row in rows_of(corpus, "validation_newest/*")] == ["newest"]
-    drawn = {row["id"] for row in rows_of(corpus, "validation/*")}
-    assert drawn.isdisjoint({"all", "third", "tenth", "extract"})
-    dropped = {row["reason"]: row for row in corpus["funnel"] if row["stage"] == "build"}
-    assert dropped["overlaps_held_out"]["documents"] == 1
-    # the blanks around a passage go with it
-    cut_off = sum(len(" ".join(words[:count])) + 2 for count in (300, 120))
-    assert dropped["quoted_by_held_out"]["characters"] == cut_off
-    tokenizer = describe(Path(corpus["path"]) / "tokenizer/tokenizer.json").load()
-    pieces = [
-        tokenizer.decode(row["input_ids"][end - length : end])
-        for row in rows_of(corpus)
-        for length, end in zip(row["lengths"], np.cumsum(row["lengths"]), strict=True)
-    ]
-    trained = "\n".join(pieces)
-    assert " ".join(words[40:43]) not in trained
-    assert " ".join(words[150:153]) not in trained
-    assert " ".join(words[20:23]) in trained  # of what a tenth is
-    # token for token: what is before a passage and what is after it, apart
-    stretches = [" ".join(some) for n in (300, 120) for some in (own[n][:700], own[n][700:])]
-    kept = [item["full_text"] for item in acts(20) if item["id"] not in drawn]
-    texts = [*stretches, others[2]["full_text"], *kept]
-    expected = sum(len(ids.ids) for ids in tokenizer.encode_batch(texts, add_special_tokens=False))
-    assert corpus["documents"] == len(others) + len(kept)
-    assert corpus["tokens"] == expected + 2 * corpus["documents"]
-
-
-def formula(words: int = 60) -> str:
-    return text_of(4242, words)
-
-
-def test_formulas_that_many_documents_share_count_in_no_overlap(
-    documents: Writer, recipe_for: Recipes, home: Path
-) -> None:
-    """Half of each short text is one formula: nothing is lost, held out or trained on."""
-    records = acts(60, words=60)
-    for item in records:
-        item["full_text"] = f"{formula()} {item['full_text']} {formula(20)}"
-    corpus = made(recipe_for(documents(records)), home)
-    assert {row["reason"] for row in corpus["funnel"] if row["stage"] == "build"} == set()
-    assert corpus["documents"] + len(rows_of(corpus, "validation*/*")) == 60
-
-
-def test_what_overlaps_beside_a_formula_is_still_found(
-    documents: Writer, recipe_for: Recipes, home: Path
-) -> None:
-    records = acts(60, words=60)
-    newest = record("newest", text_of(1, 60), date="2025-01-01")
-    copy = record("copy", text_of(1, 50) + " " + text_of(2, 40))
-    for item in [*records, newest, copy]:
-        item["full_text"] = f"{formula()} {item['full_text']}"
-    recipe = recipe_for(documents([*records, newest, copy]), corpus__newest_share=0.01)
-    (dropped,) = [row for row in made(recipe, home)["funnel"] if row["stage"] == "build"]
-    assert (dropped["reason"], dropped["documents"]) == ("overlaps_held_out", 1)
-
-
-def test_a_held_out_set_made_of_formulas_fails_the_build(
-    documents: Writer, recipe_for: Recipes, home: Path
-) -> None:
-    """Nine tenths of the newest act's text stand in very many others."""
-    records = acts(60, words=400)
-    for item in records[:30]:
-        item["full_text"] = f"{formula()} {item['full_text']}"
-    newest = record("newest", f"{formula(60)} {text_of(1, 5)}", date="2025-01-01")
-    recipe = recipe_for(documents([*records, newest]), corpus__newest_share=0.01)
-    expected = (
-        "validation_newest would lose 1 of 1 documents, 100% of its tokens: more than 70% of each "
-        "stands in more than 20 other documents, and measures nothing (the first: 'newest'). Take "
-        "the text that repeats out of the documents, or raise selection.min_characters"
-    )
-    with pytest.raises(BuildError, match=re.escape(expected)):
-        made(recipe, home)
-
-
-@pytest.mark.parametrize("budget", [None, 20_000])
-def test_no_training_document_left(
-    documents: Writer, recipe_for: Recipes, home: Path, budget: int | None
-) -> None:
-    """Each act begins as the newest one does."""
-    shared = text_of(1, 100)
-    records = acts(10, words=60)
-    for item in records:
-        item["full_text"] = f"{shared} {item['full_text']}"
-    recipe = recipe_for(
-        documents(records),
-        corpus__newest_share=0.1,
-        corpus__validation_share=0.1,
-        selection__near_duplicate_threshold=1.0,
-        selection__target_tokens=budget,
-    )
-    message = (
-        r"no training document is left: all 8 overlap with held-out documents by more than 30%"
-    )
-    with pytest.raises(BuildError, match=message):
-        made(recipe, home)
-
-
-def test_a_leak_fails_the_build(
-    documents: Writer, recipe_for: Recipes, home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    newest = record("newest", text_of(1, 300), date="2025-01-01")
-    leaking = record("leaking", text_of(1, 200) + " " + text_of(2, 1500))
-    recipe = recipe_for(documents([newest, leaking, *acts(20)]), corpus__newest_share=0.01)
-    monkeypatch.setattr(build_module, "drop_overlapping", lambda *_: None)
-    with pytest.raises(LeakError, match=r"'leaking' and held-out 'newest' share more than 30%"):
-        made(recipe, home)
-
-
-def test_a_work_on_both_sides_fails_the_build(
-    documents: Writer, recipe_for: Recipes, home: Path
-) -> None:
-    recipe = recipe_for(documents(acts()))
-    scores = score_parts(list_parts(recipe.documents), recipe, home, 1)
-    selection = Path(select([score["path"] for score in scores], recipe, home)["path"])
-    table = pq.read_table(selection / "documents.parquet")
-    works = ["32020R9999"] * table.num_rows
-    table = table.set_column(table.schema.get_field_index("work"), "work", [works])
-    pq.write_table(table, selection / "documents.parquet")
-    with pytest.raises(LeakError, match="are of one work, 32020R9999"):
-        build(str(selection), recipe, home, 1)
-
-
-def test_replay_mixes_in_general_documents(
-    documents: Writer, recipe_for: Recipes, home: Path, tmp_path: Path
-) -> None:
-    folder = documents(acts(60))
-    general = tmp_path / "general"
-    general.mkdir()
-    for name in ("a.jsonl", "b.jsonl"):
-        shutil.copy(folder / "part-00.jsonl", general / name)
-        content = (general / name).read_text().replace("32", f"{name[0]}-")
-        (general / name).write_text(content)
-    recipe = recipe_for(folder, documents__replay={"path": str(general), "share": 0.2})
-    corpus = made(recipe, home)
-    assert 0.17 < corpus["replay"]["share"] <= 0.2
-    kept = {row["reason"]: row["tokens"] for row in corpus["funnel"] if row["stage"] == "kept"}
-    assert kept["train"] + kept["replay"] == corpus["tokens"]
-
-
-def test_general_documents_are_held_out_by_their_ids(
-    documents: Writer, recipe_for: Recipes, tmp_path: Path
-) -> None:
-    stories = [record(f"story {n}", text_of(7000 + n)) for n in range(300)]
-    general = general_folder(tmp_path, stories)
-    texts = {item["id"]: item["full_text"] for item in stories}
-    sets = []
-    for share in (0.3, 0.6):
-        recipe = recipe_for(
-            documents(acts(60)),
-            documents__replay={"path": str(general), "share": share},
-            corpus__validation_share=0.1,
-        )
-        corpus = made(recipe, tmp_path / "home")
-        tokenizer = describe(Path(corpus["path"]) / "tokenizer/tokenizer.json").load()
-        rows = rows_of(corpus, "validation_general/*.parquet")
-        trained = " ".join(tokenizer.decode(row["input_ids"]) for row in rows_of(corpus))
-        for row in rows:
-            text = texts[row["id"]]
-            assert tokenizer.decode(row["input_ids"][1:-1]) == text
-            assert row["bytes"] == len(text)
-            assert (row["year"], row["doc_type"], row["areas"]) == (2020, "regulation", [])
-            assert text[:20] not in trained
-        assert any(text[:20] in trained for text in texts.values())
-        (facts,) = [item for item in corpus["validation"] if item["set"] == "validation_general"]
-        assert facts["rows"] == len(rows) > 5
-        # about as much text as the legal set
-        (legal,) = [item for item in corpus["validation"] if item["set"] == "validation"]
-        assert 0.8 < facts["tokens"] / legal["tokens"] < 1.3
-        sets.append({row["id"] for row in rows})
-    assert sets[0] == sets[1]
-
-
-def test_what_general_documents_are_held_out_shares_with_training_is_left_out(
-    documents: Writer, recipe_for: Recipes, tmp_path: Path
-) -> None:
-    stories = [record(f"story {n}", text_of(7000 + n)) for n in range(60)]
-    settings = {"corpus__validation_share": 0.2}
-
-    def held_out(legal: list[Record], also: list[Record]) -> tuple[set[str], int]:
-        general = general_folder(tmp_path, [*stories, *also])
-        replay = {"path": str(general), "share": 0.6}
-        recipe = recipe_for(documents(legal), documents__replay=replay, **settings)
-        corpus = made(recipe, tmp_path / "home")
-        rows = rows_of(corpus, "validation_general/*.parquet")
-        return {row["id"] for row in rows}, corpus["replay"]["documents"]
-
-    before, trained = held_out(acts(60), [])
-    one = min(before)
-    text = next(item["full_text"] for item in stories if item["id"] == one)
-    # a general document that repeats a held-out one is not trained on
-    assert held_out(acts(60), [record("retold", "Again: " + text)]) == (before, trained)
-    # and where an act quotes the held-out one, that one measures nothing
-    quoting = act(900, year=1990)
-    assert one in held_out([*acts(60), quoting], [])[0]
-    quoting["full_text"] += " " + text
-    assert one not in held_out([*acts(60), quoting], [])[0]
-
-
-def general_folder(tmp_path: Path, records: list[Record]) -> Path:
-    folder = tmp_path / "general"
-    folder.mkdir(exist_ok=True)
-    lines = "".join(json.dumps(item) + "\n" for item in records)
-    (folder / "a.jsonl").write_text(lines)
-    return folder
-
-
 def test_too_little_for_the_shards(documents: Writer, recipe_for: Recipes, home: Path) -> None:
     recipe = recipe_for(documents(acts(6, words=10)), corpus__num_shards=500)
     with pytest.raises(BuildError, match=r"sequences of 64 for 500 shards; take more documents"):
@@ -698,25 +442,6 @@ def test_progress_is_logged_with_rate_and_time_left(
     for _ in range(3):
         progress.add(12)
     assert caplog.messages == ["tokenize: 24 of 100 documents, 2 documents/s, 38 s left"]
-
-
-def test_replay_does_not_bring_back_what_is_held_out(
-    documents: Writer, recipe_for: Recipes, home: Path, tmp_path: Path
-) -> None:
-    records = acts(40)
-    newest = record("newest", text_of(1, 300), date="2025-01-01")
-    folder = documents([*records, newest])
-    general = tmp_path / "general"
-    general.mkdir()
-    copies = [{"full_text": "A copy: " + text_of(1, 300)}, {"full_text": text_of(99, 300)}]
-    (general / "a.jsonl").write_text("".join(json.dumps(item) + "\n" for item in copies))
-    recipe = recipe_for(
-        folder,
-        documents__replay={"path": str(general), "share": 0.5},
-        corpus__newest_share=0.01,
-        corpus__validation_share=0.01,
-    )
-    assert made(recipe, home)["replay"]["documents"] == 1
 
 
 def test_documents_by_url(recipe_for: Recipes, home: Path) -> None:

@@ -191,11 +191,7 @@ def _build_into(
         "sequences": plan.rows,
         "padding_share": 1.0 - tokens / (plan.rows * recipe.corpus.max_seq_length),
         "bytes_per_token": sum(shard["bytes"] for shard in shards) / tokens,
-        "replay": {
-            "documents": len(general.ids.length),
-            "tokens": int(general.ids.length.sum()),
-            "share": int(general.ids.length.sum()) / tokens,
-        },
+        "replay": general.facts(tokens),
         "shards": shards,
         "validation": validation,
         "funnel": funnel_of_build(chosen, documents, ids, general, cut_off),

@@ -200,8 +200,11 @@ def read_documents(
             return max_record_mb * 1e6
         return math.inf if position in wanted else -1
 
-    records = _parquet_records if part.endswith(".parquet") else _json_records
-    for position, record in enumerate(records(part, fields, progress, most)):
+    if part.endswith(".parquet"):
+        records = _parquet_records(part, fields, progress, most)
+    else:
+        records = _json_records(part, progress, most)
+    for position, record in enumerate(records):
         if record is _BLANK or (record is None and wanted is not None):
             continue
         if record is None:
@@ -241,9 +244,7 @@ class WrongFieldError(ValueError):
     pass
 
 
-def _json_records(
-    part: str, fields: Fields, progress: Progress | None, most: Most
-) -> Iterator[Any]:
+def _json_records(part: str, progress: Progress | None, most: Most) -> Iterator[Any]:
     is_list = part.removesuffix(".gz").removesuffix(".zst").endswith(".json")
     system, name = located(part)
     with system.open(name, "rb") as stream:
@@ -405,7 +406,7 @@ def unreadable_message(unreadable: int, total: int, limit: float, first: Unreada
 def open_lines(path: str, max_record_mb: float = MAX_RECORD_MB) -> Iterator[tuple[int, Any]]:
     """Line numbers (from 1) and records (or ``Unreadable``) of a JSONL file (.gz, .zst)."""
     limit = max_record_mb * 1e6
-    for line, record in enumerate(_json_records(path, Fields(), None, lambda _: limit), start=1):
+    for line, record in enumerate(_json_records(path, None, lambda _: limit), start=1):
         if record is None:
             yield line, Unreadable(path, line, f"the line is longer than {max_record_mb:g} MB")
         elif record is not _BLANK:

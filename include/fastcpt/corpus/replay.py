@@ -107,6 +107,15 @@ class Replayed(NamedTuple):
     ids: TokenIds
     characters: int
 
+    def facts(self, all_tokens: int) -> dict[str, float]:
+        """What the manifest says of them; ``all_tokens`` are the corpus's."""
+        tokens = int(self.ids.length.sum())
+        return {
+            "documents": len(self.ids.length),
+            "tokens": tokens,
+            "share": tokens / all_tokens,
+        }
+
 
 def choose_replay(
     parts: list[tuple[str, str]],
