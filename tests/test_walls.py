@@ -23,7 +23,7 @@ SHARED = {
         f"fastcpt.{name}"
         for name in ("recipe", "recipe_form", "recipe_sections", "shapes", "step_memory")
     ),
-    "fastcpt.yaml_files",
+    *(f"fastcpt.{name}" for name in ("gpus", "yaml_files")),
 }
 GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}
 

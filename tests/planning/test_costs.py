@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from fastcpt.gpus import find_gpu
 from fastcpt.planning.costs import (
     EFFICIENCY,
     Job,
@@ -19,7 +20,7 @@ from fastcpt.planning.costs import (
     seconds_parts,
     tokens_per_second,
 )
-from fastcpt.planning.hardware import find_gpu, named_hardware
+from fastcpt.planning.hardware import named_hardware
 from fastcpt.planning.models import KNOWN
 from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape

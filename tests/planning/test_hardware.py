@@ -1,13 +1,7 @@
 import pytest
 
-from fastcpt.planning.hardware import (
-    HardwareError,
-    find_gpu,
-    gpu_table,
-    hardware_of,
-    named_hardware,
-    prices_source,
-)
+from fastcpt.gpus import HardwareError, find_gpu, gpu_table
+from fastcpt.planning.hardware import hardware_of, named_hardware, prices_source
 from fastcpt.recipe_sections import Cluster
 
 FACTS = {

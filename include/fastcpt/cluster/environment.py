@@ -19,6 +19,8 @@ SHIPPED = (
     "fastcpt/__init__.py",
     "fastcpt/exit_codes.py",
     "fastcpt/families.py",
+    "fastcpt/gpus.py",
+    "fastcpt/gpus.yaml",
     "fastcpt/recipe.py",
     "fastcpt/recipe_sections.py",
     "fastcpt/best_fit.py",

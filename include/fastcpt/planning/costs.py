@@ -18,7 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fastcpt.planning.hardware import Gpu, Hardware
+from fastcpt.gpus import Gpu
+from fastcpt.planning.hardware import Hardware
 from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape
 from fastcpt.step_memory import (

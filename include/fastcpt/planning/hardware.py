@@ -1,7 +1,4 @@
-"""The cluster a plan is for: by a name such as ``4xB200``, or by what ``check_cluster`` found.
-
-``gpus.yaml`` beside this file holds what is known of each chip; it is meant to be edited.
-"""
+"""The cluster a plan is for: by a name such as ``4xB200``, or by what ``check_cluster`` found."""
 
 from __future__ import annotations
 
@@ -9,39 +6,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
 from typing import Any
 
+from fastcpt.gpus import TABLE, Gpu, HardwareError, find_gpu, table
 from fastcpt.recipe_sections import Cluster
-from fastcpt.yaml_files import read_yaml
-
-TABLE = Path(__file__).with_name("gpus.yaml")
-
-
-class HardwareError(ValueError):
-    """The cluster cannot be planned for; the message says what is missing and where to add it."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One chip; units as in ``gpus.yaml``."""
-
-    name: str
-    memory_gb: float
-    bf16: float
-    fp8: float | None
-    memory_tb_s: float
-    link_gb_s: float
-    network_gb_s: float
-    per_host: int
-    usd_hour: float | None
-
-    def peak(self, fp8: bool) -> float:
-        """Dense FLOP/s; ``HardwareError`` for FP8 on a chip without it."""
-        if fp8 and self.fp8 is None:
-            raise HardwareError(f"{self.name} has no FP8: set training.use_fp8 to false")
-        return 1e15 * ((self.fp8 or 0.0) if fp8 else self.bf16)
 
 
 @dataclass(frozen=True)
@@ -85,62 +53,15 @@ class Hardware:
         return replace(self, count=count, per_host=usual if self.seen else min(count, usual))
 
 
-@cache
-def _table() -> dict[str, Any]:
-    content: dict[str, Any] = read_yaml(TABLE)
-    return content
-
-
-def gpu_table() -> dict[str, Gpu]:
-    """Every chip of ``gpus.yaml``, by name."""
-    return {name: Gpu(name=name, **facts) for name, facts in _table()["gpus"].items()}
-
-
 def prices_source() -> str:
     """Date and source of the prices."""
-    prices = _table()["prices"]
+    prices = table()["prices"]
     return f"prices of {prices['date']}, {prices['source']}"
 
 
 def usual_host() -> Host:
-    facts = dict(_table()["host"])
+    facts = dict(table()["host"])
     return Host(**{**facts, "ssh_mbit_s": tuple(facts["ssh_mbit_s"])})
-
-
-# Words of nvidia-smi's and shops' names that tell no card from another.
-NO_NEWS = re.compile(r"nvidia|tesla|gpu|sxm\d?|hbm3e?")
-
-
-def find_gpu(name: str) -> Gpu:
-    """A chip by the table's name or nvidia-smi's (``NVIDIA H100 80GB HBM3``).
-
-    Every word counts: ``H100 NVL`` and ``A100 40GB`` are cards of their own, and a word that no card
-    of the table has is refused (``HardwareError``).
-    """
-    table = gpu_table()
-    words = _words(name)
-    best = max((known for known in table if _words(known) <= words), key=len, default=None)
-    odd = set()
-    if best is not None:
-        memory = table[best].memory_gb
-        unread = words - _words(best)
-        odd = {w for w in unread if not (NO_NEWS.fullmatch(w) or _is_memory(w, memory))}
-    if best is None or odd:
-        why = f" ('{' '.join(sorted(odd))}' is not known of {best})" if odd else ""
-        raise HardwareError(
-            f"GPU '{name}' is not in {TABLE.name}{why} (there: {', '.join(table)}): add its figures there"
-        )
-    return table[best]
-
-
-def _words(name: str) -> set[str]:
-    return set(re.findall(r"[a-z0-9]+", re.sub(r"(\d)[ -]+gb\b", r"\1gb", name.lower())))
-
-
-def _is_memory(word: str, memory_gb: float) -> bool:
-    """Whether ``80gb`` is what a card of so many 10^9 bytes is sold as."""
-    size = re.fullmatch(r"(\d+)gb", word)
-    return size is not None and memory_gb / 1.08 < int(size[1]) < memory_gb * 1.01
 
 
 def named_hardware(name: str) -> Hardware:

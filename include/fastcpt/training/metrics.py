@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastcpt.families import head_width
+from fastcpt.gpus import HardwareError, find_gpu
 from fastcpt.training.data import Ints
 from fastcpt.training.model import (
     Trainee,
@@ -60,15 +61,9 @@ class Work:
     and for each document 6 x layers x heads x width x length squared: attention, its causal half.
     """
 
-    # dense bf16 FLOP/s (NVIDIA's datasheets), by a word of the GPU's name
-    PEAKS = (
-        *(("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H200 NVL", 835e12)),
-        *(("H100", 989e12), ("H200", 989e12), ("B200", 2250e12), ("A100", 312e12)),
-    )
-
     def __init__(self, trainee: Trainee, device: torch.device) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.peak = next((peak for word, peak in self.PEAKS if word in name), None)
+        self.peak = _peak(name)
         shape = trainee.causal.config
         self.per_token = 0.0
         for words, parameter in trainee.named_parameters():
@@ -84,6 +79,14 @@ class Work:
         for of_row in lengths:
             wide = of_row.astype(float)
             self.flop += self.per_token * wide.sum() + self.attention * (wide**2).sum()
+
+
+def _peak(name: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name; None where ``gpus.yaml`` does not know it, and on CPUs."""
+    try:
+        return find_gpu(name).peak(fp8=False)
+    except HardwareError:
+        return None
 
 
 def peak_memory_gb(device: torch.device) -> float:
