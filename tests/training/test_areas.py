@@ -17,10 +17,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastcpt.best_fit import best_fit
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.recipe_sections import Training
-from fastcpt.training.data import AreaRows, DataError, ListRows, Row, decode_corpus, packed
+from fastcpt.training.data import AreaRows, DataError, ListRows, Row, decode_corpus
 from fastcpt.training.exits import TrainingError, exit_code
 from fastcpt.training.model import load_model
 from fastcpt.training.publish import publish
@@ -36,7 +37,7 @@ SIZE = 64
 
 def test_the_longest_segment_goes_first_into_the_fullest_row_with_room() -> None:
     # rows of 8: 6; 5; 5; 3 fits a 5 exactly, 2 the 6, 1 what is left of the other 5
-    assert sorted(packed([5, 3, 6, 2, 5, 1], 8)) == [[0, 5], [2, 3], [4, 1]]
+    assert sorted(best_fit([5, 3, 6, 2, 5, 1], 8)) == [[0, 5], [2, 3], [4, 1]]
 
 
 def test_an_areas_rows_are_its_segments_and_no_others(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import pyarrow.parquet as parquet
 import torch
 
+from fastcpt.best_fit import best_fit
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file
 from fastcpt.ids import read_ids, to_bytes, width_of
 
@@ -114,7 +115,7 @@ class AreaRows(CorpusRows):
         super().__init__(scratch, size)
         segments = np.flatnonzero(np.load(scratch / "areas.npy")[:, area])
         ends = self.lengths.cumsum(dtype=np.int64)
-        self.packed = [segments[row] for row in packed(self.lengths[segments].tolist(), size)]
+        self.packed = [segments[row] for row in best_fit(self.lengths[segments].tolist(), size)]
         self.begins = ends - self.lengths  # [segments]: the first token of each
 
     def __len__(self) -> int:
@@ -132,27 +133,6 @@ class AreaRows(CorpusRows):
 
     def lengths_of(self, number: int) -> Ints:
         return self.lengths[self.packed[number]]
-
-
-def packed(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Rows of at most ``size`` tokens, as indices into ``lengths``, the lengths of segments.
-
-    Best fit: the longest first, each into the fullest row with room for it. ``corpus.pack`` cuts documents to
-    fill gaps; here nothing may be cut, and the order of rows is part of a training's result.
-    """
-    by_room: list[list[list[int]]] = [[] for _ in range(size + 1)]  # rows by the tokens left
-    rooms = 0  # bit n: some row has n tokens left
-    for segment in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
-        need = lengths[segment]
-        fitting = rooms >> need
-        room = need + (fitting & -fitting).bit_length() - 1 if fitting else size
-        row = by_room[room].pop() if fitting else []
-        if fitting and not by_room[room]:
-            rooms &= ~(1 << room)
-        row.append(segment)
-        by_room[room - need].append(row)
-        rooms |= 1 << (room - need)
-    return [row for rows in by_room for row in rows]
 
 
 def decode_corpus(

@@ -18,7 +18,8 @@ import numpy as np
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from fastcpt.training.data import IGNORE_INDEX, ListRows, Row, packed
+from fastcpt.best_fit import best_fit
+from fastcpt.training.data import IGNORE_INDEX, ListRows, Row
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -141,14 +142,14 @@ def example(chat: Chat, instruction: Instruction, size: int) -> Row:
 
 
 def pack(examples: list[Row], size: int) -> list[Row]:
-    """Conversations packed into rows of at most ``size`` tokens (``data.packed``)."""
+    """Conversations packed into rows of at most ``size`` tokens (``best_fit``)."""
     return [
         Row(
             np.concatenate([examples[n].input_ids for n in row]),
             np.concatenate([examples[n].lengths for n in row]),
             np.concatenate([labels for n in row if (labels := examples[n].labels) is not None]),
         )
-        for row in packed([len(one.input_ids) for one in examples], size)
+        for row in best_fit([len(one.input_ids) for one in examples], size)
     ]
 
 
