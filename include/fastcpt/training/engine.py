@@ -42,6 +42,7 @@ def build_engine(
     device: torch.device,
 ) -> tuple[Any, dict[str, Any]]:
     """DeepSpeed's engine around the model, and what was chosen for it (for training.json)."""
+    # one long function: each choice rests on the ones before it
     base = base_of(path)
     shape = shape_from_config(load_config(base).to_dict(), base)
     world, model = dist.get_world_size(), recipe.model

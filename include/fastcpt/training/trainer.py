@@ -59,6 +59,7 @@ def train(
     leaves enough to evaluate ``evaluated_tokens``. Raises ``ValueError`` kinds for what a retry
     cannot heal, ``Stopped`` after SIGTERM and a checkpoint.
     """
+    # one long function: the order of a training, from its checks to its final model
     done = output / "training.json"
     if done.is_file():
         result: dict[str, Any] = read_json(done)
