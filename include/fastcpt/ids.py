@@ -39,10 +39,12 @@ def from_bytes(stored: npt.NDArray[np.uint8], width: int) -> Ids:
 def read_ids(descriptor: int, width: int, begin: int, count: int) -> Ids:
     """``count`` ids of an open file from the ``begin``-th on; any number of threads may read."""
     stored = np.empty(count * width, dtype=np.uint8)
-    content, done = memoryview(stored.data), 0
+    done = 0
     while done < len(stored):
-        got = os.preadv(descriptor, [content[done:]], begin * width + done)
-        if not got:
+        # pread alone: not every Python on macOS has preadv; nor does macOS read 2 GB at once
+        piece = os.pread(descriptor, min(len(stored) - done, 1 << 30), begin * width + done)
+        if not piece:
             raise EOFError(f"the file ends before id {begin + count}")
-        done += got
+        stored[done : done + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+        done += len(piece)
     return from_bytes(stored, width)
