@@ -182,7 +182,7 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
 def _with_short_warmup(training: dict[str, Any]) -> dict[str, Any]:
     """The first stage's settings with a warm-up of a tenth of its steps at most.
 
-    Who overrides the steps in the form has no field for it. The later stages keep theirs.
+    The form has a field for the steps and none for the warm-up. The later stages keep theirs.
     """
     steps, warmup = training["max_steps"], training.get("warmup_steps", 500)
     if not (isinstance(steps, int) and isinstance(warmup, int)):

@@ -75,7 +75,7 @@ def build(
     """Build the corpus of a selection (the ``path`` that ``select`` returned).
 
     Writes ``home/corpora/<digest>``: ``cpt_train_shard_NN.parquet`` (``input_ids``, ``lengths`` of
-    the documents' pieces in them and each piece's ``areas``, null where it is general text),
+    the documents' segments in them and each segment's ``areas``, null where it is general text),
     ``validation/``, ``validation_newest/`` and, with replay, ``validation_general/`` (a row a
     document), ``tokenizer/``, ``funnel.md`` and ``corpus_manifest.json``, which lists every
     file with its SHA-256. Returns the manifest with ``path`` and ``reused``.
@@ -163,9 +163,9 @@ def _build_into(
     general = choose_replay(
         replay, int(ids.length[train].sum()), held_out, tokenizer, recipe, home, processes
     )
-    pieces = stretches.pieces(train)
-    training = ids.in_pieces(pieces, stretches).and_(general.ids)
-    areas = DocumentAreas.of(documents, pieces, len(general.ids.length))
+    segments = stretches.segments(train)
+    training = ids.in_segments(segments, stretches).and_(general.ids)
+    areas = DocumentAreas.of(documents, segments, len(general.ids.length))
     check_adapters(areas, recipe)
     plan = plan_rows(training, recipe)
     shards = write_shards(folder, plan, training, areas, recipe.corpus.num_shards, processes)

@@ -1,8 +1,8 @@
-"""Which years of a corpus are believed: one wrong date must not make all other acts look old.
+"""The newest year of a corpus that is plausible: one wrong date must not make all others look old.
 
-The clock is not asked, so that a corpus is the same whenever it is built. A year is odd if it
-is after 2100, or if it and all later ones together are of few documents that lie further beyond
-the next earlier year than that one is beyond the median, and more than five years beyond it.
+This machine's clock is not used, so that a corpus is the same whenever it is built. A year is odd
+after 2100. It is odd too if few documents have it or a later one, and the gap to the next earlier
+year is more than five years and more than that year's distance from the median.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training goes without what is held out: whole documents, or the passages they share.
+"""Decontamination: what is held out leaves training, as whole documents or as shared passages.
 
 ``leakage`` compares the texts. Here its findings are applied to the documents of a selection, and
 the result is checked once more before anything is written.
@@ -25,7 +25,7 @@ from fastcpt.corpus.tokenizer import CorpusTokenizer
 
 Ints = npt.NDArray[np.int64]
 
-MOST_LOST = 0.2  # of a held-out set's tokens: its figures would be of another set
+MOST_LOST = 0.2  # of a held-out set's tokens; with less left, its figures describe another set
 
 
 class LeakError(BuildError):
@@ -75,10 +75,10 @@ def find_overlaps(
 
 
 def drop_overlapping(documents: Selected, overlaps: HeldOutOverlaps) -> None:
-    """Take what is held out too out of the training set.
+    """Take out of the training set what is held out too.
 
-    A document that is mostly a held-out one, or of which that is a great part, goes; of a larger
-    one only the passages. A held-out document of formulas measures nothing: that one goes.
+    A training document of which more than ``MAX_OVERLAP`` is held out goes. A larger one loses only
+    the passages. A held-out document made of formulas measures nothing, and goes itself.
     """
     held_out = {split: documents.rows(split) for split in HELD_OUT}
     for row, share in overlaps.formulas:
@@ -155,12 +155,12 @@ def cut_passages(
     for call, results in in_processes(ids_without, calls, processes):
         positions = np.array([position for position, _, _ in results], dtype=np.int64)
         here = documents.rows_at(numbers[parts[call][0]], positions).tolist()
-        for row, (_, characters, pieces) in zip(here, results, strict=True):
-            if not pieces:
+        for row, (_, characters, segments) in zip(here, results, strict=True):
+            if not segments:
                 documents.split[row] = "overlaps_held_out"
                 continue
-            left[row] = pieces
-            length = sum(map(len, pieces))
+            left[row] = segments
+            length = sum(map(len, segments))
             cut_off["characters"] += int(documents.characters[row]) - characters
             cut_off["tokens"] += int(ids.length[row]) - length
             documents.characters[row], ids.length[row] = characters, length

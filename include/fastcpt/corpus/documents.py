@@ -89,7 +89,7 @@ def list_parts(documents: Documents) -> list[str]:
 def files_under(path: str, key: str) -> list[str]:
     """The files of documents under ``path``; ``key`` is the recipe's key, for the error.
 
-    Among them what ``read_documents`` will set aside whole.
+    Files that cannot be read at all are listed too: ``read_documents`` sets them aside.
     """
     try:
         system, root = located(path)

@@ -1,7 +1,7 @@
 """Instructions for supervised fine-tuning: JSONL records -> prompts and responses, split by work.
 
-The held-out ones are for evaluation. Instructions on one act (its versions, translations) are on
-one side of the split, which depends on the works alone: not on the order of the records.
+The held-out ones are for evaluation. All instructions on one act (its versions, translations) are
+on one side of the split. The split depends on the works alone, not on the order of the records.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether held-out documents are trained on after all, by the words they share.
+"""Overlap of training documents with held-out ones, by the word sequences that they share.
 
 A training document and a held-out one overlap by the share of either's 13-word sequences that
 stand in the other. Formulas and citations make nearly all acts share some: among 140,000 pairs of

@@ -18,11 +18,11 @@ from fastcpt.best_fit import best_fit
 Ints = npt.NDArray[np.int64]
 
 MAX_PADDING = 0.004
-LEAST_CUT = 32  # tokens: no shorter piece is made only to fill a gap
+LEAST_CUT = 32  # tokens: no shorter segment is made only to fill a gap
 
 
 class Packed(NamedTuple):
-    """Pieces by row: piece n is ``length[n]`` tokens of ``document[n]`` from ``begin[n]`` on."""
+    """Segments by row: segment n is ``length[n]`` tokens of ``document[n]`` from ``begin[n]`` on."""
 
     row: Ints
     document: Ints
@@ -34,7 +34,7 @@ class Packed(NamedTuple):
 def pack(lengths: Ints, size: int) -> Packed:
     """Pack documents of the given lengths into rows of at most ``size`` tokens.
 
-    Every token of every document is in exactly one piece. Padding, ``1 - tokens / (rows * size)``,
+    Every token of every document is in exactly one segment. Padding, ``1 - tokens / (rows * size)``,
     stays under 0.5 % where there are more than a few hundred rows.
     """
     whole = lengths // size
@@ -45,12 +45,12 @@ def pack(lengths: Ints, size: int) -> Packed:
     bins = _rows_of_rests(rests, size)
     total = int(rests.sum())
     bins = _without_gaps(bins, total, count, size)
-    pieces = [
+    segments = [
         (count + n, item, begin_in_rest, length)
         for n, items in enumerate(bins)
         for item, begin_in_rest, length in items
     ]
-    rest = np.array(pieces, dtype=np.int64).reshape(-1, 4)
+    rest = np.array(segments, dtype=np.int64).reshape(-1, 4)
     rest[:, 2] += (whole * size)[rest[:, 1]]
     return Packed(
         row=np.concatenate([np.arange(count), rest[:, 0]]),
@@ -61,11 +61,11 @@ def pack(lengths: Ints, size: int) -> Packed:
     )
 
 
-# A piece of a rest: (document, begin within the rest, length)
-Piece = tuple[int, int, int]
+# A segment of a rest: (document, begin within the rest, length)
+Segment = tuple[int, int, int]
 
 
-def _rows_of_rests(rests: Ints, size: int) -> list[list[Piece]]:
+def _rows_of_rests(rests: Ints, size: int) -> list[list[Segment]]:
     """Whole rests packed best-fit; the row that begins with the longest comes first."""
     document = np.flatnonzero(rests).tolist()
     length = rests[document].tolist()
@@ -75,8 +75,8 @@ def _rows_of_rests(rests: Ints, size: int) -> list[list[Piece]]:
 
 
 def _without_gaps(
-    bins: list[list[Piece]], total: int, other_rows: int, size: int
-) -> list[list[Piece]]:
+    bins: list[list[Segment]], total: int, other_rows: int, size: int
+) -> list[list[Segment]]:
     """Where all rows together have too much padding, cut the emptiest into gaps of the others.
 
     ``total`` is the rests' tokens, ``other_rows`` the rows that are full already.
@@ -90,7 +90,7 @@ def _without_gaps(
     # the fullest have the narrowest gaps: fill from the widest on
     gaps = [(row, size - fills[n]) for row, n in enumerate(by_fill[:rows])]
     gaps = [(row, gap) for row, gap in gaps if gap >= LEAST_CUT]
-    for document, begin, length in (piece for n in by_fill[rows:] for piece in bins[n]):
+    for document, begin, length in (segment for n in by_fill[rows:] for segment in bins[n]):
         while length:
             if not gaps:
                 gaps.append((len(kept), size))

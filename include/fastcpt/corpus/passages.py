@@ -2,7 +2,8 @@
 
 An amending act can quote as much of a large act as makes most of its own text. If it is held out,
 the passages leave training and not the large act: what stands before, between and after them is
-tokenized again, each stretch a piece of its own, so that nothing is joined that is apart.
+tokenized again, each stretch a segment of its own: text that did not
+stand together is not joined.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Stretches:
     def written(cls, file: Path, left: Mapping[int, list[npt.NDArray[np.int32]]]) -> Stretches:
         """Write the ids of what is left, by row."""
         rows = sorted(left)
-        ids = [piece for row in rows for piece in left[row]]
+        ids = [segment for row in rows for segment in left[row]]
         file = write_ids(file, np.concatenate([np.empty(0, dtype=np.int32), *ids]))
-        length = {row: np.array([len(piece) for piece in left[row]]) for row in rows}
+        length = {row: np.array([len(segment) for segment in left[row]]) for row in rows}
         ends = np.cumsum([0, *(int(length[row].sum()) for row in rows)])
         offset = {
             row: end + np.cumsum(length[row]) - length[row]
@@ -45,8 +46,8 @@ class Stretches:
         }
         return cls(file, offset, length)
 
-    def pieces(self, rows: Ints) -> Ints:
-        """The rows, each as often as it has pieces."""
+    def segments(self, rows: Ints) -> Ints:
+        """The rows, each as often as it has segments."""
         counts = np.ones(len(rows), dtype=np.int64)
         for place in np.flatnonzero(np.isin(rows, list(self.length))).tolist():
             counts[place] = len(self.length[int(rows[place])])
@@ -70,11 +71,11 @@ def ids_without(
     for document in read_documents(part, fields, wanted=set(quoted)):
         if isinstance(document, Document):
             texts = leakage.stretches_without(document.text, quoted[document.position], folder)
-            pieces = encode(texts)
-            if pieces:
+            segments = encode(texts)
+            if segments:
                 bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-                pieces[0] = np.concatenate([np.array(bos, dtype=np.int32), pieces[0]])
-                pieces[-1] = np.append(pieces[-1], np.int32(tokenizer.end_id))
-            pieces = [piece for piece in pieces if len(piece)]
-            found.append((document.position, sum(map(len, texts)), pieces))
+                segments[0] = np.concatenate([np.array(bos, dtype=np.int32), segments[0]])
+                segments[-1] = np.append(segments[-1], np.int32(tokenizer.end_id))
+            segments = [segment for segment in segments if len(segment)]
+            found.append((document.position, sum(map(len, texts)), segments))
     return found

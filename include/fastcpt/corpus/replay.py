@@ -1,4 +1,4 @@
-"""General documents: some replayed in training, some held out to measure what is forgotten."""
+"""General documents: some are replayed in training, some held out to measure forgetting."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 
 GENERAL = "validation_general"  # of the replay's documents, where there is replay
-ONE_GENERAL_IN = 16  # is never trained on, whatever the recipe
+ONE_GENERAL_IN = 16  # by the hash of its id, is held out whatever the recipe
 MOST_GENERAL = 2_000_000  # characters held out, about 450,000 tokens
-MOST_CHARACTERS_A_TOKEN = 8  # more than running text has: enough documents are tokenized for replay
+MOST_CHARACTERS_A_TOKEN = 8  # above running text's, so that enough documents are tokenized
 
 
 def replay_parts(recipe: Recipe) -> list[tuple[str, str]]:

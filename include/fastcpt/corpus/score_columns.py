@@ -100,7 +100,7 @@ class ScoreColumns:
         self.oddly_dated = self._forget_odd_dates()
 
     def _forget_odd_dates(self) -> Ints:
-        """Rows whose date lies after the newest believable year: they count as not dated."""
+        """Rows dated after the newest plausible year: they count as not dated."""
         odd = np.flatnonzero(self.year > self.newest_year)
         self.date[odd] = 0
         # a CELEX number says the act's year too

@@ -27,7 +27,7 @@ class BuildError(ValueError):
 
 @dataclass
 class Selected:
-    """The selection's documents as columns, one entry each; what is dropped here keeps its row."""
+    """The selection's documents as columns, one entry each; a dropped document keeps its row."""
 
     parts: list[tuple[str, str]]  # path, content identity
     fields: Fields

@@ -112,16 +112,16 @@ def write_shards(
 ) -> list[dict[str, Any]]:
     calls = []
     for shard in range(shards):
-        pieces = np.flatnonzero(plan.row % shards == shard)
-        document = plan.document[pieces]
+        segments = np.flatnonzero(plan.row % shards == shard)
+        document = plan.document[segments]
         calls.append(
             (
                 folder / f"cpt_train_shard_{shard:02}.parquet",
                 training.files,
                 training.file[document],
-                training.offset[document] + plan.begin[pieces],
-                plan.length[pieces],
-                plan.row[pieces],
+                training.offset[document] + plan.begin[segments],
+                plan.length[segments],
+                plan.row[segments],
                 areas.code[document],
                 areas.names,
             )
@@ -144,9 +144,9 @@ def write_shard(
     area: Ints,
     areas: list[list[str] | None],
 ) -> dict[str, Any]:
-    """Write one shard from pieces of token files, in order; ``row`` groups them into sequences.
+    """Write one shard from segments of token files, in order; ``row`` groups them into sequences.
 
-    ``area`` is each piece's place in ``areas``.
+    ``area`` is each segment's place in ``areas``.
 
     A shard that is there is complete: only its figures are taken again.
     """
@@ -163,14 +163,16 @@ def write_shard(
                 some = slice(firsts[begin], ends[min(begin + ROWS_OF_GROUP, len(firsts)) - 1])
                 rows = firsts[begin : begin + ROWS_OF_GROUP] - some.start
                 values = source.read(file[some], offset[some], length[some])
-                pieces = length[some].astype(np.int32)
-                tokens_before = np.concatenate([[0], np.cumsum(pieces)])
+                segments = length[some].astype(np.int32)
+                tokens_before = np.concatenate([[0], np.cumsum(segments)])
                 writer.write_table(
                     pa.table(
                         [
                             _lists(np.append(tokens_before[rows], len(values)), pa.array(values)),
-                            _lists(np.append(rows, len(pieces)), pa.array(pieces)),
-                            _lists(np.append(rows, len(pieces)), names.take(pa.array(area[some]))),
+                            _lists(np.append(rows, len(segments)), pa.array(segments)),
+                            _lists(
+                                np.append(rows, len(segments)), names.take(pa.array(area[some]))
+                            ),
                         ],
                         schema=SHARD_SCHEMA,
                     )

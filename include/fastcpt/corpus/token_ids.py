@@ -35,8 +35,8 @@ class TokenIds:
     def of(self, rows: Ints) -> TokenIds:
         return TokenIds(self.files, self.file[rows], self.offset[rows], self.length[rows])
 
-    def in_pieces(self, rows: Ints, stretches: Stretches) -> TokenIds:
-        """Those of rows that ``stretches`` has given as pieces."""
+    def in_segments(self, rows: Ints, stretches: Stretches) -> TokenIds:
+        """Those of rows that ``stretches`` has given as segments."""
         ids = self.of(rows)
         ids.files = [*ids.files, str(stretches.file)]
         for row, lengths in stretches.length.items():

@@ -1,7 +1,7 @@
-"""Documents that are parts of others: where nothing names the works, they are of one work.
+"""Documents that contain others; without a name of their work, both count as one work.
 
-An extract, an older version that has grown, or an act with and without its annexes are hardly alike
-as a whole (Jaccard similarity), but the lesser stands in the greater. How much of it does is
+An extract and its act, or an act with and without its annexes, have a low Jaccard similarity, but
+nearly all of the shorter stands in the longer. How much of it does is
 estimated from the sketches (``fingerprint``): every 128th sequence of five words. Shorter documents
 than some thousand words have too little of a sketch; the build compares what is held out exactly.
 """

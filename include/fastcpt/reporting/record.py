@@ -100,7 +100,7 @@ def open_record(
 
 
 def empty_record(record: Path) -> None:
-    """Take away what the tasks of a run left before it was cleared: it is of another plan."""
+    """Remove what the tasks left before the run was cleared: it belongs to another plan."""
     for left in record.iterdir() if record.is_dir() else ():
         if left.is_dir():
             shutil.rmtree(left)
@@ -188,7 +188,7 @@ def job_seconds(record: Path, step: str) -> float | None:
 def took(record: Path, gpus: int) -> dict[str, float | None]:
     """What the run took, under the names of a plan's figures; hours and USD without stage 2.
 
-    Hours and money are None until the run's evaluation has been made: a part says nothing.
+    Hours and money are None until the run has been evaluated: a part of them would mislead.
     """
     totals, cost = read(record, "train_cpt/training.json"), read(record, "cost.json")
     seconds = {step: job_seconds(record, step) for step in ON_GPUS}
@@ -228,7 +228,7 @@ def close_record(record: Path, state: str) -> None:
 
 
 def mark_record(record: Path, state: str) -> None:
-    """Note what a person wants a run that still goes on to end as; it is closed with that later."""
+    """Note the end that a person chose for a run that still goes on; it is closed with it later."""
     write_json(record / "run.json", {**read(record, "run.json"), "marked": state})
 
 
