@@ -156,6 +156,7 @@ sys.exit(pytest.main(sys.argv[1:], plugins=[Mac()]))
 """
 
 
+@pytest.mark.slow
 def test_what_needs_linux_is_skipped_on_a_mac_and_says_why() -> None:
     done = subprocess.run(
         [sys.executable, "-c", ON_A_MAC, "tests/cluster/test_jobs_in_trouble.py"],
