@@ -1,7 +1,7 @@
 """Whether two work trees of this project make the same results: corpora, names, plans, losses.
 
     git worktree add --detach ../old COMMIT
-    python benchmarks/same_results.py ../old . [--only corpus names plans training] [--keep FOLDER]
+    python benchmarks/same_results.py ../old . [--only corpus names plans training] [--data FOLDER] [--keep FOLDER]
 
 For changes that must not change results. Each tree makes the sample corpus, plans recipes and
 trains a few CPU steps through its own commands: pre-training on two ranks and on one, fine-tuning,
@@ -211,8 +211,13 @@ def _without(content: Any, words: tuple[str, ...]) -> Any:
     return {key: _without(value, words) for key, value in kept.items()}
 
 
-def results_of(tree: Tree, parts: set[str]) -> dict[str, Any]:
+def results_of(tree: Tree, parts: set[str], data: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
+    if data:
+        target = tree.made / "corpus_of_data"
+        of = ("--input_dir", data.resolve(), "--output_dir", target, "--config", "local")
+        tree.script("airflow", "cpt_corpus_builder.py", *of)
+        found["data"] = contents(target)
     if "names" in parts:
         found["names"] = json.loads(tree.run("airflow", "python", "-c", NAMES))
     if "plans" in parts:
@@ -252,6 +257,7 @@ def main() -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--data", type=Path, help="a folder of documents to build a corpus of too")
     parser.add_argument("--keep", type=Path, help="an empty folder; what is made stays there")
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="same_results-"))
@@ -260,7 +266,7 @@ def main() -> int:
         for name in ("old", "new"):
             # one path for both: names depend on the paths of documents
             tree = Tree(getattr(arguments, name), folder.resolve() / "work")
-            found.append(results_of(tree, set(arguments.only)))
+            found.append(results_of(tree, set(arguments.only), arguments.data))
             tree.made.rename(folder / name)
     finally:
         if arguments.keep is None:
