@@ -14,15 +14,11 @@ can be retried, cleared or run again and does only what is left. Each step's cod
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
-import pendulum
-from airflow.sdk import ExceptionRetryPolicy, Param, RetryRule, TriggerRule, dag, task
-from airflow.sdk.definitions.retry_policy import RetryAction
+from airflow.sdk import Param, TriggerRule, dag, task
 
 import steps.cluster
 import steps.corpus
@@ -36,33 +32,21 @@ from fastcpt.recipe import DEFAULT_RECIPE, recipe_names
 from fastcpt.recipe_form import FORM, form_schema
 from notifications import tell_failure
 from remote_job import RemoteJobOperator
-
-# A wrong recipe, document or host key does not heal by trying again, nor does a mistake in the
-# code; a lost connection does.
-CANNOT_HEAL: list[type[BaseException] | str] = [
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    NameError,
-    ImportError,
-    AssertionError,
-]
-RETRY_POLICY = ExceptionRetryPolicy(
-    rules=[
-        RetryRule(exception=CANNOT_HEAL, action=RetryAction.FAIL, reason="does not heal by itself"),
-        RetryRule(exception=OSError, action=RetryAction.RETRY, retry_delay=timedelta(seconds=30)),
-    ]
-)
+from retries import RETRIES
 
 PARAMS = {
     "recipe": Param(
-        os.environ.get("FASTCPT_RECIPE", DEFAULT_RECIPE),
+        DEFAULT_RECIPE,
         type="string",
         enum=recipe_names(),
         description="What to run. The fields below take the place of its values where filled in.",
     ),
     **{name: Param(None, **form_schema(name)) for name in FORM},
+    "overrides": Param(
+        {},
+        type="object",
+        description='Any other value of the recipe, by its dotted key: {"budget.money": 400}.',
+    ),
     "run_even_if_plan_says_no": Param(
         False,
         type="boolean",
@@ -78,18 +62,12 @@ PARAMS = {
 
 @dag(
     dag_id="fast_cpt",
-    schedule=os.environ.get("FASTCPT_SCHEDULE") or None,
-    start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
-    catchup=False,
+    schedule=None,  # fast_cpt_schedules.py
+    is_paused_upon_creation=False,  # it runs when it is triggered alone
     params=PARAMS,
     doc_md=__doc__,
     tags=["training"],
-    default_args={
-        "retries": 3,
-        "retry_delay": timedelta(minutes=1),
-        "retry_policy": RETRY_POLICY,
-        "on_failure_callback": tell_failure,
-    },
+    default_args={**RETRIES, "on_failure_callback": tell_failure},
 )
 def fast_cpt() -> None:
     # a result is one record: its keys are not stored a second time, one by one

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -85,16 +86,25 @@ def _queue(file: Path) -> Iterator[list[Place]]:
 
 
 class TurnTrigger(BaseTrigger):
-    """Fires when the GPUs of a cluster are the run's; says in the task's log whose they are until then."""
+    """Fires when the GPUs of a cluster are the run's; says in the task's log whose they are until then.
 
-    def __init__(self, cluster: str, dag: str, run: str) -> None:
+    It fires at ``tell_at`` too (seconds since the epoch), with the words for ``waiting``.
+    """
+
+    def __init__(self, cluster: str, dag: str, run: str, tell_at: float | None = None) -> None:
         super().__init__()
         self.cluster = cluster
         self.dag = dag
         self.run_id = run
+        self.tell_at = tell_at
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        kwargs = {"cluster": self.cluster, "dag": self.dag, "run": self.run_id}
+        kwargs = {
+            "cluster": self.cluster,
+            "dag": self.dag,
+            "run": self.run_id,
+            "tell_at": self.tell_at,
+        }
         return ("gpu_turns.TurnTrigger", kwargs)
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
@@ -110,14 +120,12 @@ class TurnTrigger(BaseTrigger):
                 continue
             if first is None:
                 break
+            words = f"run {first['run']} of {first['dag']} has them since {first['since']}"
             if first != told:
                 told = first
-                self.log.info(
-                    "waiting for the GPUs of %s: run %s of %s has them since %s",
-                    self.cluster,
-                    first["run"],
-                    first["dag"],
-                    first["since"],
-                )
+                self.log.info("waiting for the GPUs of %s: %s", self.cluster, words)
+            if self.tell_at and time.time() > self.tell_at:
+                yield TriggerEvent({"waiting": words})
+                return
             await asyncio.sleep(POLL_S)
         yield TriggerEvent({})

@@ -29,6 +29,7 @@ from fastcpt.cluster.remote import (
     ask_async,
     ask_through,
 )
+from notifications import tell
 
 POLL_S = 2.0
 # A job that runs for longer than this is asked less often: hours of waiting cost little.
@@ -88,6 +89,7 @@ class RemoteJob:
 
     ``result`` is the file whose presence means that it is done; ``fetch`` names more small files
     that the task's answer is made of. ``answer`` is what is known of the answer beforehand.
+    A wait for GPUs longer than ``waiting_hours`` is told.
     """
 
     connection: str
@@ -100,6 +102,7 @@ class RemoteJob:
     answer: Mapping[str, Any] | None = None
     alone: jobs.Alone = "root"
     slurm: dict[str, Any] | None = None
+    waiting_hours: float | None = None
 
 
 class RemoteJobOperator(BaseOperator):
@@ -127,30 +130,40 @@ class RemoteJobOperator(BaseOperator):
         self.in_turn = in_turn
 
     def execute(self, context: Context) -> Any:
-        return self._begin(context)
+        return self._begin(context, time.time())
 
-    def execute_in_turn(self, context: Context, event: dict[str, Any]) -> Any:
-        """The GPUs have become the run's."""
-        return self._begin(context)
+    def execute_in_turn(
+        self, context: Context, event: dict[str, Any], since: float | None = None
+    ) -> Any:
+        """The GPUs have become the run's, or the wait for them is to be told."""
+        if "waiting" in event:
+            _tell_of_waiting(context, event)
+            since = None
+        return self._begin(context, since)
 
-    def _begin(self, context: Context) -> Any:
+    def _begin(self, context: Context, since: float | None) -> Any:
+        """``since`` is when the wait for GPUs began, in seconds since the epoch; None: it was told."""
         wanted = self.job(context)
         if isinstance(wanted, Mapping):
             return dict(wanted)
         # Slurm shares out its GPUs itself, and a job that is not in its queue waits for nothing
         if self.in_turn and not wanted.slurm:
-            self._wait_for_turn(context, wanted)
-        self._run(context, wanted)
+            self._wait_for_turn(context, wanted, since)
+        self._run(context, wanted, since)
         return self._answer(context, wanted)
 
-    def _wait_for_turn(self, context: Context, wanted: RemoteJob) -> None:
+    def _wait_for_turn(self, context: Context, wanted: RemoteJob, since: float | None) -> None:
         """Return where the GPUs are the run's; begin again, by ``defer``, when they are otherwise."""
         task = context["task_instance"]
         asked = (gpu_turns.cluster_of(remote_of(wanted.connection)), task.dag_id, task.run_id)
         if gpu_turns.take(*asked):
-            self.defer(trigger=gpu_turns.TurnTrigger(*asked), method_name="execute_in_turn")
+            self.defer(
+                trigger=gpu_turns.TurnTrigger(*asked, _tell_at(wanted, since)),
+                method_name="execute_in_turn",
+                kwargs={"since": since},
+            )
 
-    def _run(self, context: Context, wanted: RemoteJob) -> None:
+    def _run(self, context: Context, wanted: RemoteJob, since: float | None = None) -> None:
         """Start or find the job; returns where it is complete, waits for it by ``defer`` otherwise."""
         name, owner = _name(context), str(context["task_instance"].id)
         job = jobs.Job(
@@ -173,7 +186,9 @@ class RemoteJobOperator(BaseOperator):
         if self.execution_timeout:
             ends_by = time.time() + self.execution_timeout.total_seconds()
         self.defer(
-            trigger=RemoteJobTrigger(wanted.connection, wanted.root, name, owner, ends_by),
+            trigger=RemoteJobTrigger(
+                wanted.connection, wanted.root, name, owner, ends_by, _tell_at(wanted, since)
+            ),
             method_name="execute_complete",
             kwargs={"wanted": asdict(wanted)},
         )
@@ -189,6 +204,10 @@ class RemoteJobOperator(BaseOperator):
         if "timeout" in event:
             raise AirflowTaskTimeout(event["timeout"])
         job = RemoteJob(**wanted)
+        if "waiting" in event:
+            _tell_of_waiting(context, event)
+            self._run(context, job)
+            return self._answer(context, job)
         status, owner = event["status"], str(context["task_instance"].id)
         if status["state"] == "cancelled" and status.get("stopped_for") not in (None, "", owner):
             # a clear: the try before ended the job after this one had found it
@@ -215,6 +234,14 @@ class RemoteJobOperator(BaseOperator):
             jobs.stop(remote_of(connection), root, name, owner)
 
 
+def _tell_at(job: RemoteJob, since: float | None) -> float | None:
+    return since + job.waiting_hours * 3600 if since and job.waiting_hours else None
+
+
+def _tell_of_waiting(context: Context, event: dict[str, Any]) -> None:
+    tell(context, "waiting for GPUs", f"longer than budget.waiting_hours: {event['waiting']}")
+
+
 def _name(context: Context) -> str:
     task = context["task_instance"]
     return jobs.job_name(task.dag_id, task.run_id, task.task_id, task.map_index)
@@ -224,10 +251,17 @@ class RemoteJobTrigger(BaseTrigger):
     """Watches a job: streams its log, and fires when it has ended or is gone.
 
     ``owner`` is the task's try; ``ends_by`` (seconds since the epoch) is when its time is over.
+    A job that has not begun to run by ``tell_at`` fires, with the words for ``waiting``.
     """
 
     def __init__(
-        self, connection: str, root: str, name: str, owner: str, ends_by: float | None = None
+        self,
+        connection: str,
+        root: str,
+        name: str,
+        owner: str,
+        ends_by: float | None = None,
+        tell_at: float | None = None,
     ) -> None:
         super().__init__()
         self.connection = connection
@@ -235,6 +269,7 @@ class RemoteJobTrigger(BaseTrigger):
         self.name = name
         self.owner = owner
         self.ends_by = ends_by
+        self.tell_at = tell_at
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         kwargs = {
@@ -243,6 +278,7 @@ class RemoteJobTrigger(BaseTrigger):
             "name": self.name,
             "owner": self.owner,
             "ends_by": self.ends_by,
+            "tell_at": self.tell_at,
         }
         return ("remote_job.RemoteJobTrigger", kwargs)
 
@@ -251,6 +287,7 @@ class RemoteJobTrigger(BaseTrigger):
         began = answered = clock()
         remote: Remote | None = None
         shown = _Shown(self.log, clock)
+        began_to_run = False  # a job that Slurm puts back later is not told
         # the rest of the task's time: from here on a clock that is set does not shorten it
         until = clock() + self.ends_by - time.time() if self.ends_by else None
         while True:
@@ -281,6 +318,10 @@ class RemoteJobTrigger(BaseTrigger):
             taken, over = await shown.show(answer)
             if over:
                 yield TriggerEvent({"status": answer["status"], "last_lines": shown.last_lines})
+                return
+            began_to_run = began_to_run or answer["status"]["state"] == "running"
+            if self.tell_at and not began_to_run and time.time() > self.tell_at:
+                yield TriggerEvent({"waiting": shown.why or "the job has not begun to run"})
                 return
             if not taken:
                 # what was shown is acknowledged at once: a restart repeats next to nothing

@@ -17,6 +17,7 @@ HISTORY = {"CHANGELOG.md", "log.md"}
 NOT_OURS = {
     "job.sh",
     "recipe.yaml",
+    "schedules.yaml",
     "supervisor.py",
     "matrix.svg",
     "docs/gguf.md",

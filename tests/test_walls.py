@@ -70,8 +70,10 @@ def test_the_library_does_not_know_airflow_plugins_or_dags() -> None:
             "gpu_turns",
             "notifications",
             "remote_job",
+            "retries",
             "run_pages",
             "run_state",
+            "scheduled",
             "steps",
         }, path
 

@@ -359,6 +359,12 @@ class Budget(Section):
         allow_inf_nan=False,
         description="The plan refuses to train more often on the same corpus.",
     )
+    waiting_hours: float = Field(
+        12.0,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="A step that waits longer for GPUs is told (docs/notifications.md).",
+    )
 
 
 class Publish(Section):

@@ -42,6 +42,8 @@ class Api:
                     if self.client.get(f"/api/v2/dags/{DAG}").status_code == 200:
                         return
                     errors = self.client.get("/api/v2/importErrors").json()["import_errors"]
+                    # not those of another file: wrong schedules are for the UI to show
+                    errors = [error for error in errors if Path(error["filename"]).stem == DAG]
                     if errors:
                         raise RuntimeError(
                             f"the DAG cannot be imported:\n{errors[0]['stack_trace']}"

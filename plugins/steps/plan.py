@@ -25,13 +25,10 @@ if TYPE_CHECKING:
 MOST_GROUPS, GROUP_BYTES = 64, 4_000_000
 
 
-# Bytes of text in a byte of file, about: for a plan before any document is read.
-PACKED = {".gz": 4, ".zst": 6, ".parquet": 4}
-
-
 def plan() -> Plan:
     """Resolve recipe, form and connection; look at the documents; begin the run's record."""
     from fastcpt.corpus.documents import list_parts
+    from fastcpt.corpus.new_documents import state_of, text_bytes
     from fastcpt.gguf import base_folder
     from fastcpt.planning.history import FILE as HISTORY
     from fastcpt.planning.plan import estimated_tokens, require_fit
@@ -42,7 +39,7 @@ def plan() -> Plan:
     # a cleared run that this plan refuses has no model to show
     empty_record(record_folder(HOME, context["run_id"]))
     values = dict(context["params"])
-    overrides = form_overrides(values)
+    overrides = {**(values.get("overrides") or {}), **form_overrides(values)}
     recipe = load_recipe(values["recipe"], overrides)
     extra = connection_of(recipe.cluster.connection).extra_dejson
     # where things are on a host is the host's business: its connection may say so
@@ -59,31 +56,22 @@ def plan() -> Plan:
         )
     started = context["dag_run"].start_date  # another one after a clear
     record = open_record(HOME, context["run_id"], context["dag"].dag_id, recipe, started)
-    text_bytes = _text_bytes(parts)
-    found = make_plan(recipe, estimated_tokens(text_bytes, recipe), None, HOME / HISTORY)
+    documents = state_of(parts)
+    add(record, "documents.json", documents)  # what is new is told by it
+    found = make_plan(recipe, estimated_tokens(text_bytes(documents), recipe), None, HOME / HISTORY)
     found = _with_note_on_gate(found, recipe)
     add(record, "plan.json", found.to_json())
     command = _plan_command(record, found)
     print(found.text(command))
     if not values["run_even_if_plan_says_no"]:
         require_fit(found, command)
-    groups = min(MOST_GROUPS, len(parts), 1 + text_bytes // GROUP_BYTES)
+    groups = min(MOST_GROUPS, len(parts), 1 + text_bytes(documents) // GROUP_BYTES)
     note(context, record, began)
     return {
         "recipe": str(record / "recipe.yaml"),
         "record": str(record),
         "parts": [parts[group::groups] for group in range(groups)],
     }
-
-
-def _text_bytes(parts: list[str]) -> int:
-    import fsspec
-
-    total = 0
-    for part in parts:
-        system, name = fsspec.url_to_fs(part)
-        total += system.size(name) * PACKED.get(Path(name).suffix, 1)
-    return total
 
 
 class FinalPlan(TypedDict):

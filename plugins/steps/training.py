@@ -13,8 +13,9 @@ from airflow.sdk import Context
 from fastcpt.files import digest_of, read_json
 from fastcpt.recipe import Recipe, RecipeError
 from fastcpt.recipe_sections import CONFIGS
+from notifications import first_time, tell
 from remote_job import RemoteJob
-from steps.results import Evaluated, Files, Places, Trained, result_of, trained_by
+from steps.results import Evaluated, Files, Places, Trained, result_of, result_or_none, trained_by
 from steps.run import note, price_of, recipe_of
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def job_of_run(
         answer=hands_on,
         alone=alone(recipe.cluster),
         slurm=_slurm(recipe),
+        waiting_hours=recipe.budget.waiting_hours,
     )
 
 
@@ -251,6 +253,26 @@ def note_job(context: Context, files: Files, ended: float | None = None) -> None
     """When a job worked: by this machine's clock, which it ended about now."""
     seconds, ended = job_seconds(files) or 0.0, ended or time.time()
     note(context, Path(result_of(context, "plan")["record"]), ended - seconds)
+    _tell_of_spending(context)
+
+
+def _tell_of_spending(context: Context) -> None:
+    """Tell, once a run, that its jobs have cost more than the high end of what was planned."""
+    from fastcpt.reporting.record import add_cost, read
+
+    plan = result_of(context, "plan")
+    recipe, record = recipe_of(plan), Path(plan["record"])
+    price = price_of(recipe, result_or_none(context, "check_cluster"))
+    spent = add_cost(record, recipe.cluster.gpus, price)["cost"]
+    # stage 2 has a plan of its own: it may not come to it
+    parts = ["cost", "stage2_cost"] if read(record, "train_cpt_stage2/training.json") else ["cost"]
+    planned = read(record, "plan.json")
+    if spent is None or not all(planned.get(part) for part in parts):
+        return
+    most = sum(planned[part]["high"] for part in parts)
+    if spent > most and first_time(record, "spending"):
+        reason = f"{spent:,.2f} USD so far; planned were {most:,.2f} at most"
+        tell(context, "spent more than planned", reason)
 
 
 def job_seconds(files: Files) -> float | None:
@@ -270,5 +292,6 @@ def keep_evaluation(context: Context, files: Files, hands_on: Evaluated) -> Eval
     }[context["ti"].task_id]
     evaluation = json.loads(files["result"] or "{}")
     evaluation["job_seconds"] = job_seconds(files)
+    path = add(record, name, evaluation)
     note_job(context, files)
-    return {"path": str(add(record, name, evaluation)), **hands_on}
+    return {"path": str(path), **hands_on}

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "include" / "script
 import local_sshd
 
 import gpu_turns
+from receivers import receivers
 
 CLUSTER, DAG = "host:22", "fast_cpt"
 PLUGINS = Path(gpu_turns.__file__).parent
@@ -106,7 +107,7 @@ def test_of_many_that_ask_at_the_same_time_one_has_the_gpus(home: Path) -> None:
 
 
 def test_the_trigger_tells_how_it_is_made_again() -> None:
-    trigger = gpu_turns.TurnTrigger(CLUSTER, DAG, "a")
+    trigger = gpu_turns.TurnTrigger(CLUSTER, DAG, "a", 12.5)
     path, values = trigger.serialize()
     assert path == "gpu_turns.TurnTrigger"
     assert gpu_turns.TurnTrigger(**values).serialize() == trigger.serialize()
@@ -142,7 +143,8 @@ from remote_job import RemoteJob, RemoteJobOperator
 def job(context):
     # found done when it is asked for
     folder = os.environ["FOLDER"]
-    return RemoteJob("cluster", folder + "/root", [["false"]], result=folder + "/result.json")
+    done = folder + "/result.json"
+    return RemoteJob("cluster", folder + "/root", [["false"]], result=done, waiting_hours=0.001)
 
 @dag(schedule=None)
 def waiting():
@@ -182,7 +184,7 @@ print("the second:", waiting.test().state, flush=True)
 
 @pytest.mark.slow
 def test_a_task_waits_for_the_run_that_has_the_gpus_and_says_for_which(tmp_path: Path) -> None:
-    """A real Airflow in one process: its database, its tasks, its triggers."""
+    """A real Airflow in one process: its database, its tasks, its triggers. A long wait is told."""
     facts = local_sshd.start(tmp_path / "sshd")
     connection = {
         "conn_type": "ssh",
@@ -214,14 +216,15 @@ def test_a_task_waits_for_the_run_that_has_the_gpus_and_says_for_which(tmp_path:
             capture_output=True,
             timeout=200,
         )
-        done = subprocess.run(
-            [sys.executable, "-c", WAIT, f"127.0.0.1:{facts['port']}"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=200,
-        )
+        with receivers() as (_, web):
+            done = subprocess.run(
+                [sys.executable, "-c", WAIT, f"127.0.0.1:{facts['port']}"],
+                env={**environment, "AIRFLOW_CONN_FAST_CPT_WEBHOOK": web.connection},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=200,
+            )
     finally:
         os.killpg(facts["pid"], signal.SIGTERM)
     said = f"waiting for the GPUs of 127.0.0.1:{facts['port']}: run first of waiting has them since"
@@ -229,4 +232,8 @@ def test_a_task_waits_for_the_run_that_has_the_gpus_and_says_for_which(tmp_path:
         done.stdout.find(text) for text in (said, "the first has ended", "the second: success")
     )
     assert 0 < waited < ended < second, done.stdout[-5000:]
-    assert done.stdout.count(said) == 1
+    # said again when the wait goes on after it was told
+    assert done.stdout.count(said) == 2
+    (told,) = [post["text"].split("\n") for post in web.received]
+    assert told[0].startswith("*Fast CPT: waiting for GPUs: train of waiting, ")
+    assert "budget.waiting_hours: run first of waiting has them since 20" in told[1]

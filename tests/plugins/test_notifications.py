@@ -12,8 +12,10 @@ import pytest
 
 import notifications
 import steps.report
+import steps.training
 from fastcpt.files import write_json
-from fastcpt.reporting.record import record_folder
+from fastcpt.recipe import load_recipe
+from fastcpt.reporting.record import add_text, record_folder
 from receivers import MailServer, WebServer, receivers
 
 if TYPE_CHECKING:
@@ -131,6 +133,31 @@ def test_a_missed_gate_is_told_once_with_its_figures(
     assert "validation perplexity 20.00; not below" in post["text"]
     assert "not below the gate's 18" in post["text"]
     assert then in post["text"]
+
+
+def test_spending_above_the_plan_is_told_once_and_stage_2_has_a_plan_of_its_own(
+    received: Any, run: Run
+) -> None:
+    run.params["recipe"] = "sample"
+    record = Path(run.step("plan")["record"])
+    recipe = load_recipe("sample", {"cluster.cpu_only": False, "budget.price_per_gpu_hour": 30.0})
+    add_text(record, "recipe.yaml", recipe.to_yaml())
+    plan = {"cost": {"low": 40.0, "high": 60.0}, "stage2_cost": {"low": 10.0, "high": 20.0}}
+    write_json(record / "plan.json", plan)
+
+    def train(task: str, hours: float) -> None:
+        run.task_id = task
+        files: dict[str, str | None] = {"status": f'{{"seconds": {hours * 3600}}}', "result": "{}"}
+        steps.training.keep_training(run.context, files, {})
+
+    train("train_cpt", 1.0)  # on 2 GPUs: 60 USD
+    train("train_cpt_stage2", 0.25)  # 75 of 80
+    assert received[1].received == []
+    train("train_sft", 0.25)
+    train("train_sft", 0.5)
+    ((_, message),) = received[0].received
+    assert message["Subject"].startswith("Fast CPT: spent more than planned: train_sft of fast_cpt")
+    assert "90.00 USD so far; planned were 80.00 at most" in received[1].received[0]["text"]
 
 
 def test_a_run_that_failed_is_told_by_the_task_that_did(received: Any) -> None:

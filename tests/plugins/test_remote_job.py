@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -169,10 +170,40 @@ def test_however_a_log_arrives_each_line_comes_once(log: bytes, pieces: list[int
 
 
 def test_the_trigger_tells_how_it_is_made_again() -> None:
-    trigger = remote_job.RemoteJobTrigger("c", "/r", "n", "o", 12.5)
+    trigger = remote_job.RemoteJobTrigger("c", "/r", "n", "o", 12.5, 13.5)
     path, values = trigger.serialize()
     assert path == "remote_job.RemoteJobTrigger"
     assert remote_job.RemoteJobTrigger(**values).serialize() == trigger.serialize()
+
+
+@pytest.mark.parametrize(
+    ("states", "event"),
+    [
+        (["waiting", "waiting"], {"waiting": "Slurm: PENDING, Resources"}),
+        # put back by Slurm: it had its GPUs in time
+        (["running", "waiting", "succeeded"], "succeeded"),
+    ],
+)
+def test_a_job_that_does_not_get_its_gpus_is_told_and_one_that_had_them_is_not(
+    monkeypatch: pytest.MonkeyPatch, states: list[str], event: Any
+) -> None:
+    left = iter(states)
+
+    async def poll(*_: object) -> dict[str, Any]:
+        status = {"state": next(left), "why": "Slurm: PENDING, Resources"}
+        return {"status": status, "log": "", "seen": 0, "size": 0}
+
+    monkeypatch.setattr(remote_job, "remote_of", lambda _: None)
+    monkeypatch.setattr(remote_job, "_poll", poll)
+    monkeypatch.setattr(remote_job, "POLL_S", 0.2)
+    soon = time.time() + 0.1 if event != "succeeded" else time.time() - 1
+    trigger = remote_job.RemoteJobTrigger("c", "/r", "n", "o", None, soon)
+
+    async def first() -> dict[str, Any]:
+        return dict((await anext(trigger.run())).payload)
+
+    found = asyncio.run(first())
+    assert found.get("status", {}).get("state", found) == event
 
 
 def test_a_cancel_keeps_its_word_while_the_connection_is_looked_up(
