@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from fastcpt.training.evaluation import Scorer, document_losses, figures_of
+from fastcpt.training.evaluation import figures_of
 from fastcpt.training.generation import generate
 from fastcpt.training.inference import model_for_inference, ranks
 from fastcpt.training.model import choose_attention
 from fastcpt.training.ranks import rank, world_size
+from fastcpt.training.scoring import Scorer, document_losses
 from fastcpt.training.validation import Document
 from training import SHAPES, SIZE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from airflow.sdk import Context, get_current_context
 
-from fastcpt.files import HOME
+from fastcpt.files import HOME, read_json
 from fastcpt.gate import base_passes
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.recipe_form import form_overrides
@@ -56,6 +57,9 @@ def plan() -> Plan:
         )
     started = context["dag_run"].start_date  # another one after a clear
     record = open_record(HOME, context["run_id"], context["dag"].dag_id, recipe, started)
+    source = Path(recipe.model.name_or_path or "") / "gguf.json"
+    if source.is_file():  # the card names the file that the base model was made of
+        add(record, source.name, read_json(source))
     documents = state_of(parts)
     add(record, "documents.json", documents)  # what is new is told by it
     found = make_plan(recipe, estimated_tokens(text_bytes(documents), recipe), None, HOME / HISTORY)
@@ -112,7 +116,8 @@ def _with_note_on_gate(found: Planned, recipe: Recipe) -> Planned:
 def _plan_command(record: Path, found: Planned) -> str:
     """What plans the run's recipe again from a shell, to write one of the alternatives."""
     words = (
-        f"include/scripts/plan_run.py --config {record / 'recipe.yaml'} --cluster {found.cluster}"
+        f"{sys.executable} include/scripts/plan_run.py --config {record / 'recipe.yaml'} "
+        f"--cluster {found.cluster}"
     )
     return f"{words} --tokens {found.corpus_tokens}" if found.corpus_tokens else words
 

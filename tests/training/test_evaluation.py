@@ -20,10 +20,11 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fastcpt.recipe import load_recipe
-from fastcpt.training import evaluation
-from fastcpt.training.evaluation import Scorer, document_losses, evaluate, figures_of
+from fastcpt.training import evaluation, scoring
+from fastcpt.training.evaluation import evaluate, figures_of
 from fastcpt.training.exits import exit_code
 from fastcpt.training.model import ModelError
+from fastcpt.training.scoring import Scorer, document_losses
 from fastcpt.training.validation import (
     Document,
     EvaluationError,
@@ -159,14 +160,14 @@ def test_the_size_of_batches_does_not_show(
 ) -> None:
     model = Scorer(llama())
     expected = document_losses(model, DOCUMENTS, SIZE, CPU)
-    monkeypatch.setattr(evaluation, "SCORED_AT_ONCE", chunk)
+    monkeypatch.setattr(scoring, "SCORED_AT_ONCE", chunk)
     found = document_losses(model, DOCUMENTS, SIZE, CPU, batch_tokens)
     assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_batches_hold_no_more_tokens_than_asked() -> None:
     windows = sorted(windows_of([101, 5, 64, 65], SIZE), key=lambda w: w.begin - w.end)
-    for batch in evaluation._batches(windows, 200):
+    for batch in scoring._batches(windows, 200):
         longest = max(window.end - window.begin for window in batch)
         assert len(batch) * longest <= 200
 

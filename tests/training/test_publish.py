@@ -228,7 +228,7 @@ def test_the_card_tells_the_runs_figures_and_no_place(
 
 
 def card_of(recipe: Recipe, record: Path) -> str:
-    names = ["corpus_manifest", "evaluation", "evaluation_stage2", "gate", "gate_stage2"]
+    names = ["gguf", "corpus_manifest", "evaluation", "evaluation_stage2", "gate", "gate_stage2"]
     names += ["evaluation_sft", "train_cpt/training", "train_cpt_stage2/training"]
     names += ["train_sft/training"]
     facts = {
@@ -271,6 +271,24 @@ def test_the_card_names_no_folder_of_the_base_model(tmp_path: Path, record: Path
     model = {"name_or_path": "/secret/place/llama", "config": None}
     card = card_of(load_recipe(write_recipe(tmp_path / "r", model=model)), record)
     assert "secret" not in card
+
+
+def test_the_card_names_the_gguf_file_and_its_licence(recipe: Recipe, record: Path) -> None:
+    facts = {
+        "file": "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "sha256": "b179c952",
+        "name": "Smollm2 135M",
+        "organization": "HuggingFaceTB",
+        "license": "apache-2.0",
+    }
+    write_json(record / "gguf.json", facts)
+    model = recipe.model.model_copy(update={"name_or_path": "/base/folder", "config": None})
+    card = card_of(recipe.model_copy(update={"model": model}), record)
+    assert (
+        "trained from `SmolLM2-135M-Instruct.Q4_1.gguf` by HuggingFaceTB (GGUF, SHA-256 `b179c952`, "
+        "licence apache-2.0) on legal texts"
+    ) in card
+    assert "license: apache-2.0\n" in card
 
 
 def test_the_card_says_nothing_of_what_was_not_measured(recipe: Recipe, tmp_path: Path) -> None:

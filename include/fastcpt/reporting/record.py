@@ -5,6 +5,7 @@
         recipe.yaml               the recipe with every default written out
         plan.json                 what the plan promised
         outputs/<task>.json       path and digest of what each task made
+        gguf.json                 the file that the base model was made of, where it is a GGUF file
         corpus_manifest.json      the corpus: funnel, tokens, shards
         <training>/metrics.jsonl  the curves of each of TRAININGS
         <training>/training.json  its totals

@@ -22,9 +22,15 @@ TRAININGS = {
     "train_cpt_stage2": "continued pre-training, stage 2",
     "train_sft": "fine-tuning",
 }
+LIMITS = (
+    "The figures above are all that was measured. Nothing here says how the model does on other "
+    "tasks, languages or legal systems, or what it forgot of its base model's skills. It can "
+    "state law that does not exist and cite acts that say something else: check what it writes "
+    "against the official text. The base model's licence goes on to apply."
+)
 # The files of a run's record that the card is made of, without ``.json``.
 FACTS = (
-    *("corpus_manifest", "evaluation", "evaluation_stage2", "gate", "gate_stage2"),
+    *("gguf", "corpus_manifest", "evaluation", "evaluation_stage2", "gate", "gate_stage2"),
     *("evaluation_sft", *(f"{training}/training" for training in TRAININGS)),
 )
 
@@ -57,22 +63,20 @@ def model_card(
     those whose adapters lie in ``adapters/``. ``version`` is that of Fast CPT; the words that name
     a publication (``made_from``) are without it, so that a new version publishes nothing again.
     """
-    base = hub_name(recipe)
+    base, licence = hub_name(recipe), facts["gguf"].get("license")
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         **({"base_model": base} if base else {}),
+        **({"license": licence} if licence else {}),
         "tags": ["legal", "continued-pretraining"],
     }
-    origin = f"`{base}`" if base else "a base model kept in a folder of its own"
-    if recipe.model.config is not None:
-        origin = "random weights (`model.config` of the recipe)"
     tuned = ", then fine-tuned on instructions" if facts["train_sft/training"] else ""
     program = f"Fast CPT {version}".rstrip()
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        f"A language model of {parameters:,} parameters, trained from {origin} on legal texts"
+        f"A language model of {parameters:,} parameters, trained from {_origin(recipe, facts['gguf'])} on legal texts"
         f"{tuned} by the {program} recipe `{recipe.name}`. {recipe.description}".rstrip(),
         "## Use",
         "```python\n"
@@ -96,14 +100,20 @@ def model_card(
     parts += _section("Training", _trainings(recipe, facts))
     parts += _section("Perplexity on held-out documents", _perplexity(facts))
     parts += _section("Answers to held-out instructions", _answers(facts["evaluation_sft"]))
-    parts += [
-        "## Limits",
-        "The figures above are all that was measured. Nothing here says how the model does on other "
-        "tasks, languages or legal systems, or what it forgot of its base model's skills. It can "
-        "state law that does not exist and cite acts that say something else: check what it writes "
-        "against the official text. The base model's licence goes on to apply.",
-    ]
+    parts += ["## Limits", LIMITS]
     return "\n\n".join(parts) + "\n"
+
+
+def _origin(recipe: Recipe, gguf: Mapping[str, Any]) -> str:
+    if recipe.model.config is not None:
+        return "random weights (`model.config` of the recipe)"
+    if base := hub_name(recipe):
+        return f"`{base}`"
+    if not gguf:
+        return "a base model kept in a folder of its own"
+    maker = f" by {gguf['organization']}" if gguf.get("organization") else ""
+    licence = f", licence {gguf['license']}" if gguf.get("license") else ""
+    return f"`{gguf['file']}`{maker} (GGUF, SHA-256 `{gguf['sha256']}`{licence})"
 
 
 def _section(title: str, parts: list[str]) -> list[str]:

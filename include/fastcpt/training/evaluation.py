@@ -3,11 +3,6 @@
 Every token but a document's first is predicted once. A document longer than the window is read in
 windows that begin half a window apart; a window counts only the tokens that the one before has not
 counted, so all but the first have at least half a window of context.
-
-The unit of work is a window: windows are sorted by length, put into batches, and the batches dealt
-out to the ranks. A window's loss depends on its own tokens alone: attention is causal and padding
-stands behind them. Sums are kept for each document, in double precision. So the result does not depend
-on the batch size or the number of ranks.
 """
 
 from __future__ import annotations
@@ -24,8 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
-from torch import nn
 from transformers import AutoTokenizer
 
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
@@ -43,24 +36,20 @@ from fastcpt.training.questions import (
     table_of,
     texts_of,
 )
-from fastcpt.training.ranks import rank, world_size
+from fastcpt.training.ranks import rank
+from fastcpt.training.scoring import Scorer, document_losses
 from fastcpt.training.validation import (
     Document,
     EvaluationError,
-    Window,
     read_documents,
     sequence_length,
     validation_files,
-    windows_of,
 )
 
-# Tokens of a batch, padding included: enough to keep a GPU busy; what a CPU's caches hold.
-GPU_BATCH, CPU_BATCH = 16_384, 2_048
 ADAPTER = "adapter "  # before an area's name
 QUESTIONS = "questions"  # among the sets: the texts whose likelihoods answer them
 # Of each (set, label): the summed loss (nats) of each of its documents.
 Losses = dict[tuple[str, str], npt.NDArray[np.float64]]
-SCORED_AT_ONCE = 2048  # tokens whose logits exist at one time: here in float32, and twice
 
 
 def evaluate(
@@ -89,48 +78,32 @@ def evaluate(
     same base on the same documents are taken. Raises ``EvaluationError``.
     """
     checkpoint = final_of(checkpoint)
-    files = validation_files(validation)
-    gate_set = recipe.gate.validation_set if recipe else next(iter(files))
-    if gate_set not in files:
-        raise EvaluationError(
-            f"--validation_data {validation} has no {gate_set} set, which gate.validation_set asks "
-            f"for; it has {', '.join(files)}"
-        )
-    window = recipe.corpus.max_seq_length if recipe else sequence_length(validation)
-    model = recipe.model if recipe else Model()
-    most = recipe.evaluation.questions if recipe else 0
-    areas = _areas_of(checkpoint)
-    asked_of = (
-        EVALUATION_FORMAT,
-        {name: [sha256_of_file(file) for file in files[name]] for name in files},
-        window,
-        model.dtype,
-        most,
-    )
-    whose = model_identity(checkpoint), model_identity(base) if base else None
-    made_from = digest_of(*whose, gate_set, *asked_of)
+    asked, areas = _Asked.of(validation, recipe), _areas_of(checkpoint)
+    made_from = asked.digest(model_identity(checkpoint), model_identity(base) if base else None)
     if output.is_file() and (found := read_json(output)).get("made_from") == made_from:
         print(f"{output} is complete", flush=True)
         return dict(found)
     subjects = {label: sorted(area.subjects) for label, area in areas.items()}
-    base_made_from = (
-        digest_of(model_identity(base), subjects, gate_set, *asked_of) if base else None
-    )
+    base_made_from = asked.digest(model_identity(base), subjects) if base else None
     known = _base_figures(base_evaluation, base_made_from)
-    sets = {name: read_documents(files[name]) for name in files}
-    questions, texts = _questions(checkpoint, sets[gate_set], most) if most else ([], [])
+    sets = {name: read_documents(files) for name, files in asked.files.items()}
+    questions, texts = _questions(checkpoint, sets[asked.gate_set], asked.questions)
     scored = {**sets, QUESTIONS: texts} if texts else sets
     losses: Losses = {}
     with ranks() as device:
         for path, labels in _to_load(checkpoint, None if known else base):
             own = areas if path == checkpoint else {}
-            load = partial(
-                model_for_inference, path, model.attn_implementation, model.dtype, device
+            scorer, _ = model_for_inference(
+                path,
+                asked.model.attn_implementation,
+                asked.model.dtype,
+                device,
+                wrap=partial(_scorer, own),
+                in_parts=in_parts,
             )
-            scorer, _ = load(wrap=partial(_scorer, own), in_parts=in_parts)
             plain = path != base  # the base is the checkpoint with its adapters switched off
             losses |= _losses_of(
-                scorer, [*labels, *own], own, plain, scored, window, device, batch_tokens
+                scorer, [*labels, *own], own, plain, scored, asked.window, device, batch_tokens
             )
             del scorer  # the next model takes its place
             if device.type == "cuda":
@@ -141,16 +114,51 @@ def evaluate(
         }
         if questions:
             result[QUESTIONS] = _figures_of_questions(questions, losses, known.get(QUESTIONS))
-        result |= {
-            "validation_set": gate_set,
-            "window": window,
-            "stride": window // 2,
-            "made_from": made_from,
-            "base_made_from": base_made_from,
-        }
+        result |= asked.facts() | {"made_from": made_from, "base_made_from": base_made_from}
         if rank() == 0:
             write_json(output, result)
     return result
+
+
+class _Asked(NamedTuple):
+    """What is evaluated, whatever the model: documents, window, precision, questions."""
+
+    files: dict[str, list[Path]]
+    contents: dict[str, list[str]]  # the digests of the files
+    gate_set: str
+    window: int
+    model: Model
+    questions: int
+
+    @classmethod
+    def of(cls, validation: Path, recipe: Recipe | None) -> _Asked:
+        files = validation_files(validation)
+        gate_set = recipe.gate.validation_set if recipe else next(iter(files))
+        if gate_set not in files:
+            raise EvaluationError(
+                f"--validation_data {validation} has no {gate_set} set, which gate.validation_set "
+                f"asks for; it has {', '.join(files)}"
+            )
+        return cls(
+            files,
+            {name: [sha256_of_file(file) for file in files[name]] for name in files},
+            gate_set,
+            recipe.corpus.max_seq_length if recipe else sequence_length(validation),
+            recipe.model if recipe else Model(),
+            recipe.evaluation.questions if recipe else 0,
+        )
+
+    def digest(self, *whose: Any) -> str:
+        """What tells an evaluation of these models from every other."""
+        asked = self.contents, self.window, self.model.dtype, self.questions
+        return digest_of(*whose, self.gate_set, EVALUATION_FORMAT, *asked)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "validation_set": self.gate_set,
+            "window": self.window,
+            "stride": self.window // 2,
+        }
 
 
 def _losses_of(
@@ -218,6 +226,8 @@ def _questions(
     model: str, documents: list[Document], most: int
 ) -> tuple[list[Question], list[Document]]:
     """Questions about held-out documents, and the texts whose losses answer them."""
+    if not most:
+        return [], []
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -327,123 +337,6 @@ def _to_load(checkpoint: str, base: str | None) -> list[tuple[str, list[str]]]:
     if base is not None and base == base_of(checkpoint) != checkpoint:
         return [(checkpoint, ["model", "base"])]
     return [(checkpoint, ["model"])] + ([(base, ["base"])] if base is not None else [])
-
-
-class Scorer(nn.Module):  # type: ignore[misc]
-    """A model whose forward returns losses."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, input_ids: torch.Tensor, row_T: torch.Tensor, place_T: torch.Tensor, chunks: int
-    ) -> torch.Tensor:
-        """The loss (float64 ``[T]``) of each token ``input_ids[row, place]`` of ``[B, S]``.
-
-        Rows are padded at their end: causal attention never sees what stands behind a token. The
-        output layer is called ``chunks`` times, so that no more than a part's logits exist.
-        """
-        causal = self.model
-        causal = causal.get_base_model() if hasattr(causal, "get_base_model") else causal
-        hidden = causal.model(input_ids=input_ids, use_cache=False)[0]  # [B, S, H]
-        # the state before a token predicts it
-        wanted, targets_T = hidden[row_T, place_T - 1], input_ids[row_T, place_T]
-        del hidden
-        losses = [
-            nn.functional.cross_entropy(causal.lm_head(states).float(), asked, reduction="none")
-            for states, asked in zip(
-                wanted.tensor_split(chunks), targets_T.tensor_split(chunks), strict=True
-            )
-        ]
-        return torch.cat(losses).double()
-
-
-def document_losses(
-    scorer: Scorer,
-    documents: list[Document],
-    size: int,
-    device: torch.device,
-    batch_tokens: int | None = None,
-    what: str = "",
-) -> npt.NDArray[np.float64]:
-    """The summed negative log likelihood (nats) of each document's tokens but the first.
-
-    Every rank gets the whole answer. ``EvaluationError`` where the model's vocabulary or context
-    is too small.
-    """
-    _check_fit(scorer.model, documents, size)
-    windows = windows_of([len(document.input_ids) for document in documents], size)
-    windows.sort(key=lambda window: window.begin - window.end)  # the longest first
-    fast = GPU_BATCH if device.type == "cuda" else CPU_BATCH
-    batches = list(_batches(windows, batch_tokens or fast))
-    sums = torch.zeros(len(documents), dtype=torch.float64, device=device)
-    progress = Progress()
-    done = 0
-    for start in range(0, len(batches), world_size()):
-        # A batch a rank. Of a model in parts all ranks call all layers, the output layer as often
-        # as the largest batch needs, also those that have no batch left.
-        together = batches[start : start + world_size()]
-        most = max(sum(window.end - window.first for window in batch) for batch in together)
-        batch = together[rank()] if rank() < len(together) else []
-        sums += _losses(scorer, documents, batch, math.ceil(most / SCORED_AT_ONCE), device)
-        done += sum(map(len, together))
-        progress.say(f"evaluated {what}: {done:,} of {len(windows):,} windows")
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    answer: npt.NDArray[np.float64] = sums.cpu().numpy()
-    return answer
-
-
-def _batches(windows: list[Window], batch_tokens: int) -> Iterable[list[Window]]:
-    """Consecutive windows (the longest first) whose padded size stays within ``batch_tokens``."""
-    begin = 0
-    while begin < len(windows):
-        longest = windows[begin].end - windows[begin].begin
-        many = max(1, batch_tokens // longest)
-        yield windows[begin : begin + many]
-        begin += many
-
-
-@torch.no_grad()  # type: ignore[untyped-decorator]
-def _losses(
-    scorer: Scorer,
-    documents: list[Document],
-    batch: list[Window],
-    chunks: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """What a batch of windows (the longest first) adds to each document's sum, float64."""
-    longest = batch[0].end - batch[0].begin if batch else 1
-    input_ids = np.zeros((max(1, len(batch)), longest), np.int64)
-    rows, places, owners = ([np.empty(0, np.int64)] for _ in range(3))
-    for row, window in enumerate(batch):
-        tokens = documents[window.document].input_ids[window.begin : window.end]
-        input_ids[row, : len(tokens)] = tokens
-        counted = window.end - window.first
-        rows.append(np.full(counted, row))
-        places.append(np.arange(window.first, window.end) - window.begin)
-        owners.append(np.full(counted, window.document))
-    row_T, place_T, owner_T = (
-        torch.from_numpy(np.concatenate(parts)).to(device) for parts in (rows, places, owners)
-    )
-    losses = scorer(torch.from_numpy(input_ids).to(device), row_T, place_T, chunks)
-    sums = torch.zeros(len(documents), dtype=torch.float64, device=device)
-    return sums.index_add_(0, owner_T, losses)
-
-
-def _check_fit(model: Any, documents: list[Document], size: int) -> None:
-    vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
-    for document in documents:
-        if len(document.input_ids) and int(document.input_ids.max()) >= vocabulary:
-            raise EvaluationError(
-                f"document '{document.id}' holds token {int(document.input_ids.max())}, the model "
-                f"knows {vocabulary}: the corpus was built with another tokenizer than the model's"
-            )
-    if size > context:
-        raise EvaluationError(
-            f"corpus.max_seq_length ({size}) is longer than the model's context ({context})"
-        )
 
 
 def figures_of(
