@@ -17,13 +17,12 @@ from fastcpt.corpus import leakage
 from fastcpt.corpus.budget import take_within
 from fastcpt.corpus.documents import Document, files_under, identity, read_documents
 from fastcpt.corpus.processes import cores
-from fastcpt.corpus.score import hash_of
 from fastcpt.corpus.selected import Selected
 from fastcpt.corpus.shards import VALIDATION_SCHEMA
 from fastcpt.corpus.token_ids import TokenIds, find_ids
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.corpus.tokens import tokenize_part
-from fastcpt.files import digest_of
+from fastcpt.files import digest_of, hash_of
 from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Documents
 

@@ -34,7 +34,7 @@ from fastcpt.corpus.documents import (
 )
 from fastcpt.corpus.fingerprint import BINS, Fingerprint, fingerprint
 from fastcpt.corpus.processes import Progress, in_order, over_parts
-from fastcpt.files import digest_of, read_json, whole_file, write_json
+from fastcpt.files import digest_of, hash_of, read_json, whole_file, write_json
 from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Score
 
@@ -180,12 +180,6 @@ def _score_into(folder: Path, part: str, recipe: Recipe, processes: int) -> dict
     )
     log.info("%s: %d documents, %d set aside", part, documents, set_aside)
     return {"documents": documents, "unreadable": set_aside, "characters": characters}
-
-
-def hash_of(*parts: object) -> int:
-    """64 bits that stand for a value, the same on every machine."""
-    joined = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
 
 
 def score_documents(documents: Sequence[Document], settings: Score) -> list[dict[str, Any]]:

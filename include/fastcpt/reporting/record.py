@@ -246,13 +246,21 @@ def read(record: Path, name: str) -> dict[str, Any]:
     return _mapping(record / name, read_json)
 
 
+def read_last(record: Path, name: str) -> dict[str, Any]:
+    """``evaluation`` or ``gate`` of the run's last stage that has one."""
+    return read(record, f"{name}_stage2.json") or read(record, f"{name}.json")
+
+
 def last_gate(home: Path, base: str | None, validation_set: str) -> dict[str, Any]:
     """The newest decision of a gate on this set in a run of this base model; empty without one."""
     if base is None:
         return {}
     decisions = (home / "runs").glob("*/gate.json")
     for file in sorted(decisions, key=lambda path: path.stat().st_mtime, reverse=True):
-        gate, model = read(file.parent, file.name), recipe_of(file.parent).get("model") or {}
+        try:
+            gate, model = read(file.parent, file.name), recipe_of(file.parent).get("model") or {}
+        except RecordError:  # of another run: it keeps this one from nothing
+            continue
         if (model.get("name_or_path"), gate.get("validation_set")) == (base, validation_set):
             return gate
     return {}

@@ -17,7 +17,7 @@ from fastcpt.files import whole_file
 from fastcpt.gate import words
 from fastcpt.reporting import pictures
 from fastcpt.reporting.pages import page
-from fastcpt.reporting.record import TRAININGS, read, recipe_of
+from fastcpt.reporting.record import TRAININGS, read, read_last, recipe_of
 from fastcpt.reporting.summary import duration, interval, span, summary, summary_text
 
 COUNTS = ("documents", "characters", "tokens")  # of a row of the funnel
@@ -157,7 +157,7 @@ def _kinds(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Part]:
 
 def _questions(record: Path) -> list[Part]:
     """What base and trained model answered, and whether that is more than chance between them."""
-    last = read(record, "evaluation_stage2.json") or read(record, "evaluation.json")
+    last = read_last(record, "evaluation")
     asked = last.get("questions")
     if not asked:
         return []

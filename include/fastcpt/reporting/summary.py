@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcpt.gate import words
-from fastcpt.reporting.record import TRAININGS, read, recipe_of, times
+from fastcpt.reporting.record import TRAININGS, read, read_last, recipe_of, times
 
 
 def summary(record: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def summary(record: Path) -> dict[str, Any]:
         {},
     )
     cost = read(record, "cost.json")
-    gate = read(record, "gate_stage2.json") or read(record, "gate.json")
+    gate = read_last(record, "gate")
     sft = read(record, "evaluation_sft.json")
     return {
         "run": run.get("run"),
@@ -90,7 +90,7 @@ def summary_text(record: Path) -> str:
     if facts["steps"]:
         steps = [f"{name} {count:,}" for name, count in facts["steps"].items()]
         lines.append(("steps", ", ".join(steps)))
-    if gate := read(record, "gate_stage2.json") or read(record, "gate.json"):
+    if gate := read_last(record, "gate"):
         lines.append(("perplexity", words(gate)))
     if better := _bits_line(record):
         lines.append(("bits/byte", better))
@@ -160,7 +160,7 @@ def _branch(record: Path) -> str | None:
 
 def _questions_line(record: Path) -> str:
     """The share of questions answered rightly, and the gain over the base model."""
-    evaluation = read(record, "evaluation_stage2.json") or read(record, "evaluation.json")
+    evaluation = read_last(record, "evaluation")
     if not evaluation.get("questions"):
         return ""
     row = evaluation["questions"]["model"]["table"]["all"]
@@ -170,7 +170,7 @@ def _questions_line(record: Path) -> str:
 
 def _bits_line(record: Path) -> str:
     """Bits a byte of the base model and of the trained one, on each held-out set that has both."""
-    evaluation = read(record, "evaluation_stage2.json") or read(record, "evaluation.json")
+    evaluation = read_last(record, "evaluation")
     parts = []
     for name, figures in evaluation.items():
         both = figures if isinstance(figures, dict) and {"base", "model"} <= set(figures) else {}

@@ -79,12 +79,13 @@ def evaluate(
     """
     checkpoint = final_of(checkpoint)
     asked, areas = _Asked.of(validation, recipe), _areas_of(checkpoint)
-    made_from = asked.digest(model_identity(checkpoint), model_identity(base) if base else None)
+    base_identity = model_identity(base) if base else None
+    made_from = asked.digest(model_identity(checkpoint), base_identity)
     if output.is_file() and (found := read_json(output)).get("made_from") == made_from:
         print(f"{output} is complete", flush=True)
         return dict(found)
     subjects = {label: sorted(area.subjects) for label, area in areas.items()}
-    base_made_from = asked.digest(model_identity(base), subjects) if base else None
+    base_made_from = asked.digest(base_identity, subjects) if base else None
     known = _base_figures(base_evaluation, base_made_from)
     sets = {name: read_documents(files) for name, files in asked.files.items()}
     questions, texts = _questions(checkpoint, sets[asked.gate_set], asked.questions)

@@ -14,7 +14,6 @@ drawn by hashes: the same documents give the same questions on every machine.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastcpt.files import hash_of
 from fastcpt.training.intervals import ratio
 from fastcpt.training.validation import Document
 
@@ -66,23 +66,22 @@ def questions_of(documents: Sequence[Document], texts: Sequence[str], most: int)
     about = [(document.id, text[:READ]) for document, text in zip(documents, texts, strict=True)]
     for kind, candidates in _candidates(about).items():
         candidates.sort(key=lambda one: one.order)
-        of_document: dict[str, int] = {}
-        wanted = most
+        of_document: Counter[str] = Counter()
         for one in candidates:
-            if not wanted:
+            if of_document.total() == most:
                 break
-            if of_document.get(one.document, 0) == A_DOCUMENT:
+            if of_document[one.document] == A_DOCUMENT:
                 continue
             if question := _question(kind, one, candidates):
                 asked.append(question)
-                of_document[one.document] = of_document.get(one.document, 0) + 1
-                wanted -= 1
+                of_document[one.document] += 1
     return asked
 
 
 class _Candidate(NamedTuple):
     document: str
     answer: str
+    form: str  # of a citation, date or number
     before: str
     after: str
     order: int  # drawn from what it is
@@ -96,8 +95,9 @@ def _candidates(about: Sequence[tuple[str, str]]) -> dict[str, list[_Candidate]]
         for place in (*_places(text), *_sentences(text))
     ]
     for document, (kind, answer, before, after) in (*places, *_titles(about)):
-        order = _drawn(kind, document, answer, before[-50:])
-        found[kind].append(_Candidate(document, answer, before, after, order))
+        form = _form(answer) if kind in _FORMS else ""
+        order = hash_of(kind, document, answer, before[-50:])
+        found[kind].append(_Candidate(document, answer, form, before, after, order))
     return found
 
 
@@ -154,13 +154,11 @@ def _question(kind: str, one: _Candidate, candidates: Sequence[_Candidate]) -> Q
     if one.answer in given:
         return None
     wrong: list[str] = []
-    like = _likeness(kind, one.answer)
     begin = one.order % len(candidates)
-    for other in (*candidates[begin:], *candidates[:begin]):
-        if kind in ("title", "sentence") and other.document == one.document:
-            continue
+    for place in range(begin, begin + len(candidates)):
+        other = candidates[place % len(candidates)]
         text = other.answer
-        if text in (one.answer, *wrong) or text in given or not like(text):
+        if not _alike(kind, one, other) or text in (one.answer, *wrong) or text in given:
             continue
         wrong.append(text)
         if len(wrong) == ANSWERS - 1:
@@ -180,24 +178,18 @@ def _question(kind: str, one: _Candidate, candidates: Sequence[_Candidate]) -> Q
     )
 
 
-def _likeness(kind: str, answer: str) -> Callable[[str], bool]:
-    """What a wrong answer has in common with the right one."""
-    if kind == "title":
-        return lambda text: True
-    if kind == "sentence":
-        return lambda text: 0.7 <= len(text) / len(answer) <= 1.4
-    form = _form(answer)
-    return lambda text: _form(text) == form
+def _alike(kind: str, one: _Candidate, other: _Candidate) -> bool:
+    """Whether the other's answer could stand in this one's place, by its form or its length."""
+    if kind in _FORMS:
+        return other.form == one.form
+    if other.document == one.document:
+        return False
+    return kind == "title" or 0.7 <= len(other.answer) / len(one.answer) <= 1.4
 
 
 def _form(answer: str) -> str:
     """``2016/679`` and ``1999/468`` are alike, ``95/46/EC`` is not; months are."""
     return re.sub(r"[^\W\d_]{3,}", "a", re.sub(r"\d", "0", answer))
-
-
-def _drawn(*parts: str) -> int:
-    joined = "\x1f".join(parts).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
 
 
 def texts_of(
