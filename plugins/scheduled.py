@@ -14,7 +14,7 @@ from airflow.sdk import Context, get_current_context
 from airflow.sdk.exceptions import AirflowSkipException
 
 from fastcpt.files import HOME, read_json
-from fastcpt.reporting.record import read
+from fastcpt.reporting.record import RecordError, read
 from fastcpt.schedules import FILE, read_schedules
 
 # A slot that Airflow comes to later than this was missed, unless it waited for the run before.
@@ -38,10 +38,7 @@ def look_for_new(name: str) -> dict[str, Any]:
     recipe = schedule.load_recipe()
     last = last_success(HOME, name)
     before = read_json(last / "documents.json") if last else {}
-    new = arrived(
-        {part: (size, changed) for part, (size, changed) in before.items()},
-        state_of(list_parts(recipe.documents)),
-    )
+    new = arrived(before, state_of(list_parts(recipe.documents)))
     tokens = estimated_tokens(text_bytes(new), recipe) if new else 0
     since = f"since {_time_of(last):%Y-%m-%d %H:%M}" if last else "and no run before"
     found = f"{name}: {len(new)} new or changed files, about {tokens:,} tokens, {since}"
@@ -64,13 +61,16 @@ def run_id(name: str) -> str:
 
 def last_success(home: Path, name: str) -> Path | None:
     """The record of the newest run of a schedule that succeeded and says what documents it took."""
-    succeeded = [
-        record
-        for record in (home / "runs").glob(f"{name}__*")
-        if read(record, "run.json").get("state") == "success"
-        and (record / "documents.json").exists()
-    ]
-    return max(succeeded, key=_time_of, default=None)
+    records = (home / "runs").glob(f"{name}__*")
+    return max(filter(_succeeded, records), key=_time_of, default=None)
+
+
+def _succeeded(record: Path) -> bool:
+    try:
+        state = read(record, "run.json").get("state")
+    except RecordError:  # of another run: it keeps this one from nothing
+        return False
+    return state == "success" and (record / "documents.json").exists()
 
 
 def _time_of(record: Path) -> datetime:

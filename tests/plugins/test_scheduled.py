@@ -68,6 +68,12 @@ class Schedule:
         close_record(record, state)
         return record
 
+    def leave_damaged(self, time: datetime) -> None:
+        """A record of such a run whose ``run.json`` can no longer be read."""
+        record = self.home / "runs" / f"weekly__{time:%Y}-damaged"
+        record.mkdir(parents=True)
+        (record / "run.json").write_text("{")
+
 
 @pytest.fixture
 def schedule(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Schedule:
@@ -124,6 +130,12 @@ def test_days_count_from_time_to_time_however_late_a_run_began(schedule: Schedul
     schedule.add("new.jsonl", 4_400)
     assert schedule.skipped(SATURDAY + WEEK).endswith("less than 14 days ago")
     assert schedule.look(SATURDAY + 2 * WEEK)
+
+
+def test_a_damaged_record_of_an_earlier_run_stops_no_schedule(schedule: Schedule) -> None:
+    schedule.train(SATURDAY, "success")
+    schedule.leave_damaged(SATURDAY + WEEK)
+    assert "0 new" in schedule.skipped(SATURDAY + 2 * WEEK)
 
 
 def test_another_schedules_runs_do_not_count(schedule: Schedule) -> None:

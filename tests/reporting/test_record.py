@@ -360,6 +360,9 @@ def test_the_last_gate_is_that_of_the_same_base_model_and_set(home):
         record = records.open_record(home, f"run-{number}", "fast_cpt", of)
         file = records.add(record, "gate.json", facts)
         os.utime(file, (number, number))
+    damaged = home / "runs" / "damaged"
+    damaged.mkdir()
+    (damaged / "gate.json").write_text("{")
     name = recipe.model.name_or_path
     assert records.last_gate(home, name, "random")["base_value"] == 9.5
     assert records.last_gate(home, name, "newest") == {}
