@@ -6,8 +6,8 @@ Fits the efficiencies of ``fastcpt.planning.costs`` on the rows of ``measured.ya
 row, on all others alone: the error left out is what a plan of something new has to expect. Rows help
 their likes, so whole groups are left out too (a model size, a number of GPUs): how often does the
 plan's range, made without them, hold what was measured? Beside it the range as it was before it
-widened with distance, and the rates that others published for programs of their own. No GPU; a
-minute. ``--fit`` prints the efficiencies to put into ``costs.Efficiency`` after a new row. The last line
+widened with distance, and the rates of other programs: published, and measured on the trainer's hosts
+(``other_programs.yaml``). No GPU; a minute. ``--fit`` prints the efficiencies to put into ``costs.Efficiency`` after a new row. The last line
 is one JSON object.
 """
 
@@ -43,7 +43,7 @@ from fastcpt.recipe import DEFAULT_RECIPE, load_recipe
 # counted by hand. A number that few rows speak of stays near it.
 BEFORE = Efficiency(
     bf16=0.65, fp8=0.5, flash=0.5, sdpa=0.2, cudnn=0.6,
-    passes_liger=8.0, passes_te=8.0, passes_compile=2.0, passes_fused=6.0, passes_fp8=2.0,
+    passes_liger=8.0, passes_fused=6.0, passes_fp8=2.0,
     passes_lora=40.0, passes_lora_fused=10.0, passes_fp8_weights=6.0, micro_batch_ms=20.0,
     memory=0.85, link=0.3, hidden=0.25, hidden_fused=0.6,
 )  # fmt: skip
@@ -141,12 +141,15 @@ def _trainers(facts: dict[str, Any]) -> bool:
     return str(facts["what"]).startswith("trainer")
 
 
-def peers(rows: list[Row]) -> list[LeftOut]:
-    """Each published rate and the range of a plan for its model, method, GPUs and sequence, which
-    knows of the other published rates only. Their programs are not this one."""
+OTHER_PROGRAMS = Path(__file__).with_name("other_programs.yaml")
+
+
+def peers(rows: list[Row], of_others: list[Published]) -> list[LeftOut]:
+    """Each rate of another program and the range of a plan for its model, method, GPUs and sequence,
+    which knows of the other published rates only. Their programs are not this one."""
     found = []
     published = published_rows()
-    for row in published:
+    for row in of_others:
         job = _planned(row)
         if job is None:
             continue
@@ -258,8 +261,14 @@ def main() -> None:
     inside = sum(abs(row["error_left_out"]) <= RATE_TOLERANCE for row in results)
     print(f"{inside} of {len(results)} rows within {RATE_TOLERANCE:.0%} when left out")
     groups = print_left_out(left_out_groups(rows), "left out by group: the trainer's rows")
-    published = print_left_out(peers(rows), "published by others, of their own programs")
-    summary = {"within_left_out": inside, "groups": groups, "published": published}
+    published = print_left_out(
+        peers(rows, published_rows()), "published by others, of their own programs"
+    )
+    measured = print_left_out(
+        peers(rows, published_rows(OTHER_PROGRAMS)), "other programs, measured on these hosts"
+    )
+    summary = {"within_left_out": inside, "groups": groups}
+    summary |= {"published": published, "other_programs": measured}
     print(json.dumps({"benchmark": "planning", "rows": results, **summary}))
 
 

@@ -29,12 +29,12 @@ from fastcpt.step_memory import (
     fused_block_bytes,
 )
 
-# What the backward computes again: nothing, every second matrix product (torchtitan), the
-# feed-forward products (the trainer's fused blocks), all of a block.
-Checkpointing = Literal["none", "selective", "mlp", "full"]
-# Who does the work between the matrix products: transformers as it is, liger's kernels in it,
-# torch.compile over each layer, transformer-engine's whole layer, the trainer's fused blocks.
-Kernels = Literal["plain", "liger", "compile", "te", "fused"]
+# What the backward computes again: nothing, the feed-forward products (the trainer's fused blocks),
+# all of a block.
+Checkpointing = Literal["none", "mlp", "full"]
+# Who does the work between the matrix products: transformers as it is, liger's kernels in it, the
+# trainer's fused blocks.
+Kernels = Literal["plain", "liger", "fused"]
 Attention = Literal["sdpa", "flash", "cudnn"]
 
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
@@ -123,13 +123,11 @@ def model_flops(shape: Shape, sequence: float, lora: Lora | None = None) -> floa
 
 def recomputed_flops(job: Job) -> float:
     """What checkpointing adds a token: all blocks forward again (``2 (N_mm - V h) + att``), for
-    ``selective`` every second matrix product of them, for ``mlp`` gate and up; of the layers that
-    are recomputed."""
+    ``mlp`` gate and up; of the layers that are recomputed."""
     shape = job.shape
     blocks = 2.0 * (shape.matrix_parameters - shape.head_parameters)
     added = {
         "none": 0.0,
-        "selective": blocks / 2,
         "mlp": 4.0 * shape.num_hidden_layers * shape.hidden_size * shape.intermediate_size,
         "full": blocks + attention_flops(shape, job.attended or job.sequence),
     }
@@ -144,9 +142,9 @@ def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
 
     ``none``: two norms' inputs (2 h each), rotated queries, keys, values, attention's output,
     gate and up (2 f each) and the inputs of the linear layers, 2 B each; in FP8 these inputs are
-    1 B, kept by every layer for itself unless fused. ``full``: the block's input, ``2 h``.
-    ``selective``: that, and every second matrix product's output. The trainer's fused blocks keep
-    queries and keys before and after rotation too, and ``mlp`` drops their feed-forward half.
+    1 B, kept by every layer for itself. ``full``: the block's input, ``2 h``. The trainer's fused
+    blocks keep queries and keys before and after rotation too, and ``mlp`` drops their feed-forward
+    half.
     """
     h, f = job.shape.hidden_size, job.shape.intermediate_size
     q, k = job.shape.queries, job.shape.keys
@@ -155,8 +153,6 @@ def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
     if job.kernels == "fused":
         attention, mlp = fused_block_bytes(job.shape, job.lora, job.fp8)
         return attention + mlp if checkpointing == "none" else attention
-    if checkpointing == "selective":
-        return 2 * (h + q + k + f)
     between = 2 * (h + q + 2 * k + q + h + job.shape.widened)
     if job.lora:
         # only adapted layers need their input: after dropout in bf16, and dropout's mask
@@ -164,8 +160,7 @@ def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
         return between + 3 * adapted
     if not job.fp8:
         return between + 2 * (2 * h + f)
-    fused = job.kernels in ("compile", "te")
-    return between + ((2 * h if fused else 5 * h) + q + f)
+    return between + 5 * h + q + f
 
 
 def memory_parts(job: Job) -> dict[str, float]:
@@ -199,7 +194,7 @@ def memory_parts(job: Job) -> dict[str, float]:
         # gradients of both
         live = 4 * block if job.kernels == "fused" else max(LIVE_PARAMETERS, 2 * block)
         parts["gather_buffers"] = BYTES_BF16 * (min(layers * block, live) + shape.head_parameters)
-    if job.fp8 and job.kernels != "compile":
+    if job.fp8:
         # transformer-engine keeps FP8 copies, unsharded, for the backward of what is not
         # recomputed; a fused block keeps each turned both ways, as Hopper's products want them
         copies = 2 if job.kernels == "fused" else 1
@@ -290,8 +285,6 @@ class Efficiency:
     cudnn: float = 0.614
     # times the kept activations are read and written, forward and backward
     passes_liger: float = 8.97
-    passes_te: float = 8.81
-    passes_compile: float = 1.85
     passes_fused: float = 5.69
     passes_fp8: float = 1.93  # more of them where a fused block quantizes
     passes_lora: float = 45.2  # the same of each adapted layer's input
@@ -354,7 +347,7 @@ def _moved_bytes(job: Job, e: Efficiency) -> float:
     """Bytes of a token that are read and written between the products."""
     shape, fused = job.shape, job.kernels == "fused"
     # what is computed again is moved again: a third of forward and backward, or half that
-    share = {"none": 0, "selective": 1 / 6, "mlp": 1 / 6, "full": 1 / 3}[job.checkpointing]
+    share = {"none": 0, "mlp": 1 / 6, "full": 1 / 3}[job.checkpointing]
     more = 1 + job.recomputed_share * share
     passes = PASSES_PLAIN if job.kernels == "plain" else getattr(e, f"passes_{job.kernels}")
     if fused and job.fp8:

@@ -73,18 +73,16 @@ class Published:
 
 
 @cache
-def _content() -> dict[str, Any]:
-    content: dict[str, Any] = read_yaml(MEASURED)
-    return content
-
-
 def measured_rows() -> list[Row]:
     """Every measured row: its job, its machines, and what is written of it."""
-    return [_read(dict(row)) for row in _content()["rows"]]
+    content: dict[str, Any] = read_yaml(MEASURED)
+    return [_read(row) for row in content["rows"]]
 
 
-def published_rows() -> list[Published]:
-    """Every published rate."""
+@cache
+def published_rows(file: Path = MEASURED) -> list[Published]:
+    """Every published rate of a file: its list ``published``."""
+    content: dict[str, Any] = read_yaml(file)
     return [
         Published(
             _shape(row),
@@ -96,7 +94,7 @@ def published_rows() -> list[Published]:
             row["source"],
             row.get("bound", True),
         )
-        for row in _content()["published"]
+        for row in content["published"]
     ]
 
 
