@@ -1,14 +1,17 @@
 """Fused blocks against transformers' layers on this GPU: loss and gradients, in bf16 and FP8.
 
-    python benchmarks/correctness.py
+    python benchmarks/correctness.py [--only frozen]
 
 Errors are relative (norm of the difference over norm) to transformers' own model in float32, which
-its bf16 form misses by about 0.008. Weights have to come back bit for bit. The last line is one
-JSON object; ends with an error where bf16 is further off than 1.3 times transformers' bf16.
+its bf16 form misses by about 0.008. Weights have to come back bit for bit. Frozen weights in one byte
+(``frozen``) have to give what weights quantized every time give: logits to the last bit, gradients as near as the same
+program run twice. The last line is one JSON object; ends with an error where that is not so, or where bf16
+is further off than 1.3 times transformers' bf16.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 import json
@@ -117,8 +120,94 @@ def compared(
     }
 
 
+def frozen(attention: str, recompute: Any, keep: bool, on_host: bool, batch: Any) -> dict[str, Any]:
+    """Adapters in FP8: weights quantized every time, beside weights quantized once, in one byte.
+
+    ``keep``: with their transposed copies. Attention's backward adds in any order: how far a way is off
+    from itself (``again``) bounds the gradients; losses and logits have to be equal.
+    """
+    plain = add_lora(llama(False, "llama3"), Lora(r=8, lora_alpha=16, lora_dropout=0.0))
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.05)
+    found = {}
+    for kind, one_byte in (("every time", False), ("again", False), ("one byte", True)):
+        model = copy.deepcopy(plain)
+        inside = model.get_base_model()
+        before = torch.cuda.memory_allocated()
+        packing = with_fused_blocks(
+            inside, SIZE, attention, True, keep, None, GPU, one_byte=one_byte
+        )
+        freed = before - torch.cuda.memory_allocated()
+        for block in inside.model.layers:
+            block.recompute(recompute, on_host and one_byte)
+        trainee, hidden = Trainee(model, attention, packing), []
+        inside.model.norm.register_forward_hook(
+            lambda *seen, to=hidden: to.append(seen[2].detach())
+        )
+        losses = []
+        for _ in range(2):
+            loss = trainee(batch, GPU)
+            loss.backward()
+            losses.append(loss.item())
+            packing.weights_changed = False
+        logits = hidden[-1] @ inside.lm_head.weight.T
+        found[kind] = losses, logits, gradients(model, inside.config), freed
+        if one_byte:
+            kept = [
+                weight._transpose is not None for b in inside.model.layers for weight in b.one_byte
+            ]
+    wanted = found["every time"]
+    differing = {
+        kind: {
+            "loss": found[kind][0] != wanted[0],
+            "logits": int((found[kind][1] != wanted[1]).sum()),
+            "gradients": sum(int((found[kind][2][n] != g).sum()) for n, g in wanted[2].items()),
+            "off": error(found[kind][2], wanted[2]),
+        }
+        for kind in ("again", "one byte")
+    }
+    again, own = differing["again"], differing["one byte"]
+    # in a recomputed layer the copies are the recomputation's own and go with it
+    right = all(kept) if keep and recompute != "full" else not any(kept) or keep
+    return {
+        "case": f"{attention}, recompute {recompute}, transposed {'kept' if keep else 'made'}"
+        f"{', inputs on the host' if on_host else ''}",
+        "differing": differing,
+        "losses": wanted[0],
+        "freed_mb": [round(found[kind][3] / 1e6, 2) for kind in ("every time", "one byte")],
+        "transposed_as_asked": right,
+        "passed": right
+        and not own["loss"]
+        and not own["logits"]
+        and own["off"] <= 2 * again["off"],
+    }
+
+
+def frozen_cases(batch: Any) -> list[dict[str, Any]]:
+    results = []
+    for attention in ("transformer_engine", "flash_attention_2"):
+        for recompute, keep, on_host in (
+            ("none", False, False),
+            ("none", True, False),
+            ("mlp", False, False),
+            ("full", False, False),
+            ("full", False, True),
+        ):
+            result = frozen(attention, recompute, keep, on_host, batch)
+            results.append(result)
+            print(f"frozen: {result['case']:75} {result['passed']} {result}", flush=True)
+    return results
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("frozen",))
+    args = parser.parse_args()
     batch = one_batch()
+    in_one_byte = frozen_cases(batch)
+    if args.only == "frozen":
+        sys.exit(0 if all(result["passed"] for result in in_one_byte) else 1)
     results = []
     cases = itertools.product(
         ((False, "llama3"), (True, "default")),
@@ -137,7 +226,9 @@ def main() -> None:
         and r["gradient_error"]["fused"] < 1.3 * r["gradient_error"]["transformers"]
         for r in results
     )
-    print(json.dumps({"benchmark": "correctness", "passed": passed, "results": results}))
+    passed = passed and all(result["passed"] for result in in_one_byte)
+    found = {"passed": passed, "results": results, "frozen": in_one_byte}
+    print(json.dumps({"benchmark": "correctness", **found}))
     sys.exit(0 if passed else 1)
 
 

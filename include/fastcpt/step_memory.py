@@ -7,13 +7,14 @@ a micro-batch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape
 
 LOGITS_AT_ONCE = 4096  # tokens whose logits exist at one time: 1 GB for 128,000 words
+LOGITS_ON_FULL_GPU = 1024  # the same where layers' inputs have to wait on the host
 FILL = 0.94  # of the memory that torch sees; the rest is for fragments and kernels
 CHECKPOINT_BYTES = 12  # a trained weight: float32 and Adam's two moments
 MODEL_BYTES = 2  # a weight in bfloat16
@@ -27,14 +28,22 @@ class ActivationCheckpointing:
     layers: int
     total: int
     gathered: bool = False  # ZeRO-3's weights stay whole between steps
-    keep_fp8: bool = False  # FP8 weights stay for all micro-batches of a step
+    keep_fp8: bool = False  # FP8 weights stay, in both layouts, for all micro-batches of a step
+    one_byte: bool = False  # frozen matrices are kept in FP8 alone, whole on each rank
+    on_host: int = 0  # layers whose input waits in the host's memory; the embedding then too
+
+    @property
+    def logits_at_once(self) -> int:
+        """Tokens whose logits exist at one time."""
+        return LOGITS_ON_FULL_GPU if self.on_host else LOGITS_AT_ONCE
 
     def __str__(self) -> str:
-        if self.kind == "full":
-            return f"activations of {self.layers}/{self.total} layers recomputed"
         mlp = f"{self.layers}/{self.total} feed-forward layers recomputed"
-        kept = mlp if self.kind == "mlp" else "activations kept"
-        return kept + (", weights kept gathered" if self.gathered else "")
+        whole = f"activations of {self.layers}/{self.total} layers recomputed"
+        said = {"full": whole, "mlp": mlp, "none": "activations kept"}[self.kind]
+        said += ", weights kept gathered" if self.gathered else ""
+        said += ", frozen weights in one byte" if self.one_byte else ""
+        return said + (f", inputs of {self.on_host} layers on the host" if self.on_host else "")
 
 
 def activation_checkpointing(
@@ -47,21 +56,55 @@ def activation_checkpointing(
     fp8: bool,
     offload: bool,
     fill: float | None = None,
-    never: bool = False,
+    wanted: Literal["auto"] | bool = "auto",
 ) -> ActivationCheckpointing:
     """The least recomputation with which ``T`` = ``tokens`` fit into ``fill`` of ``usable_bytes``.
 
+    ``wanted``: True recomputes all layers, False nothing, whether it fits or not. Frozen weights are
+    kept in one byte under LoRA in FP8, on several ranks only where that takes no more recomputation
+    than to share them out in bfloat16.
+    """
+    room = (FILL if fill is None else fill) * usable_bytes
+    shared = _with_shared_weights(shape, tokens, ranks, room, lora, fp8, offload)
+    found = shared
+    if lora and fp8:
+        own = _with_one_byte(shape, tokens, ranks, room, lora)
+        effort = {"none": 0, "mlp": 1, "full": 2}
+        if ranks == 1 or (effort[own.kind], own.layers, own.on_host) <= (
+            effort[shared.kind],
+            shared.layers,
+            0,
+        ):
+            found = own
+    if wanted == "auto":
+        return found
+    if wanted:
+        return replace(found, kind="full", layers=found.total, gathered=False, keep_fp8=False)
+    kept = replace(found, kind="none", layers=0, on_host=0)
+    return kept if found.one_byte else replace(kept, keep_fp8=fp8)
+
+
+def _with_shared_weights(
+    shape: Shape,
+    tokens: int,
+    ranks: int,
+    room: float,
+    lora: Lora | None,
+    fp8: bool,
+    offload: bool,
+) -> ActivationCheckpointing:
+    """Weights in bfloat16, shared out over the ranks.
+
     Nothing is recomputed where all fits; else the feed-forward halves of as many layers as it takes; else
-    as many whole layers. With room to spare ZeRO-3's weights stay whole. ``never`` recomputes nothing,
-    whether it fits or not. Bytes: 2 a weight, over the ranks; 14 a trained weight (gradient, float32 copy,
-    two moments), over the ranks; where the optimizer is offloaded, the 14 are the hosts'.
+    as many whole layers. With room to spare ZeRO-3's weights stay whole. Bytes: 2 a weight, over the
+    ranks; 14 a trained weight (gradient, float32 copy, two moments), over the ranks; where the optimizer
+    is offloaded, the 14 are the hosts'.
     """
     layers, block, head = shape.num_hidden_layers, shape.block_parameters, shape.head_parameters
     attention, mlp = fused_block_bytes(shape, lora, fp8)
     # offloaded, the optimizer is the hosts'; a single rank keeps its gradients all the same
     on_gpu = 14 if not offload else 2 if ranks == 1 else 0
     trained = 0 if lora else on_gpu * shape.parameters / ranks
-    room = (FILL if fill is None else fill) * usable_bytes
     room -= 2 * shape.parameters / ranks + trained
     room -= 8 * shape.vocab_size * min(tokens, LOGITS_AT_ONCE) + 2 * head * (1 if lora else 2)
     room -= 8 * block + 8 * tokens * shape.intermediate_size
@@ -69,7 +112,7 @@ def activation_checkpointing(
     fp8_weights = 2 * block if fp8 else 0
     kept = tokens * (attention + mlp - 2 * shape.hidden_size)
     spare = room - layers * (kept + fp8_weights)
-    if spare >= 0 or never:
+    if spare >= 0:
         gathered = ranks > 1 and spare >= 2 * shape.parameters
         return ActivationCheckpointing("none", 0, layers, gathered, keep_fp8=fp8)
     if spare + layers * tokens * mlp >= 0:
@@ -77,6 +120,47 @@ def activation_checkpointing(
         return ActivationCheckpointing("mlp", some, layers, keep_fp8=fp8)
     whole = min(layers, int(max(0.0, room) // (kept + fp8_weights)))
     return ActivationCheckpointing("full", layers - whole, layers)
+
+
+def _with_one_byte(
+    shape: Shape, tokens: int, ranks: int, room: float, lora: Lora
+) -> ActivationCheckpointing:
+    """Frozen matrices in one byte, whole on each rank; their transposed copies, in one more, where nothing
+    has to be recomputed for them.
+
+    Bytes besides: 2 a weight of embedding, output layer and norms and 16 of the adapters (weight, gradient,
+    float32 copy, two moments), over the ranks; of the output layer gathered, where they are several. Where not
+    even one layer's activations find room, layers' inputs go to the host, as few as it takes, with the
+    embedding.
+    """
+    layers, block, head = shape.num_hidden_layers, shape.block_parameters, shape.head_parameters
+    attention, mlp = fused_block_bytes(shape, lora, fp8=True)
+    rest = shape.parameters - layers * block
+    entering = 2 * tokens * shape.hidden_size
+    kept = tokens * (attention + mlp) - entering
+    fixed = layers * block + (2 * rest + 16 * shape.lora_parameters(lora)) / ranks
+    fixed += 2 * head if ranks > 1 else 0
+    # the block at work: its transposed copies, the gradients of its feed-forward products
+    fixed += block + 8 * tokens * shape.intermediate_size
+    room -= fixed + 8 * shape.vocab_size * min(tokens, LOGITS_AT_ONCE) + layers * entering
+    found = ActivationCheckpointing("none", 0, layers, one_byte=True)
+    spare = room - layers * kept
+    if spare >= 0:
+        transposed = (layers - 1) * block
+        left = spare - transposed if spare >= transposed else spare
+        gathered = ranks > 1 and left >= 2 * rest
+        return replace(found, keep_fp8=spare >= transposed, gathered=gathered)
+    if spare + layers * tokens * mlp >= 0:
+        return replace(found, kind="mlp", layers=min(layers, math.ceil(-spare / (tokens * mlp))))
+    found = replace(found, kind="full", layers=layers - min(layers, int(max(0.0, room) // kept)))
+    room -= kept  # of the one that is computed again
+    if room >= 0:
+        return found
+    fewer = min(tokens, LOGITS_AT_ONCE) - min(tokens, LOGITS_ON_FULL_GPU)
+    room += 8 * shape.vocab_size * fewer
+    room += 0 if shape.tie_word_embeddings else 2 * head / ranks
+    on_host = min(layers, max(1, math.ceil(-room / entering)))
+    return replace(found, layers=layers, on_host=on_host)
 
 
 def fused_block_bytes(shape: Shape, lora: Lora | None, fp8: bool) -> tuple[int, int]:

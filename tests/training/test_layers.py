@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastcpt.recipe_sections import Lora
 from fastcpt.training.data import Row, make_batch
 from fastcpt.training.layers import plain_weights, with_fused_blocks
-from fastcpt.training.model import Trainee, add_lora
+from fastcpt.training.model import HostEmbedding, Trainee, add_lora
 
 CPU = torch.device("cpu")
 LLAMA3 = {
@@ -113,6 +113,63 @@ def test_products_add_the_gradients_of_micro_batches_up_themselves(recompute: An
     named = plain_weights(gradients, fused.config)
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(named[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def adapted_llama() -> Any:
+    plain = add_lora(llama(False, LLAMA3), Lora(r=4, lora_dropout=0.0))
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0.0, 0.1)
+    return plain
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("recompute", "on_host"), [("none", False), ("full", False), ("full", True)]
+)
+def test_frozen_weights_in_one_byte_give_the_loss_and_gradients_of_weights_quantized_each_time(
+    recompute: Any, on_host: bool, keep: bool
+) -> None:
+    models = adapted_llama(), adapted_llama()
+    losses, gradients = [], []
+    for model, one_byte in zip(models, (False, True), strict=True):
+        inside = model.get_base_model()
+        packing = with_fused_blocks(
+            inside, 40, "transformer_engine", True, keep, None, CPU, one_byte=one_byte
+        )
+        for block in inside.model.layers:
+            block.recompute(recompute, on_host and one_byte)
+        for _ in range(2):  # gradients add up over micro-batches
+            loss = Trainee(model, "transformer_engine", packing)(batch(), CPU)
+            loss.backward()
+        losses.append(loss.item())
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert losses[0] == losses[1]
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    block = models[1].get_base_model().model.layers[0]
+    # two norms, and two small matrices for each of q, k, v, o: no matrix of 32 x 32 is a parameter
+    assert sum(p.numel() for p in block.parameters()) == 2 * 32 + 256 + 192 + 192 + 256
+    assert [weight.transposed for weight in block.one_byte] == [keep] * 4
+
+
+def test_a_frozen_embedding_on_the_host_gives_the_same_loss_and_gradients() -> None:
+    models = adapted_llama(), adapted_llama()
+    losses = []
+    for model, on_host in zip(models, (False, True), strict=True):
+        inside = model.get_base_model()
+        packing = with_fused_blocks(inside, 40, "transformer_engine", False, False, None, CPU)
+        if on_host:
+            inside.model.embed_tokens = HostEmbedding(inside.model.embed_tokens)
+        trainee = Trainee(model, "transformer_engine", packing)
+        inside.lm_head.at_once = 32 if on_host else 4096  # of 80 tokens
+        losses.append(trainee(batch(), CPU))
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0])
+    assert not any("embed" in name for name, _ in models[1].named_parameters())
+    for name, parameter in models[0].named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(models[1].get_parameter(name).grad, parameter.grad)
 
 
 def test_weights_come_back_bit_for_bit() -> None:

@@ -69,8 +69,7 @@ def test_documents_of_a_row_do_not_see_one_another(model: Path) -> None:
     torch.testing.assert_close(same[:7], together[:7], rtol=1e-4, atol=1e-5)
 
 
-def test_the_chunked_loss_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastcpt.training.model.LOGITS_AT_ONCE", 3)
+def test_the_chunked_loss_is_the_plain_one() -> None:
     torch.manual_seed(0)
     hidden = torch.randn(8, 4, requires_grad=True)
     weight = torch.randn(11, 4, requires_grad=True)
@@ -79,7 +78,7 @@ def test_the_chunked_loss_is_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> N
     (plain * 0.3).backward()
     expected = (hidden.grad, weight.grad)
     hidden.grad = weight.grad = None
-    loss = ChunkedLoss.apply(hidden, weight, targets)
+    loss = ChunkedLoss.apply(hidden, weight, targets, 3)
     (loss * 0.3).backward()
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close((hidden.grad, weight.grad), expected)

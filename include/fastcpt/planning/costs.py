@@ -25,6 +25,7 @@ from fastcpt.shapes import Shape
 from fastcpt.step_memory import (
     CHECKPOINT_BYTES,
     LOGITS_AT_ONCE,
+    LOGITS_ON_FULL_GPU,
     activation_checkpointing,
     fused_block_bytes,
 )
@@ -59,6 +60,9 @@ class Job:
     checkpointing: Checkpointing = "none"
     layers_recomputed: int | None = None  # of so many layers, where it is not of all
     gathered: bool = False  # ZeRO-3's weights stay whole between steps
+    one_byte: bool = False  # frozen matrices are kept in FP8 alone, whole on each rank
+    keep_fp8: bool = False  # of those, the transposed copies stay too
+    on_host: int = 0  # layers whose input waits in the host's memory; the embedding then too
     offload: bool = False  # gradients and optimizer on the host
     attention: Attention = "flash"
     attended: float | None = None  # sum(len^2) / sum(len) of packed documents; else the sequence
@@ -75,6 +79,12 @@ class Job:
     def trained(self) -> int:
         """Parameters that have gradients."""
         return self.shape.lora_parameters(self.lora) if self.lora else self.shape.parameters
+
+    @property
+    def shared_weights(self) -> int:
+        """Parameters that ZeRO-3 shares out over the ranks."""
+        own = self.shape.num_hidden_layers * self.shape.block_parameters if self.one_byte else 0
+        return self.shape.parameters - own
 
     @property
     def recomputed_share(self) -> float:
@@ -167,7 +177,8 @@ def memory_parts(job: Job) -> dict[str, float]:
     """Bytes a GPU, by part.
 
     States: 16 B a trained parameter over the ranks (bf16 weight 2 and gradient 2, fp32 master 4
-    and two moments 8), 2 B a frozen one; ZeRO paper (Rajbhandari 2020), section 3.1.
+    and two moments 8), 2 B a frozen one; ZeRO paper (Rajbhandari 2020), section 3.1. Matrices in one
+    byte are whole on each rank.
     """
     shape, ranks, tokens = job.shape, job.ranks, job.tokens
     layers, block = shape.num_hidden_layers, shape.block_parameters
@@ -178,8 +189,10 @@ def memory_parts(job: Job) -> dict[str, float]:
     if job.kernels != "fused":
         # the block at work holds everything it needs, whatever is kept of the others
         kept += tokens * whole
+    kept -= 2 * shape.hidden_size * tokens * job.on_host
+    away = shape.head_parameters if job.on_host and not shape.tie_word_embeddings else 0
     parts = {
-        "weights": BYTES_BF16 * (shape.parameters + frozen) / ranks,
+        "weights": BYTES_BF16 * (job.shared_weights - away + frozen) / ranks,
         # a single rank keeps its gradients on the GPU also where the optimizer is on the host
         "gradients": 0.0 if on_host and ranks > 1 else BYTES_BF16 * job.trained / ranks,
         "optimizer": 0.0 if on_host else (12 if job.fp32_master else 4) * job.trained / ranks,
@@ -188,13 +201,17 @@ def memory_parts(job: Job) -> dict[str, float]:
         "gather_buffers": 0.0,
     }
     if ranks > 1 and job.gathered:
-        parts["gather_buffers"] = BYTES_BF16 * shape.parameters
+        parts["gather_buffers"] = BYTES_BF16 * job.shared_weights
     elif ranks > 1:
         # DeepSpeed's own limit; a fused block is gathered whole: one at work, one coming, and the
         # gradients of both
         live = 4 * block if job.kernels == "fused" else max(LIVE_PARAMETERS, 2 * block)
-        parts["gather_buffers"] = BYTES_BF16 * (min(layers * block, live) + shape.head_parameters)
-    if job.fp8:
+        live = 0 if job.one_byte else min(layers * block, live)
+        parts["gather_buffers"] = BYTES_BF16 * (live + shape.head_parameters)
+    if job.one_byte:
+        # all of them, and the transposed copies: of all, or of the block at work
+        parts["frozen_weights"] = block * (layers + (layers if job.keep_fp8 else 1))
+    elif job.fp8:
         # transformer-engine keeps FP8 copies, unsharded, for the backward of what is not
         # recomputed; a fused block keeps each turned both ways, as Hopper's products want them
         copies = 2 if job.kernels == "fused" else 1
@@ -229,13 +246,19 @@ def _logit_bytes(job: Job) -> float:
     if job.whole_logits:
         return 6.0 * shape.vocab_size * job.tokens  # bf16 and the fp32 of the loss
     # a chunk of logits and its gradient in bf16; the output layer's gradient
-    chunk = 2.0 * BYTES_BF16 * shape.vocab_size * min(job.tokens, LOGITS_AT_ONCE)
+    at_once = LOGITS_ON_FULL_GPU if job.on_host else LOGITS_AT_ONCE
+    chunk = 2.0 * BYTES_BF16 * shape.vocab_size * min(job.tokens, at_once)
     weight = 0 if job.lora else BYTES_BF16 * shape.head_parameters
     return chunk + weight + BYTES_BF16 * shape.hidden_size * job.tokens
 
 
-def as_the_trainer_runs(job: Job, gpu_bytes: float, fill: float | None = None) -> Job:
-    """The job with what the trainer recomputes and keeps by itself (``gradient_checkpointing: auto``)."""
+def as_the_trainer_runs(
+    job: Job,
+    gpu_bytes: float,
+    fill: float | None = None,
+    wanted: Literal["auto"] | bool = "auto",
+) -> Job:
+    """The job with what the trainer recomputes and keeps; ``wanted`` is ``gradient_checkpointing``."""
     found = activation_checkpointing(
         job.shape,
         job.tokens,
@@ -245,6 +268,13 @@ def as_the_trainer_runs(job: Job, gpu_bytes: float, fill: float | None = None) -
         fp8=job.fp8,
         offload=job.offload,
         fill=fill,
+        wanted=wanted,
+    )
+    job = replace(
+        job,
+        one_byte=found.one_byte,
+        keep_fp8=found.one_byte and found.keep_fp8,
+        on_host=found.on_host,
     )
     if found.kind == "none":
         return replace(job, checkpointing="none", layers_recomputed=None, gathered=found.gathered)
@@ -314,6 +344,9 @@ def seconds_parts(
         "memory traffic": _moved_bytes(job, efficiency) / bandwidth,
         "optimizer": _optimizer_seconds(job, hardware, bandwidth),
     }
+    if job.on_host:  # each input goes and comes back
+        sent = 2 * BYTES_BF16 * job.shape.hidden_size * job.on_host
+        parts["host"] = sent / (1e9 * hardware.host.pcie_gb_s)
     if fused and not job.lora:
         parts["micro-batch"] = efficiency.micro_batch_ms / 1000 / job.tokens
     # part of the traffic always shows (the first block's, the last one's), and all that computing
@@ -361,7 +394,11 @@ def _moved_bytes(job: Job, e: Efficiency) -> float:
         moved += shape.num_hidden_layers * times * BYTES_BF16 * adapted * more
     if job.whole_logits:
         moved += (LOGITS_PLAIN if job.kernels == "plain" else 6) * shape.vocab_size
-    if job.fp8:
+    if job.one_byte:
+        # transposed copies are written and read once a micro-batch where they are not kept
+        copies = 0 if job.keep_fp8 else shape.block_parameters * shape.num_hidden_layers
+        moved += 2 * copies / job.tokens
+    elif job.fp8:
         # the trainer quantizes weights once a step where it keeps them
         once = job.tokens * (job.accumulation if fused and job.checkpointing != "full" else 1)
         weights = BYTES_BF16 * shape.block_parameters * shape.num_hidden_layers
@@ -392,7 +429,7 @@ def communication_seconds(
     assert gpu is not None
     share = (job.ranks - 1) / job.ranks
     gathers = 1 / job.accumulation if job.gathered else 2
-    moved = BYTES_BF16 * share * (gathers * job.shape.parameters + job.trained)
+    moved = BYTES_BF16 * share * (gathers * job.shared_weights + job.trained)
     link = efficiency.link * gpu.link_gb_s
     if hardware.hosts > 1:
         link = min(link, efficiency.network * gpu.network_gb_s * hardware.per_host)

@@ -70,10 +70,10 @@ def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
         attention=attention.get(recipe.model.attn_implementation, "sdpa"),
         kernels="fused" if fused else "liger" if shape.family.liger else "plain",
     )
+    if fused:
+        return as_the_trainer_runs(job, 1e9 * hardware.gpu.memory_gb, wanted=wanted)
     if isinstance(wanted, bool):
         return replace(job, checkpointing="full" if wanted else "none")
-    if fused:
-        return as_the_trainer_runs(job, 1e9 * hardware.gpu.memory_gb)
     return job if fits_memory(job, hardware) else replace(job, checkpointing="full")
 
 

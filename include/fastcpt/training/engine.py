@@ -19,8 +19,10 @@ from fastcpt.shapes import Shape, shape_from_config
 from fastcpt.step_memory import ActivationCheckpointing, activation_checkpointing
 from fastcpt.training.exits import TrainingError
 from fastcpt.training.guard import GuardedAdamW
-from fastcpt.training.layers import Block, Packing, can_fuse, with_fused_blocks
+from fastcpt.training.layers import Block, Packing, ReadLayer, can_fuse, with_fused_blocks
+from fastcpt.training.layerwise import load_layerwise
 from fastcpt.training.model import (
+    HostEmbedding,
     Trainee,
     add_lora,
     base_of,
@@ -52,26 +54,28 @@ def build_engine(
     config = deepspeed_config(deepspeed_file, training, model.dtype, block, accumulation, world)
     offload = "offload_optimizer" in config["zero_optimization"]
     memory = _checkpointing(recipe, training, shape, device, use_fp8, offload)
+    one_by_one = memory.one_byte and world == 1
     if memory.gathered:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**12
     if device.type == "cuda":
         _use_liger(shape.model_type)
     # while it lives, from_pretrained loads only a part
     partitioned = HfDeepSpeedConfig(config) if world > 1 else None
-    causal, attention = _load(recipe, training, path, device)
+    causal, attention, read = _load(recipe, training, path, device, one_by_one)
     packing = None
     if fused:
         # cuDNN's kernels are faster than flash-attn 2 on Hopper
         attention = "transformer_engine" if model.attn_implementation == "auto" else attention
         accumulate = world == 1 and not targets and not offload
         size, zero3 = recipe.corpus.max_seq_length, config if world > 1 else None
-        packing = _fuse(causal, size, attention, use_fp8, memory, zero3, device, accumulate)
+        packing = _fuse(causal, size, attention, use_fp8, memory, zero3, device, accumulate, read)
     elif memory.kind != "none":
         # transformers' layers are recomputed whole, all of them or none
         memory = replace(memory, kind="full", layers=memory.total)
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     causal.train()
     trainee = Trainee(causal, attention, packing)
+    trainee.causal.lm_head.at_once = memory.logits_at_once
     engine, *_ = deepspeed.initialize(
         model=trainee, optimizer=_optimizer(trainee, training, world), config=config
     )
@@ -87,10 +91,13 @@ def build_engine(
         "checkpointing": memory.kind,
         "layers_recomputed": memory.layers,
         "weights_kept_gathered": memory.gathered,
+        "frozen_weights": "one byte" if memory.one_byte else None,
+        "layers_on_host": memory.on_host,
     }
     if dist.get_rank() == 0:
+        trained = parameters(trainee, trained=True) if targets else shape.parameters
         print(
-            f"model {base}: {parameters(trainee):,} parameters, {chosen['layers']} layers, "
+            f"model {base}: {shape.parameters:,} parameters, {trained:,} trained, {chosen['layers']} layers, "
             f"attention {attention}, {model.dtype}{', FP8' if use_fp8 else ''}"
             f"{', LoRA' if recipe.lora else ''}, {memory}, {world} ranks",
             flush=True,
@@ -108,10 +115,10 @@ def _checkpointing(
 ) -> ActivationCheckpointing:
     """What is recomputed: as the recipe says, or as little as fits; on CPUs nothing by itself."""
     wanted, layers = training.gradient_checkpointing, shape.num_hidden_layers
-    if wanted is True:
-        return ActivationCheckpointing("full", layers, layers)
     if device.type == "cpu":
-        return ActivationCheckpointing("none", 0, layers)
+        return ActivationCheckpointing(
+            "full" if wanted is True else "none", layers * (wanted is True), layers
+        )
     return activation_checkpointing(
         shape,
         training.per_device_train_batch_size * recipe.corpus.max_seq_length,
@@ -120,23 +127,31 @@ def _checkpointing(
         lora=recipe.lora,
         fp8=use_fp8,
         offload=offload,
-        never=wanted is False,
+        wanted=wanted,
     )
 
 
-def _load(recipe: Recipe, training: Training, path: str, device: torch.device) -> tuple[Any, str]:
-    """The model, with gradients on for what is trained, and the name of its attention."""
+def _load(
+    recipe: Recipe, training: Training, path: str, device: torch.device, one_by_one: bool
+) -> tuple[Any, str, ReadLayer | None]:
+    """The model, with gradients on for what is trained, the name of its attention, and what reads its
+    layers, where that is done ``one_by_one``."""
     torch.manual_seed(training.seed)
     place = device if device.type == "cuda" and dist.get_world_size() == 1 else None
-    model = recipe.model
-    causal, attention = load_model(path, model.attn_implementation, model.dtype, place)
+    model, read = recipe.model, None
+    if one_by_one:
+        causal, attention, read = load_layerwise(
+            path, model.attn_implementation, model.dtype, device
+        )
+    else:
+        causal, attention = load_model(path, model.attn_implementation, model.dtype, place)
     if is_adapter(path):  # a second training of the adapters
         for name, parameter in causal.named_parameters():
             parameter.requires_grad_("lora_" in name)
     elif recipe.lora is not None:
         torch.manual_seed(training.seed)  # loading may have drawn random numbers
         causal = add_lora(causal, recipe.lora)
-    return causal, attention
+    return causal, attention, read
 
 
 def _fuse(
@@ -148,14 +163,18 @@ def _fuse(
     zero3: dict[str, Any] | None,
     device: torch.device,
     accumulate: bool,
+    read: ReadLayer | None,
 ) -> Packing:
     """The model's layers replaced by fused blocks, each with its recomputation."""
     inside = causal.get_base_model() if hasattr(causal, "get_base_model") else causal
+    keep, one_byte = memory.keep_fp8, memory.one_byte
     packing = with_fused_blocks(
-        inside, size, attention, use_fp8, memory.keep_fp8, zero3, device, accumulate
+        inside, size, attention, use_fp8, keep, zero3, device, accumulate, one_byte, read
     )
     for n, block in enumerate(inside.model.layers):
-        block.recompute(memory.kind if n < memory.layers else "none")
+        block.recompute(memory.kind if n < memory.layers else "none", n < memory.on_host)
+    if memory.on_host and not inside.config.tie_word_embeddings:
+        inside.model.embed_tokens = HostEmbedding(inside.model.embed_tokens)
     set_z3_leaf_modules(causal, [Block])
     return packing
 

@@ -16,6 +16,12 @@ products, and their sum needs no pass of its own (``addmm``).
 
 **FP8.** Per-tensor scaling; the weights are quantized once a step, not once a micro-batch.
 
+**Frozen weights in one byte.** What LoRA never changes is quantized once, as it is read; its bfloat16
+is let go. Hopper's products want a weight turned both ways: the transposed copy stays where memory
+allows it, else a block's backward makes it and drops it. Same bytes, same products: logits and gradients are
+those of weights quantized every step. They are no parameters: DeepSpeed, which would cast, move and
+partition them, does not see them, and each rank holds them whole.
+
 **One rank.** Nothing waits for a micro-batch's own gradients: the products add to those of the step
 (``accumulate``), which spares writing, reading and adding them.
 """
@@ -24,7 +30,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -43,6 +49,42 @@ FUSED = {
     "mlp.fc1_weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.fc2_weight": ["mlp.down_proj.weight"],
 }
+# reads a layer's weights: by its number, under the names they have in transformers' layer
+ReadLayer = Callable[[int], Mapping[str, torch.Tensor]]
+
+
+class DropTransposed(torch.autograd.Function):  # type: ignore[misc]
+    """A block's input as it is; its backward, a block's last, drops the transposed copies of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weights: list[Any]) -> torch.Tensor:
+        ctx.weights = weights
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        for weight in ctx.weights:
+            weight.update_usage(columnwise_usage=False)
+        return grad, None
+
+
+class HostCopy:
+    """A block's input that waits for the backward in the host's memory."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden, self.device = hidden, hidden.device
+
+    def send(self) -> None:
+        """Let the GPU's copy go; the host's is in pages that the GPU reads itself."""
+        pinned = self.device.type == "cuda"
+        host = torch.empty_like(self.hidden, device="cpu", pin_memory=pinned, requires_grad=False)
+        self.hidden = host.copy_(self.hidden.detach(), non_blocking=True)
+
+    def fetch(self) -> torch.Tensor:
+        """The input on its device; once sent a copy, that asks for a gradient as the first did."""
+        if self.hidden.requires_grad:
+            return self.hidden
+        return self.hidden.to(self.device, non_blocking=True).requires_grad_()
 
 
 class Packing:
@@ -52,7 +94,8 @@ class Packing:
         """``frequencies`` [S, D / 2] float32: the rotary angle of each position; S the longest row.
 
         ``fp8`` is transformer-engine's recipe or None. ``keep_fp8_weights``: quantized weights stay
-        for all micro-batches of a step (2 bytes a weight).
+        for all micro-batches of a step (2 bytes a weight); of those in one byte, the transposed
+        copies stay (1 byte more).
         """
         self.size = len(frequencies)
         self.angles = torch.cat([frequencies, frequencies], dim=-1)[:, None, None, :].contiguous()
@@ -80,18 +123,26 @@ class Block(nn.Module):  # type: ignore[misc]
     """A Llama layer; built from transformers' own, whose weights it takes."""
 
     def __init__(
-        self, layer: Any, config: Any, packing: Packing, attention: str, accumulate: bool = False
+        self,
+        layer: Any,
+        weights: Mapping[str, torch.Tensor],
+        config: Any,
+        packing: Packing,
+        attention: str,
+        accumulate: bool = False,
+        one_byte: bool = False,
     ) -> None:
         """``layer`` may carry peft's adapters on the linear layers of ``families.ADAPTABLE``.
 
-        ``accumulate``: a matrix' gradient is not given to autograd, but added to its ``main_grad`` by
-        the very product that computes it.
+        ``weights`` are its own, by transformers' names. ``accumulate``: a matrix' gradient is not given
+        to autograd, but added to its ``main_grad`` by the very product that computes it. ``one_byte``:
+        the matrices are frozen, and kept in FP8 alone.
         """
         super().__init__()
         import transformer_engine.pytorch as te
 
         self.packing, self.attention = packing, attention
-        self.recomputed = False
+        self.recomputed = self.input_on_host = False
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         hidden, self.width = config.hidden_size, config.head_dim
         self.split = [heads * self.width, groups * self.width, groups * self.width]
@@ -101,15 +152,11 @@ class Block(nn.Module):  # type: ignore[misc]
             if hasattr(linear, "base_layer"):
                 self.self_attn.add_module(name, linear)
         adapted = bool(self.self_attn._modules)
-        weights = {
-            name.replace(".base_layer.", "."): parameter
-            for name, parameter in layer.named_parameters()
-        }
         norm = weights["input_layernorm.weight"]
         made = {
             "bias": False,
             "params_dtype": norm.dtype,
-            "device": norm.device,
+            "device": "meta" if one_byte else norm.device,
             "fuse_wgrad_accumulation": accumulate,
         }
         normed = {**made, "normalization": "RMSNorm", "eps": config.rms_norm_eps}
@@ -127,9 +174,13 @@ class Block(nn.Module):  # type: ignore[misc]
                 attn_mask_type="padding_causal",
                 layer_number=attn.layer_idx + 1,
             )
+        self.one_byte: list[Any] = []  # the frozen matrices, of shape [out, in]
         for name, parts in FUSED.items():
-            fused = self.get_parameter(name)
             taken = [weights[part] for part in parts]
+            if one_byte:
+                self._freeze(name, taken)
+                continue
+            fused = self.get_parameter(name)
             with torch.no_grad():
                 fused.copy_(torch.cat(taken))
             fused.requires_grad_(taken[0].requires_grad)
@@ -138,22 +189,45 @@ class Block(nn.Module):  # type: ignore[misc]
         for linear in self.self_attn.children():
             linear.base_layer = nn.Identity()
 
-    def recompute(self, what: Literal["full", "mlp", "none"]) -> None:
-        """What the backward computes again instead of keeping it."""
-        self.recomputed = what == "full"
+    def _freeze(self, name: str, parts: list[torch.Tensor]) -> None:
+        """Give a module its frozen weight: a matrix in one byte and no parameter, a norm as it is."""
+        place, _, attribute = name.rpartition(".")
+        module = self.get_submodule(place)
+        whole = torch.cat([part.detach() for part in parts])
+        if whole.ndim == 1:
+            setattr(module, attribute, nn.Parameter(whole, requires_grad=False))
+            return
+        delattr(module, attribute)
+        setattr(module, attribute, quantized(whole, self.packing.keep_fp8_weights))
+        self.one_byte.append(getattr(module, attribute))
+
+    def recompute(self, what: Literal["full", "mlp", "none"], input_on_host: bool = False) -> None:
+        """What the backward computes again instead of keeping it.
+
+        ``input_on_host``: what a whole layer is computed again from waits in the host's memory.
+        """
+        self.recomputed, self.input_on_host = what == "full", input_on_host
         self.mlp.checkpoint = what == "mlp"
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]: T tokens of a whole micro-batch."""
-        if self.recomputed and torch.is_grad_enabled():
-            import transformer_engine.pytorch as te
+        if not (self.recomputed and torch.is_grad_enabled()):
+            return self._forward(hidden)
+        import transformer_engine.pytorch as te
 
-            out: torch.Tensor = te.checkpoint(self._forward, hidden, use_reentrant=False)
+        out: torch.Tensor
+        if not self.input_on_host:
+            out = te.checkpoint(self._forward, hidden, use_reentrant=False)
             return out
-        return self._forward(hidden)
+        copy = HostCopy(hidden)
+        out = te.checkpoint(lambda: self._forward(copy.fetch()), use_reentrant=False)
+        copy.send()
+        return out
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         first = self.packing.first
+        if self.one_byte and not self.packing.keep_fp8_weights and torch.is_grad_enabled():
+            hidden = DropTransposed.apply(hidden, self.one_byte)
         adapted = bool(self.self_attn._modules)
         qkv = self.qkv(hidden, is_first_microbatch=first)
         if adapted:
@@ -222,13 +296,16 @@ def with_fused_blocks(
     zero3: Any | None,
     device: torch.device,
     accumulate: bool = False,
+    one_byte: bool = False,
+    read: ReadLayer | None = None,
 ) -> Packing:
     """Replace a Llama's layers by ``Block``s, in place; returns what they share.
 
-    ``size`` is the length of the longest row; ``accumulate`` as in ``Block``.
+    ``size`` is the length of the longest row; ``accumulate`` and ``one_byte`` as in ``Block``.
 
     ``zero3`` is DeepSpeed's configuration where weights are partitioned: each layer is gathered,
-    fused and partitioned again before the next one.
+    fused and partitioned again before the next one. ``read`` gives the weights of layers that have none
+    yet, one layer at a time.
     """
     config = causal.config
     rotary = causal.model.rotary_emb
@@ -239,7 +316,9 @@ def with_fused_blocks(
     for n, layer in enumerate(layers):
         before = list(layer.parameters())
         with _whole(before, zero3):
-            block = Block(layer, config, packing, attention, accumulate)
+            weights = own_weights(layer) if read is None else read(n)
+            block = Block(layer, weights, config, packing, attention, accumulate, one_byte)
+        del weights
         layers[n] = block
         kept = {id(parameter) for parameter in block.parameters()}
         for parameter in before:  # DeepSpeed's own references would hold them
@@ -263,6 +342,11 @@ def can_fuse(config: Mapping[str, Any], dtype: str, attention: str, targets: lis
     )
 
 
+def own_weights(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """A layer's weights, by transformers' names also where peft has wrapped them."""
+    return {name.replace(".base_layer.", "."): p for name, p in layer.named_parameters()}
+
+
 @contextmanager
 def _whole(parameters: list[Any], zero3: Any | None) -> Iterator[None]:
     if zero3 is None:
@@ -279,6 +363,27 @@ def fp8_recipe() -> Any:
     from transformer_engine.common.recipe import Float8CurrentScaling
 
     return Float8CurrentScaling()
+
+
+def quantized(weight: torch.Tensor, transposed: bool) -> Any:
+    """transformer-engine's FP8 tensor of a matrix [out, in], scaled as its layers scale their weights.
+
+    ``transposed``: with the copy that the backward needs, in one more byte.
+    """
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import Float8CurrentScaling
+
+    scaling = Float8CurrentScaling().fp8_quant_fwd_weight
+    quantizer = te.Float8CurrentScalingQuantizer(
+        te.DType.kFloat8E4M3,
+        weight.device,
+        rowwise=True,
+        columnwise=transposed,
+        force_pow_2_scales=scaling.power_2_scale,
+        amax_epsilon=scaling.amax_epsilon,
+    )
+    with torch.no_grad():
+        return quantizer(weight)
 
 
 def autocast(fp8: Any | None) -> Any:

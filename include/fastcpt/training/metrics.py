@@ -13,6 +13,7 @@ import torch
 
 from fastcpt.families import head_width
 from fastcpt.gpus import HardwareError, find_gpu
+from fastcpt.shapes import shape_from_config
 from fastcpt.training.data import Ints
 from fastcpt.training.model import (
     Trainee,
@@ -64,14 +65,17 @@ class Work:
     def __init__(self, trainee: Trainee, device: torch.device) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = _peak(name)
-        shape = trainee.causal.config
-        self.per_token = 0.0
-        for words, parameter in trainee.named_parameters():
-            sides = getattr(parameter, "ds_shape", parameter.shape)
-            if len(sides) == 2 and ("embed" not in words or shape.tie_word_embeddings):
-                self.per_token += (6 if parameter.requires_grad else 4) * math.prod(sides)
-        width = shape.num_attention_heads * head_width(shape)
-        self.attention = 6 * shape.num_hidden_layers * width
+        config = trainee.causal.config
+        shape = shape_from_config(config.to_dict(), "the model")
+        trained = sum(
+            getattr(parameter, "ds_numel", parameter.numel())
+            for words, parameter in trainee.named_parameters()
+            if "lora_" in words
+        )
+        # frozen weights in one byte are no parameters: counted by the model's dimensions
+        self.per_token = (4 if trained else 6) * shape.matrix_parameters + 6.0 * trained
+        width = config.num_attention_heads * head_width(config)
+        self.attention = 6 * config.num_hidden_layers * width
         self.flop = 0.0
 
     def add(self, lengths: list[Ints]) -> None:

@@ -5,7 +5,7 @@ apart by their cumulative lengths (``cu_seqlens``): no mask, and no work across 
 apart and get a block-diagonal causal mask.
 
 **Loss.** Logits of a whole row take more memory than anything else (6 bytes x vocabulary x
-tokens). ``LossHead`` computes loss and gradients together, ``LOGITS_AT_ONCE`` tokens at a time, inside the
+tokens). ``LossHead`` computes loss and gradients together, some thousand tokens at a time, inside the
 output layer's own forward: under ZeRO-3 its weight is then gathered once a micro-batch.
 """
 
@@ -172,8 +172,24 @@ def require_fp8() -> None:
         )
 
 
+class HostEmbedding(nn.Module):  # type: ignore[misc]
+    """A frozen embedding that stays in the host's memory; the rows of a micro-batch are sent.
+
+    Its weight is no parameter: DeepSpeed would move it to the GPU.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.rows = embedding.weight.detach().cpu()
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        """[T] on the CPU -> [T, H] there."""
+        return nn.functional.embedding(words, self.rows)
+
+
 class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
-    """Summed cross entropy of ``hidden [T, H] @ weight.T [H, V]`` against ``targets [T]``.
+    """Summed cross entropy of ``hidden [T, H] @ weight.T [H, V]`` against ``targets [T]``, with the
+    logits of ``at_once`` tokens at a time.
 
     The gradient of a softmax cross entropy is ``softmax - one_hot``: known as soon as a chunk's
     logits are, so they are dropped at once and the forward leaves finished gradients.
@@ -181,15 +197,15 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, at_once: int
     ) -> torch.Tensor:
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
         loss_of = _compiled_loss() if hidden.is_cuda else _loss_and_gradient
-        for begin in range(0, len(hidden), LOGITS_AT_ONCE):
-            part = slice(begin, begin + LOGITS_AT_ONCE)
+        for begin in range(0, len(hidden), at_once):
+            part = slice(begin, begin + at_once)
             part_loss, grad_logits = loss_of(hidden[part] @ weight.T, targets[part])
             loss += part_loss
             if grad_hidden is not None:
@@ -206,6 +222,7 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
         return (
             None if grad_hidden is None else grad_hidden.mul_(grad),
             None if grad_weight is None else grad_weight.mul_(grad),
+            None,
             None,
         )
 
@@ -233,11 +250,13 @@ def _compiled_loss() -> Any:
 class LossHead(nn.Linear):  # type: ignore[misc]
     """An output layer that, given targets, answers with the summed loss instead of logits."""
 
+    at_once = LOGITS_AT_ONCE
+
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:
             return super().forward(hidden)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        loss: torch.Tensor = ChunkedLoss.apply(flat, self.weight, targets.reshape(-1))
+        loss: torch.Tensor = ChunkedLoss.apply(flat, self.weight, targets.reshape(-1), self.at_once)
         return loss
 
 
@@ -265,8 +284,10 @@ class Trainee(nn.Module):  # type: ignore[misc]
             hidden = causal.model(**inputs, use_cache=False)[0]
         else:
             self.packing.set_batch(batch, device)
-            words = batch.input_ids.to(device, non_blocking=True).reshape(-1)
-            hidden = causal.model.embed_tokens(words)
+            words, embedding = batch.input_ids.reshape(-1), causal.model.embed_tokens
+            if not isinstance(embedding, HostEmbedding):
+                words = words.to(device, non_blocking=True)
+            hidden = embedding(words).to(device, non_blocking=True)
             if not hidden.requires_grad:  # DeepSpeed's hooks wait for a gradient of the input
                 hidden.requires_grad_()
             with autocast(self.packing.fp8):

@@ -1,2 +1,7 @@
+class QParams:
+    power_2_scale = False
+    amax_epsilon = 0.0
+
+
 class Float8CurrentScaling:
-    pass
+    fp8_quant_fwd_weight = QParams()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -7,6 +9,54 @@ import torch
 from torch import nn
 from torch.nn.functional import rms_norm, silu
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+
+class DType:
+    kFloat8E4M3 = torch.float8_e4m3fn
+
+
+class Float8Tensor(torch.Tensor):
+    """Values of FP8, and whether the transposed copy is there."""
+
+    transposed: bool
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, transposed: bool) -> Float8Tensor:
+        made = torch.Tensor._make_subclass(cls, values)
+        made.transposed = transposed
+        return made
+
+    def update_usage(self, columnwise_usage: bool) -> None:
+        self.transposed = columnwise_usage
+
+
+class Float8CurrentScalingQuantizer:
+    def __init__(self, kind: torch.dtype, device: torch.device, **settings: Any) -> None:
+        assert settings["rowwise"]
+        self.kind, self.transposed = kind, settings["columnwise"]
+
+    def __call__(self, values: torch.Tensor) -> Float8Tensor:
+        return Float8Tensor(_rounded(values, self.kind), self.transposed)
+
+
+def _rounded(values: torch.Tensor, kind: torch.dtype = DType.kFloat8E4M3) -> torch.Tensor:
+    scale = torch.finfo(kind).max / values.detach().abs().max().float()
+    narrow = (values.detach().float() * scale).to(kind)
+    return (narrow.float() / scale).to(values.dtype)
+
+
+_in_fp8 = False
+
+
+@contextmanager
+def autocast(enabled: bool, recipe: Any) -> Iterator[None]:
+    """Inside it weights that are not quantized yet are, before each product; nothing else is."""
+    global _in_fp8
+    before, _in_fp8 = _in_fp8, enabled
+    try:
+        yield
+    finally:
+        _in_fp8 = before
 
 
 def _weight(*shape: int, made: dict[str, Any]) -> nn.Parameter:
@@ -31,8 +81,28 @@ class _Product(torch.autograd.Function):
         return out @ ctx.weight, None, None
 
 
+class _FrozenProduct(torch.autograd.Function):
+    """``x @ weight.T`` by a weight in one byte; the backward makes its transposed copy, which stays."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: Float8Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return nn.functional.linear(x, weight.as_subclass(torch.Tensor))
+
+    @staticmethod
+    def backward(ctx: Any, out: torch.Tensor) -> Any:
+        ctx.weight.update_usage(columnwise_usage=True)
+        return out @ ctx.weight.as_subclass(torch.Tensor), None
+
+
 def _linear(add_up: bool, x: torch.Tensor, weight: torch.Tensor, fresh: bool | None) -> Any:
-    return _Product.apply(x, weight, fresh) if add_up else nn.functional.linear(x, weight)
+    if add_up:
+        return _Product.apply(x, weight, fresh)
+    if isinstance(weight, Float8Tensor):
+        return _FrozenProduct.apply(x, weight)
+    if _in_fp8:
+        weight = weight + (_rounded(weight) - weight.detach())  # its gradient passes the rounding
+    return nn.functional.linear(x, weight)
 
 
 class Linear(nn.Module):
@@ -103,4 +173,10 @@ class DotProductAttention(nn.Module):
 
 
 def checkpoint(function: Any, *args: Any, use_reentrant: bool) -> Any:
-    return torch_checkpoint(function, *args, use_reentrant=use_reentrant)
+    in_fp8 = _in_fp8
+
+    def again(*args: Any) -> Any:
+        with autocast(in_fp8, None):
+            return function(*args)
+
+    return torch_checkpoint(again, *args, use_reentrant=use_reentrant)
