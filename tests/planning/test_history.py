@@ -157,10 +157,14 @@ def test_replay_of_recorded_runs(job, hardware, facts, tmp_path):
         "memory_gb": facts["memory_gb"],
     }
     rows = {row["what"]: row for row in compare(before.to_json(), took)}
-    if job.attended is None:  # documents much shorter than a row are faster than any plan says
+    frozen_in_bf16 = job.lora and job.fp8  # when the row was measured; now they take one byte
+    gathered_for_it = frozen_in_bf16 and job.ranks > 1
+    if (
+        job.attended is None and not gathered_for_it
+    ):  # documents much shorter than a row are faster than any plan says
         assert rows["tokens/s, all GPUs"]["off"] == 0
         assert rows["hours of training steps"]["off"] == 0
-    if before.checkpointing == job.recomputation:
+    if before.checkpointing == job.recomputation and not frozen_in_bf16:
         assert abs(rows["memory a GPU (GB, torch's)"]["off"]) < 0.1
 
     training = {
