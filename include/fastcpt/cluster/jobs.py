@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -96,6 +97,18 @@ def job_name(*parts: object) -> str:
     """A folder name for a job from DAG, run, task and map index: readable, and unlike any other."""
     readable = "-".join(re.sub(r"[^A-Za-z0-9_]+", "-", str(part)) for part in parts)
     return f"{readable[:120]}-{digest_of(*map(str, parts))[:8]}"
+
+
+def watch(remote: Remote, root: str, rent: Mapping[str, Any]) -> None:
+    """Have a rented host give itself back when nobody else does (``agent.rent.watch``).
+
+    ``rent``: ``deadline_unix`` (by this machine's clock) and ``orphan_hours``, None where there is none;
+    ``reserve_seconds`` before the deadline in which no job runs; ``release_command``, a list of words.
+    Asked again it renews them; without deadline and hours it ends the watch.
+    """
+    # the first may have had to wait for the host: the second compares the clocks
+    for _ in range(2):
+        ask_through(remote, "watch", root=root, rent=dict(rent), now=time.time())
 
 
 def submit(remote: Remote, root: str, job: Job, owner: str = "") -> str:

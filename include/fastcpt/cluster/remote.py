@@ -30,7 +30,7 @@ CONNECT_TIMEOUT_S = 20
 ALIVE_INTERVAL_S = 15
 ALIVE_COUNT = 4
 # A poll is answered at once; a request that reads every byte of a corpus takes its time.
-ASK_TIMEOUT_S = {"poll": 60, "stop": 60, "submit": 120, "check": 180}
+ASK_TIMEOUT_S = {"poll": 60, "stop": 60, "watch": 60, "submit": 120, "check": 180}
 LONGEST_ASK_S = 6 * 3600
 # So long a task goes on asking a host that stopped answering, before it fails and is tried again.
 OUTAGE_S = 300.0

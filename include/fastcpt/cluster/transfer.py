@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from fastcpt.cluster.remote import (
     ConnectionLost,
     LoginRefused,
     Remote,
+    ask,
     ask_through,
     connection_error,
     patience,
@@ -43,6 +44,7 @@ STREAMS = 4
 ROUNDS = 3  # a file that differs after being sent is sent again, twice
 IDLE_TIMEOUT_S = 120
 TOLD_EVERY_S = 5.0
+ASKED_EVERY_S = 60.0
 File = dict[str, Any]
 
 
@@ -267,13 +269,24 @@ def _rsync(
             running.append(process)
             transfers.append(streams.submit(transfer, share, process, complaints))
         try:
-            for done in as_completed(transfers):
-                done.result()
+            under_way = set(transfers)
+            while under_way:
+                ended, under_way = wait(under_way, ASKED_EVERY_S, FIRST_COMPLETED)
+                for one in ended:
+                    one.result()
+                if under_way:
+                    _ask_for(remote)
         except BaseException:
             # one failed, or the task is ended: the others go no further
             for process in running:
                 process.terminate()
             raise
+
+
+def _ask_for(remote: Remote) -> None:
+    """Let a rented host know that somebody wants it: rsync is no request to its agent."""
+    with suppress(ConnectionLost, ClusterError):  # the transfer itself tells what is wrong
+        ask(remote, "poll", root="", jobs=[])
 
 
 def _listed(name: str) -> str:

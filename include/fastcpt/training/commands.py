@@ -12,6 +12,8 @@ from fastcpt.recipe import Recipe
 
 Command = list[str]
 PRICE = "FASTCPT_PRICE_PER_GPU_HOUR"  # read by the trainer
+# The same; a rented host sets it (cluster.agent.processes): when its money is spent, seconds since the epoch.
+DEADLINE = "FASTCPT_DEADLINE"
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,15 @@ class Loop:
         device: torch.device,
         stop: StopSignal,
         price: float | None = None,
+        ends: float | None = None,
     ) -> None:
-        """``price`` of a GPU hour in USD; a training that was stopped goes on from its checkpoint."""
+        """``price`` of a GPU hour in USD; ``ends`` as ``Clock`` has it; a training that was stopped goes on from its checkpoint."""
         self.price, self.work = price, Work(engine.module, device)
         self.training, self.phases, self.engine = training, phases, engine
         self.folder = output / "checkpoints"
         self.accumulation, self.device, self.stop = accumulation, device, stop
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.guard, self.clock = Guard(training), Clock(training.time_budget_hours)
+        self.guard, self.clock = Guard(training), Clock(training.time_budget_hours, ends)
         self.step = self.tokens = 0
         self.number = self.begun = 0  # the phase, and the step it began with
         self.areas: dict[str, Any] = {}  # what became of those that are done
@@ -136,7 +137,8 @@ class Loop:
         hours = self.clock.hours
         if hours and not self.step and self.clock.seconds_left(0.0, self.tokens) < 0:
             raise TrainingError(
-                f"time_budget_hours ({hours:g}, {hours * 3600:.0f} s) leaves no time for training: "
+                f"time_budget_hours ({hours:g}, {hours * 3600:.0f} s) leaves no time for training"
+                f"{', or budget.money on this host' if self.clock.ends else ''}: "
                 f"the start took {self.clock.startup:.0f} s, and the evaluation's as long again"
             )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -88,8 +89,10 @@ class Clock:
     as slowly as one is trained (a forward alone is faster, but need not be as optimised).
     """
 
-    def __init__(self, hours: float | None) -> None:
+    def __init__(self, hours: float | None, ends: float | None = None) -> None:
+        """``ends``: when the host's money is spent, seconds since the epoch; it shortens the budget."""
         self.hours = hours
+        self.ends = None if ends is None else time.monotonic() + ends - time.time()
         self.startup = self.startups = 0.0  # seconds of this start, of all before
         self.saving = 0.0  # seconds to save the last checkpoint and the model
         self.evaluated_tokens = 0  # read by the evaluation that follows
@@ -100,8 +103,10 @@ class Clock:
         assert self.hours
         budget = (1.0 - MARGIN) * 3600 * self.hours
         evaluation = self.startup + self.evaluated_tokens * seconds / max(tokens, 1)
-        used = self.startups + self.startup + seconds
-        return budget - used - self.saving - evaluation
+        left = budget - (self.startups + self.startup + seconds)
+        if self.ends is not None:
+            left = min(left, self.ends - time.monotonic())
+        return left - self.saving - evaluation
 
     def progress(self, seconds: float, tokens: int, a_step: float) -> float:
         """Progress by time, 0..1: 1 where no further step of ``a_step`` seconds fits; 0 without a budget."""

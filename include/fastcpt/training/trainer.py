@@ -23,7 +23,7 @@ from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Lora, Training
 from fastcpt.training import checkpoints
 from fastcpt.training.checkpoints import save_final
-from fastcpt.training.commands import PRICE
+from fastcpt.training.commands import DEADLINE, PRICE
 from fastcpt.training.data import Rows
 from fastcpt.training.engine import build_engine
 from fastcpt.training.loop import Loop
@@ -92,7 +92,9 @@ def train(
         check_disk(engine.module, training, output)
     known = os.environ.get(PRICE)  # the plan's, by the kind of GPU
     price = float(known) if known else recipe.budget.price_per_gpu_hour
-    loop = Loop(training, phases, engine, output, accumulation, device, stop, price)
+    deadline = os.environ.get(DEADLINE)
+    ends = float(deadline) if deadline else None
+    loop = Loop(training, phases, engine, output, accumulation, device, stop, price, ends)
     micro = training.per_device_train_batch_size
     try_one_step(engine, loop.phase.rows, micro, accumulation, device)
     loop.start_clock(evaluated_tokens)

@@ -98,6 +98,11 @@ def last_status(folder: str) -> Optional[Answer]:
     return status if status and isinstance(status.get("state"), str) else None
 
 
+def spec_of(folder: str) -> Answer:
+    """What the job was started as; empty where that is not there or damaged."""
+    return read_json(os.path.join(folder, "spec.json"), dict) or {}
+
+
 def forget_secrets(folder: str) -> None:
     unlink(os.path.join(folder, "secrets.json"))
 

@@ -21,6 +21,7 @@ from fastcpt.cluster.agent.job_folder import (
     last_status,
     lock_held,
     owners,
+    spec_of,
     supervisor_lives,
     supervisors,
     take_lock,
@@ -34,6 +35,7 @@ from fastcpt.cluster.agent.processes import (
     signal_quietly,
     stands_still,
 )
+from fastcpt.cluster.agent.rent import SPENT, jobs_end_in, rent_here
 from fastcpt.cluster.agent.slurm import (
     NO_CONTROLLER,
     Queue,
@@ -67,12 +69,16 @@ def submit(
     ``owner`` is the try that asks; it may later end what it started or found, and nothing else.
     ``slurm`` are options of sbatch: with them Slurm runs the job and shares out the GPUs.
     """
+    rent = rent_here()
+    ends_in = jobs_end_in(rent) if rent else None
+    if ends_in is not None and ends_in <= 0:
+        return {"error": f"no time is left for job {name}: {SPENT}"}
     folder = job_folder(root, name)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     with Door(folder):
         status = state_of(folder)
         if status["state"] in ACTIVE:
-            spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
+            spec = spec_of(folder)
             if spec.get("digest") == digest:
                 if not note(os.path.join(folder, "owners.json"), [*owners(folder), owner]):
                     return {"unavailable": f"no room in {folder} to note whose job {name} is"}
@@ -90,6 +96,8 @@ def submit(
             return {"error": f"something of job {name} lives and could not be ended"}
         waiting = slurm is not None
         spec = {"name": name, "digest": digest, "locks": shared_locks(root, alone)}
+        if ends_in is not None:
+            spec["ends"] = time.time() + ends_in
         begin_folder(folder, owner, script, spec, secrets, waiting)
         if slurm is not None:
             os.close(lock)
@@ -116,7 +124,7 @@ def start_supervisor(folder: str, lock: int) -> None:
 def state_of(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answer:
     """The job's status as it is: what it says of itself, checked against what is there."""
     status = last_status(folder)
-    spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
+    spec = spec_of(folder)
     if spec.get("slurm_id"):
         status = state_in_slurm(status or {"state": "waiting"}, spec["slurm_id"], queue())
     elif status is None:
@@ -203,7 +211,7 @@ def end(folder: str, owner: str) -> Answer:
     status = state_of(folder)
     active = status["state"] in ACTIVE
     stopped = {"state": "cancelled", "stopped_for": owner}
-    spec = read_json(os.path.join(folder, "spec.json"), dict) or {}
+    spec = spec_of(folder)
     if spec.get("slurm_id"):
         run_slurm(["scancel", "--batch", "--signal=TERM", spec["slurm_id"]], {})
         if active and squeue() is not None:

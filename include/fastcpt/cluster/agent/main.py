@@ -5,16 +5,22 @@ import json
 import os
 import sys
 import traceback
+from contextlib import suppress
 
 from fastcpt.cluster.agent.files import Answer, listing, read_files, ready, verify
 from fastcpt.cluster.agent.host import check, versions
 from fastcpt.cluster.agent.hosts import node, on_hosts
 from fastcpt.cluster.agent.jobs import poll, stop, submit
+from fastcpt.cluster.agent.rent import keep_watched, note_asked, rent_here, watch
 from fastcpt.cluster.agent.supervisor import supervise
+from fastcpt.cluster.agent.watcher import attend
 
 REQUESTS = {
     function.__name__: function
-    for function in (check, verify, ready, listing, read_files, versions, submit, poll, stop)
+    for function in (
+        *(check, verify, ready, listing, read_files, versions),
+        *(submit, poll, stop, watch),
+    )
 }
 
 # What does not pass by itself, unlike what a file server does while it starts.
@@ -37,6 +43,10 @@ def answer(do: str, values: Answer) -> Answer:
     A job that runs is watched and ended through whatever happens to the disk: that is asked again.
     """
     try:
+        if rent_here():
+            note_asked()
+            with suppress(OSError):
+                keep_watched()
         return REQUESTS[do](**values)
     except Exception as error:
         why = f"'{do}' failed there: {traceback.format_exc().strip()}"
@@ -57,7 +67,7 @@ def respond(do: str, values: str) -> None:
 
 
 def main() -> None:
-    """``supervisor.py`` as it is started: for a job's folder, or on several hosts by the job itself."""
+    """The program as a process of its own: a job's supervisor, a part of a job of several hosts, a watcher."""
     os.umask(0o077)
     what, *rest = sys.argv[1:]
     if what == "on-hosts":
@@ -65,4 +75,7 @@ def main() -> None:
         sys.exit(on_hosts(int(gpus), hosts.split(",") if hosts else [], command))
     if what == "node":
         sys.exit(node(rest))
+    if what == "watch":
+        attend()
+        sys.exit()
     supervise(os.path.abspath(what), None if rest[0] == "slurm" else int(rest[0]))

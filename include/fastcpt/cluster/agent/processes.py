@@ -17,6 +17,8 @@ GRACE_S = 20.0
 # In the environment of what belongs to a job: its folder; of its own processes: who holds which locks.
 MARK = "FASTCPT_JOB"
 HOLDS = "FASTCPT_HOLDS"
+# In a job's environment: when its host's money is spent, seconds since the epoch there; a training ends before.
+DEADLINE = "FASTCPT_DEADLINE"
 
 
 def boot_id() -> str:
@@ -58,6 +60,21 @@ def processes_of(folder: str) -> List[int]:
     return [pid for pid in processes() if job_of(pid) == folder]
 
 
+def parent_of(pid: int) -> int:
+    """The parent's pid; 0 where the process has ended."""
+    try:
+        with open(f"/proc/{pid:d}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def ranks_of(folder: str) -> List[int]:
+    """The processes of a job's training that its launcher started; without their own children."""
+    ranks = {pid for pid in processes_of(folder) if "RANK" in environment_of(pid)}
+    return [pid for pid in ranks if parent_of(pid) not in ranks]
+
+
 def stands_still(pid: Optional[int]) -> bool:
     """Whether a process was stopped (SIGSTOP)."""
     try:
@@ -87,7 +104,25 @@ def end_group(job: "subprocess.Popen[bytes]") -> None:
     """SIGTERM to a process group, SIGKILL to what is left of it after the grace."""
     until = time.monotonic() + GRACE_S
     signal_quietly(os.killpg, job.pid, signal.SIGTERM)
-    while job.poll() is None and time.monotonic() < until:
+    # the shell that leads the group ends at once, its training when it has saved
+    while (job.poll() is None or group_lives(job.pid)) and time.monotonic() < until:
         time.sleep(0.1)
     signal_quietly(os.killpg, job.pid, signal.SIGKILL)
     job.wait()
+
+
+def group_lives(group: int) -> bool:
+    """Whether a process group whose leader has ended still has processes."""
+    try:
+        # those that have become this process's children and have ended
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # macOS, where only ended ones are left
+        return False
+    return True

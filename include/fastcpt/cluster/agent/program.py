@@ -15,9 +15,11 @@ MODULES = (
     "main",
     "processes",
     "program",
+    "rent",
     "slurm",
     "start",
     "supervisor",
+    "watcher",
 )
 
 
@@ -43,5 +45,5 @@ def request(do: str, values: str) -> str:
 
 
 def supervisor() -> str:
-    """The program in a job's folder."""
+    """The program in a job's folder, and a rented host's watcher."""
     return text(f"from {PACKAGE}.main import main\nmain()")

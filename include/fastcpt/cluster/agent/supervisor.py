@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import List, Optional
 
 from fastcpt.cluster.agent.files import Answer, note, read_json, unlink
 from fastcpt.cluster.agent.gpu_locks import wait_for
 from fastcpt.cluster.agent.job_folder import LOG_FLAGS, Removed, forget_secrets, last_status
 from fastcpt.cluster.agent.processes import (
+    DEADLINE,
     HEARTBEAT_S,
     HOLDS,
     boot_id,
@@ -19,6 +21,7 @@ from fastcpt.cluster.agent.processes import (
     end_strays,
     signal_quietly,
 )
+from fastcpt.cluster.agent.rent import keep_watched
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -42,7 +45,7 @@ def supervise(folder: str, lock: Optional[int]) -> None:
     locks = [wait_for(path, folder, status, ending) for path in spec["locks"]]
     began = time.monotonic()
     try:
-        code = None if ending else run_job(folder, lock, spec["locks"], status, ending)
+        code = None if ending else run_job(folder, lock, spec, status, ending)
     except OSError as error:
         code = None
         status["why"] = f"it could not be started: {error}"
@@ -68,10 +71,12 @@ def supervise(folder: str, lock: Optional[int]) -> None:
 
 
 def run_job(
-    folder: str, lock: Optional[int], locks: List[str], status: Answer, ending: List[float]
+    folder: str, lock: Optional[int], spec: Answer, status: Answer, ending: List[float]
 ) -> Optional[int]:
     """The exit code of job.sh; None where it was ended because this process was told to end."""
-    environment = {**os.environ, HOLDS: "\n".join([boot_id(), str(os.getpid()), *locks])}
+    environment = {**os.environ, HOLDS: "\n".join([boot_id(), str(os.getpid()), *spec["locks"]])}
+    if "ends" in spec:
+        environment[DEADLINE] = str(spec["ends"])
     environment.update(read_json(os.path.join(folder, "secrets.json"), dict) or {})
     with open(os.open(os.path.join(folder, "job.log"), LOG_FLAGS, 0o600), "ab") as log:
         job = subprocess.Popen(
@@ -87,13 +92,17 @@ def run_job(
         forget_secrets(folder)
     status.update(state="running", pid=job.pid, running_since=time.time())
     removed = Removed(folder)
-    noted, tried = False, -HEARTBEAT_S
+    noted, tried, looked = False, -HEARTBEAT_S, 0.0
     while job.poll() is None and not ending:
         if not noted and time.monotonic() - tried > HEARTBEAT_S:
             tried = time.monotonic()
             noted = note(os.path.join(folder, "status.json"), status)
         if removed():
             ending.append(time.monotonic())
+        if time.monotonic() - looked > HEARTBEAT_S:
+            looked = time.monotonic()
+            with suppress(OSError):
+                keep_watched()
         time.sleep(0.2)
     code = job.poll()
     if code is None:

@@ -1,0 +1,112 @@
+"""The dead man's switch of a rented host: ends its jobs and gives it back when nobody else does.
+
+A process in a session of its own, started before any job: it outlives jobs, their supervisors, sshd
+and the request that started it. Of one host: Slurm's jobs are Slurm's to end.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from typing import List, Optional, Set
+
+from fastcpt.cluster.agent.files import Answer
+from fastcpt.cluster.agent.job_folder import ACTIVE, supervisors
+from fastcpt.cluster.agent.jobs import state_of
+from fastcpt.cluster.agent.processes import processes_of, ranks_of, signal_quietly
+from fastcpt.cluster.agent.rent import SPENT, jobs_end_in, rent_here, seconds_left, silence
+
+TICK_S = 1.0
+# A job that was told to end may save for so long: 840 GB at 1 GB/s are 14 minutes.
+PATIENCE_S = 1800.0
+# A host that is still there after its release command gets it again.
+AGAIN_S = 60.0
+COMMAND_S = 300.0
+
+
+def attend() -> None:
+    """Watch until the watch is ended, or the host is gone."""
+    rent = rent_here()
+    while rent is not None:
+        if why := due(rent, jobs_end_in(rent)):
+            if ended := end_jobs(rent):
+                say(f"{why}: ended {', '.join(map(os.path.basename, ended))}")
+            # somebody may have asked, or paid for more, while the jobs saved
+            rent = rent_here()
+            if rent and (why := due(rent, seconds_left(rent))):
+                give_back(rent, why)
+        time.sleep(TICK_S)
+        rent = rent_here()
+
+
+def due(rent: Answer, left: Optional[float]) -> str:
+    """Why it is time, with so many seconds ``left`` of its money; empty while it is not."""
+    if left is not None and left <= 0:
+        return SPENT
+    if rent["orphan_s"] is not None and silence() >= rent["orphan_s"]:
+        return f"nobody has asked for {rent['orphan_s'] / 3600:g} hours"
+    return ""
+
+
+def end_jobs(rent: Answer) -> List[str]:
+    """Have each job save and end; the folders of those that ran. At the deadline they are killed."""
+    found: List[str] = []
+    told: Set[str] = set()
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        active = active_jobs(rent)
+        found += [folder for folder in active if folder not in found]
+        if not active:
+            return found
+        left = seconds_left(rent)
+        over = time.monotonic() > until or (left is not None and left <= 0)
+        for folder in active:
+            if over:
+                for pid in {*processes_of(folder), *supervisors(folder)}:
+                    signal_quietly(os.kill, pid, signal.SIGKILL)
+            elif folder not in told and tell_to_end(folder):
+                told.add(folder)
+        if over:
+            return found
+        time.sleep(0.2)
+
+
+def active_jobs(rent: Answer) -> List[str]:
+    jobs = os.path.join(os.path.realpath(rent["root"]), "jobs")
+    try:
+        folders = [os.path.join(jobs, name) for name in os.listdir(jobs)]
+    except OSError:
+        return []
+    # a training whose supervisor was killed goes on
+    return [one for one in folders if state_of(one)["state"] in ACTIVE or processes_of(one)]
+
+
+def tell_to_end(folder: str) -> bool:
+    """Have a job end as it does by itself; whether there was somebody to tell.
+
+    Ranks are told, and not what launched them: that would give them 30 s for their checkpoint.
+    """
+    told = ranks_of(folder) or supervisors(folder) or processes_of(folder)
+    for pid in told:
+        signal_quietly(os.kill, pid, signal.SIGTERM)
+    return bool(told)
+
+
+def give_back(rent: Answer, why: str) -> None:
+    """Run the release command; the host is expected to go away with it."""
+    command: Optional[List[str]] = rent["command"]
+    if command:
+        say(f"{why}: giving this host back")
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=COMMAND_S)
+            say(f"the release command ended with {done.returncode}, and this host is still there")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            say(f"the release command: {error}")
+        time.sleep(AGAIN_S)
+
+
+def say(line: str) -> None:
+    """To watch.log; on a full disk to nobody."""
+    with suppress(OSError):
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
