@@ -2,9 +2,10 @@
 #            make run DATA=folder [RECIPE=name] [TOKENIZER=folder] [INSTRUCTIONS=file] [SET="key=value ..."]
 # make test  everything CI runs
 # make up / make down   Airflow with its UI, left running / ended
+# make deployment       the compose file in a real Docker engine: minutes, as root
 # For GNU make 3.81 too, which macOS has: each line of a recipe is a shell of its own.
 SHELL := /bin/bash
-.PHONY: run up down test lint faults install install-dev
+.PHONY: run up down test lint faults deployment install install-dev
 
 local = . include/scripts/tools.sh && PYTHONPATH=include exec .env/airflow/bin/python include/scripts/local_stack.py
 
@@ -32,3 +33,6 @@ test: lint
 
 faults: install-dev
 	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest tests/faults tests/e2e/test_{names,marks,turns}.py --durations=0
+
+deployment: install-dev
+	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest -s tests/deployment

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# What the compose file needs besides Compose's own commands (docs/deployment.md):
+#
+#   deployment.sh settings DOCUMENTS   makes deployment/: settings with new secrets, folders for keys and data
+#   deployment.sh backup               database, settings and data into deployment/backups/TIME/
+#   deployment.sh restore FOLDER       puts back what a backup holds
+#   deployment.sh upgrade              builds the image of what is checked out, backs up, starts anew
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+umask 077
+settings=deployment/settings.env
+usage() { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//'; }
+say() { printf '%s\n' "$*" >&2; }
+stop() { say "deployment.sh: $*"; exit 2; }
+
+secret() { head -c 32 /dev/urandom | base64 | tr -d '\n' | tr '+/' '-_'; }
+# for the password inside a database's address
+letters() { secret | tr -d '=_-'; }
+
+make_settings() {
+  [ -d "$1" ] || stop "there is no folder $1. Say where your documents are."
+  [ ! -e "$settings" ] || stop "$settings is there already. Edit it; its secrets open the database and the connections."
+  local documents uid
+  documents=$(cd "$1" && pwd)
+  uid=$(id -u)
+  mkdir -p deployment/data deployment/ssh deployment/backups
+  # containers do not run as root: a user of Airflow's image then owns what they read and write
+  if [ "$uid" = 0 ]; then
+    uid=50000
+    chown "$uid" deployment/data deployment/ssh
+  fi
+  cat > "$settings.partial" <<EOF
+# Made by include/scripts/deployment.sh. Keep it secret; docs/deployment.md explains each line.
+DOCUMENTS=$documents
+AIRFLOW_UID=$uid
+ADMIN_USER=admin
+ADMIN_PASSWORD=$(letters)
+POSTGRES_PASSWORD=$(letters)
+BROKER_PASSWORD=$(letters)
+FERNET_KEY=$(secret)
+JWT_SECRET=$(secret)
+EOF
+  mv "$settings.partial" "$settings"
+  say "$settings is written: the UI's user is admin, with its ADMIN_PASSWORD."
+  say "Put the GPU host's key and known_hosts into deployment/ssh, readable by user $uid alone."
+  say "Then: docker compose up -d --build"
+}
+
+# Workers are started and ended with the rest where the settings name them.
+with_workers() { if grep -q '^EXECUTOR=Celery' "$settings"; then export COMPOSE_PROFILES=celery; fi; }
+
+backup() {
+  [ -f "$settings" ] || stop "there is no $settings: nothing is deployed here."
+  with_workers
+  # first of all: a backup without the database is none
+  docker compose exec -T postgres pg_isready -q -h localhost -U airflow || stop "Postgres does not answer. docker compose up -d first."
+  mkdir -p deployment/backups
+  local folder work
+  folder=deployment/backups/$(date -u +%Y-%m-%dT%H-%M-%SZ)
+  work=$(mktemp -d deployment/backups/.partial.XXXXXX)
+  trap 'rm -rf "$work"' EXIT
+  cp "$settings" "$work/settings.env"
+  docker compose exec -T postgres pg_dump -U airflow --format custom airflow > "$work/database.dump"
+  # Without what is made again from documents. Files appear whole; that one vanishes meanwhile is status 1.
+  docker compose run --rm --no-deps -T scheduler bash -c 'tar -C /data --exclude=./scores --exclude=./selections --exclude=./tokens \
+    --exclude=./corpora --exclude="*.partial" -cf - . || [ $? = 1 ]' > "$work/data.tar"
+  sync
+  mv "$work" "$folder"
+  trap - EXIT
+  say "$folder: $(du -sh "$folder" | cut -f1). It holds every secret but the keys of deployment/ssh."
+}
+
+restore() {
+  local from=$1 file
+  for file in database.dump data.tar settings.env; do
+    [ -f "$from/$file" ] || stop "$from is no backup: there is no $file in it."
+  done
+  mkdir -p deployment/data deployment/ssh deployment/backups
+  # on a new machine the folder for keys and data is made as settings does it
+  local uid
+  uid=$(sed -n 's/^AIRFLOW_UID=//p' "$from/settings.env")
+  [ "$(id -u)" != 0 ] || chown "$uid" deployment/data deployment/ssh
+  cp "$from/settings.env" "$settings.partial"
+  mv "$settings.partial" "$settings"
+  with_workers
+  docker compose build
+  docker compose down
+  docker compose up -d --wait postgres
+  # the password in the database may be that of other settings
+  docker compose exec -T postgres sh -c 'dropdb -U airflow --if-exists airflow && createdb -U airflow airflow &&
+    echo "ALTER ROLE airflow PASSWORD '"'"'$POSTGRES_PASSWORD'"'"'" | psql -q -U airflow airflow'
+  docker compose exec -T postgres pg_restore -U airflow --dbname airflow --exit-on-error < "$from/database.dump"
+  docker compose run --rm --no-deps -T scheduler bash -c 'tar -C /data -xf -' < "$from/data.tar"
+  docker compose up -d
+  say "Restored from $from. What was made since lies beside it in deployment/data."
+}
+
+upgrade() {
+  [ -f "$settings" ] || stop "there is no $settings: nothing is deployed here."
+  with_workers
+  # what runs goes on until the image and the backup are there
+  docker compose build
+  backup
+  docker compose down
+  docker compose up -d
+  say "Upgraded. Jobs on the GPU host went on; the tasks that watch them find them again."
+}
+
+case "${1:-} $#" in
+  "settings 2") make_settings "$2" ;;
+  "backup 1") backup ;;
+  "restore 2") restore "$2" ;;
+  "upgrade 1") upgrade ;;
+  "-h 1" | "--help 1") usage ;;
+  *) usage >&2; exit 2 ;;
+esac

@@ -1,0 +1,8 @@
+"""The scripts that these tests use are importable."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "include" / "scripts"))
