@@ -62,7 +62,7 @@ backup() {
   cp "$settings" "$work/settings.env"
   docker compose exec -T postgres pg_dump -U airflow --format custom airflow > "$work/database.dump"
   # Without what is made again from documents. Files appear whole; that one vanishes meanwhile is status 1.
-  docker compose run --rm --no-deps -T scheduler bash -c 'tar -C /data --exclude=./scores --exclude=./selections --exclude=./tokens \
+  docker compose run --no-deps --rm -T scheduler bash -c 'tar -C /data --exclude=./scores --exclude=./selections --exclude=./tokens \
     --exclude=./corpora --exclude="*.partial" -cf - . || [ $? = 1 ]' > "$work/data.tar"
   sync
   mv "$work" "$folder"
@@ -90,7 +90,7 @@ restore() {
   docker compose exec -T postgres sh -c 'dropdb -U airflow --if-exists airflow && createdb -U airflow airflow &&
     echo "ALTER ROLE airflow PASSWORD '"'"'$POSTGRES_PASSWORD'"'"'" | psql -q -U airflow airflow'
   docker compose exec -T postgres pg_restore -U airflow --dbname airflow --exit-on-error < "$from/database.dump"
-  docker compose run --rm --no-deps -T scheduler bash -c 'tar -C /data -xf -' < "$from/data.tar"
+  docker compose run --no-deps --rm -T scheduler bash -c 'tar -C /data -xf -' < "$from/data.tar"
   docker compose up -d
   say "Restored from $from. What was made since lies beside it in deployment/data."
 }
