@@ -31,7 +31,7 @@ USER = 12345
 PAGE = (REPOSITORY / "docs" / "deployment.md").read_text()
 START, CARE, CELERY = re.findall(r"^```sh\n(.*?)^```", PAGE, re.M | re.S)
 BACKUP, RESTORE, UPGRADE = CARE.splitlines()
-WAIT_S = 600
+WAIT_S = 1800
 
 
 def said(text: str) -> None:
