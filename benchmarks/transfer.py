@@ -53,11 +53,7 @@ def measure(folder: Path, server: dict[str, object], arguments: argparse.Namespa
         str(server["known_hosts"]),
     )
     shards = folder / "corpus"
-    shards.mkdir()
-    for number in range(arguments.shards):
-        (shards / f"cpt_train_shard_{number:02}.parquet").write_bytes(
-            os.urandom(arguments.megabytes * 1_000_000)
-        )
+    write_shards(shards, arguments.shards, arguments.megabytes)
     files = transfer.files_of(shards)
     total = sum(file["bytes"] for file in files)
     plain, same_cipher, moved = [], [], []
@@ -107,6 +103,14 @@ def measure(folder: Path, server: dict[str, object], arguments: argparse.Namespa
             }
         )
     )
+
+
+def write_shards(folder: Path, count: int, megabytes: int) -> None:
+    """Files of random bytes."""
+    folder.mkdir()
+    for number in range(count):
+        content = os.urandom(megabytes * 1_000_000)
+        (folder / f"cpt_train_shard_{number:02}.parquet").write_bytes(content)
 
 
 def cat(remote: Remote, shards: Path, target: Path, options: list[str]) -> float:

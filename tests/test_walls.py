@@ -19,6 +19,7 @@ SHARED = {
     "fastcpt.best_fit",
     "fastcpt.__version__",
     *(f"fastcpt.{name}" for name in ("exit_codes", "families", "files", "gate", "gguf", "ids")),
+    "fastcpt.manifests",
     *(
         f"fastcpt.{name}"
         for name in ("recipe", "recipe_form", "recipe_sections", "shapes", "step_memory")

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from fastcpt.cluster.check import check_cluster
 from fastcpt.cluster.remote import ConnectionLost, Remote, ask, ask_through
 from fastcpt.cluster.transfer import files_of, send, send_base_model
 from fastcpt.files import HOME, digest_of, read_json, whole_file
+from fastcpt.manifests import CorpusManifest
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.recipe_sections import CONFIGS, Cluster
 from fastcpt.training import commands, made_from
@@ -77,7 +77,7 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
     local_python = "" if arguments.host else str(REPOSITORY / ".env/cluster/bin/python")
     named = arguments.python or recipe.cluster.python or local_python
     python = python_of(remote, root, recipe.cluster, code, named)
-    manifest = read_json(arguments.corpus / "corpus_manifest.json")
+    manifest: CorpusManifest = read_json(arguments.corpus / "corpus_manifest.json")
     listed = [*manifest["files"], *files_of(arguments.corpus, ["corpus_manifest.json"])]
     corpus = send(remote, arguments.corpus, f"{root}/corpora/{manifest['digest']}", listed)["path"]
     with whole_file(arguments.output / "recipe.yaml") as aside:
@@ -113,7 +113,7 @@ def training_job(
     host: commands.Host,
     root: str,
     corpus: str,
-    manifest: Mapping[str, Any],
+    manifest: CorpusManifest,
     sent_base: str | None,
 ) -> tuple[jobs.Job, str]:
     """The job that trains and evaluates, and the folder that it writes to there."""

@@ -8,6 +8,7 @@ from typing import cast
 from airflow.sdk import Context, Variable
 
 from fastcpt.files import read_json
+from fastcpt.manifests import CorpusManifest
 from remote_job import RemoteJob, remote_of
 from steps.results import Built, Environment, HostFacts, Places, Plan, result_of
 from steps.run import noted, recipe_of
@@ -56,13 +57,13 @@ def sync(plan: Plan, built: Built, cluster: HostFacts, environment: Environment)
     recipe, root, record = recipe_of(plan), cluster["root"], Path(plan["record"])
     remote = remote_of(recipe.cluster.connection)
     corpus, instructions = built["corpus"], built["instructions"]
-    listed = read_json(Path(corpus["path"]) / "corpus_manifest.json")["files"]
+    listed: CorpusManifest = read_json(Path(corpus["path"]) / "corpus_manifest.json")
     manifest = files_of(Path(corpus["path"]), ["corpus_manifest.json"])
     sent = send(
         remote,
         Path(corpus["path"]),
         f"{root}/corpora/{corpus['digest']}",
-        [*listed, *manifest],
+        [*listed["files"], *manifest],
     )
     run = send(remote, record, f"{root}/runs/{record.name}", files_of(record, ["recipe.yaml"]))
     places: Places = {
@@ -72,7 +73,7 @@ def sync(plan: Plan, built: Built, cluster: HostFacts, environment: Environment)
         "run": run["path"],
         "corpus": sent["path"],
         "corpus_digest": corpus["digest"],
-        "tokenizer_digest": tokenizer_digest(listed),
+        "tokenizer_digest": tokenizer_digest(listed["files"]),
         "base_model": send_base_model(remote, recipe.model.name_or_path, root),
         "instructions": None,
         "reused": sent["reused"],

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fastcpt.files import HOME
+from fastcpt.manifests import Tokenized
 from steps.results import Built, Made, Plan
 from steps.run import noted, recipe_of
 
@@ -45,7 +46,7 @@ def select(plan: Plan, scores: list[list[Made]]) -> Made:
 
 
 @noted
-def tokenize(plan: Plan, selection: Made, parts: list[str]) -> dict[str, Any]:
+def tokenize(plan: Plan, selection: Made, parts: list[str]) -> Tokenized:
     """Tokenize the documents taken of a group of files."""
     from fastcpt.corpus.build import tokenize as tokenize_documents
 

@@ -1,4 +1,4 @@
-"""A machine, a cluster, an Airflow (``machines``) for the tests that break them."""
+"""A machine, a cluster, an Airflow (``machines``, ``airflow_processes``, ``slurm_cluster``) for the tests that break them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "include" / "scripts"))
 import local_sshd
 
-from faults.machines import Airflow, Host, Slurm, Training
+from faults.airflow_processes import Airflow
+from faults.machines import Host, Training
+from faults.slurm_cluster import Slurm
 
 
 @pytest.fixture

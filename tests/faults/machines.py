@@ -1,4 +1,4 @@
-"""Hosts that can be rebooted and cut off, and an Airflow whose processes can be killed one by one.
+"""Hosts that can be rebooted and cut off, and a training that tells what befell it.
 
 A host is an OpenSSH server in namespaces of its own: processes, network, and a boot id of its
 own, so that killing it is what a reboot is to those that depend on it. Needs root.
@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 import uuid
@@ -24,13 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import local_sshd
 import pytest
 
 import remote_job
 from fastcpt.cluster.remote import Remote
-from stack_module import load_local_stack
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -295,235 +290,7 @@ class Watch:
         return [int(line.split()[1]) for line in self.lines if line.startswith("step ")]
 
 
-# Airflow
-
-# a process that is gone is missed within seconds, not minutes
-SEEN_SOON = {
-    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "15",
-    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
-    "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_SEC": "3",
-    "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "2",
-    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
-    "AIRFLOW__SCHEDULER__ORPHANED_TASKS_CHECK_INTERVAL": "10",
-    "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "10",
-}
-SECRET = "hf_" + "k7" * 20
-DAGS = '''
-import os, time
-from datetime import timedelta
-from airflow.sdk import dag
-from remote_job import RemoteJob, RemoteJobOperator
-from steps.cluster import secrets
-
-def job(context):
-    conf = context["dag_run"].conf
-    return RemoteJob(
-        conf.get("connection", "local_cluster"), conf["root"], conf["commands"],
-        result=conf["result"],
-    )
-
-class DiesBeforeItWaits(RemoteJobOperator):
-    """Gives a test the time to kill the worker between starting the job and waiting for it."""
-    def defer(self, **options):
-        note = os.path.join(os.path.dirname(self.result), "worker")
-        if not os.path.exists(note):
-            with open(note + ".new", "w") as file:
-                file.write(f"{os.getpid()} {os.getppid()}")
-            os.rename(note + ".new", note)
-            time.sleep(300)
-        super().defer(**options)
-    def execute(self, context):
-        self.result = context["dag_run"].conf["result"]
-        return super().execute(context)
-
-def one(dag_id, operator=RemoteJobOperator, **options):
-    @dag(dag_id=dag_id, schedule=None, max_active_runs=16)
-    def build():
-        operator(task_id="train", job=job, secrets=secrets, retries=3,
-                 retry_delay=timedelta(seconds=2), **options)
-    return build()
-
-one("training", in_turn=True)
-one("anywhere")
-one("timed", execution_timeout=timedelta(seconds=30))
-one("interrupted", DiesBeforeItWaits)
-'''
-
-
-class Airflow:
-    """The four processes on SQLite, each of which can be killed and started again."""
-
-    names = ("api-server", "scheduler", "dag-processor", "triggerer")
-
-    def __init__(self, home: Path, cluster: dict[str, Any]) -> None:
-        stack = load_local_stack(home)
-        self.home, self.stack = home, stack
-        (home / "dags").mkdir(parents=True)
-        (home / "logs").mkdir()
-        (home / "dags" / "faults.py").write_text(DAGS)
-        (home / "passwords.json").write_text(json.dumps({"admin": "admin"}))
-        self.url = f"http://127.0.0.1:{(port := stack.free_port())}"
-        self.settings = stack.environment(cluster, port) | {
-            "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
-            "AIRFLOW_VAR_HF_TOKEN": SECRET,
-            **SEEN_SOON,
-        }
-        self.program = str(REPOSITORY / ".env/airflow/bin/airflow")
-        subprocess.run(
-            [self.program, "db", "migrate"], env=self.settings, check=True, capture_output=True
-        )
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        for name in self.names:
-            self.start(name)
-        self.client = httpx.Client(base_url=self.url, timeout=60)
-        eventually(self._ready, 400, 0.5)
-
-    def _ready(self) -> bool:
-        try:
-            health = self.client.get("/api/v2/monitor/health").json()
-            if any(
-                health[part]["status"] != "healthy"
-                for part in ("scheduler", "triggerer", "dag_processor")
-            ):
-                return False
-            answer = self.client.post(
-                "/auth/token", json={"username": "admin", "password": "admin"}
-            )
-            self.client.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
-            return bool(self.client.get("/api/v2/dags/interrupted").status_code == 200)
-        except (httpx.HTTPError, KeyError):
-            return False
-
-    def start(self, name: str) -> None:
-        with (self.home / "logs" / f"{name}.log").open("ab") as log:
-            self.processes[name] = subprocess.Popen(
-                [self.program, name],
-                env=self.settings,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                cwd=self.home,
-            )
-
-    def kill(self, name: str) -> None:
-        """SIGKILL to the process and all that it started: the machine it ran on is gone."""
-        process = self.processes[name]
-        for pid in [process.pid, *_descendants(process.pid)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-
-    def end(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in self.processes.values():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-            time.sleep(3 if number == signal.SIGTERM else 0)
-        for process in self.processes.values():
-            process.wait()
-        self.client.close()
-
-    def trigger(self, dag: str, conf: dict[str, Any]) -> Run:
-        answer = self.client.post(
-            f"/api/v2/dags/{dag}/dagRuns", json={"logical_date": None, "conf": conf}
-        )
-        answer.raise_for_status()
-        return Run(self, dag, answer.json()["dag_run_id"])
-
-    def connect(self, name: str, facts: dict[str, Any]) -> None:
-        """Add a connection to a host, as an administrator does in the UI."""
-        extra = {key: facts[key] for key in ("key_file", "known_hosts")}
-        answer = self.client.post(
-            "/api/v2/connections",
-            json={
-                "connection_id": name,
-                "conn_type": "ssh",
-                "host": facts["host"],
-                "login": facts["user"],
-                "port": facts["port"],
-                "extra": json.dumps(extra),
-            },
-        )
-        answer.raise_for_status()
-
-    def train(
-        self, dag: str, training: Training, steps: int, pace: float = 0.5, **conf: Any
-    ) -> Run:
-        """Trigger a DAG that runs the stand-in for a training on the cluster."""
-        commands = [training.command(steps, pace)]
-        root = str(conf.pop("root", training.folder.parent / "cluster"))
-        values = {"root": root, "commands": commands, "result": training.result}
-        return self.trigger(dag, {**values, **conf})
-
-
-class Run:
-    def __init__(self, airflow: Airflow, dag: str, run: str) -> None:
-        self.airflow, self.run = airflow, run
-        self.path = f"/api/v2/dags/{dag}/dagRuns/{run}"
-        self.dag = dag
-
-    @property
-    def task(self) -> dict[str, Any]:
-        answer = self.airflow.client.get(f"{self.path}/taskInstances/train")
-        answer.raise_for_status()
-        return dict(answer.json())
-
-    def wait(self, *states: str, seconds: float = 300) -> dict[str, Any]:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            with contextlib.suppress(httpx.HTTPError):
-                task = self.task
-                if task["state"] in states:
-                    return task
-            time.sleep(0.5)
-        raise AssertionError(f"the task is {self.task['state']}, wanted {states}:\n{self.log()}")
-
-    def log(self, attempt: int | None = None) -> list[str]:
-        attempt = attempt or self.task["try_number"]
-        answer = self.airflow.client.get(
-            f"{self.path}/taskInstances/train/logs/{attempt}",
-            params={"full_content": True},
-            headers={"Accept": "application/json"},
-        )
-        if answer.status_code != 200:
-            return []
-        lines = []
-        for event in answer.json()["content"]:
-            lines.append(str(event.get("event", event)))
-            lines += [str(detail["exc_value"]) for detail in event.get("error_detail") or []]
-        return lines
-
-    def steps_in_log(self, attempt: int | None = None) -> list[int]:
-        lines = self.log(attempt)
-        return [int(line.split()[1]) for line in lines if line.startswith("step ")]
-
-    def mark_failed(self) -> None:
-        answer = self.airflow.client.patch(
-            f"{self.path}/taskInstances/train", json={"new_state": "failed"}
-        )
-        answer.raise_for_status()
-
-    def clear(self) -> None:
-        answer = self.airflow.client.post(
-            f"/api/v2/dags/{self.dag}/clearTaskInstances",
-            json={
-                "dry_run": False,
-                "dag_run_id": self.run,
-                "task_ids": ["train"],
-                "only_failed": False,
-                "only_running": False,
-            },
-        )
-        answer.raise_for_status()
-
-    def delete(self) -> None:
-        """As the UI does it: Airflow deletes no run that goes on, so its state is set first."""
-        self.airflow.client.patch(self.path, json={"state": "failed"}).raise_for_status()
-        self.airflow.client.delete(self.path).raise_for_status()
-
-
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -537,105 +304,6 @@ def _descendants(pid: int) -> list[int]:
             found.append(child)
             waiting.append(child)
     return found
-
-
-class Slurm:
-    """A Slurm cluster of two nodes on this machine, and an SSH server as its login host."""
-
-    def __init__(self, folder: Path) -> None:
-        if os.getuid() or not shutil.which("slurmctld", path=os.environ["PATH"] + ":/usr/sbin"):
-            pytest.fail("Slurm needs root and the packages slurm-wlm and munge", pytrace=False)
-        self.folder = folder
-        folder.mkdir(mode=0o700)
-        for name in ("state", "spool/127.0.0.1", "spool/127.0.0.2"):
-            (folder / name).mkdir(parents=True)
-        (folder / "munge.key").write_bytes(os.urandom(1024))
-        (folder / "munge.key").chmod(0o600)
-        here = socket.gethostname().partition(".")[0]
-        # a socket's name must be short
-        self.sockets = Path(tempfile.mkdtemp(prefix="munge-"))
-        ports = [free_port() for _ in range(3)]
-        settings = {
-            "ClusterName": "fastcpt",
-            "SlurmctldHost": f"{here}(127.0.0.1)",
-            "SlurmUser": "root",
-            "SlurmdUser": "root",
-            "AuthType": "auth/munge",
-            "AuthInfo": f"socket={self.sockets}/munge",
-            "SlurmctldPort": ports[0],
-            "StateSaveLocation": folder / "state",
-            "SlurmdSpoolDir": f"{folder}/spool/%n",
-            "SlurmctldPidFile": folder / "slurmctld.pid",
-            "SlurmdPidFile": f"{folder}/%n.pid",
-            "SlurmctldLogFile": folder / "slurmctld.log",
-            "SlurmdLogFile": f"{folder}/%n.log",
-            "ProctrackType": "proctrack/linuxproc",
-            "TaskPlugin": "task/none",
-            "MpiDefault": "none",
-            "SelectType": "select/cons_tres",
-            "SelectTypeParameters": "CR_Core",
-            "JobAcctGatherType": "jobacct_gather/none",
-            "ReturnToService": 2,
-            "KillWait": 10,
-            "OverTimeLimit": 0,
-            "SchedulerParameters": "sched_interval=2,batch_sched_delay=0",
-        }
-        lines = [f"{name}={value}" for name, value in settings.items()]
-        lines += [
-            f"NodeName=127.0.0.1,127.0.0.2 NodeHostname={here} NodeAddr=127.0.0.1 Port={ports[1]},{ports[2]} "
-            "CPUs=1 State=UNKNOWN",
-            "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP",
-        ]
-        self.configuration = folder / "slurm.conf"
-        self.configuration.write_text("\n".join(lines) + "\n")
-        self.processes = [
-            self._start("munged", "--foreground", "--force", *self._munge()),
-        ]
-        eventually((self.sockets / "munge").exists, 60)
-        self.start_controller()
-        self.processes += [
-            self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "127.0.0.1"),
-            self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "127.0.0.2"),
-        ]
-        eventually(lambda: "idle" in self.call("sinfo", "-h", "-o", "%T"), 180)
-        self.login = local_sshd.start(folder / "sshd", {"SLURM_CONF": str(self.configuration)})
-
-    def _munge(self) -> list[str]:
-        names = {"key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log"}
-        options = [f"--{name}={self.folder}/{file}" for name, file in names.items()]
-        return [*options, f"--seed-file={self.folder}/seed", f"--socket={self.sockets}/munge"]
-
-    @staticmethod
-    def _start(*command: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-
-    def start_controller(self) -> None:
-        self.controller = self._start("slurmctld", "-D", "-f", str(self.configuration))
-
-    def end_controller(self) -> None:
-        self.controller.terminate()
-        self.controller.wait(120)
-
-    def call(self, *command: str) -> str:
-        settings = {**os.environ, "SLURM_CONF": str(self.configuration)}
-        done = subprocess.run(command, env=settings, capture_output=True, text=True)
-        return done.stdout + done.stderr
-
-    @property
-    def remote(self) -> Remote:
-        return remote_of(self.login)
-
-    def end(self) -> None:
-        self.call("scancel", "--user=root")
-        time.sleep(1)
-        os.killpg(self.login["pid"], signal.SIGTERM)
-        os.waitpid(self.login["pid"], 0)
-        for process in [self.controller, *reversed(self.processes)]:
-            process.terminate()
-            process.wait(120)
-        shutil.rmtree(self.sockets)
 
 
 def free_port() -> int:

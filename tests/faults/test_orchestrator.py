@@ -12,7 +12,8 @@ from typing import Any
 import local_sshd
 import pytest
 
-from faults.machines import SECRET, Airflow, Host, Training, alive, eventually, sshd_sessions
+from faults.airflow_processes import SECRET, Airflow
+from faults.machines import Host, Training, alive, eventually, sshd_sessions
 
 pytestmark = pytest.mark.linux("network namespaces, mounts, Slurm, /proc")
 

@@ -18,13 +18,13 @@ from fastcpt.training import commands
 from faults.machines import (
     RANK,
     REPOSITORY,
-    Slurm,
     Training,
     Watch,
     alive,
     eventually,
     free_port,
 )
+from faults.slurm_cluster import Slurm
 
 pytestmark = [pytest.mark.faults, pytest.mark.linux("network namespaces, mounts, Slurm, /proc")]
 

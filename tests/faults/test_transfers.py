@@ -17,7 +17,7 @@ import pytest
 
 from fastcpt.cluster import jobs, transfer
 from fastcpt.cluster.remote import ClusterError
-from faults.machines import Host, _descendants, remote_of
+from faults.machines import Host, descendants, remote_of
 
 pytestmark = pytest.mark.linux("network namespaces, mounts, Slurm, /proc")
 
@@ -54,7 +54,7 @@ def test_a_killed_rsync_goes_on_where_it_stopped(
         # when much has arrived, while the transfer runs
         until = time.monotonic() + 60
         while time.monotonic() < until and not killed:
-            for pid in _descendants(os.getpid()):
+            for pid in descendants(os.getpid()):
                 name = Path(f"/proc/{pid}/comm")
                 arrived = sum(path.stat().st_size for path in target.glob(".shard*"))
                 if arrived > 100_000_000 and name.exists() and name.read_text().strip() == "rsync":

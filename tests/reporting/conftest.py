@@ -70,16 +70,40 @@ def finished(home, tmp_path):
             ],
         },
     )
+    add_trainings(record, tmp_path)
+    add_evaluations(record)
+    records.add(
+        record,
+        "evaluation_sft.json",
+        {
+            "rouge_l": {"value": 0.612, "low": 0.587, "high": 0.640},
+            "citation_accuracy": {"value": 0.41, "low": 0.30, "high": 0.52, "counted": 128},
+            "examples": 64,
+            "samples": [
+                {"prompt": "Summarise <this>", "response": "It | lays down", "reference": "It"}
+            ],
+        },
+    )
+    records.add_output(record, "build", {"path": "/data/corpora/00aa11bb22cc33dd",
+                                         "digest": "00aa11bb22cc33dd", "reused": True})  # fmt: skip
+    records.add_output(record, "publish", {"path": "/data/models/fast", "digest": "beef"})
+    records.add_cost(record, gpus=4, price_per_gpu_hour=4.0)
+    add_plan_and_actual(record)
+    records.close_record(record, "success")
+    return record
+
+
+def add_trainings(record, folder):
     for training, loss, seconds in (
         ("train_cpt", 7.6, 5400.0),
         ("train_cpt_stage2", 3.1, 1800.0),
         ("train_sft", 2.2, 450.0),
     ):
-        source = tmp_path / training / "metrics.jsonl"
+        source = folder / training / "metrics.jsonl"
         write_metrics(source, loss, steps=60)
         records.add(record, f"{training}/metrics.jsonl", source)
         write_json(
-            tmp_path / training / "training.json",
+            folder / training / "training.json",
             {
                 "steps": 60,
                 "tokens": 245_760,
@@ -90,7 +114,10 @@ def finished(home, tmp_path):
                 "skipped_steps": 0,
             },
         )
-        records.add(record, f"{training}/training.json", tmp_path / training / "training.json")
+        records.add(record, f"{training}/training.json", folder / training / "training.json")
+
+
+def add_evaluations(record):
     for stage, perplexity in (("", 21.5), ("_stage2", 11.25)):
         figures = {
             "model": {"perplexity": perplexity, "bits_per_byte": 0.71, "tokens": 12_592},
@@ -108,22 +135,9 @@ def finished(home, tmp_path):
             "validation_set": "random",
         }
         records.add(record, f"gate{stage}.json", gate)
-    records.add(
-        record,
-        "evaluation_sft.json",
-        {
-            "rouge_l": {"value": 0.612, "low": 0.587, "high": 0.640},
-            "citation_accuracy": {"value": 0.41, "low": 0.30, "high": 0.52, "counted": 128},
-            "examples": 64,
-            "samples": [
-                {"prompt": "Summarise <this>", "response": "It | lays down", "reference": "It"}
-            ],
-        },
-    )
-    records.add_output(record, "build", {"path": "/data/corpora/00aa11bb22cc33dd",
-                                         "digest": "00aa11bb22cc33dd", "reused": True})  # fmt: skip
-    records.add_output(record, "publish", {"path": "/data/models/fast", "digest": "beef"})
-    records.add_cost(record, gpus=4, price_per_gpu_hour=4.0)
+
+
+def add_plan_and_actual(record):
     rows = [
         {
             "what": "tokens/s, all GPUs",
@@ -138,5 +152,3 @@ def finished(home, tmp_path):
         {"what": "hours of fine-tuning", "low": 0.5, "high": 0.5, "actual": None, "off": None},
     ]
     records.add(record, "plan_and_actual.json", {"rows": rows})
-    records.close_record(record, "success")
-    return record

@@ -37,6 +37,7 @@ from fastcpt.cluster.remote import (
 )
 from fastcpt.files import digest_of, sha256_of_file
 from fastcpt.gguf import FOLDERS, base_folder
+from fastcpt.manifests import FileEntry
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,9 @@ ROUNDS = 3  # a file that differs after being sent is sent again, twice
 IDLE_TIMEOUT_S = 120
 TOLD_EVERY_S = 5.0
 ASKED_EVERY_S = 60.0
-File = dict[str, Any]
 
 
-def files_of(folder: Path, names: Sequence[str] | None = None) -> list[File]:
+def files_of(folder: Path, names: Sequence[str] | None = None) -> list[FileEntry]:
     """The files ``names`` of ``folder`` (all below it without) as ``{file, bytes, sha256}``."""
     paths = sorted(folder.rglob("*")) if names is None else [folder / name for name in names]
     return [
@@ -75,7 +75,7 @@ def send_base_model(remote: Remote, name: str | None, root: str) -> str | None:
 
 
 def send(
-    remote: Remote, local: Path, folder: str, files: Sequence[File], streams: int = STREAMS
+    remote: Remote, local: Path, folder: str, files: Sequence[FileEntry], streams: int = STREAMS
 ) -> dict[str, Any]:
     """Bring ``files`` of ``local`` to ``folder`` on the cluster, digests verified there.
 
@@ -186,8 +186,8 @@ def _move(
     return differ
 
 
-def _differ(local: Path, files: Sequence[File]) -> list[str]:
-    def same(file: File) -> bool:
+def _differ(local: Path, files: Sequence[FileEntry]) -> list[str]:
+    def same(file: FileEntry) -> bool:
         path = local / file["file"]
         right_size = path.is_file() and path.stat().st_size == file["bytes"]
         return bool(right_size and sha256_of_file(path) == file["sha256"])

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from fastcpt.corpus.fingerprint import pieces_of
 from fastcpt.corpus.score_columns import REASONS, ScoreColumns, batches_of
 from fastcpt.corpus.tokenizer import CorpusTokenizer
+from fastcpt.manifests import ScoresFolder
 from fastcpt.recipe import Recipe
 
 Ints = npt.NDArray[np.int64]
@@ -24,7 +25,7 @@ SAMPLED = 512  # excerpts whose tokens are counted for the estimate
 RESERVE, RESERVE_UNTRAINED = 0.05, 0.35
 
 
-def tokens_per_piece(tables: Sequence[dict[str, Any]], tokenizer: CorpusTokenizer | None) -> float:
+def tokens_per_piece(tables: Sequence[ScoresFolder], tokenizer: CorpusTokenizer | None) -> float:
     """Tokens a piece (``fingerprint``), counted on the excerpts in the score tables."""
     if tokenizer is None:
         return TOKENS_PER_PIECE

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +55,14 @@ from fastcpt.corpus.tokenizer import (
 )
 from fastcpt.corpus.tokens import tokenize_part
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
+from fastcpt.manifests import (
+    CorpusFolder,
+    CorpusManifest,
+    FileEntry,
+    HeldOutShard,
+    SelectionManifest,
+    Tokenized,
+)
 from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Fields
 
@@ -69,18 +76,15 @@ SMALL = 4_000_000  # characters: less is done sooner than processes start and to
 PROBE_CHARACTERS = 300_000  # compared before tiktoken is trusted with the corpus
 
 
-def build(
-    selection: str, recipe: Recipe, home: Path, processes: int | None = None
-) -> dict[str, Any]:
+def build(selection: str, recipe: Recipe, home: Path, processes: int | None = None) -> CorpusFolder:
     """Build the corpus of a selection (the ``path`` that ``select`` returned).
 
     Writes ``home/corpora/<digest>``: ``cpt_train_shard_NN.parquet`` (``input_ids``, ``lengths`` of
     the documents' segments in them and each segment's ``areas``, null where it is general text),
     ``validation/``, ``validation_newest/`` and, with replay, ``validation_general/`` (a row a
-    document), ``tokenizer/``, ``funnel.md`` and ``corpus_manifest.json``, which lists every
-    file with its SHA-256. Returns the manifest with ``path`` and ``reused``.
+    document), ``tokenizer/``, ``funnel.md`` and ``corpus_manifest.json``.
     """
-    chosen = read_json(Path(selection) / "manifest.json")
+    chosen: SelectionManifest = read_json(Path(selection) / "manifest.json")
     documents = Selected.of_selection(Path(selection), chosen, recipe.documents.fields)
     tokenizer = _tokenizer(documents, chosen["digest"], recipe, home)
     replay = replay_parts(recipe)
@@ -96,9 +100,11 @@ def build(
     folder = home / "corpora" / digest
     if (folder / MANIFEST).exists():
         os.utime(folder)  # as of token ids: used
-        return {**read_json(folder / MANIFEST), "path": str(folder), "reused": True}
-    result = _build_into(folder, documents, tokenizer, replay, chosen, recipe, home, processes)
-    manifest = {"digest": digest, **result}
+        found: CorpusManifest = read_json(folder / MANIFEST)
+        return {**found, "path": str(folder), "reused": True}
+    manifest = _build_into(
+        folder, digest, documents, tokenizer, replay, chosen, recipe, home, processes
+    )
     with whole_file(folder / "funnel.md") as aside:
         aside.write_text(funnel_table(manifest["funnel"]) + "\n", encoding="utf-8")
     manifest["files"] = _files(folder, [*manifest["shards"], *manifest["validation"]])
@@ -112,7 +118,7 @@ def prepare_tokenizer(selection: str, recipe: Recipe, home: Path) -> None:
 
     Done once before ``tokenize`` is spread over workers, so that each finds it done.
     """
-    chosen = read_json(Path(selection) / "manifest.json")
+    chosen: SelectionManifest = read_json(Path(selection) / "manifest.json")
     documents = Selected.of_selection(Path(selection), chosen, recipe.documents.fields)
     _tokenizer(documents, chosen["digest"], recipe, home)
 
@@ -123,13 +129,12 @@ def tokenize(
     recipe: Recipe,
     home: Path,
     processes: int | None = None,
-) -> dict[str, Any]:
+) -> Tokenized:
     """Tokenize a selection's documents of some parts, which ``build`` then finds done.
 
     Mapped over groups of parts, this spreads the tokenizing over workers that share ``home``.
-    Returns ``{documents, tokens}`` that were new.
     """
-    chosen = read_json(Path(selection) / "manifest.json")
+    chosen: SelectionManifest = read_json(Path(selection) / "manifest.json")
     documents = Selected.of_selection(Path(selection), chosen, recipe.documents.fields)
     tokenizer = _tokenizer(documents, chosen["digest"], recipe, home)
     wanted = [number for number, (part, _) in enumerate(documents.parts) if part in parts]
@@ -139,14 +144,15 @@ def tokenize(
 
 def _build_into(
     folder: Path,
+    digest: str,
     documents: Selected,
     tokenizer: CorpusTokenizer,
     replay: list[tuple[str, str]],
-    chosen: dict[str, Any],
+    chosen: SelectionManifest,
     recipe: Recipe,
     home: Path,
     processes: int | None,
-) -> dict[str, Any]:
+) -> CorpusManifest:
     folder.mkdir(parents=True, exist_ok=True)
     if documents.characters.sum() < SMALL:
         processes = processes or 1
@@ -174,17 +180,12 @@ def _build_into(
     write_tokenizer(tokenizer, folder / "tokenizer")
     tokens = int(training.length.sum())
     return {
+        "digest": digest,
         "selection": chosen["digest"],
         "recipe": recipe.model_dump(
             mode="json", include={"documents", "score", "selection", "corpus", "tokenizer"}
         ),
-        "tokenizer": {
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.end_id,
-            "pad_id": tokenizer.pad_id,
-        },
+        "tokenizer": tokenizer.facts(),
         "max_seq_length": recipe.corpus.max_seq_length,
         "tokens": tokens,
         "documents": len(train),
@@ -195,6 +196,7 @@ def _build_into(
         "shards": shards,
         "validation": validation,
         "funnel": funnel_of_build(chosen, documents, ids, general, cut_off),
+        "files": [],  # as soon as the last of them is written
     }
 
 
@@ -205,7 +207,7 @@ def _write_validation_sets(
     unseen: GeneralHeldOut,
     tokenizer: CorpusTokenizer,
     home: Path,
-) -> list[dict[str, Any]]:
+) -> list[HeldOutShard]:
     written = [
         write_validation(folder, split, documents.about.take(pa.array(rows)), ids.of(rows))
         for split, rows in ((split, documents.rows(split)) for split in HELD_OUT)
@@ -282,7 +284,7 @@ def _cut_at_budget(documents: Selected, ids: TokenIds, budget: int | None) -> No
 # Manifest
 
 
-def _files(folder: Path, known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _files(folder: Path, known: Sequence[FileEntry]) -> list[FileEntry]:
     """Every file of the corpus but the manifest: what a transfer has to verify."""
     digests = {item["file"]: item["sha256"] for item in known}
     names = sorted(

@@ -32,6 +32,13 @@ class LeakError(BuildError):
     """A held-out document, or most of it, is among the training documents."""
 
 
+class CutOff(NamedTuple):
+    """What passages of held-out documents took away from training ones."""
+
+    characters: int
+    tokens: int
+
+
 class HeldOutOverlaps(NamedTuple):
     """What is held out and in training documents too, counted from the texts."""
 
@@ -133,7 +140,7 @@ def cut_passages(
     table: Path,
     tokenizer: CorpusTokenizer,
     processes: int | None,
-) -> tuple[Stretches, dict[str, int]]:
+) -> tuple[Stretches, CutOff]:
     """Cut the passages of held-out documents out of those that stay in training without them.
 
     Sets their lengths and characters to what is left; returns its place, and what was cut off.
@@ -151,7 +158,7 @@ def cut_passages(
         }
         calls.append((part, documents.fields, quoted, table, tokenizer))
     left: dict[int, list[npt.NDArray[np.int32]]] = {}
-    cut_off = {"characters": 0, "tokens": 0}
+    cut_off = CutOff(0, 0)
     for call, results in in_processes(ids_without, calls, processes):
         positions = np.array([position for position, _, _ in results], dtype=np.int64)
         here = documents.rows_at(numbers[parts[call][0]], positions).tolist()
@@ -161,8 +168,10 @@ def cut_passages(
                 continue
             left[row] = segments
             length = sum(map(len, segments))
-            cut_off["characters"] += int(documents.characters[row]) - characters
-            cut_off["tokens"] += int(ids.length[row]) - length
+            cut_off = CutOff(
+                cut_off.characters + int(documents.characters[row]) - characters,
+                cut_off.tokens + int(ids.length[row]) - length,
+            )
             documents.characters[row], ids.length[row] = characters, length
     return Stretches.written(table / "stretches", left), cut_off
 

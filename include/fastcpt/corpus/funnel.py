@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fastcpt.corpus.decontamination import CutOff
 from fastcpt.corpus.replay import Replayed
 from fastcpt.corpus.score_columns import REASONS, SPLITS, ScoreColumns
 from fastcpt.corpus.selected import HELD_OUT, Selected
 from fastcpt.corpus.token_ids import TokenIds
+from fastcpt.manifests import FunnelRow, ScoresFolder, SelectionManifest
 
 Bools = npt.NDArray[np.bool_]
 
 
 def funnel_of_selection(
-    tables: Sequence[dict[str, Any]], corpus: ScoreColumns, ratio: float
-) -> list[dict[str, Any]]:
+    tables: Sequence[ScoresFolder], corpus: ScoreColumns, ratio: float
+) -> list[FunnelRow]:
     """Documents, characters and estimated tokens of each stage and reason."""
     tokens = corpus.tokens(ratio)
 
-    def row(stage: str, reason: str, rows: Bools) -> dict[str, Any]:
+    def row(stage: str, reason: str, rows: Bools) -> FunnelRow:
         return {
             "stage": stage,
             "reason": reason,
@@ -32,8 +33,8 @@ def funnel_of_selection(
         }
 
     unreadable = sum(table["unreadable"] for table in tables)
-    nothing = {"characters": 0, "tokens": 0}
-    funnel = [{"stage": "read", "reason": "unreadable", "documents": unreadable, **nothing}]
+    none = np.zeros(len(tokens), dtype=bool)
+    funnel: list[FunnelRow] = [{**row("read", "unreadable", none), "documents": unreadable}]
     funnel.append(row("read", "", np.ones(len(tokens), dtype=bool)))
     for code, reason in enumerate(REASONS[1:], start=1):
         rows = corpus.reason == code
@@ -46,16 +47,16 @@ def funnel_of_selection(
 
 
 def funnel_of_build(
-    chosen: dict[str, Any],
+    chosen: SelectionManifest,
     documents: Selected,
     ids: TokenIds,
     general: Replayed,
-    cut_off: dict[str, int],
-) -> list[dict[str, Any]]:
+    cut_off: CutOff,
+) -> list[FunnelRow]:
     """The selection's funnel with what the build dropped, and what is kept in counted tokens."""
-    funnel = [dict(row) for row in chosen["funnel"] if row["stage"] != "kept"]
+    funnel: list[FunnelRow] = [{**row} for row in chosen["funnel"] if row["stage"] != "kept"]
 
-    def row(stage: str, split: str) -> dict[str, Any]:
+    def row(stage: str, split: str) -> FunnelRow:
         rows = documents.rows(split)
         return {
             "stage": stage,
@@ -68,10 +69,16 @@ def funnel_of_build(
     for reason in ("overlaps_held_out", "common_text", "over_budget"):
         if len(documents.rows(reason)):
             funnel.append(row("build", reason))
-    if cut_off["tokens"]:
-        # passages, of documents that are counted where they are kept
-        cut = {"stage": "build", "reason": "quoted_by_held_out", "documents": 0}
-        funnel.append({**cut, **cut_off})
+    if cut_off.tokens:
+        funnel.append(
+            {
+                "stage": "build",
+                "reason": "quoted_by_held_out",
+                "documents": 0,  # passages, of documents that are counted where they are kept
+                "characters": cut_off.characters,
+                "tokens": cut_off.tokens,
+            }
+        )
     funnel += [row("kept", split) for split in ("train", *HELD_OUT)]
     # the whole is the sum of its parts: kept ones counted, the others as they were estimated
     everything = next(row for row in funnel if row["stage"] == "read" and not row["reason"])
@@ -89,7 +96,7 @@ def funnel_of_build(
     return funnel
 
 
-def funnel_table(funnel: Sequence[dict[str, Any]]) -> str:
+def funnel_table(funnel: Sequence[FunnelRow]) -> str:
     """The funnel as a Markdown table."""
     lines = [
         "| stage | reason or split | documents | characters | tokens |",

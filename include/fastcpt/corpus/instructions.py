@@ -22,6 +22,7 @@ from fastcpt.corpus.documents import (
     value_at,
 )
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
+from fastcpt.manifests import InstructionsFolder, InstructionsManifest
 from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Documents, Sft
 
@@ -30,12 +31,11 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 
 
-def build_instructions(recipe: Recipe, home: Path) -> dict[str, Any] | None:
+def build_instructions(recipe: Recipe, home: Path) -> InstructionsFolder | None:
     """Write ``train.jsonl`` and ``held_out.jsonl`` (``id``, ``prompt``, ``response``).
 
-    Into ``home/instructions/<digest>``, with a ``manifest.json`` that lists the files. Returns
-    ``{path, digest, reused, train, held_out, unreadable}``; None where the recipe has no
-    instructions. ``DocumentsError`` where the file is missing, holds too much that cannot be
+    Into ``home/instructions/<digest>``, with a ``manifest.json`` that lists the files. None where
+    the recipe has no instructions. ``DocumentsError`` where the file is missing, holds too much that cannot be
     read, or fewer works than are to be held out.
     """
     settings = recipe.sft
@@ -55,7 +55,8 @@ def build_instructions(recipe: Recipe, home: Path) -> dict[str, Any] | None:
     )
     folder = home / "instructions" / digest
     if (folder / "manifest.json").exists():
-        return {**read_json(folder / "manifest.json"), "path": str(folder), "reused": True}
+        found: InstructionsManifest = read_json(folder / "manifest.json")
+        return {**found, "path": str(folder), "reused": True}
     rows, unreadable = _read(settings, recipe.documents)
     train, held_out = _split(rows, settings.held_out)
     for file, part in (("train.jsonl", train), ("held_out.jsonl", held_out)):
@@ -64,7 +65,7 @@ def build_instructions(recipe: Recipe, home: Path) -> dict[str, Any] | None:
                 "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part),
                 encoding="utf-8",
             )
-    manifest = {
+    manifest: InstructionsManifest = {
         "digest": digest,
         "train": len(train),
         "held_out": len(held_out),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ import pyarrow.compute as pc
 
 from fastcpt.corpus.processes import Progress
 from fastcpt.corpus.score_columns import ScoreColumns, batches_of
+from fastcpt.manifests import ScoresFolder
 from fastcpt.recipe import Recipe
 
 Floats = npt.NDArray[np.float64]
@@ -24,7 +24,7 @@ Ints = npt.NDArray[np.int64]
 HALF_LIFE_YEARS = 15.0  # an act this much older than the corpus's newest has half its recency
 
 
-def rank_by_score(corpus: ScoreColumns, tables: Sequence[dict[str, Any]], recipe: Recipe) -> None:
+def rank_by_score(corpus: ScoreColumns, tables: Sequence[ScoresFolder], recipe: Recipe) -> None:
     """Add the components that depend on the corpus, then order by score."""
     if recipe.score.method == "legal":
         weights = recipe.score.weights
@@ -44,7 +44,7 @@ def rank_by_score(corpus: ScoreColumns, tables: Sequence[dict[str, Any]], recipe
     corpus.rank[order] = np.arange(len(order))
 
 
-def _citations(tables: Sequence[dict[str, Any]], corpus: ScoreColumns) -> Floats:
+def _citations(tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> Floats:
     """The citations component, 0..1: citations received from documents of the act's own topics.
 
     A citation counts by the share of the citing document's subject matters that the cited act
@@ -97,7 +97,7 @@ def _against_topic(received: Ints, topics: npt.NDArray[np.uint64]) -> Floats:
     return np.minimum(1.0, np.log1p(citations) / np.log1p(usual))
 
 
-def _topics(tables: Sequence[dict[str, Any]]) -> npt.NDArray[np.uint64]:
+def _topics(tables: Sequence[ScoresFolder]) -> npt.NDArray[np.uint64]:
     """Each document's subject matters as bits; the corpus's 64 most frequent ones have one."""
     seen: Counter[str] = Counter()
     for table in tables:

@@ -23,6 +23,7 @@ from fastcpt.corpus.token_ids import TokenIds, find_ids
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.corpus.tokens import tokenize_part
 from fastcpt.files import digest_of, hash_of
+from fastcpt.manifests import ReplayFacts
 from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Documents
 
@@ -106,7 +107,7 @@ class Replayed(NamedTuple):
     ids: TokenIds
     characters: int
 
-    def facts(self, all_tokens: int) -> dict[str, float]:
+    def facts(self, all_tokens: int) -> ReplayFacts:
         """What the manifest says of them; ``all_tokens`` are the corpus's."""
         tokens = int(self.ids.length.sum())
         return {

@@ -35,6 +35,7 @@ from fastcpt.corpus.documents import (
 from fastcpt.corpus.fingerprint import BINS, Fingerprint, fingerprint
 from fastcpt.corpus.processes import Progress, in_order, over_parts
 from fastcpt.files import digest_of, hash_of, read_json, whole_file, write_json
+from fastcpt.manifests import ScoresFolder, ScoresManifest
 from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Score
 
@@ -94,12 +95,11 @@ def score_schema(method: str) -> pa.Schema:
     return pa.schema([*_COLUMNS.items(), *columns])
 
 
-def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> dict[str, Any]:
+def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> ScoresFolder:
     """Score every document of a part; a part scored before is returned at once.
 
-    Returns ``{path, digest, part, documents, unreadable, characters, reused}``. The folder
-    ``home/scores/<digest>`` holds ``scores.parquet``, ``unreadable.json`` and ``manifest.json``
-    (written last). Its digest depends on the part's content, the field mapping and what the
+    The folder ``home/scores/<digest>`` holds ``scores.parquet``, ``unreadable.json`` and
+    ``manifest.json``. Its digest depends on the part's content, the field mapping and what the
     score is made of; not on weights, thresholds and other settings of the selection.
     Unreadable records are counted here; ``select`` judges their share of the whole corpus.
     """
@@ -118,31 +118,41 @@ def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> dic
     folder = home / "scores" / digest
     manifest = folder / "manifest.json"
     if manifest.exists():
-        found = read_json(manifest)
+        found: ScoresManifest = read_json(manifest)
         if found["part"] != part:  # the same content under another name
-            write_json(manifest, {**found, "part": part})
-        return {**found, "part": part, "path": str(folder), "reused": True}
-    result = {"digest": digest, "part": part, "source": source, "method": settings.method}
-    result |= _score_into(folder, part, recipe, processes)
+            found["part"] = part
+            write_json(manifest, found)
+        return {**found, "path": str(folder), "reused": True}
+    documents, unreadable, characters = _score_into(folder, part, recipe, processes)
+    result: ScoresManifest = {
+        "digest": digest,
+        "part": part,
+        "source": source,
+        "method": settings.method,
+        "documents": documents,
+        "unreadable": unreadable,
+        "characters": characters,
+    }
     write_json(manifest, result)
     return {**result, "path": str(folder), "reused": False}
 
 
 def score_parts(
     parts: Sequence[str], recipe: Recipe, home: Path, processes: int | None = None
-) -> list[dict[str, Any]]:
+) -> list[ScoresFolder]:
     """``score_part`` of every part, one process a core; results in the parts' order."""
     progress = Progress("score", "parts", len(parts))
-    results: list[dict[str, Any]] = [{}] * len(parts)
+    results: dict[int, ScoresFolder] = {}
     calls = [(part, recipe, home) for part in parts]
     sizes = [size_of(part) for part in parts]
     for number, result in over_parts(score_part, calls, sizes, processes):
         results[number] = result
         progress.add(1)
-    return results
+    return [results[number] for number in range(len(parts))]
 
 
-def _score_into(folder: Path, part: str, recipe: Recipe, processes: int) -> dict[str, Any]:
+def _score_into(folder: Path, part: str, recipe: Recipe, processes: int) -> tuple[int, int, int]:
+    """Write the scores; documents, records set aside and characters."""
     schema = score_schema(recipe.score.method)
     unreadable: list[Unreadable] = []
     documents = set_aside = characters = 0
@@ -179,7 +189,7 @@ def _score_into(folder: Path, part: str, recipe: Recipe, processes: int) -> dict
         [{"file": item.file, "line": item.line, "reason": item.reason} for item in unreadable],
     )
     log.info("%s: %d documents, %d set aside", part, documents, set_aside)
-    return {"documents": documents, "unreadable": set_aside, "characters": characters}
+    return documents, set_aside, characters
 
 
 def score_documents(documents: Sequence[Document], settings: Score) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from fastcpt.corpus.duplicates import SignatureStore
 from fastcpt.corpus.fingerprint import BINS
 from fastcpt.corpus.processes import Progress
 from fastcpt.corpus.score import LEGAL_COMPONENTS, PUBLISHED_COMPONENTS, named_in, naming
+from fastcpt.manifests import ScoresFolder
 from fastcpt.recipe import Recipe
 
 Floats = npt.NDArray[np.float64]
@@ -64,7 +65,7 @@ _WANTED = ("doc_type", "signature", *NAMING)
 class ScoreColumns:
     """The score tables' numbers as columns, one entry a document, parts in their names' order."""
 
-    def __init__(self, tables: Sequence[dict[str, Any]], recipe: Recipe, store: SignatureStore):
+    def __init__(self, tables: Sequence[ScoresFolder], recipe: Recipe, store: SignatureStore):
         count = sum(table["documents"] for table in tables)
         columns = {name: np.empty(count, dtype) for name, dtype in _NUMBERS.items()}
         self.part = np.empty(count, dtype=np.int32)
@@ -130,7 +131,7 @@ def _components(recipe: Recipe) -> list[str]:
     return [f"score_{name}" for name in names]
 
 
-def batches_of(table: dict[str, Any], columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def batches_of(table: ScoresFolder, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     with pq.ParquetFile(Path(table["path"]) / "scores.parquet") as file:
         yield from file.iter_batches(batch_size=BATCH, columns=list(columns))
 
@@ -149,7 +150,7 @@ def _signatures(batch: pa.RecordBatch) -> npt.NDArray[np.uint16]:
 
 
 def sketches_of(
-    tables: Sequence[dict[str, Any]], rows: Ints
+    tables: Sequence[ScoresFolder], rows: Ints
 ) -> Iterator[tuple[Ints, npt.NDArray[np.uint64]]]:
     """Of some rows (in order): places in ``rows``, each as often as its sketch has entries."""
     row = 0
@@ -194,7 +195,7 @@ def namings(batch: pa.RecordBatch) -> Iterator[str]:
         yield naming(subjects, title, directory_code)
 
 
-def ids_of(tables: Sequence[dict[str, Any]], rows: Ints) -> dict[int, str]:
+def ids_of(tables: Sequence[ScoresFolder], rows: Ints) -> dict[int, str]:
     found: dict[int, str] = {}
     row = 0
     for table in tables:

@@ -20,7 +20,6 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +41,13 @@ from fastcpt.corpus.splits import split_by_work
 from fastcpt.corpus.tokenizer import CorpusTokenizer, find_tokenizer
 from fastcpt.corpus.works import contained
 from fastcpt.files import digest_of, read_json, write_json
+from fastcpt.manifests import (
+    ScoresFolder,
+    ScoresManifest,
+    SelectedPart,
+    SelectionFolder,
+    SelectionManifest,
+)
 from fastcpt.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -55,18 +61,15 @@ class SelectionError(ValueError):
     """Nothing can be selected; the message says what the documents failed at."""
 
 
-def select(scores: Sequence[str], recipe: Recipe, home: Path) -> dict[str, Any]:
+def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder:
     """Select documents from score tables, given by their folders (``score_part``'s ``path``).
 
     Writes ``home/selections/<digest>/documents.parquet`` (a row a document, with its reason or
-    its split) and ``manifest.json``. Returns the manifest with ``path`` and ``reused``. Raises
+    its split) and ``manifest.json``. Raises
     ``DocumentsError`` above ``documents.max_unreadable_share``, ``SelectionError`` where nothing
     is left, ``TokenizerError`` where the recipe's tokenizer is missing.
     """
-    tables = sorted(
-        (dict(read_json(Path(path) / "manifest.json"), path=str(path)) for path in scores),
-        key=lambda table: (spelled(table["part"]), table["part"]),
-    )
+    tables = sorted(map(_table, scores), key=lambda table: (spelled(table["part"]), table["part"]))
     _check_readable(tables, recipe.documents.max_unreadable_share)
     tokenizer = find_tokenizer(recipe)
     digest = digest_of(
@@ -83,9 +86,9 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> dict[str, Any]:
     )
     folder = home / "selections" / digest
     if (folder / "manifest.json").exists():
-        found = read_json(folder / "manifest.json")
+        found: SelectionManifest = read_json(folder / "manifest.json")
         # the same names may be spelled another way by now
-        parts = [
+        parts: list[SelectedPart] = [
             {**part, "part": table["part"]}
             for part, table in zip(found["parts"], tables, strict=True)
         ]
@@ -96,16 +99,20 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     scratch = folder / "scratch"
     try:
-        result = _select_into(folder, scratch, tables, recipe, tokenizer)
+        manifest = _select_into(folder, scratch, digest, tables, recipe, tokenizer)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    manifest = {"digest": digest, **result}
     write_json(folder / "manifest.json", manifest)
     log.info("selection %s:\n%s", digest, funnel_table(manifest["funnel"]))
     return {**manifest, "path": str(folder), "reused": False}
 
 
-def _check_readable(tables: Sequence[dict[str, Any]], limit: float) -> None:
+def _table(path: str) -> ScoresFolder:
+    manifest: ScoresManifest = read_json(Path(path) / "manifest.json")
+    return {**manifest, "path": str(path), "reused": True}
+
+
+def _check_readable(tables: Sequence[ScoresFolder], limit: float) -> None:
     unreadable = sum(table["unreadable"] for table in tables)
     total = unreadable + sum(table["documents"] for table in tables)
     if total == 0:
@@ -119,10 +126,11 @@ def _check_readable(tables: Sequence[dict[str, Any]], limit: float) -> None:
 def _select_into(
     folder: Path,
     scratch: Path,
-    tables: Sequence[dict[str, Any]],
+    digest: str,
+    tables: Sequence[ScoresFolder],
     recipe: Recipe,
     tokenizer: CorpusTokenizer | None,
-) -> dict[str, Any]:
+) -> SelectionManifest:
     store = SignatureStore(scratch, recipe.selection.near_duplicate_threshold)
     try:
         corpus = ScoreColumns(tables, recipe, store)
@@ -145,9 +153,15 @@ def _select_into(
     write_selection(folder / "documents.parquet", tables, corpus, duplicate_of, ratio, of_adapters)
     kept = corpus.reason == 0
     return {
+        "digest": digest,
         "parts": [
-            {key: table[key] for key in ("part", "source", "digest")}
-            | {"scores": table["path"], "kept": int(kept[corpus.part == n].sum())}
+            {
+                "part": table["part"],
+                "source": table["source"],
+                "digest": table["digest"],
+                "scores": table["path"],
+                "kept": int(kept[corpus.part == n].sum()),
+            }
             for n, table in enumerate(tables)
         ],
         "documents": len(kept),
@@ -162,7 +176,7 @@ def _select_into(
     }
 
 
-def _warn_of_odd_dates(tables: Sequence[dict[str, Any]], corpus: ScoreColumns) -> None:
+def _warn_of_odd_dates(tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> None:
     rows = corpus.oddly_dated
     if len(rows):
         log.warning(

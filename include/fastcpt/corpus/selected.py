@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fastcpt.manifests import SelectionManifest
 from fastcpt.recipe_sections import Fields
 
 Ints = npt.NDArray[np.int64]
@@ -46,7 +47,7 @@ class Selected:
         self.held_out = self.rows(*HELD_OUT)
 
     @classmethod
-    def of_selection(cls, folder: Path, manifest: dict[str, Any], fields: Fields) -> Selected:
+    def of_selection(cls, folder: Path, manifest: SelectionManifest, fields: Fields) -> Selected:
         table = pq.read_table(folder / "documents.parquet", filters=pc.field("split").is_valid())
         table = table.sort_by([("part", "ascending"), ("position", "ascending")])
         split = table["split"].cast(pa.string()).combine_chunks().dictionary_encode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from fastcpt.corpus.score_columns import (
     namings,
 )
 from fastcpt.files import whole_file
+from fastcpt.manifests import ScoresFolder
 from fastcpt.recipe import Recipe
 
 Ints = npt.NDArray[np.int64]
@@ -52,7 +52,7 @@ SELECTION_SCHEMA = pa.schema(
 
 def write_selection(
     path: Path,
-    tables: Sequence[dict[str, Any]],
+    tables: Sequence[ScoresFolder],
     corpus: ScoreColumns,
     duplicate_of: Ints,
     ratio: float,

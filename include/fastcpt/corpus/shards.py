@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from fastcpt.corpus.selected import BuildError, Selected
 from fastcpt.corpus.token_ids import TokenIds
 from fastcpt.corpus.tokens import TokenFiles
 from fastcpt.files import sha256_of_file, whole_file
+from fastcpt.manifests import HeldOutShard, Shard
 from fastcpt.recipe import Recipe
 
 Ints = npt.NDArray[np.int64]
@@ -109,7 +109,7 @@ def write_shards(
     areas: DocumentAreas,
     shards: int,
     processes: int | None,
-) -> list[dict[str, Any]]:
+) -> list[Shard]:
     calls = []
     for shard in range(shards):
         segments = np.flatnonzero(plan.row % shards == shard)
@@ -127,11 +127,11 @@ def write_shards(
             )
         )
     progress = Progress("write", "shards", shards)
-    written: list[dict[str, Any]] = [{}] * shards
+    written: dict[int, Shard] = {}
     for shard, facts in in_processes(write_shard, calls, processes):
         written[shard] = facts
         progress.add(1)
-    return written
+    return [written[shard] for shard in range(shards)]
 
 
 def write_shard(
@@ -143,7 +143,7 @@ def write_shard(
     row: Ints,
     area: Ints,
     areas: list[list[str] | None],
-) -> dict[str, Any]:
+) -> Shard:
     """Write one shard from segments of token files, in order; ``row`` groups them into sequences.
 
     ``area`` is each segment's place in ``areas``.
@@ -202,7 +202,7 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-def write_validation(folder: Path, split: str, about: pa.Table, ids: TokenIds) -> dict[str, Any]:
+def write_validation(folder: Path, split: str, about: pa.Table, ids: TokenIds) -> HeldOutShard:
     """One set of held-out documents, a row each, in the order of their ids."""
     name = f"{split}/validation_shard_00.parquet"
     names = about["id"].to_pylist()

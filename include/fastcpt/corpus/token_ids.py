@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +15,7 @@ from fastcpt.corpus.processes import Progress, over_parts
 from fastcpt.corpus.selected import Selected
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.corpus.tokens import read_index, token_folder, tokenize_part
+from fastcpt.manifests import Tokenized
 from fastcpt.recipe_sections import Fields
 
 log = logging.getLogger(__name__)
@@ -61,8 +61,8 @@ def tokenize_rows(
     tokenizer: CorpusTokenizer,
     home: Path,
     processes: int | None,
-) -> dict[str, Any]:
-    """Tokenize what of some rows is not tokenized yet; ``{documents, tokens}`` that were new."""
+) -> Tokenized:
+    """Tokenize what of some rows is not tokenized yet."""
     parts = list(documents.by_part(rows))
     numbers = {path: number for number, (path, _) in enumerate(documents.parts)}
     progress = Progress("tokenize", "characters", float(documents.characters[rows].sum()))
@@ -74,10 +74,11 @@ def tokenize_rows(
         (part, source, documents.fields, tokenizer, positions, home)
         for part, source, positions in parts
     ]
-    done = {"documents": 0, "tokens": 0}
+    done: Tokenized = {"documents": 0, "tokens": 0}
     for call, result in over_parts(tokenize_part, calls, sizes, processes):
         progress.add(sizes[call])
-        done = {key: done[key] + result[key] for key in done}
+        done["documents"] += result["documents"]
+        done["tokens"] += result["tokens"]
     log.info("tokenized %d documents, %d tokens of them now", len(rows), done["tokens"])
     return done
 

@@ -27,6 +27,7 @@ from tokenizers.trainers import BpeTrainer
 
 from fastcpt.files import read_json, sha256_of_file, whole_file, write_json
 from fastcpt.gguf import base_folder
+from fastcpt.manifests import TokenizerFacts
 from fastcpt.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,16 @@ class CorpusTokenizer:
     end_id: int
     pad_id: int
     ranked: bool = False  # tiktoken yields the same ids: see ``faster``
+
+    def facts(self) -> TokenizerFacts:
+        """What the manifest of a corpus says of it."""
+        return {
+            "sha256": self.sha256,
+            "vocab_size": self.vocab_size,
+            "bos_id": self.bos_id,
+            "eos_id": self.end_id,
+            "pad_id": self.pad_id,
+        }
 
     def encoder(self) -> Callable[[Sequence[str]], list[npt.NDArray[np.int32]]]:
         """A function from texts to their ids, without BOS and end of text, on one core."""

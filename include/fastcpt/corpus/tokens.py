@@ -24,6 +24,7 @@ from fastcpt.corpus.processes import Progress, in_order
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.files import digest_of, whole_file
 from fastcpt.ids import Ids, read_ids, to_bytes, width_of
+from fastcpt.manifests import Tokenized
 from fastcpt.recipe_sections import Fields
 
 log = logging.getLogger(__name__)
@@ -69,11 +70,8 @@ def tokenize_part(
     positions: Ints,
     home: Path,
     processes: int = 1,
-) -> dict[str, Any]:
-    """Tokenize those documents of a part (by position) that are not tokenized yet.
-
-    Returns ``{folder, documents, tokens}``, the counts of what this call did.
-    """
+) -> Tokenized:
+    """Tokenize those documents of a part (by position) that are not tokenized yet, and count them."""
     folder = token_folder(source, fields, tokenizer, home)
     missing = np.setdiff1d(positions, read_index(folder).position)
     if folder.is_dir():
@@ -95,7 +93,7 @@ def tokenize_part(
             if file.length >= FILE_TOKENS:
                 file.write()
         file.write()
-    return {"folder": str(folder), "documents": documents, "tokens": tokens}
+    return {"documents": documents, "tokens": tokens}
 
 
 def encode_documents(

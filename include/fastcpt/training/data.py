@@ -28,6 +28,7 @@ import torch
 from fastcpt.best_fit import best_fit
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file
 from fastcpt.ids import read_ids, to_bytes, width_of
+from fastcpt.manifests import CorpusManifest, FileEntry
 
 Ints = npt.NDArray[np.int32]
 IGNORE_INDEX = -100  # the label of a token without loss: the loss mask
@@ -183,9 +184,10 @@ def _shards(corpus: Path) -> list[tuple[Path, str]]:
     manifest_file = corpus / "corpus_manifest.json"
     if not manifest_file.is_file():
         raise DataError(f"{manifest_file} is missing: --data_dir must be a built corpus folder")
+    manifest: CorpusManifest = read_json(manifest_file)
     files = [
         entry
-        for entry in read_json(manifest_file)["files"]
+        for entry in manifest["files"]
         if Path(entry["file"]).name.startswith("cpt_train_shard_")
     ]
     if not files:
@@ -258,7 +260,7 @@ def _of_areas(segments: Any, areas: Mapping[str, Sequence[str]]) -> npt.NDArray[
     return chosen
 
 
-def _verify(shard: Path, entry: dict[str, object]) -> None:
+def _verify(shard: Path, entry: FileEntry) -> None:
     if not shard.is_file():
         raise DataError(f"{shard} is missing; send the corpus again")
     if shard.stat().st_size != entry["bytes"] or sha256_of_file(shard) != entry["sha256"]:

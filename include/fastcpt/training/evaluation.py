@@ -94,21 +94,14 @@ def evaluate(
     with ranks() as device:
         for path, labels in _to_load(checkpoint, None if known else base):
             own = areas if path == checkpoint else {}
-            scorer, _ = model_for_inference(
-                path,
-                asked.model.attn_implementation,
-                asked.model.dtype,
-                device,
-                wrap=partial(_scorer, own),
-                in_parts=in_parts,
-            )
+            scorer = _loaded(path, own, asked.model, device, in_parts)
             plain = path != base  # the base is the checkpoint with its adapters switched off
             losses |= _losses_of(
                 scorer, [*labels, *own], own, plain, scored, asked.window, device, batch_tokens
             )
-            del scorer  # the next model takes its place
+            del scorer
             if device.type == "cuda":
-                torch.cuda.empty_cache()
+                torch.cuda.empty_cache()  # the next model takes its place
         result: dict[str, Any] = {
             name: _figures_of_set(name, documents, areas, losses, known.get(name))
             for name, documents in sets.items()
@@ -312,6 +305,17 @@ def _areas_of(checkpoint: str) -> dict[str, _Area]:
         f"{ADAPTER}{area}": _Area(listed.parent / "areas" / area, frozenset(subjects))
         for area, subjects in read_json(listed).items()
     }
+
+
+def _loaded(
+    path: str, areas: dict[str, _Area], model: Model, device: torch.device, in_parts: bool | None
+) -> Scorer:
+    scorer: Scorer
+    attention, wrap = model.attn_implementation, partial(_scorer, areas)
+    scorer, _ = model_for_inference(
+        path, attention, model.dtype, device, wrap=wrap, in_parts=in_parts
+    )
+    return scorer
 
 
 def _scorer(areas: dict[str, _Area], model: Any) -> Scorer:

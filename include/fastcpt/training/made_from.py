@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcpt.files import digest_of, read_json
+from fastcpt.manifests import FileEntry
 from fastcpt.recipe import Recipe, RecipeError
 from fastcpt.recipe_sections import Section, Training
 from fastcpt.training.card import model_card
@@ -45,7 +46,7 @@ def base_name(recipe: Recipe, tokenizer: str) -> str:
     return f"base-{digest_of('base', TRAINING_FORMAT, model, recipe.training.seed, tokenizer)}"
 
 
-def tokenizer_digest(files: Sequence[Mapping[str, Any]]) -> str:
+def tokenizer_digest(files: Sequence[FileEntry]) -> str:
     """The digest of a corpus's tokenizer, from the files in its manifest (``file``, ``sha256``)."""
     its = (file for file in files if file["file"].startswith("tokenizer/"))
     return digest_of(sorted([file["file"], file["sha256"]] for file in its))

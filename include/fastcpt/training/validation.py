@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from fastcpt.files import read_json
+from fastcpt.manifests import CorpusManifest
 
 COLUMNS = ("id", "input_ids", "bytes", "year", "areas")
 
@@ -67,7 +68,8 @@ def sequence_length(validation: Path) -> int:
     for folder in (validation, validation.parent):
         manifest = folder / "corpus_manifest.json"
         if manifest.is_file():
-            return int(read_json(manifest)["max_seq_length"])
+            corpus: CorpusManifest = read_json(manifest)
+            return corpus["max_seq_length"]
     raise EvaluationError(
         f"{validation}: no corpus_manifest.json there tells the sequence length; give the recipe "
         "with --config"
