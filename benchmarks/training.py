@@ -4,8 +4,12 @@
 
 Each case runs the product's own engine and step (``fastcpt.training``) in processes of its
 own: Llama shapes with random weights, random tokens in whole sequences of 3072, accumulation 16,
-one step to warm up. ``@4`` runs a case on four GPUs, whatever its own number is. The last line is
-one JSON object.
+one step to warm up. ``@4`` runs a case on four GPUs, whatever its own number is. ``--rows 16`` repeats
+so many rows, so that the loss falls where the steps are right. The last line is one JSON object.
+
+Memory is reported in three parts, GB a GPU: what is kept for each weight (weights, gradients and the
+optimizer's states, also as bytes a weight of this GPU's), what else stays between steps (FP8 copies of
+weights, buffers), and what a step takes on top at most (activations, gathered weights).
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 3072
@@ -41,36 +45,58 @@ SHAPES = {
                tie_word_embeddings=True),
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
+    "14b": dict(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40,
+                num_attention_heads=40, num_key_value_heads=8, head_dim=128, vocab_size=151936),
+    "32b": dict(hidden_size=5120, intermediate_size=25600, num_hidden_layers=64,
+                num_attention_heads=64, num_key_value_heads=8, head_dim=128, vocab_size=151936),
     "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                 num_attention_heads=64, num_key_value_heads=8, vocab_size=128256),
 }  # fmt: skip
-# name: shape, LoRA, FP8, GPUs, micro-batch, tokens/s a GPU to reach, on what
-CASES: dict[str, tuple[str, bool, bool, int, int, int, str]] = {
-    "8b-lora-bf16": ("8b", True, False, 1, 2, 12_500, "H100"),
-    "8b-lora-fp8": ("8b", True, True, 1, 2, 22_000, "H100"),
-    "3b-full-fp8": ("3b", False, True, 1, 2, 30_000, "H100"),
-    "8b-full-fp8": ("8b", False, True, 2, 4, 15_200, "H200"),
-    "8b-full-bf16": ("8b", False, False, 2, 2, 10_300, "H200"),
-    "70b-lora-fp8": ("70b", True, True, 1, 1, 2_200, "H200"),  # runs on an H100 too
-    "tiny": ("tiny", False, False, 1, 2, 0, "CPU"),
+
+
+class Case(NamedTuple):
+    """What is trained, on how many GPUs, and the tokens/s a GPU to reach on which."""
+
+    shape: str
+    lora: bool
+    fp8: bool
+    gpus: int
+    micro: int
+    aim: int
+    chip: str
+    states: str = "float32"
+
+
+CASES = {
+    "8b-lora-bf16": Case("8b", True, False, 1, 2, 12_500, "H100"),
+    "8b-lora-fp8": Case("8b", True, True, 1, 2, 22_000, "H100"),
+    "3b-full-fp8": Case("3b", False, True, 1, 2, 30_000, "H100"),
+    "8b-full-fp8": Case("8b", False, True, 2, 4, 15_200, "H200"),
+    "8b-full-bf16": Case("8b", False, False, 2, 2, 10_300, "H200"),
+    "8b-full-fp8-int8": Case("8b", False, True, 1, 1, 12_500, "H100", "int8"),
+    "14b-full-fp8-int8": Case("14b", False, True, 1, 1, 6_800, "H200", "int8"),
+    "32b-full-fp8-int8": Case("32b", False, True, 2, 1, 2_900, "H200", "int8"),
+    "70b-full-fp8-int8": Case("70b", False, True, 4, 1, 1_200, "H200", "int8"),
+    "70b-lora-fp8": Case("70b", True, True, 1, 1, 2_200, "H200"),  # runs on an H100 too
+    "tiny": Case("tiny", False, False, 1, 2, 0, "CPU"),
 }
 PEAK = 989e12  # dense bf16 FLOP/s of H100 and H200
 
 
-def case_of(words: str) -> tuple[str, bool, bool, int, int, int, str]:
+def case_of(words: str) -> Case:
     """A case by name, or ``name@GPUs``."""
     name, _, gpus = words.partition("@")
-    shape, lora, fp8, own, micro, aim, chip = CASES[name]
-    return shape, lora, fp8, int(gpus or own), micro, aim, chip
+    return CASES[name]._replace(gpus=int(gpus)) if gpus else CASES[name]
 
 
 def flop_per_token(shape: dict[str, Any], lora: bool) -> float:
     """Forward and backward, the causal half of attention, frozen weights without their gradient."""
     h, layers, inner = shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]
-    kv = h // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    matrices = layers * (2 * h * h + 2 * h * kv + 3 * h * inner) + shape["vocab_size"] * h
-    adapters = layers * 64 * (2 * (h + h) + 2 * (h + kv)) if lora else 0
-    return (4 if lora else 6) * matrices + 3 * 2 * layers * h * SIZE + 6 * adapters
+    width = shape.get("head_dim", h // shape["num_attention_heads"])
+    q, kv = width * shape["num_attention_heads"], width * shape["num_key_value_heads"]
+    matrices = layers * (2 * h * q + 2 * h * kv + 3 * h * inner) + shape["vocab_size"] * h
+    adapters = layers * 64 * (2 * (h + q) + 2 * (h + kv)) if lora else 0
+    return (4 if lora else 6) * matrices + 3 * 2 * layers * q * SIZE + 6 * adapters
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -85,8 +111,9 @@ def worker(args: argparse.Namespace) -> None:
     from fastcpt.training.ranks import StopSignal, start_ranks
     from fastcpt.training.schedule import phases_of
 
-    name, lora, fp8, gpus, own_micro, _, _ = case_of(args.worker)
-    shape, folder, micro = SHAPES[name], Path(args.folder), args.micro or own_micro
+    case = case_of(args.worker)
+    lora, fp8 = case.lora, case.fp8
+    shape, folder, micro = SHAPES[case.shape], Path(args.folder), args.micro or case.micro
     write_config(shape, folder)
     engine.load_model, engine.load_layerwise = random_model, random_layerwise
     if args.scaling == "delayed":
@@ -99,6 +126,7 @@ def worker(args: argparse.Namespace) -> None:
     training = {"max_steps": 1000, "warmup_steps": 100, "use_fp8": fp8}
     training["per_device_train_batch_size"] = micro
     training["gradient_accumulation_steps"] = args.accumulation
+    training["optimizer_states"] = args.states or case.states
     recipe = Recipe.model_validate(
         {
             "name": "benchmark",
@@ -106,21 +134,21 @@ def worker(args: argparse.Namespace) -> None:
             "model": {**model, "attn_implementation": args.attention},
             "training": training,
             "lora": {"lora_dropout": args.dropout} if lora else None,
-            "cluster": {"gpus": gpus},
+            "cluster": {"gpus": case.gpus},
         }
     )
-    rows = random_rows(shape["vocab_size"], args.pieces)
+    rows = random_rows(shape["vocab_size"], args.pieces, args.rows)
     begin = time.monotonic()
     device = start_ranks()
     file = ROOT / "include/configs/ds_config_zero3.json"
-    trained, _ = engine.build_engine(
+    trained, chosen = engine.build_engine(
         recipe, recipe.training, str(folder), file, args.accumulation, fp8, device
     )
     phases = phases_of(recipe.training, rows)
     loop = Loop(recipe.training, phases, trained, folder, args.accumulation, device, StopSignal())
     ready = time.monotonic()
     loaded = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    times = timed_steps(loop, args.steps)
+    times, losses = timed_steps(loop, args.steps, args.rate)
     if args.profile:
         print_profile(loop)
     median = sorted(times[1:])[(len(times) - 1) // 2] if args.steps else times[0]
@@ -128,7 +156,8 @@ def worker(args: argparse.Namespace) -> None:
     if loop.rank == 0:
         result = {
             "case": args.worker,
-            "gpus": gpus,
+            "gpus": case.gpus,
+            "optimizer_states": args.states or case.states,
             "chip": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
             "tokens_per_s_per_gpu": round(rate),
             "mfu": round(rate * flop_per_token(shape, lora) / PEAK, 3),
@@ -136,13 +165,16 @@ def worker(args: argparse.Namespace) -> None:
             "loaded_gb": round(
                 loaded / 1e9, 2
             ),  # weights, optimizer and what is left of making them
+            **memory_parts(trained, device),
+            "recomputed": f"{chosen['checkpointing']} of {chosen['layers_recomputed']} layers",
             # pages given back and fetched again because the memory was full: they cost time
             "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
             "micro_batch": micro,
             "accumulation": args.accumulation,
             "start_s": round(ready - begin, 1),
             "first_step_s": round(times[0], 1),
-            "loss": loop.loss,
+            "losses": [round(loss, 4) for loss in losses],
+            "skipped_steps": loop.guard.skipped,
         }
         (folder / "result.json").write_text(json.dumps(result))
         print(json.dumps(result), flush=True)
@@ -210,8 +242,40 @@ def fill(words: str, weight: Any) -> Any:
     return values.fill_(1.0) if "norm" in words else values.normal_(0.0, 0.02)
 
 
-def random_rows(words: int, pieces: int) -> Any:
-    """64 full rows of random tokens below ``words``, each of so many documents."""
+def memory_parts(engine: Any, device: Any) -> dict[str, float]:
+    """After a step: GB of what is kept for each weight, of what else stays, of what a step adds."""
+    import torch
+
+    zero, kept = engine.optimizer, {}
+    held, gradients = [], 0
+    for parameter in engine.module.parameters():
+        part = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+        held += [part.data, getattr(parameter, "main_grad", None)]
+        if parameter.requires_grad and not hasattr(parameter, "main_grad"):
+            gradients += part.numel() * part.element_size()
+    buffer = getattr(zero, "grad_partitions_flat_buffer", None)
+    if buffer is not None:  # ZeRO-3's gradients of this rank
+        held, gradients = [*held, buffer], 0
+    for flat, state in zero.optimizer.state.items():
+        held += [flat.data, *state.values()]
+    for tensor in held:
+        if tensor is not None and tensor.device == device:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    states = sum(kept.values())
+    own = sum(len(flat) for flat in zero.optimizer.state)
+    found = {"kept_gb": round((states + gradients) / 1e9, 2)}
+    if all(parameter.requires_grad for parameter in engine.module.parameters()):
+        found["bytes_a_weight"] = round((states + gradients) / own, 4)
+    if device.type == "cuda":
+        stays = torch.cuda.memory_allocated(device)
+        found["fp8_copies_and_buffers_gb"] = round((stays - states) / 1e9, 2)
+        added = torch.cuda.max_memory_allocated(device) - stays - gradients
+        found["activations_gb"] = round(added / 1e9, 2)
+    return found
+
+
+def random_rows(words: int, pieces: int, count: int) -> Any:
+    """``count`` full rows of random tokens below ``words``, each of so many documents."""
     import numpy as np
 
     from fastcpt.training.data import ListRows, Row
@@ -223,23 +287,24 @@ def random_rows(words: int, pieces: int) -> Any:
         lengths = np.diff(np.concatenate([[0], ends, [SIZE]])).astype(np.int32)
         return Row(drawn.integers(0, words, SIZE).astype(np.int32), lengths)
 
-    return ListRows([row() for _ in range(64)], SIZE)
+    return ListRows([row() for _ in range(count)], SIZE)
 
 
-def timed_steps(loop: Any, steps: int) -> list[float]:
-    """The seconds of one step to warm up and of ``steps`` more."""
+def timed_steps(loop: Any, steps: int, rate: float) -> tuple[list[float], list[float]]:
+    """Seconds and losses of one step to warm up and of ``steps`` more, at this learning rate."""
     import torch
 
-    times = []
+    times, losses = [], []
     for step in range(steps + 1):
         started = time.monotonic()
-        loop.one_step(1e-5)
+        loop.one_step(rate)
         if loop.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.monotonic() - started)
+        losses.append(loop.loss)
         if loop.rank == 0:
             print(f"step {step}: {times[-1]:.2f} s, loss {loop.loss:.4f}", flush=True)
-    return times
+    return times, losses
 
 
 def print_profile(loop: Any) -> None:
@@ -265,7 +330,7 @@ def print_profile(loop: Any) -> None:
 
 def run(case: str, options: list[str], seconds: float) -> dict[str, Any] | None:
     """A case in processes of its own; None where it fails."""
-    gpus = case_of(case)[3]
+    gpus = case_of(case).gpus
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -276,7 +341,7 @@ def run(case: str, options: list[str], seconds: float) -> dict[str, Any] | None:
         try:
             subprocess.run(
                 command,
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "4"},
+                env={"OMP_NUM_THREADS": "4", **os.environ, "PYTHONPATH": path},
                 timeout=seconds,
                 check=False,
             )
@@ -294,6 +359,9 @@ def main() -> None:
     parser.add_argument("--micro", type=int)
     parser.add_argument("--attention", default="auto", choices=("auto", "flash_attention_2"))
     parser.add_argument("--scaling", choices=("current", "delayed"), default="current")
+    parser.add_argument("--states", choices=("float32", "bfloat16", "int8"), help="the optimizer's")
+    parser.add_argument("--rows", type=int, default=64, help="different ones, then again")
+    parser.add_argument("--rate", type=float, default=1e-5, help="learning rate of every step")
     parser.add_argument("--pieces", type=int, default=1, help="documents packed into a row")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16")
@@ -312,17 +380,17 @@ def main() -> None:
     cases = (
         args.cases.split(",")
         if args.cases
-        else [name for name, case in CASES.items() if case[3] == gpus and case[5]]
+        else [name for name, case in CASES.items() if case.gpus == gpus and case.aim]
     )
     results = [(case, run(case, sys.argv[1:], args.seconds)) for case in cases]
-    print(f"{'case':16} {'tokens/s/GPU':>12} {'to reach':>9} {'MFU':>6} {'GB':>6}")
+    print(f"{'case':18} {'tokens/s/GPU':>12} {'to reach':>9} {'MFU':>6} {'GB':>6} {'B/weight':>9}")
     for case, result in results:
         if result is None:
-            print(f"{case:16} {'failed':>12}")
+            print(f"{case:18} {'failed':>12}")
         else:
             print(
-                f"{case:16} {result['tokens_per_s_per_gpu']:>12,} {case_of(case)[5]:>9,} "
-                f"{result['mfu']:>6.1%} {result['memory_gb']:>6}"
+                f"{case:18} {result['tokens_per_s_per_gpu']:>12,} {case_of(case).aim:>9,} "
+                f"{result['mfu']:>6.1%} {result['memory_gb']:>6} {result.get('bytes_a_weight', ''):>9}"
             )
     print(json.dumps({"benchmark": "training", "results": [r for _, r in results]}))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fastcpt.recipe_sections import (
     CONFIGS,
@@ -72,6 +72,17 @@ class Recipe(Section):
     cluster: Cluster = Cluster()
     budget: Budget = Budget()
     publish: Publish = Publish()
+
+    @model_validator(mode="after")
+    def small_states_are_of_bf16_weights(self) -> Recipe:
+        trainings = (self.training, self.stage2, self.sft.training)
+        small = [one for one in trainings if one.optimizer_states != "float32"]
+        if small and self.model.dtype != "bfloat16":
+            raise ValueError(
+                f"optimizer_states {small[0].optimizer_states} is for weights in bfloat16, and "
+                f"model.dtype is {self.model.dtype}: take float32 states"
+            )
+        return self
 
     @property
     def global_batch_size(self) -> int:

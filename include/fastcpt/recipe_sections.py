@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fastcpt.files import read_json
+
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -190,6 +192,9 @@ class Model(Section):
         return self
 
 
+OptimizerStates = Literal["float32", "bfloat16", "int8"]
+
+
 class Training(Section):
     """One training's settings; the names are transformers' ``TrainingArguments``."""
 
@@ -213,6 +218,10 @@ class Training(Section):
     seed: int = 0
     use_fp8: bool = Field(
         False, description="transformer-engine FP8 layers; needs Hopper or newer."
+    )
+    optimizer_states: OptimizerStates = Field(
+        "float32",
+        description="16 bytes a trained weight; bfloat16 8 and int8 6, without a float32 copy.",
     )
     time_budget_hours: float | None = Field(
         None,
@@ -238,6 +247,22 @@ class Training(Section):
             there = ", ".join(sorted(path.name for path in CONFIGS.glob("ds_*.json")))
             raise ValueError(f"no such file in include/configs, which has {there}")
         return name
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the DeepSpeed file keeps the optimizer in the hosts' memory."""
+        zero = read_json(CONFIGS / self.deepspeed).get("zero_optimization", {})
+        return "offload_optimizer" in zero
+
+    @model_validator(mode="after")
+    def small_states_stay_on_the_gpu(self) -> Training:
+        if self.optimizer_states != "float32" and self.offloads:
+            raise ValueError(
+                f"optimizer_states {self.optimizer_states} cannot be offloaded, DeepSpeed's CPU optimizer "
+                f"does not round them: take float32, or a DeepSpeed file without offload_optimizer "
+                f"in place of {self.deepspeed}"
+            )
+        return self
 
     @model_validator(mode="after")
     def warmup_is_shorter(self) -> Training:

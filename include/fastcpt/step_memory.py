@@ -10,14 +10,20 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fastcpt.recipe_sections import Lora
+from fastcpt.recipe_sections import Lora, OptimizerStates
 from fastcpt.shapes import Shape
 
 LOGITS_AT_ONCE = 4096  # tokens whose logits exist at one time: 1 GB for 128,000 words
 LOGITS_ON_FULL_GPU = 1024  # the same where layers' inputs have to wait on the host
 FILL = 0.94  # of the memory that torch sees; the rest is for fragments and kernels
-CHECKPOINT_BYTES = 12  # a trained weight: float32 and Adam's two moments
 MODEL_BYTES = 2  # a weight in bfloat16
+MOMENTS_BLOCK = 256  # 8-bit moments that share a float32 scale
+# a trained weight, beside itself and its gradient in bf16: float32 copy and moments; moments
+STATE_BYTES: dict[OptimizerStates, float] = {
+    "float32": 12,
+    "bfloat16": 4,
+    "int8": 2 * (1 + 4 / MOMENTS_BLOCK),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ def activation_checkpointing(
     lora: Lora | None,
     fp8: bool,
     offload: bool,
+    states: OptimizerStates = "float32",
     fill: float | None = None,
     wanted: Literal["auto"] | bool = "auto",
 ) -> ActivationCheckpointing:
@@ -65,7 +72,7 @@ def activation_checkpointing(
     than to share them out in bfloat16.
     """
     room = (FILL if fill is None else fill) * usable_bytes
-    shared = _with_shared_weights(shape, tokens, ranks, room, lora, fp8, offload)
+    shared = _with_shared_weights(shape, tokens, ranks, room, lora, fp8, offload, states)
     found = shared
     if lora and fp8:
         own = _with_one_byte(shape, tokens, ranks, room, lora)
@@ -92,18 +99,19 @@ def _with_shared_weights(
     lora: Lora | None,
     fp8: bool,
     offload: bool,
+    states: OptimizerStates,
 ) -> ActivationCheckpointing:
     """Weights in bfloat16, shared out over the ranks.
 
     Nothing is recomputed where all fits; else the feed-forward halves of as many layers as it takes; else
     as many whole layers. With room to spare ZeRO-3's weights stay whole. Bytes: 2 a weight, over the
-    ranks; 14 a trained weight (gradient, float32 copy, two moments), over the ranks; where the optimizer
-    is offloaded, the 14 are the hosts'.
+    ranks; 2 a trained weight's gradient and ``STATE_BYTES``, over the ranks; where the optimizer is
+    offloaded, these are the hosts'.
     """
     layers, block, head = shape.num_hidden_layers, shape.block_parameters, shape.head_parameters
     attention, mlp = fused_block_bytes(shape, lora, fp8)
     # offloaded, the optimizer is the hosts'; a single rank keeps its gradients all the same
-    on_gpu = 14 if not offload else 2 if ranks == 1 else 0
+    on_gpu = 2 + STATE_BYTES[states] if not offload else 2 if ranks == 1 else 0
     trained = 0 if lora else on_gpu * shape.parameters / ranks
     room -= 2 * shape.parameters / ranks + trained
     room -= 8 * shape.vocab_size * min(tokens, LOGITS_AT_ONCE) + 2 * head * (1 if lora else 2)
@@ -180,6 +188,11 @@ def fused_block_bytes(shape: Shape, lora: Lora | None, fp8: bool) -> tuple[int, 
     return attention + entering * h + (q if fp8 else 0), 4 * f + 2 * h + entering * (f + h)
 
 
-def training_disk_bytes(trained: int, save_total_limit: int) -> int:
+def checkpoint_bytes(states: OptimizerStates) -> float:
+    """Bytes of a checkpoint a trained weight: the weight as the optimizer has it, and its moments."""
+    return STATE_BYTES[states] + (0 if states == "float32" else MODEL_BYTES)
+
+
+def training_disk_bytes(trained: int, save_total_limit: int, states: OptimizerStates) -> int:
     """Disk that a training takes: its checkpoints, one more than are kept, and its model."""
-    return trained * (CHECKPOINT_BYTES * (save_total_limit + 1) + MODEL_BYTES)
+    return math.ceil(trained * (checkpoint_bytes(states) * (save_total_limit + 1) + MODEL_BYTES))

@@ -18,14 +18,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fastcpt import step_memory
 from fastcpt.gpus import Gpu
 from fastcpt.planning.hardware import Hardware
-from fastcpt.recipe_sections import Lora
+from fastcpt.recipe_sections import Lora, OptimizerStates
 from fastcpt.shapes import Shape
 from fastcpt.step_memory import (
-    CHECKPOINT_BYTES,
     LOGITS_AT_ONCE,
     LOGITS_ON_FULL_GPU,
+    STATE_BYTES,
     activation_checkpointing,
     fused_block_bytes,
 )
@@ -44,6 +45,8 @@ UNSEEN = 0.55e9  # bytes of what nvidia-smi gives that torch does not see
 RUNTIME_GB = 1.5  # CUDA context and NCCL, outside of torch's memory
 USABLE = 0.97  # of a GPU's memory; the rest goes to fragmentation
 BYTES_BF16 = 2
+# of a trained weight that a step reads and writes: gradient, weight and moments, float32 copy
+STEP_BYTES: dict[OptimizerStates, int] = {"float32": 30, "bfloat16": 14, "int8": 10}
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Job:
     attention: Attention = "flash"
     attended: float | None = None  # sum(len^2) / sum(len) of packed documents; else the sequence
     kernels: Kernels = "fused"
-    fp32_master: bool = True  # False: AdamW on bf16 alone, as some bare measurements do
+    states: OptimizerStates = "float32"
     whole_logits: bool = False  # not chunked or fused
 
     @property
@@ -177,8 +180,8 @@ def memory_parts(job: Job) -> dict[str, float]:
     """Bytes a GPU, by part.
 
     States: 16 B a trained parameter over the ranks (bf16 weight 2 and gradient 2, fp32 master 4
-    and two moments 8), 2 B a frozen one; ZeRO paper (Rajbhandari 2020), section 3.1. Matrices in one
-    byte are whole on each rank.
+    and two moments 8), 2 B a frozen one; ZeRO paper (Rajbhandari 2020), section 3.1. Without the
+    master 8 (moments in bf16) or 6.03 (8 bits). Matrices in one byte are whole on each rank.
     """
     shape, ranks, tokens = job.shape, job.ranks, job.tokens
     layers, block = shape.num_hidden_layers, shape.block_parameters
@@ -195,7 +198,7 @@ def memory_parts(job: Job) -> dict[str, float]:
         "weights": BYTES_BF16 * (job.shared_weights - away + frozen) / ranks,
         # a single rank keeps its gradients on the GPU also where the optimizer is on the host
         "gradients": 0.0 if on_host and ranks > 1 else BYTES_BF16 * job.trained / ranks,
-        "optimizer": 0.0 if on_host else (12 if job.fp32_master else 4) * job.trained / ranks,
+        "optimizer": 0.0 if on_host else STATE_BYTES[job.states] * job.trained / ranks,
         "activations": kept,
         "logits": _logit_bytes(job),
         "gather_buffers": 0.0,
@@ -226,8 +229,8 @@ def _add_moments(job: Job, parts: dict[str, float]) -> None:
     """Add what other moments of a step need beyond the moment of the logits.
 
     A block's backward: gradients of its feed-forward products, and all it keeps where it is computed
-    again. The optimizer's step: gradients flat once more and in float32, activations gone (read in
-    DeepSpeed 0.19: stage 1 takes all at once, stage 3 ``sub_group_size`` weights).
+    again. The optimizer's step: gradients flat once more and in the optimizer's type, activations gone
+    (read in DeepSpeed 0.19: stage 1 takes a group at once, stage 3 ``sub_group_size`` weights).
     """
     shape, tokens = job.shape, job.tokens
     backward = 8.0 * shape.intermediate_size * tokens
@@ -235,9 +238,12 @@ def _add_moments(job: Job, parts: dict[str, float]) -> None:
         backward += tokens * activation_bytes(job, "none")
     parts["block"] = max(0.0, backward - 4.0 * shape.vocab_size * min(tokens, LOGITS_AT_ONCE))
     if not job.offload:
-        at_once = job.trained if job.ranks == 1 else min(SUB_GROUP, job.trained / job.ranks)
+        at_once = job.trained / job.ranks
+        if job.ranks > 1 or job.states != "float32":
+            at_once = min(SUB_GROUP, at_once)
         gone = ("activations", "logits", "gather_buffers", "block")
-        step = 6.0 * at_once - sum(parts[name] for name in gone)
+        flat = 6.0 if job.states == "float32" else 2.0
+        step = flat * at_once - sum(parts[name] for name in gone)
         parts["optimizer_step"] = max(0.0, step)
 
 
@@ -267,6 +273,7 @@ def as_the_trainer_runs(
         lora=job.lora,
         fp8=job.fp8,
         offload=job.offload,
+        states=job.states,
         fill=fill,
         wanted=wanted,
     )
@@ -288,8 +295,8 @@ def host_bytes(job: Job) -> float:
 
 
 def checkpoint_bytes(job: Job) -> float:
-    """Disk of one checkpoint: float32 weights and two moments of what is trained."""
-    return float(CHECKPOINT_BYTES) * job.trained
+    """Disk of one checkpoint: weights and two moments of what is trained, as the optimizer has them."""
+    return step_memory.checkpoint_bytes(job.states) * job.trained
 
 
 # Seconds
@@ -413,8 +420,7 @@ def _optimizer_seconds(job: Job, hardware: Hardware, bandwidth: float) -> float:
         transfer = 4 * job.trained / job.ranks / (1e9 * hardware.host.pcie_gb_s)
         cpu = 28 * job.trained / hardware.hosts / (1e9 * hardware.host.cpu_memory_gb_s)
         return (transfer + cpu) / step_tokens
-    # gradients, master, moments and weights read and written
-    touched = (30 if job.fp32_master else 14) * job.trained / job.ranks
+    touched = STEP_BYTES[job.states] * job.trained / job.ranks
     return touched / bandwidth / step_tokens
 
 

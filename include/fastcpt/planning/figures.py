@@ -45,7 +45,7 @@ from fastcpt.planning.ranges import (
 )
 from fastcpt.planning.result import Plan
 from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Lora
+from fastcpt.recipe_sections import Lora, Training
 from fastcpt.shapes import Shape
 from fastcpt.step_memory import training_disk_bytes
 
@@ -243,10 +243,15 @@ def _with_disk(found: Plan, recipe: Recipe, job: Job, hardware: Hardware) -> Pla
     published; the shards, and their rows as the trainer reads them.
     """
     parameters, corpus = job.shape.parameters, found.corpus_tokens or found.tokens
-    stage2 = training_disk_bytes(job.trained, recipe.stage2.save_total_limit) / 1e9
-    disk = training_disk_bytes(job.trained, recipe.training.save_total_limit) / 1e9 + stage2
+
+    def disk_gb(training: Training) -> float:
+        limit, states = training.save_total_limit, training.optimizer_states
+        return training_disk_bytes(job.trained, limit, states) / 1e9
+
+    stage2 = disk_gb(recipe.stage2)
+    disk = disk_gb(recipe.training) + stage2
     if recipe.sft.instructions:
-        disk += training_disk_bytes(job.trained, recipe.sft.training.save_total_limit) / 1e9
+        disk += disk_gb(recipe.sft.training)
     disk += (4 * parameters + corpus * (BYTES_PER_TOKEN_ON_DISK + 4)) / 1e9
     back = 2 * parameters if recipe.publish.destination == "bring_back" else 0
     moved = (corpus * BYTES_PER_TOKEN_ON_DISK + back) / 1e9

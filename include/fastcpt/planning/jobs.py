@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from fastcpt.families import cannot_fuse, refusal
-from fastcpt.files import read_json
 from fastcpt.planning.costs import (
     RUNTIME_GB,
     USABLE,
@@ -22,7 +21,6 @@ from fastcpt.planning.hardware import Hardware
 from fastcpt.planning.history import Measured
 from fastcpt.planning.placement import SECTIONS, placement
 from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import CONFIGS
 from fastcpt.shapes import Shape
 
 NEAR_BEST = 0.01  # a smaller micro-batch is taken where it costs no more than this
@@ -45,12 +43,6 @@ def fuses(recipe: Recipe, shape: Shape) -> bool:
     return why is None
 
 
-def offloads(recipe: Recipe) -> bool:
-    """Whether the recipe's DeepSpeed file keeps the optimizer in the hosts' memory."""
-    file = CONFIGS / recipe.training.deepspeed
-    return file.is_file() and "offload_optimizer" in read_json(file).get("zero_optimization", {})
-
-
 def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
     """One step on one GPU; recomputation as the recipe says, or as the trainer decides by itself."""
     assert hardware.gpu is not None
@@ -66,7 +58,8 @@ def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
         hardware.count,
         lora=recipe.lora,
         fp8=recipe.training.use_fp8,
-        offload=offloads(recipe),
+        offload=recipe.training.offloads,
+        states=recipe.training.optimizer_states,
         attention=attention.get(recipe.model.attn_implementation, "sdpa"),
         kernels="fused" if fused else "liger" if shape.family.liger else "plain",
     )

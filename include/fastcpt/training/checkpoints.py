@@ -1,9 +1,9 @@
 """Checkpoints that are complete or absent, and the final model.
 
 A checkpoint holds what the optimizer knows: the float32 weights and Adam's two moments (12 bytes a
-trained weight; frozen ones come from the base model again). Each rank writes its own slices under
-the weights' names, and reads those it needs from whichever files have them: a training goes on with
-another number of ranks. Ranks write into ``.step_N.partial``, which gets its name when all of it is
+trained weight; frozen ones come from the base model again), or what it has in their place
+(``rounded_adamw``). Each rank writes its own slices under the weights' names, and reads those it needs
+from whichever files have them: a training goes on with another number of ranks. Ranks write into ``.step_N.partial``, which gets its name when all of it is
 on the disk, ``digests.json`` last. A checkpoint whose files differ from their digests is not used.
 On hosts that share no file system a checkpoint cannot be renamed for all at once: the output folder
 has to be shared.
@@ -14,14 +14,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from fastcpt.files import flush, read_json, write_json
+from fastcpt.step_memory import MOMENTS_BLOCK
 from fastcpt.training.digests import (
     digest_of_file,
     save_tensors,
@@ -30,8 +32,9 @@ from fastcpt.training.digests import (
 )
 from fastcpt.training.layers import plain_weights
 from fastcpt.training.model import BASE, Trainee
+from fastcpt.training.rounded_adamw import SLICE, dequantized, quantized
 
-PARTS = (None, "exp_avg", "exp_avg_sq")  # None: the float32 weights
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class CheckpointError(ValueError):
@@ -130,13 +133,21 @@ def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
             f"{newest} is of another model or other layers ({len(theirs)} weights, this "
             f"training has {len(ours)}); use another output folder"
         )
-    with torch.no_grad():
-        for name, parameter in _trained(engine):
-            for n, part in enumerate(PARTS):
-                _put(engine, parameter, part, [file["slices"][name][n] for file in files])
     zero = engine.optimizer
-    for moments in zero.optimizer.state.values():
-        moments["step"].fill_(files[0]["adam_step"])
+    with torch.no_grad():
+        for flat, places in _flats(engine):
+            moments = zero.optimizer.state[flat]
+            for place in places:
+                _fill_weights(flat, place, [file["slices"][place.name][0] for file in files])
+            for n, moment in enumerate(MOMENTS, 1):
+                scales = moments.get(f"{moment}_scale")
+                whole = moments[moment] if scales is None else torch.zeros(len(moments[moment]))
+                for place in places:
+                    slices = [_values(file["slices"][place.name][n], moment) for file in files]
+                    _fill(whole.narrow(0, place.begin, place.size), slices)
+                if scales is not None:
+                    _quantize(whole, moment, moments[moment], scales)
+            moments["step"].fill_(files[0]["adam_step"])
     _forget_gathered(engine)
     return state
 
@@ -144,8 +155,9 @@ def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
 def begin_again(engine: Any, weights: dict[str, torch.Tensor]) -> None:
     """Give the trained weights these values (whole tensors, by name) and forget the moments."""
     with torch.no_grad():
-        for name, parameter in _trained(engine):
-            _put(engine, parameter, None, [weights[name].flatten().to(torch.float32)])
+        for flat, places in _flats(engine):
+            for place in places:
+                _fill_weights(flat, place, [weights[place.name].flatten()])
     for moments in engine.optimizer.optimizer.state.values():
         for value in moments.values():
             value.zero_()
@@ -187,55 +199,119 @@ def _forget_gathered(engine: Any) -> None:
 
 def _make_moments(engine: Any) -> None:
     """Adam's state as its first step would make it, so that there is something to fill."""
-    zero = engine.optimizer
-    stage3 = engine.zero_optimization_stage() == 3
-    flat = zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
-    for weights in flat:
-        zero.optimizer.state[weights] = {
-            "step": torch.zeros((), dtype=torch.float32, device=weights.device),
-            "exp_avg": torch.zeros_like(weights),
-            "exp_avg_sq": torch.zeros_like(weights),
-        }
-    if not stage3:
-        zero._lazy_init_hp_params_optimizer_state()
+    optimizer = engine.optimizer.optimizer
+    for flat, _ in _flats(engine):
+        optimizer.state[flat] = optimizer.fresh_state(flat)
 
 
 def _trained(engine: Any) -> list[tuple[str, Any]]:
     return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
+class Place(NamedTuple):
+    """Where this rank's slice of a weight lies in a flat tensor of the optimizer."""
+
+    name: str
+    parameter: Any
+    begin: int
+    size: int  # on a single rank (stage 1) all of it
+
+
+def _flats(engine: Any) -> Iterator[tuple[torch.Tensor, list[Place]]]:
+    """The optimizer's flat tensors themselves, also where they are offloaded, and what lies in each.
+
+    DeepSpeed's ``get_local_fp32_param`` answers with a copy on the GPU where they are not there.
+    """
+    zero = engine.optimizer
+    names = {id(parameter): name for name, parameter in _trained(engine)}
+    if engine.zero_optimization_stage() == 3:
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            begins = [zero.grad_position[zero.get_param_id(one)][1] for one in group]
+            sizes = [one.partition_numel() for one in group]
+            yield flat, _places(names, group, begins, sizes)
+        return
+    for flat, group, begins in zip(
+        zero.single_partition_of_fp32_groups,
+        zero.round_robin_bit16_groups,
+        zero.round_robin_bit16_offsets,
+        strict=True,
+    ):
+        yield flat, _places(names, group, begins, [one.numel() for one in group])
+
+
+def _places(
+    names: dict[int, str], group: list[Any], begins: list[int], sizes: list[int]
+) -> list[Place]:
+    return [
+        Place(names[id(parameter)], parameter, begin, size)
+        for parameter, begin, size in zip(group, begins, sizes, strict=True)
+    ]
+
+
 def _own_state(engine: Any) -> dict[str, Any]:
-    """This rank's slices of every trained weight, flat, in the order of ``PARTS``."""
+    """This rank's slices of every trained weight, flat: of the optimizer's weights, of both moments."""
+    states = engine.optimizer.optimizer.state
     return {
         "slices": {
-            name: [_slice(engine, parameter, part) for part in PARTS]
-            for name, parameter in _trained(engine)
+            place.name: [
+                flat.detach().narrow(0, place.begin, place.size),
+                *(_stored(states[flat], moment, place) for moment in MOMENTS),
+            ]
+            for flat, places in _flats(engine)
+            for place in places
         },
-        "adam_step": float(next(iter(engine.optimizer.optimizer.state.values()))["step"]),
+        "adam_step": float(next(iter(states.values()))["step"]),
     }
 
 
-def _slice(engine: Any, parameter: Any, part: str | None) -> torch.Tensor:
-    """A view of this rank's slice; on a single rank (stage 1) the whole."""
-    if engine.zero_optimization_stage() == 3:
-        own: torch.Tensor = engine.optimizer.get_local_fp32_param(parameter, part)
-    else:
-        own = parameter._hp_mapping.get_hp_fragment(part)
-    return own.view(-1)
+def _stored(state: dict[str, torch.Tensor], moment: str, place: Place) -> Any:
+    """A moment's slice as it is; of 8 bits with the scales of the blocks that it lies in."""
+    values, scales = state[moment], state.get(f"{moment}_scale")
+    if scales is None:
+        return values.narrow(0, place.begin, place.size)
+    first, end = place.begin // MOMENTS_BLOCK, place.begin + place.size
+    return {
+        "codes": values.narrow(0, place.begin, place.size),
+        "scales": scales[first : -(-end // MOMENTS_BLOCK)],
+        "before": place.begin % MOMENTS_BLOCK,  # codes of the first block that are another weight's
+    }
 
 
-def _put(engine: Any, parameter: Any, part: str | None, slices: list[torch.Tensor]) -> None:
+def _values(stored: Any, moment: str) -> torch.Tensor:
+    """What ``_stored`` wrote, as numbers."""
+    if isinstance(stored, torch.Tensor):
+        return stored
+    codes, before = stored["codes"], stored["before"]
+    blocks = codes.new_zeros(len(stored["scales"]) * MOMENTS_BLOCK)
+    blocks[before : before + len(codes)] = codes
+    return dequantized(blocks, stored["scales"], moment)[before : before + len(codes)]
+
+
+def _quantize(values: torch.Tensor, moment: str, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """Fill 8-bit ``codes`` and their ``scales``; values that were dequantized get their codes back."""
+    for begin in range(0, len(values), SLICE):
+        part = slice(begin, begin + SLICE)
+        blocks = slice(begin // MOMENTS_BLOCK, (begin + SLICE) // MOMENTS_BLOCK)
+        made = quantized(values[part].to(codes.device), moment)
+        codes[part], scales[blocks] = made
+
+
+def _fill_weights(flat: torch.Tensor, place: Place, slices: list[torch.Tensor]) -> None:
+    """Fill this rank's slice of a weight, for the optimizer and for the model."""
+    own, parameter = flat.narrow(0, place.begin, place.size), place.parameter
+    _fill(own, slices)
+    model = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
+    model.data.copy_(own.view_as(model))
+
+
+def _fill(own: torch.Tensor, slices: list[torch.Tensor]) -> None:
     """Fill this rank's slice from those of the checkpoint's ranks; the last may be padded."""
-    own = _slice(engine, parameter, part)
     begin = dist.get_rank() * len(own)
     for n, piece in enumerate(slices):
         offset = n * len(slices[0])
         low, high = max(begin, offset), min(begin + len(own), offset + len(piece))
         if low < high:
             own[low - begin : high - begin] = piece[low - offset : high - offset].to(own.device)
-    if part is None:
-        low_precision = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
-        low_precision.data.copy_(own.view_as(low_precision))
 
 
 def save_final(

@@ -30,6 +30,7 @@ from fastcpt.training.model import (
     load_config,
     load_model,
 )
+from fastcpt.training.rounded_adamw import RoundedAdamW
 
 UPDATED_AT_ONCE = 300_000_000  # weights of one group of the optimizer on a single rank
 
@@ -80,6 +81,8 @@ def build_engine(
         model=trainee, optimizer=_optimizer(trainee, training, world), config=config
     )
     del partitioned
+    if training.optimizer_states != "float32":
+        _update_weights_themselves(engine)
     chosen = {
         "base": base,
         "ranks": world,
@@ -93,13 +96,15 @@ def build_engine(
         "weights_kept_gathered": memory.gathered,
         "frozen_weights": "one byte" if memory.one_byte else None,
         "layers_on_host": memory.on_host,
+        "optimizer_states": training.optimizer_states,
     }
     if dist.get_rank() == 0:
         trained = parameters(trainee, trained=True) if targets else shape.parameters
         print(
             f"model {base}: {shape.parameters:,} parameters, {trained:,} trained, {chosen['layers']} layers, "
             f"attention {attention}, {model.dtype}{', FP8' if use_fp8 else ''}"
-            f"{', LoRA' if recipe.lora else ''}, {memory}, {world} ranks",
+            f"{', LoRA' if recipe.lora else ''}, {memory}, optimizer states in "
+            f"{training.optimizer_states}, {world} ranks",
             flush=True,
         )
     return engine, chosen
@@ -127,6 +132,7 @@ def _checkpointing(
         lora=recipe.lora,
         fp8=use_fp8,
         offload=offload,
+        states=training.optimizer_states,
         wanted=wanted,
     )
 
@@ -218,8 +224,16 @@ def deepspeed_config(
         zero["stage"] = 1
         if "offload_optimizer" not in zero:  # which goes through their buffers
             zero |= {"overlap_comm": False, "contiguous_gradients": False}
+    states = training.optimizer_states
+    if states != "float32":
+        if "offload_optimizer" in zero:
+            raise TrainingError(
+                f"{file}: optimizer_states {states} cannot be offloaded; take float32"
+            )
+        # what DeepSpeed hands the optimizer, and the gradients it makes for it, are bf16
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     config["steps_per_print"] = 10**9
-    config["zero_allow_untested_optimizer"] = True  # GuardedAdamW
+    config["zero_allow_untested_optimizer"] = True  # GuardedAdamW, RoundedAdamW
     return config
 
 
@@ -232,11 +246,11 @@ def _use_liger(model_type: str) -> None:
     _apply_liger_kernel(model_type, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def _optimizer(trainee: Trainee, training: Training, world: int) -> GuardedAdamW:
+def _optimizer(trainee: Trainee, training: Training, world: int) -> GuardedAdamW | RoundedAdamW:
     """AdamW without weight decay on norms and biases.
 
     A single rank's groups are cut to ``UPDATED_AT_ONCE`` weights: DeepSpeed's stage 1 makes the
-    float32 gradients of one group at a time.
+    gradients of one group at a time, once more and in the optimizer's type.
     """
     vectors: list[torch.nn.Parameter] = []
     matrices: list[list[torch.nn.Parameter]] = []
@@ -255,13 +269,37 @@ def _optimizer(trainee: Trainee, training: Training, world: int) -> GuardedAdamW
     groups = [{"params": group, "weight_decay": training.weight_decay} for group in matrices]
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
-    return GuardedAdamW(
-        groups,
-        lr=0.0,  # DeepSpeed makes an empty first step; the loop sets the rate of every other
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_epsilon,
-        fused=True,
-    )
+    # DeepSpeed makes an empty first step; the loop sets the rate of every other
+    settings: dict[str, Any] = {
+        "lr": 0.0,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+    }
+    states = training.optimizer_states
+    if states == "float32":
+        return GuardedAdamW(groups, **settings, fused=True)
+    rank = dist.get_rank()
+    return RoundedAdamW(groups, **settings, states=states, seed=training.seed, rank=rank)
+
+
+def _update_weights_themselves(engine: Any) -> None:
+    """Give the optimizer the model's own bf16 weights, in place of the copies that DeepSpeed made of them."""
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        for copy, weights in zip(
+            zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True
+        ):
+            copy.data = weights.data
+    else:
+        for copy, (weights,) in zip(
+            zero.single_partition_of_fp32_groups,
+            zero.parallel_partitioned_bit16_groups,
+            strict=True,
+        ):
+            copy.data = weights.data
+        zero._link_all_hp_params()  # its views held the copies
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def parameters(module: torch.nn.Module, trained: bool = False) -> int:

@@ -84,5 +84,13 @@ class GuardedAdamW(torch.optim.AdamW):  # type: ignore[misc]
 
     allowed: Callable[[], bool] = staticmethod(lambda: True)
 
+    def fresh_state(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Adam's state as its first step would make it."""
+        return {
+            "step": torch.zeros((), dtype=torch.float32, device=weights.device),
+            "exp_avg": torch.zeros_like(weights),
+            "exp_avg_sq": torch.zeros_like(weights),
+        }
+
     def step(self, closure: Any = None) -> Any:
         return super().step(closure) if self.allowed() else None

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from fastcpt.recipe_sections import Training
-from fastcpt.step_memory import CHECKPOINT_BYTES, MODEL_BYTES, training_disk_bytes
+from fastcpt.step_memory import MODEL_BYTES, checkpoint_bytes, training_disk_bytes
 from fastcpt.training import checkpoints
 from fastcpt.training.data import Order, Reader
 from fastcpt.training.engine import begin_step, parameters
@@ -132,7 +132,8 @@ class Loop:
         dist.all_reduce(started)
         self.clock.startup = started.item()
         trained = parameters(self.engine.module, trained=True)
-        self.clock.saving = training_disk_bytes(trained, 0) / SAVING
+        states = self.training.optimizer_states
+        self.clock.saving = training_disk_bytes(trained, 0, states) / SAVING
         self.clock.evaluated_tokens = evaluated_tokens
         hours = self.clock.hours
         if hours and not self.step and self.clock.seconds_left(0.0, self.tokens) < 0:
@@ -316,7 +317,8 @@ class Loop:
             self.engine, self.folder, self.state(), self.training.save_total_limit
         )
         spent = time.monotonic() - begin
-        self.clock.saving = max(self.clock.saving, spent * (1 + MODEL_BYTES / CHECKPOINT_BYTES))
+        model = MODEL_BYTES / checkpoint_bytes(self.training.optimizer_states)
+        self.clock.saving = max(self.clock.saving, spent * (1 + model))
         if not last:
             self._say(f"saved checkpoints/step_{self.step} in {spent:.1f} s")
 

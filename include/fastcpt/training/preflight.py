@@ -125,8 +125,9 @@ def check_shared(output: Path) -> None:
 
 
 def check_disk(trainee: torch.nn.Module, training: Training, output: Path) -> None:
-    """``TrainingError`` unless the checkpoints (12 bytes a trained weight) and the model fit."""
-    needed = training_disk_bytes(parameters(trainee, trained=True), training.save_total_limit)
+    """``TrainingError`` unless the checkpoints (12 bytes a trained weight, or less) and the model fit."""
+    trained = parameters(trainee, trained=True)
+    needed = training_disk_bytes(trained, training.save_total_limit, training.optimizer_states)
     output.mkdir(parents=True, exist_ok=True)
     there = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     free = shutil.disk_usage(output).free
@@ -159,7 +160,7 @@ def try_one_step(
         raise TrainingError(
             f"a step of {micro} x {rows.size} tokens does not fit the GPU's {total / 1e9:.0f} GB: "
             "lower per_device_train_batch_size (raise gradient_accumulation_steps with it), "
-            "set gradient_checkpointing to true, or use more GPUs"
+            "set gradient_checkpointing to true, optimizer_states to bfloat16 or int8, or use more GPUs"
         ) from error
     engine.micro_steps = 0
     if dist.get_rank() == 0:
