@@ -1,6 +1,6 @@
 """Fused blocks against transformers' layers on this GPU: loss and gradients, in bf16 and FP8.
 
-    python benchmarks/correctness.py [--only frozen]
+    python benchmarks/correctness.py [--only frozen|families|llama]
 
 Errors are relative (norm of the difference over norm) to transformers' own model in float32, which
 its bf16 form misses by about 0.008. Weights have to come back bit for bit. Frozen weights in one byte
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "include"))
 
@@ -40,9 +40,14 @@ ROPES = {
 }  # fmt: skip
 
 
-def llama(tied: bool, rope: str) -> Any:
+# what sets each family apart, beside another width of heads than hidden size over heads
+OWN = {"llama": {}, "mistral": {"head_dim": 128}, "qwen2": {}, "qwen3": {"head_dim": 128}}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def model_of(kind: str, tied: bool, rope: str, targets: list[str]) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = CONFIG_MAPPING[kind](
         hidden_size=512,
         intermediate_size=1024,
         num_hidden_layers=4,
@@ -52,9 +57,21 @@ def llama(tied: bool, rope: str) -> Any:
         tie_word_embeddings=tied,
         max_position_embeddings=131072,
         rope_parameters=ROPES[rope],
-        attn_implementation="flash_attention_2",
+        **OWN[kind],
     )
-    return LlamaForCausalLM(config).to(GPU, torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.bfloat16, attn_implementation="flash_attention_2"
+    ).to(GPU)
+    for name, parameter in model.named_parameters():
+        if "bias" in name or "q_norm" in name or "k_norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    if targets:
+        lora = Lora(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets)
+        model = add_lora(model, lora)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, 0.0, 0.05)
+    return model
 
 
 def gradients(model: Any, config: Any) -> dict[str, torch.Tensor]:
@@ -82,15 +99,16 @@ def one_batch() -> Any:
 
 
 def compared(
-    tied: bool, rope: str, attention: str, adapted: bool, recompute: Any, batch: Any
+    kind: str,
+    tied: bool,
+    rope: str,
+    attention: str,
+    targets: list[str],
+    recompute: Any,
+    batch: Any,
 ) -> dict[str, Any]:
     """Losses of one model by four ways of computing it, and how far their gradients are off."""
-    plain = llama(tied, rope)
-    if adapted:
-        plain = add_lora(plain, Lora(r=8, lora_alpha=16, lora_dropout=0.0))
-        for name, parameter in plain.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, 0.0, 0.05)
+    plain, adapted = model_of(kind, tied, rope, targets), bool(targets)
     wide, fused = copy.deepcopy(plain).float(), copy.deepcopy(plain)
     wide.config._attn_implementation = "sdpa"
     inside = fused.get_base_model() if adapted else fused
@@ -101,7 +119,7 @@ def compared(
     for block in inside.model.layers:
         block.recompute(recompute)
     found, losses = {}, {}
-    for kind, trainee, packed in (
+    for way, trainee, packed in (
         ("float32", Trainee(wide, "sdpa", None), None),
         ("transformers", Trainee(plain, "flash_attention_2", None), None),
         ("fused", Trainee(fused, attention, packing), None),
@@ -110,28 +128,27 @@ def compared(
         packing.fp8 = packed
         loss = trainee(batch, GPU)
         loss.backward()
-        losses[kind], found[kind] = loss.item(), gradients(trainee.model, inside.config)
+        losses[way], found[way] = loss.item(), gradients(trainee.model, inside.config)
     return {
-        "case": f"{rope} rope, {'tied' if tied else 'untied'}, {attention}, "
-        f"{'LoRA' if adapted else 'full'}, recompute {recompute}",
+        "case": f"{kind}, {rope} rope, {'tied' if tied else 'untied'}, {attention}, "
+        f"{f'LoRA on {len(targets)}' if adapted else 'full'}, recompute {recompute}",
         "exact_weights": exact,
         "loss": losses,
-        "gradient_error": {kind: error(found[kind], found["float32"]) for kind in list(found)[1:]},
+        "gradient_error": {way: error(found[way], found["float32"]) for way in list(found)[1:]},
     }
 
 
-def frozen(attention: str, recompute: Any, keep: bool, on_host: bool, batch: Any) -> dict[str, Any]:
+def frozen(
+    kind: str, attention: str, recompute: Any, keep: bool, on_host: bool, batch: Any
+) -> dict[str, Any]:
     """Adapters in FP8: weights quantized every time, beside weights quantized once, in one byte.
 
     ``keep``: with their transposed copies. Attention's backward adds in any order: how far a way is off
     from itself (``again``) bounds the gradients; losses and logits have to be equal.
     """
-    plain = add_lora(llama(False, "llama3"), Lora(r=8, lora_alpha=16, lora_dropout=0.0))
-    for name, parameter in plain.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, 0.0, 0.05)
+    plain = model_of(kind, False, "llama3", LINEARS)
     found = {}
-    for kind, one_byte in (("every time", False), ("again", False), ("one byte", True)):
+    for way, one_byte in (("every time", False), ("again", False), ("one byte", True)):
         model = copy.deepcopy(plain)
         inside = model.get_base_model()
         before = torch.cuda.memory_allocated()
@@ -152,30 +169,30 @@ def frozen(attention: str, recompute: Any, keep: bool, on_host: bool, batch: Any
             losses.append(loss.item())
             packing.weights_changed = False
         logits = hidden[-1] @ inside.lm_head.weight.T
-        found[kind] = losses, logits, gradients(model, inside.config), freed
+        found[way] = losses, logits, gradients(model, inside.config), freed
         if one_byte:
             kept = [
                 weight._transpose is not None for b in inside.model.layers for weight in b.one_byte
             ]
     wanted = found["every time"]
     differing = {
-        kind: {
-            "loss": found[kind][0] != wanted[0],
-            "logits": int((found[kind][1] != wanted[1]).sum()),
-            "gradients": sum(int((found[kind][2][n] != g).sum()) for n, g in wanted[2].items()),
-            "off": error(found[kind][2], wanted[2]),
+        way: {
+            "loss": found[way][0] != wanted[0],
+            "logits": int((found[way][1] != wanted[1]).sum()),
+            "gradients": sum(int((found[way][2][n] != g).sum()) for n, g in wanted[2].items()),
+            "off": error(found[way][2], wanted[2]),
         }
-        for kind in ("again", "one byte")
+        for way in ("again", "one byte")
     }
     again, own = differing["again"], differing["one byte"]
     # in a recomputed layer the copies are the recomputation's own and go with it
     right = all(kept) if keep and recompute != "full" else not any(kept) or keep
     return {
-        "case": f"{attention}, recompute {recompute}, transposed {'kept' if keep else 'made'}"
+        "case": f"{kind}, {attention}, recompute {recompute}, transposed {'kept' if keep else 'made'}"
         f"{', inputs on the host' if on_host else ''}",
         "differing": differing,
         "losses": wanted[0],
-        "freed_mb": [round(found[kind][3] / 1e6, 2) for kind in ("every time", "one byte")],
+        "freed_mb": [round(found[way][3] / 1e6, 2) for way in ("every time", "one byte")],
         "transposed_as_asked": right,
         "passed": right
         and not own["loss"]
@@ -186,41 +203,56 @@ def frozen(attention: str, recompute: Any, keep: bool, on_host: bool, batch: Any
 
 def frozen_cases(batch: Any) -> list[dict[str, Any]]:
     results = []
-    for attention in ("transformer_engine", "flash_attention_2"):
-        for recompute, keep, on_host in (
-            ("none", False, False),
-            ("none", True, False),
-            ("mlp", False, False),
-            ("full", False, False),
-            ("full", False, True),
-        ):
-            result = frozen(attention, recompute, keep, on_host, batch)
-            results.append(result)
-            print(f"frozen: {result['case']:75} {result['passed']} {result}", flush=True)
+    for kind, attention, recompute, keep, on_host in (
+        ("llama", "transformer_engine", "none", False, False),
+        ("llama", "transformer_engine", "none", True, False),
+        ("llama", "transformer_engine", "mlp", False, False),
+        ("llama", "transformer_engine", "full", False, False),
+        ("llama", "transformer_engine", "full", False, True),
+        ("llama", "flash_attention_2", "none", False, False),
+        ("qwen2", "transformer_engine", "none", False, False),
+        ("qwen3", "transformer_engine", "full", False, False),
+    ):
+        result = frozen(kind, attention, recompute, keep, on_host, batch)
+        results.append(result)
+        print(f"frozen: {result['case']:75} {result['passed']} {result}", flush=True)
+    return results
+
+
+def against_transformers(only: str | None, batch: Any) -> list[dict[str, Any]]:
+    """Every way to run a Llama, and of the other families what is their own."""
+    llamas = itertools.product(
+        ("llama",),
+        ((False, "llama3"), (True, "default")),
+        ("transformer_engine", "flash_attention_2"),
+        ([], ["q_proj", "k_proj", "v_proj", "o_proj"], LINEARS),
+        ("none", "mlp", "full"),
+    )
+    others = itertools.product(
+        ("mistral", "qwen2", "qwen3"),
+        ((False, "llama3"), (True, "default")),
+        ("transformer_engine",),
+        ([], LINEARS),
+        ("none", "full"),
+    )
+    cases = {"llama": llamas, "families": others, None: itertools.chain(llamas, others)}[only]
+    results = []
+    for kind, (tied, rope), attention, targets, recompute in cases:
+        result = compared(kind, tied, rope, attention, targets, recompute, batch)
+        results.append(result)
+        errors = result["gradient_error"].items()
+        shown = " ".join(f"{way} {value:.4f}" for way, value in errors)
+        print(f"{result['case']:80} exact {result['exact_weights']} {shown}", flush=True)
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("frozen",))
-    args = parser.parse_args()
+    parser.add_argument("--only", choices=("frozen", "families", "llama"))
+    only = parser.parse_args().only
     batch = one_batch()
-    in_one_byte = frozen_cases(batch)
-    if args.only == "frozen":
-        sys.exit(0 if all(result["passed"] for result in in_one_byte) else 1)
-    results = []
-    cases = itertools.product(
-        ((False, "llama3"), (True, "default")),
-        ("transformer_engine", "flash_attention_2"),
-        (False, True),
-        ("none", "mlp", "full"),
-    )
-    for (tied, rope), attention, adapted, recompute in cases:
-        result = compared(tied, rope, attention, adapted, recompute, batch)
-        results.append(result)
-        errors = result["gradient_error"].items()
-        shown = " ".join(f"{kind} {value:.4f}" for kind, value in errors)
-        print(f"{result['case']:70} exact {result['exact_weights']} {shown}", flush=True)
+    in_one_byte = frozen_cases(batch) if only in (None, "frozen") else []
+    results = against_transformers(only, batch) if only != "frozen" else []
     passed = all(
         r["exact_weights"]
         and r["gradient_error"]["fused"] < 1.3 * r["gradient_error"]["transformers"]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fastcpt.recipe import Recipe
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-ADAPTABLE = frozenset(ATTENTION)  # where fused blocks can have adapters
+FUSED = ("llama", "mistral", "qwen2", "qwen3")  # get fused blocks
 # turned by position alone, without a factor on the attention
 ROPES = ("default", "linear", "llama3")
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -185,12 +185,13 @@ def refusal(config: Mapping[str, Any], recipe: Recipe, fp8: bool, attention: str
     if why is not None:
         return f"the trainer does not take it: {why}"
     wanted = recipe.model.attn_implementation
-    why = cannot_fuse(config, recipe.model.dtype, wanted, targets) if fp8 else None
+    size = recipe.corpus.max_seq_length
+    why = cannot_fuse(config, recipe.model.dtype, wanted, size) if fp8 else None
     if why is not None:
+        made_for = ", ".join(FAMILIES[kind].words for kind in FUSED)
         return (
-            "FP8 is made for Llama models in bfloat16 with adapters on q, k, v, o or none, and "
-            f"attn_implementation auto or flash_attention_2, but {why}: set use_fp8 to false, and leave "
-            "out --use_fp8"
+            f"FP8 is made for models of {made_for} in bfloat16 and attn_implementation auto or "
+            f"flash_attention_2, but {why}: set use_fp8 to false, and leave out --use_fp8"
         )
     return None
 
@@ -241,21 +242,19 @@ def _window(config: Mapping[str, Any]) -> int | None:
     return window
 
 
-def cannot_fuse(
-    config: Mapping[str, Any], dtype: str, attention: str, targets: Collection[str]
-) -> str | None:
+def cannot_fuse(config: Mapping[str, Any], dtype: str, attention: str, size: int) -> str | None:
     """Why a model (by ``read_config``) does not get fused blocks; None where it does.
 
-    ``attention`` as the recipe wants it, ``targets`` are the layers with adapters. What the host must
-    have for them is ``layers.can_fuse``'s question.
+    ``attention`` as the recipe wants it, ``size`` the tokens of a row. What the host must have for them is
+    ``layers.can_fuse``'s question.
     """
     family = FAMILIES[config["model_type"]]
-    if config["model_type"] != "llama":
+    if config["model_type"] not in FUSED:
         return f"this is {family.words} ({_features(config, family)})"
     if config.get("hidden_act", "silu") != "silu":
         return f"hidden_act is {config['hidden_act']}"
     for key in ("attention_bias", "mlp_bias"):
-        if config[key]:
+        if config[key] and (key == "mlp_bias" or family.output_bias):
             return f"the model has biases ({key})"
     for key in ("hidden_size", "intermediate_size"):
         if config[key] % 16:
@@ -270,8 +269,10 @@ def cannot_fuse(
         return f"model.dtype is {dtype}"
     if attention not in ("auto", "flash_attention_2"):
         return f"model.attn_implementation is {attention}"
-    others = sorted(set(targets) - ADAPTABLE)
-    return f"there are adapters on {', '.join(others)}" if others else None
+    window = _window(config)
+    if window is not None and window < size:
+        return f"its sliding window of {window} tokens is shorter than rows of {size}"
+    return None
 
 
 def _features(config: Mapping[str, Any], family: Family) -> str:

@@ -174,18 +174,27 @@ def _with_one_byte(
 def fused_block_bytes(shape: Shape, lora: Lora | None, fp8: bool) -> tuple[int, int]:
     """Bytes a token that a fused block keeps for its backward: of its attention, of its feed-forward half.
 
-    Its inputs, q, k, v before and after rotation, attention's output, gate and up; what enters a product
-    whose weight is trained in that product's precision, with LoRA the adapters' inputs in its place.
+    Its inputs, q, k, v before and after rotation (and before the norms that some families have there),
+    attention's output, gate and up; what enters a product whose weight is trained in that product's
+    precision, with LoRA the adapters' inputs in its place.
     """
     h, f = shape.hidden_size, shape.intermediate_size
     q, k = shape.queries, shape.keys
     entering = 1 if fp8 else 2
     attention = 2 * h + 2 * (q + 2 * k) + 2 * (q + k) + 2 * q
-    if lora:
-        # with dropout its mask, and the dropped copy of attention's output
-        attention += 2 * h + (h + 3 * q if lora.lora_dropout else 0)
-        return attention, 4 * f + 2 * h
-    return attention + entering * h + (q if fp8 else 0), 4 * f + 2 * h + entering * (f + h)
+    if shape.family.query_norms == "head":
+        attention += 2 * (q + k)
+    if not lora:
+        return attention + entering * h + (q if fp8 else 0), 4 * f + 2 * h + entering * (f + h)
+    # with dropout its mask, and the dropped copy of attention's output
+    dropout = bool(lora.lora_dropout)
+    attention += 2 * h + (h + 3 * q if dropout else 0)
+    mlp = 4 * f + 2 * h
+    if {"gate_proj", "up_proj"} & set(lora.target_modules):
+        mlp += (3 if dropout else 2) * h
+    if "down_proj" in lora.target_modules:
+        mlp += (3 if dropout else 2) * f
+    return attention, mlp
 
 
 def checkpoint_bytes(states: OptimizerStates) -> float:

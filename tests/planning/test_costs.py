@@ -104,6 +104,15 @@ def test_what_a_fused_block_keeps():
     undropped = replace(FUSED, lora=Lora(lora_dropout=0.0))
     assert activation_bytes(undropped, "none") == 47_104 + 65_536
     assert activation_bytes(replace(FUSED, lora=Lora()), "none") == 47_104 + 65_536 + 4 * 4096
+    # on the feed-forward network too: h of two bytes for gate and up, f for down
+    everywhere = Lora(
+        lora_dropout=0.0, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    wider = activation_bytes(replace(FUSED, lora=everywhere), "none")
+    assert wider == 47_104 + 65_536 + 2 * 4096 + 2 * 14_336
+    # Qwen 3: queries and keys before their norms; f = 12288
+    qwen = replace(undropped, shape=KNOWN["Qwen3-8B"])
+    assert activation_bytes(qwen, "none") == 47_104 + 2 * 5120 + 4 * 12_288 + 2 * 4096
 
 
 @pytest.mark.parametrize(

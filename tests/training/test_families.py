@@ -216,7 +216,9 @@ def test_a_refused_model_ends_before_anything_is_read(
     saved: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
     arguments = train_arguments(write_recipe(tmp_path), corpus, tmp_path / "out", "--use_fp8")
-    code, output = finish(launch("train_cpt.py", *arguments, "--model", saved["qwen3"], ranks=1))
+    code, output = finish(launch("train_cpt.py", *arguments, "--model", saved["apertus"], ranks=1))
     assert code == 78, output
-    assert "but this is Qwen 3 (norms on queries and keys): set use_fp8 to false" in output
+    assert (
+        "but this is Apertus (norms on queries and keys, no gate): set use_fp8 to false" in output
+    )
     assert not (tmp_path / "out" / "rows").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fastcpt.recipe_sections import Lora
 from fastcpt.training.data import Row, make_batch
@@ -33,9 +33,13 @@ def fake_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "fake"))
 
 
-def llama(tied: bool, rope: dict[str, Any]) -> Any:
+# what sets each family apart, beside another width of heads than hidden size over heads
+OWN = {"llama": {}, "mistral": {"head_dim": 16}, "qwen2": {}, "qwen3": {"head_dim": 16}}
+
+
+def model_of(kind: str, tied: bool, rope: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = CONFIG_MAPPING[kind](
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -46,12 +50,17 @@ def llama(tied: bool, rope: dict[str, Any]) -> Any:
         rope_parameters=rope,
         max_position_embeddings=128,
         attn_implementation="sdpa",
+        **OWN[kind],
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        if "norm" in name:
+        if "norm" in name or "bias" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
     return model
+
+
+def llama(tied: bool, rope: dict[str, Any]) -> Any:
+    return model_of("llama", tied, rope)
 
 
 def batch(size: int = 40) -> Any:
@@ -63,17 +72,35 @@ def batch(size: int = 40) -> Any:
     return make_batch(rows, size)
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("adapted", [False, True])
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+SOME = ["q_proj", "v_proj", "up_proj"]
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 @pytest.mark.parametrize(
-    ("tied", "rope"), [(True, {"rope_type": "default", "rope_theta": 1e4}), (False, LLAMA3)]
+    ("kind", "tied", "rope", "targets", "recompute"),
+    [
+        ("llama", True, DEFAULT, [], "none"),
+        ("llama", False, LLAMA3, [], "full"),
+        ("llama", False, LLAMA3, SOME, "none"),
+        ("llama", True, DEFAULT, ALL, "mlp"),
+        ("llama", False, LINEAR, ["down_proj"], "full"),
+        ("mistral", False, LINEAR, [], "none"),
+        ("mistral", False, DEFAULT, ALL, "full"),
+        ("qwen2", True, DEFAULT, [], "full"),
+        ("qwen2", False, LINEAR, ALL, "none"),
+        ("qwen3", False, LLAMA3, [], "none"),
+        ("qwen3", True, LINEAR, [], "full"),
+        ("qwen3", False, DEFAULT, SOME, "mlp"),
+    ],
 )
 def test_a_fused_model_has_the_loss_and_the_gradients_of_the_plain_one(
-    tied: bool, rope: dict[str, Any], adapted: bool, recompute: Any
+    kind: str, tied: bool, rope: dict[str, Any], targets: list[str], recompute: Any
 ) -> None:
-    plain = llama(tied, rope)
+    plain, adapted = model_of(kind, tied, rope), bool(targets)
     if adapted:
-        plain = add_lora(plain, Lora(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]))
+        plain = add_lora(plain, Lora(r=4, lora_dropout=0.0, target_modules=targets))
         for name, parameter in plain.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, 0.0, 0.1)
@@ -92,7 +119,7 @@ def test_a_fused_model_has_the_loss_and_the_gradients_of_the_plain_one(
     wanted = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
     assert named.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        torch.testing.assert_close(named[name], gradient, rtol=1e-4, atol=1e-5)
+        assert (named[name] - gradient).norm() < 1e-4 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -115,8 +142,8 @@ def test_products_add_the_gradients_of_micro_batches_up_themselves(recompute: An
         torch.testing.assert_close(named[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-def adapted_llama() -> Any:
-    plain = add_lora(llama(False, LLAMA3), Lora(r=4, lora_dropout=0.0))
+def adapted_model(kind: str = "llama") -> Any:
+    plain = add_lora(model_of(kind, False, LLAMA3), Lora(r=4, lora_dropout=0.0))
     for name, parameter in plain.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, 0.0, 0.1)
@@ -125,12 +152,19 @@ def adapted_llama() -> Any:
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(
-    ("recompute", "on_host"), [("none", False), ("full", False), ("full", True)]
+    ("kind", "recompute", "on_host"),
+    [
+        ("llama", "none", False),
+        ("llama", "mlp", False),
+        ("llama", "full", False),
+        ("qwen2", "none", False),
+        ("qwen3", "full", True),
+    ],
 )
 def test_frozen_weights_in_one_byte_give_the_loss_and_gradients_of_weights_quantized_each_time(
-    recompute: Any, on_host: bool, keep: bool
+    kind: str, recompute: Any, on_host: bool, keep: bool
 ) -> None:
-    models = adapted_llama(), adapted_llama()
+    models = adapted_model(kind), adapted_model(kind)
     losses, gradients = [], []
     for model, one_byte in zip(models, (False, True), strict=True):
         inside = model.get_base_model()
@@ -148,13 +182,14 @@ def test_frozen_weights_in_one_byte_give_the_loss_and_gradients_of_weights_quant
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     block = models[1].get_base_model().model.layers[0]
-    # two norms, and two small matrices for each of q, k, v, o: no matrix of 32 x 32 is a parameter
-    assert sum(p.numel() for p in block.parameters()) == 2 * 32 + 256 + 192 + 192 + 256
+    if kind == "llama":
+        # two norms, two small matrices for each of q, k, v, o: no matrix of 32 x 32 is a parameter
+        assert sum(p.numel() for p in block.parameters()) == 2 * 32 + 256 + 192 + 192 + 256
     assert [weight.transposed for weight in block.one_byte] == [keep] * 4
 
 
 def test_a_frozen_embedding_on_the_host_gives_the_same_loss_and_gradients() -> None:
-    models = adapted_llama(), adapted_llama()
+    models = adapted_model(), adapted_model()
     losses = []
     for model, on_host in zip(models, (False, True), strict=True):
         inside = model.get_base_model()
@@ -172,8 +207,9 @@ def test_a_frozen_embedding_on_the_host_gives_the_same_loss_and_gradients() -> N
             torch.testing.assert_close(models[1].get_parameter(name).grad, parameter.grad)
 
 
-def test_weights_come_back_bit_for_bit() -> None:
-    plain = llama(False, LLAMA3)
+@pytest.mark.parametrize("kind", OWN)
+def test_weights_come_back_bit_for_bit(kind: str) -> None:
+    plain = model_of(kind, False, LLAMA3)
     before = {name: weight.clone() for name, weight in plain.state_dict().items()}
     with_fused_blocks(plain, 40, "transformer_engine", False, False, None, CPU)
     assert "model.layers.0.self_attn.q_proj.weight" not in plain.state_dict()
@@ -182,8 +218,9 @@ def test_weights_come_back_bit_for_bit() -> None:
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
 
 
-def test_other_documents_of_a_row_change_nothing() -> None:
-    model = llama(True, LLAMA3)
+@pytest.mark.parametrize("kind", OWN)
+def test_other_documents_of_a_row_change_nothing(kind: str) -> None:
+    model = model_of(kind, True, LLAMA3)
     packing = with_fused_blocks(model, 40, "transformer_engine", False, False, None, CPU)
     first, second, other = np.arange(7), np.arange(30, 50), np.arange(60, 67)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from fastcpt.families import ADAPTABLE
 from fastcpt.planning.costs import tokens_per_second
 from fastcpt.planning.figures import plan_on
 from fastcpt.planning.hardware import Hardware
@@ -127,7 +126,7 @@ def _changes(
         if offloaded is not None:
             yield "optimizer offloaded to the hosts", offloaded, count
     yield from _other_models(recipe, hardware, shape, needed, keep)
-    adaptable = set(shape.family.linears) >= ADAPTABLE
+    adaptable = set(shape.family.linears) >= set(Lora().target_modules)
     if recipe.lora is None and "method" not in keep and adaptable:
         rate = min(1e-3, 10 * recipe.training.learning_rate)  # LoRA learns at about ten times
         lora = {**needed, "lora": Lora().model_dump(), "training.learning_rate": rate}

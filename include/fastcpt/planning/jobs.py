@@ -37,10 +37,8 @@ def refused_by_trainer(recipe: Recipe, shape: Shape, hardware: Hardware, fp8: bo
 
 def fuses(recipe: Recipe, shape: Shape) -> bool:
     """Whether the trainer runs the model in its fused blocks, on a host with the GPU packages."""
-    targets = recipe.lora.target_modules if recipe.lora else []
-    model = recipe.model
-    why = cannot_fuse(shape.configuration, model.dtype, model.attn_implementation, targets)
-    return why is None
+    model, size = recipe.model, recipe.corpus.max_seq_length
+    return cannot_fuse(shape.configuration, model.dtype, model.attn_implementation, size) is None
 
 
 def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:

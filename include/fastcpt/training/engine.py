@@ -50,7 +50,8 @@ def build_engine(
     shape = shape_from_config(load_config(base).to_dict(), base)
     world, model = dist.get_world_size(), recipe.model
     targets = recipe.lora.target_modules if recipe.lora else []
-    fused = can_fuse(shape.configuration, model.dtype, model.attn_implementation, targets)
+    size = recipe.corpus.max_seq_length
+    fused = can_fuse(shape.configuration, model.dtype, model.attn_implementation, size)
     block = shape.block_parameters + 2 * shape.hidden_size  # with its norms
     config = deepspeed_config(deepspeed_file, training, model.dtype, block, accumulation, world)
     offload = "offload_optimizer" in config["zero_optimization"]
@@ -68,7 +69,7 @@ def build_engine(
         # cuDNN's kernels are faster than flash-attn 2 on Hopper
         attention = "transformer_engine" if model.attn_implementation == "auto" else attention
         accumulate = world == 1 and not targets and not offload
-        size, zero3 = recipe.corpus.max_seq_length, config if world > 1 else None
+        zero3 = config if world > 1 else None
         packing = _fuse(causal, size, attention, use_fp8, memory, zero3, device, accumulate, read)
     elif memory.kind != "none":
         # transformers' layers are recomputed whole, all of them or none

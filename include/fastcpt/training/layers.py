@@ -1,8 +1,9 @@
-"""Llama blocks made of transformer-engine's fused layers, in bf16 and FP8.
+"""Blocks of transformer-engine's fused layers for Llama and its kin, in bf16 and FP8.
 
-A block keeps the four matrix products of a Llama layer apart no further than it must: one for
+A block keeps the four matrix products of such a layer apart no further than it must: one for
 queries, keys and values, one after attention, and the feed-forward network as one fused module.
-The RMSNorms run inside the products that follow them. Weights are laid one after another
+The RMSNorms run inside the products that follow them. Qwen 2's biases are the first product's own; Qwen 3
+has a norm of each head's queries and keys before they are rotated. Weights are laid one after another
 (``FUSED``), never rounded or permuted, so that ``plain_weights`` gives transformers' own back bit
 for bit.
 
@@ -12,7 +13,9 @@ between those two moments, and so finds its weights there; around the layers it 
 
 **LoRA.** The adapters are peft's, with its names, so that they are saved by it. Base products see
 the frozen, fused weights; adapters of products that share an input share one pair of small
-products, and their sum needs no pass of its own (``addmm``).
+products, and their sum needs no pass of its own (``addmm``). Under frozen weights the feed-forward network
+is two products and the activation between them: adapters find their inputs there, and its backward does not
+lay gradients out for products with weights' gradients, which are not made.
 
 **FP8.** Per-tensor scaling; the weights are quantized once a step, not once a micro-batch.
 
@@ -30,24 +33,32 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from fastcpt.families import cannot_fuse
+from fastcpt.families import cannot_fuse, head_width
 from fastcpt.training.data import Batch
 
+QKV = ("q_proj", "k_proj", "v_proj")
 # a fused weight: transformers' weights in it, first rows first
 FUSED = {
     "qkv.layer_norm_weight": ["input_layernorm.weight"],
-    "qkv.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "qkv.weight": [f"self_attn.{name}.weight" for name in QKV],
+    "qkv.bias": [f"self_attn.{name}.bias" for name in QKV],
+    "q_norm.weight": ["self_attn.q_norm.weight"],
+    "k_norm.weight": ["self_attn.k_norm.weight"],
     "proj.weight": ["self_attn.o_proj.weight"],
     "mlp.layer_norm_weight": ["post_attention_layernorm.weight"],
     "mlp.fc1_weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.fc2_weight": ["mlp.down_proj.weight"],
+    # the feed-forward network under frozen weights
+    "fc1.layer_norm_weight": ["post_attention_layernorm.weight"],
+    "fc1.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "fc2.weight": ["mlp.down_proj.weight"],
 }
 # reads a layer's weights: by its number, under the names they have in transformers' layer
 ReadLayer = Callable[[int], Mapping[str, torch.Tensor]]
@@ -120,7 +131,7 @@ class Packing:
 
 
 class Block(nn.Module):  # type: ignore[misc]
-    """A Llama layer; built from transformers' own, whose weights it takes."""
+    """A layer of a Llama or its kin; built from transformers' own, whose weights it takes."""
 
     def __init__(
         self,
@@ -132,7 +143,7 @@ class Block(nn.Module):  # type: ignore[misc]
         accumulate: bool = False,
         one_byte: bool = False,
     ) -> None:
-        """``layer`` may carry peft's adapters on the linear layers of ``families.ADAPTABLE``.
+        """``layer`` may carry peft's adapters on its linear layers.
 
         ``weights`` are its own, by transformers' names. ``accumulate``: a matrix' gradient is not given
         to autograd, but added to its ``main_grad`` by the very product that computes it. ``one_byte``:
@@ -142,17 +153,12 @@ class Block(nn.Module):  # type: ignore[misc]
         import transformer_engine.pytorch as te
 
         self.packing, self.attention = packing, attention
-        self.recomputed = self.input_on_host = False
+        self.recomputed = self.input_on_host = self.feed_forward_recomputed = False
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        hidden, self.width = config.hidden_size, config.head_dim
+        hidden, inner, self.width = config.hidden_size, config.intermediate_size, head_width(config)
         self.split = [heads * self.width, groups * self.width, groups * self.width]
-        attn = layer.self_attn
-        self.self_attn = nn.Module()  # adapters under peft's names; their base weights are fused
-        for name, linear in list(attn.named_children()):
-            if hasattr(linear, "base_layer"):
-                self.self_attn.add_module(name, linear)
-        adapted = bool(self.self_attn._modules)
         norm = weights["input_layernorm.weight"]
+        self.frozen = not norm.requires_grad
         made = {
             "bias": False,
             "params_dtype": norm.dtype,
@@ -160,11 +166,27 @@ class Block(nn.Module):  # type: ignore[misc]
             "fuse_wgrad_accumulation": accumulate,
         }
         normed = {**made, "normalization": "RMSNorm", "eps": config.rms_norm_eps}
+        attn, self.self_attn = layer.self_attn, adapters_of(layer.self_attn)
         self.qkv = te.LayerNormLinear(
-            hidden, sum(self.split), return_layernorm_output=adapted, **normed
+            hidden,
+            sum(self.split),
+            return_layernorm_output=not self.self_attn._modules.keys().isdisjoint(QKV),
+            **{**normed, "bias": "self_attn.q_proj.bias" in weights},
         )
+        if "self_attn.q_norm.weight" in weights:
+            own = {"eps": config.rms_norm_eps, "device": made["device"], "dtype": norm.dtype}
+            self.q_norm, self.k_norm = (te.RMSNorm(self.width, **own) for _ in range(2))
         self.proj = te.Linear(heads * self.width, hidden, **made)
-        self.mlp = te.LayerNormMLP(hidden, config.intermediate_size, activation="swiglu", **normed)
+        if self.frozen:
+            self.mlp = adapters_of(layer.mlp)
+            widening = not self.mlp._modules.keys().isdisjoint(("gate_proj", "up_proj"))
+            self.fc1 = te.LayerNormLinear(
+                hidden, 2 * inner, return_layernorm_output=widening, **normed
+            )
+            self.activation = te.ops.SwiGLU()
+            self.fc2 = te.Linear(inner, hidden, **made)
+        else:
+            self.mlp = te.LayerNormMLP(hidden, inner, activation="swiglu", **normed)
         if attention == "transformer_engine":
             self.core = te.DotProductAttention(
                 heads,
@@ -175,7 +197,10 @@ class Block(nn.Module):  # type: ignore[misc]
                 layer_number=attn.layer_idx + 1,
             )
         self.one_byte: list[Any] = []  # the frozen matrices, of shape [out, in]
+        names = {name for name, _ in self.named_parameters()}
         for name, parts in FUSED.items():
+            if name not in names:
+                continue
             taken = [weights[part] for part in parts]
             if one_byte:
                 self._freeze(name, taken)
@@ -186,8 +211,9 @@ class Block(nn.Module):  # type: ignore[misc]
             fused.requires_grad_(taken[0].requires_grad)
             if accumulate and fused.ndim > 1:
                 fused.main_grad = torch.zeros_like(fused)
-        for linear in self.self_attn.children():
-            linear.base_layer = nn.Identity()
+        for adapted in (self.self_attn, self.mlp) if self.frozen else ():
+            for linear in adapted.children():
+                linear.base_layer = nn.Identity()
 
     def _freeze(self, name: str, parts: list[torch.Tensor]) -> None:
         """Give a module its frozen weight: a matrix in one byte and no parameter, a norm as it is."""
@@ -207,7 +233,10 @@ class Block(nn.Module):  # type: ignore[misc]
         ``input_on_host``: what a whole layer is computed again from waits in the host's memory.
         """
         self.recomputed, self.input_on_host = what == "full", input_on_host
-        self.mlp.checkpoint = what == "mlp"
+        if self.frozen:
+            self.feed_forward_recomputed = what == "mlp"
+        else:
+            self.mlp.checkpoint = what == "mlp"
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] -> [T, H]: T tokens of a whole micro-batch."""
@@ -228,17 +257,34 @@ class Block(nn.Module):  # type: ignore[misc]
         first = self.packing.first
         if self.one_byte and not self.packing.keep_fp8_weights and torch.is_grad_enabled():
             hidden = DropTransposed.apply(hidden, self.one_byte)
-        adapted = bool(self.self_attn._modules)
         qkv = self.qkv(hidden, is_first_microbatch=first)
-        if adapted:
+        if isinstance(qkv, tuple):
             qkv, normed = qkv
-            qkv = self._adapt(qkv, normed, ["q_proj", "k_proj", "v_proj"], self.split)
+            qkv = adapt(self.self_attn, qkv, normed, QKV, self.split)
         context = self._attend(qkv)
         out = self.proj(context, is_first_microbatch=first)
-        if adapted:
-            out = self._adapt(out, context, ["o_proj"], [out.shape[-1]])
-        hidden = hidden + out
-        return hidden + self.mlp(hidden, is_first_microbatch=first)
+        hidden = hidden + adapt(self.self_attn, out, context, ("o_proj",), [out.shape[-1]])
+        if self.feed_forward_recomputed and torch.is_grad_enabled():
+            import transformer_engine.pytorch as te
+
+            out = te.checkpoint(self._feed_forward, hidden, use_reentrant=False)
+            return hidden + out
+        return hidden + self._feed_forward(hidden)
+
+    def _feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        first = self.packing.first
+        out: torch.Tensor
+        if not self.frozen:
+            out = self.mlp(hidden, is_first_microbatch=first)
+            return out
+        widened = self.fc1(hidden, is_first_microbatch=first)
+        if isinstance(widened, tuple):
+            widened, normed = widened
+            half = widened.shape[-1] // 2
+            widened = adapt(self.mlp, widened, normed, ("gate_proj", "up_proj"), [half, half])
+        inner = self.activation(widened)
+        out = self.fc2(inner, is_first_microbatch=first)
+        return adapt(self.mlp, out, inner, ("down_proj",), [out.shape[-1]])
 
     def _attend(self, qkv_TD: torch.Tensor) -> torch.Tensor:
         from transformer_engine.pytorch.attention.rope import apply_rotary_pos_emb
@@ -247,6 +293,8 @@ class Block(nn.Module):  # type: ignore[misc]
         q, k, v = (
             part.view(len(qkv_TD), -1, self.width) for part in qkv_TD.split(self.split, dim=-1)
         )
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
         turned = {"tensor_format": "thd", "fused": True, "cu_seqlens": cu_seqlens}
         q = apply_rotary_pos_emb(q, self.packing.angles, **turned)
         k = apply_rotary_pos_emb(k, self.packing.angles, **turned)
@@ -266,25 +314,39 @@ class Block(nn.Module):  # type: ignore[misc]
         context = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, size, size, causal=True)
         return context.flatten(1)
 
-    def _adapt(
-        self, base: torch.Tensor, inputs: torch.Tensor, names: list[str], widths: list[int]
-    ) -> torch.Tensor:
-        """``base`` [T, sum(widths)] plus what the adapters of ``names`` make of ``inputs``."""
-        present = self.self_attn._modules
-        found = [present[name] for name in names if name in present]
-        if not found:
-            return base
-        (adapter,) = found[0].active_adapters
-        dropped = found[0].lora_dropout[adapter](inputs)  # the same for adapters side by side
-        down = [linear.lora_A[adapter].weight for linear in found]
-        small = dropped @ (torch.cat(down) if len(down) > 1 else down[0]).T
-        up = [
-            present[name].lora_B[adapter].weight * present[name].scaling[adapter]
-            if name in present
-            else base.new_zeros(width, 0)
-            for name, width in zip(names, widths, strict=True)
-        ]
-        return torch.addmm(base, small, (torch.block_diag(*up) if len(up) > 1 else up[0]).T)
+
+def adapters_of(part: nn.Module) -> nn.Module:
+    """peft's adapters of attention or feed-forward network, under their names; base weights are fused."""
+    adapted = nn.Module()
+    for name, linear in list(part.named_children()):
+        if hasattr(linear, "base_layer"):
+            adapted.add_module(name, linear)
+    return adapted
+
+
+def adapt(
+    adapted: nn.Module,
+    base: torch.Tensor,
+    inputs: torch.Tensor,
+    names: Sequence[str],
+    widths: Sequence[int],
+) -> torch.Tensor:
+    """``base`` [T, sum(widths)] plus what the adapters of ``names`` make of ``inputs``."""
+    present = adapted._modules
+    found = [present[name] for name in names if name in present]
+    if not found:
+        return base
+    (adapter,) = found[0].active_adapters
+    dropped = found[0].lora_dropout[adapter](inputs)  # the same for adapters side by side
+    down = [linear.lora_A[adapter].weight for linear in found]
+    small = dropped @ (torch.cat(down) if len(down) > 1 else down[0]).T
+    up = [
+        present[name].lora_B[adapter].weight * present[name].scaling[adapter]
+        if name in present
+        else base.new_zeros(width, 0)
+        for name, width in zip(names, widths, strict=True)
+    ]
+    return torch.addmm(base, small, (torch.block_diag(*up) if len(up) > 1 else up[0]).T)
 
 
 def with_fused_blocks(
@@ -299,7 +361,7 @@ def with_fused_blocks(
     one_byte: bool = False,
     read: ReadLayer | None = None,
 ) -> Packing:
-    """Replace a Llama's layers by ``Block``s, in place; returns what they share.
+    """Replace a model's layers by ``Block``s, in place; returns what they share.
 
     ``size`` is the length of the longest row; ``accumulate`` and ``one_byte`` as in ``Block``.
 
@@ -332,13 +394,13 @@ def with_fused_blocks(
     return packing
 
 
-def can_fuse(config: Mapping[str, Any], dtype: str, attention: str, targets: list[str]) -> bool:
+def can_fuse(config: Mapping[str, Any], dtype: str, attention: str, size: int) -> bool:
     """Whether fused blocks can be made of a model (by ``read_config``) on this host."""
     return (
         importlib.util.find_spec("transformer_engine") is not None
         and torch.cuda.is_available()
         and torch.cuda.get_device_capability() >= (8, 0)
-        and cannot_fuse(config, dtype, attention, targets) is None
+        and cannot_fuse(config, dtype, attention, size) is None
     )
 
 
@@ -397,11 +459,10 @@ def autocast(fp8: Any | None) -> Any:
 
 def plain_weights(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
     """Fused weights under transformers' names again; other weights as they are. Exact."""
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    rows = {
-        "qkv.weight": [heads * config.head_dim] + 2 * [groups * config.head_dim],
-        "mlp.fc1_weight": 2 * [config.intermediate_size],
-    }
+    width = head_width(config)
+    qkv = [config.num_attention_heads * width] + 2 * [config.num_key_value_heads * width]
+    gated = 2 * [config.intermediate_size]
+    rows = {"qkv.weight": qkv, "qkv.bias": qkv, "mlp.fc1_weight": gated, "fc1.weight": gated}
     plain: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
         place = re.fullmatch(r"(.*layers\.\d+\.)(.+)", name)

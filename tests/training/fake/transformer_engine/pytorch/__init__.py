@@ -110,6 +110,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = _weight(outputs, inputs, made=made)
         self.add_up = made["fuse_wgrad_accumulation"]
+        assert not made["bias"]
 
     def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> torch.Tensor:
         return _linear(self.add_up, x, self.weight, is_first_microbatch)
@@ -122,13 +123,32 @@ class LayerNormLinear(nn.Module):
         super().__init__()
         self.layer_norm_weight = _weight(inputs, made=made)
         self.weight = _weight(outputs, inputs, made=made)
+        self.bias = _weight(outputs, made=made) if made["bias"] else torch.empty(0)
         self.both, self.eps = return_layernorm_output, eps
         self.add_up = made["fuse_wgrad_accumulation"]
 
     def forward(self, x: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
         normed = rms_norm(x, x.shape[-1:], self.layer_norm_weight, self.eps)
         out = _linear(self.add_up, normed, self.weight, is_first_microbatch)
+        out = out + self.bias if len(self.bias) else out
         return (out, normed) if self.both else out
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float, device: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class ops:
+    class SwiGLU(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = x.chunk(2, dim=-1)
+            return silu(gate) * up
 
 
 class LayerNormMLP(nn.Module):
