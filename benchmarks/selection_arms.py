@@ -15,6 +15,7 @@ import numpy.typing as npt
 from selection_pool import Pool
 
 from fastcpt.corpus.budget import take_within
+from fastcpt.files import whole_file
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -126,9 +127,9 @@ def spans_of(arm: str, seed: int, pool: Pool, budget: int, folder: Path) -> Ints
     drawn = seed if arm in DRAWN else 0
     file = folder / f"{arm}-{drawn}-{budget}.npy"
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         spans = ARMS[arm](pool, budget, np.random.default_rng([1, drawn]))
-        np.save(file, spans[np.argsort(spans[:, 0])])
+        with whole_file(file) as aside, aside.open("wb") as out:
+            np.save(out, spans[np.argsort(spans[:, 0])])
     found: Ints = np.load(file)
     return found
 

@@ -160,8 +160,9 @@ def train_and_evaluate(args: argparse.Namespace, arm: str, seed: int, out: Path)
         initialise_model(recipe, tokenizer, Path(model))
     result: dict[str, Any] = {"arm": arm, "seed": seed, "steps": args.steps}
     if arm != BASE:
-        pool = Pool.read(folder)
+        pool, busy = Pool.read(folder), time.process_time()
         spans = spans_of(arm, seed, pool, budget_of(args, pool), args.work / "arms")
+        result["selection_cpu_seconds"] = round(time.process_time() - busy, 1)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
@@ -293,16 +294,13 @@ def main() -> None:
     make_pool(args.work / "pool", recipe, HOME)
     pool = Pool.read(args.work / "pool")
     budget = budget_of(args, pool)
-    costs = {}
-    for arm, seed in product(arms, seeds):
-        begun = time.process_time()
-        spans_of(arm, seed, pool, budget, args.work / "arms")
-        costs.setdefault(arm, round(time.process_time() - begun, 1))
     print(
-        f"pool: {len(pool.length):,} documents, {pool.tokens:,} tokens; budget {budget:,}; CPU s {costs}",
+        f"pool: {len(pool.length):,} documents, {pool.tokens:,} tokens; budget {budget:,}",
         flush=True,
     )
     if args.only_arms:
+        for arm, seed in product(arms, seeds):
+            spans_of(arm, seed, pool, budget, args.work / "arms")
         return
     runs = [(BASE, 0)] if args.model else []
     runs += [(arm, seed) for seed, arm in product(seeds, arms)]
