@@ -19,6 +19,7 @@ from airflow.sdk.exceptions import AirflowTaskTimeout
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 import gpu_turns
+from bringing import Bring, Bringing
 from fastcpt.cluster import jobs
 from fastcpt.cluster.remote import (
     OUTAGE_S,
@@ -89,7 +90,7 @@ class RemoteJob:
 
     ``result`` is the file whose presence means that it is done; ``fetch`` names more small files
     that the task's answer is made of. ``answer`` is what is known of the answer beforehand.
-    A wait for GPUs longer than ``waiting_hours`` is told.
+    A wait for GPUs longer than ``waiting_hours`` is told. ``bring`` are the fields of ``bringing.Bring``.
     """
 
     connection: str
@@ -103,6 +104,7 @@ class RemoteJob:
     alone: jobs.Alone = "root"
     slurm: dict[str, Any] | None = None
     waiting_hours: float | None = None
+    bring: dict[str, Any] | None = None
 
 
 class RemoteJobOperator(BaseOperator):
@@ -187,7 +189,13 @@ class RemoteJobOperator(BaseOperator):
             ends_by = time.time() + self.execution_timeout.total_seconds()
         self.defer(
             trigger=RemoteJobTrigger(
-                wanted.connection, wanted.root, name, owner, ends_by, _tell_at(wanted, since)
+                wanted.connection,
+                wanted.root,
+                name,
+                owner,
+                ends_by,
+                _tell_at(wanted, since),
+                wanted.bring,
             ),
             method_name="execute_complete",
             kwargs={"wanted": asdict(wanted)},
@@ -251,7 +259,8 @@ class RemoteJobTrigger(BaseTrigger):
     """Watches a job: streams its log, and fires when it has ended or is gone.
 
     ``owner`` is the task's try; ``ends_by`` (seconds since the epoch) is when its time is over.
-    A job that has not begun to run by ``tell_at`` fires, with the words for ``waiting``.
+    A job that has not begun to run by ``tell_at`` fires, with the words for ``waiting``. ``bring``
+    (``bringing.Bring``): its checkpoints are brought here meanwhile, and the last of one that failed.
     """
 
     def __init__(
@@ -262,6 +271,7 @@ class RemoteJobTrigger(BaseTrigger):
         owner: str,
         ends_by: float | None = None,
         tell_at: float | None = None,
+        bring: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.connection = connection
@@ -270,6 +280,7 @@ class RemoteJobTrigger(BaseTrigger):
         self.owner = owner
         self.ends_by = ends_by
         self.tell_at = tell_at
+        self.bring = bring
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         kwargs = {
@@ -279,11 +290,23 @@ class RemoteJobTrigger(BaseTrigger):
             "owner": self.owner,
             "ends_by": self.ends_by,
             "tell_at": self.tell_at,
+            "bring": self.bring,
         }
         return ("remote_job.RemoteJobTrigger", kwargs)
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         clock = asyncio.get_running_loop().time
+        bringing = Bringing(Bring(**self.bring), self.log, clock) if self.bring else None
+        try:
+            async for event in self._watch(clock, bringing):
+                yield event
+        finally:
+            if bringing:
+                await bringing.end()
+
+    async def _watch(
+        self, clock: Callable[[], float], bringing: Bringing | None
+    ) -> AsyncIterator[TriggerEvent]:
         began = answered = clock()
         remote: Remote | None = None
         shown = _Shown(self.log, clock)
@@ -317,12 +340,17 @@ class RemoteJobTrigger(BaseTrigger):
             answered = clock()
             taken, over = await shown.show(answer)
             if over:
+                # the model of a job that has succeeded is brought by what follows
+                if bringing and answer["status"]["state"] != "succeeded":
+                    await bringing.last(remote)
                 yield TriggerEvent({"status": answer["status"], "last_lines": shown.last_lines})
                 return
             began_to_run = began_to_run or answer["status"]["state"] == "running"
             if self.tell_at and not began_to_run and time.time() > self.tell_at:
                 yield TriggerEvent({"waiting": shown.why or "the job has not begun to run"})
                 return
+            if bringing:
+                bringing.look(remote)
             if not taken:
                 # what was shown is acknowledged at once: a restart repeats next to nothing
                 await asyncio.sleep(POLL_S if clock() - began < SHORT_S else LONG_POLL_S)

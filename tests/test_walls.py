@@ -68,6 +68,7 @@ def test_the_library_does_not_know_airflow_plugins_or_dags() -> None:
         roots = {name.split(".")[0] for name in imports_of(path)}
         assert not roots & {
             "airflow",
+            "bringing",
             "gpu_turns",
             "notifications",
             "remote_job",

@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from fastcpt.recipe_sections import (
     CONFIGS,
     Budget,
+    Checkpoints,
     Claim,
     Cluster,
     Corpus,
@@ -70,6 +71,7 @@ class Recipe(Section):
     gate: Gate = Gate()
     sft: Sft = Sft()
     cluster: Cluster = Cluster()
+    checkpoints: Checkpoints = Checkpoints()
     budget: Budget = Budget()
     publish: Publish = Publish()
 

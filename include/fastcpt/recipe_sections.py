@@ -367,6 +367,21 @@ class Cluster(Section):
     cpu_only: bool = Field(False, description="Train on CPUs: for trying the pipeline out.")
 
 
+class Checkpoints(Section):
+    """Checkpoints in a place that outlives the GPU host (docs/reliability.md)."""
+
+    bring_every_minutes: float | None = Field(
+        None,
+        gt=0.0,
+        allow_inf_nan=False,
+        description="The newest checkpoint is brought here so often while training goes on; never "
+        "where empty.",
+    )
+    to: str | None = Field(
+        None, description="Folder on this machine for it; FASTCPT_HOME/checkpoints where empty."
+    )
+
+
 class Budget(Section):
     hours: float | None = Field(
         None, gt=0.0, allow_inf_nan=False, description="The plan refuses to take longer."

@@ -10,9 +10,9 @@ from airflow.sdk import Context
 
 from fastcpt.files import HOME
 from remote_job import RemoteJob, remote_of
-from steps.results import Files, Published, result_of, trained_by
+from steps.results import Files, Published, result_of, result_or_none, trained_by
 from steps.run import recipe_of
-from steps.training import host_of, job_of_run, name_of, note_job
+from steps.training import home_of, host_of, job_of_run, name_of, note_job
 
 
 def publish(context: Context) -> RemoteJob:
@@ -43,6 +43,7 @@ def publish(context: Context) -> RemoteJob:
 
 def keep_published(context: Context, files: Files, hands_on: Published) -> dict[str, Any]:
     """The published model is brought back, or left on the cluster, as the recipe says."""
+    from fastcpt.cluster.checkpoints import forget
     from fastcpt.cluster.transfer import fetch
     from fastcpt.reporting.record import add_output
 
@@ -51,6 +52,9 @@ def keep_published(context: Context, files: Files, hands_on: Published) -> dict[
     if recipe.publish.destination == "bring_back":
         remote = remote_of(recipe.cluster.connection)
         answer = fetch(remote, folder, HOME / "models" / Path(folder).name)
+        for task in ("train_cpt", "train_cpt_stage2", "train_sft"):
+            if (trained := result_or_none(context, task)) and "model" in trained:
+                forget(home_of(recipe, str(Path(trained["model"]).parent)))
     else:
         answer = {"path": f"{recipe.cluster.connection}:{folder}"}
     answer["digest"] = hands_on["digest"]

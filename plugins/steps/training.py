@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from airflow.sdk import Context
 
-from fastcpt.files import digest_of, read_json
+from fastcpt.files import HOME, digest_of, read_json
 from fastcpt.recipe import Recipe, RecipeError
 from fastcpt.recipe_sections import CONFIGS
 from notifications import first_time, tell
-from remote_job import RemoteJob
+from remote_job import RemoteJob, remote_of
 from steps.results import Evaluated, Files, Places, Trained, result_of, result_or_none, trained_by
 from steps.run import note, price_of, recipe_of
 
@@ -27,15 +27,15 @@ def job_of_run(
     commands: list[list[str]],
     result: str,
     hands_on: Mapping[str, Any],
+    bring: dict[str, Any] | None = None,
     **fetch: str,
 ) -> RemoteJob:
     """A job of the run; ``hands_on`` is what its answer has for later tasks: paths on the cluster."""
-    from fastcpt.cluster.jobs import alone, job_name
+    from fastcpt.cluster.jobs import alone
     from fastcpt.training import commands as training
 
     recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
-    task = context["ti"]
-    name = job_name(task.dag_id, task.run_id, task.task_id, task.map_index)
+    name = _job_of(context)
     fetch["status"] = f"{places['root']}/jobs/{name}/status.json"
     return RemoteJob(
         recipe.cluster.connection,
@@ -50,7 +50,15 @@ def job_of_run(
         alone=alone(recipe.cluster),
         slurm=_slurm(recipe),
         waiting_hours=recipe.budget.waiting_hours,
+        bring=bring,
     )
+
+
+def _job_of(context: Context) -> str:
+    from fastcpt.cluster.jobs import job_name
+
+    task = context["ti"]
+    return job_name(task.dag_id, task.run_id, task.task_id, task.map_index)
 
 
 def _slurm(recipe: Recipe) -> dict[str, Any] | None:
@@ -150,7 +158,30 @@ def _training(
     if base:
         hands_on["base_model"] = base
     result, metrics = f"{output}/training.json", f"{output}/metrics.jsonl"
-    return job_of_run(context, commands, result, hands_on, metrics=metrics)
+    bring = _bring(context, output)
+    return job_of_run(context, commands, result, hands_on, bring, metrics=metrics)
+
+
+def _bring(context: Context, output: str) -> dict[str, Any] | None:
+    """How the training's checkpoints are brought here; first, the newest is put on a host without it."""
+    from fastcpt.cluster import checkpoints, jobs
+
+    recipe, root = recipe_of(result_of(context, "plan")), result_of(context, "sync")["root"]
+    minutes = recipe.checkpoints.bring_every_minutes
+    if minutes is None:
+        return None
+    remote, home = remote_of(recipe.cluster.connection), home_of(recipe, output)
+    if not jobs.runs(remote, root, _job_of(context)):
+        step = checkpoints.send_back(remote, output, home)
+        if step is not None:
+            print(f"the host has no checkpoint as new as step_{step} of {home}: it was put there")
+    connection = recipe.cluster.connection
+    return {"connection": connection, "folder": output, "home": str(home), "minutes": minutes}
+
+
+def home_of(recipe: Recipe, output: str) -> Path:
+    """Where the checkpoints of the training in ``output`` outlive its host."""
+    return Path(recipe.checkpoints.to or HOME / "checkpoints").expanduser() / Path(output).name
 
 
 def _evaluate(context: Context, trained: Trained, base_evaluation: str | None = None) -> RemoteJob:

@@ -257,9 +257,16 @@ def remote_of(facts: dict[str, Any]) -> Remote:
 class Watch:
     """A trigger as Airflow's triggerer runs it, in a thread of its own, and the lines it logs."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, to: Remote, root: Path, name: str) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        to: Remote,
+        root: Path,
+        name: str,
+        bring: dict[str, Any] | None = None,
+    ) -> None:
         monkeypatch.setattr(remote_job, "remote_of", lambda connection: to)
-        trigger = remote_job.RemoteJobTrigger("cluster", str(root), name, "one")
+        trigger = remote_job.RemoteJobTrigger("cluster", str(root), name, "one", bring=bring)
         self.lines: list[str] = []
         self.warnings: list[str] = []
         self.event: dict[str, Any] = {}

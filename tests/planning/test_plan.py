@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fastcpt.planning.history import record_transfer
 from fastcpt.planning.jobs import changed
 from fastcpt.planning.plan import estimated_tokens, plan, require_fit
 from fastcpt.planning.result import CannotRun, PlanRefused
@@ -349,6 +350,44 @@ def test_transfer_is_the_shards_there_and_the_model_back(hybrid):
     assert back == pytest.approx(1.1 + 2 * 1.2358, rel=1e-3)
     stay = changed(recipe, {"publish.destination": "leave_on_cluster"})
     assert plan(stay, 1_000_000_000, "8xH100").transfer_gb == pytest.approx(1.1)
+
+
+def test_checkpoints_are_brought_at_the_rate_that_was_measured(hybrid, tmp_path):
+    history = tmp_path / "plan_history.jsonl"
+    often = {**SMALL, "checkpoints.bring_every_minutes": 10.0}
+    alone = plan(changed(hybrid, SMALL), cluster="8xH100", history=history)
+    assumed = plan(changed(hybrid, often), cluster="8xH100", history=history)
+    size = 12 * 1.2358  # GB: float32 weights and two moments
+    assert assumed.checkpoint_gb == pytest.approx(size, rel=1e-3)
+    assert assumed.bring_source == "assumed, none was brought from there yet"
+    # one more there, while it is brought
+    more = assumed.checkpoint_disk_gb - alone.checkpoint_disk_gb
+    assert more == pytest.approx(size, rel=1e-3)
+    record_transfer(tmp_path, "gpu_cluster", 10**9, 20.0)
+    record_transfer(tmp_path, "gpu_cluster", 10**9, 50.0)
+    record_transfer(tmp_path, "another", 10**9, 1.0)
+    record_transfer(tmp_path, "gpu_cluster", 10**6, 30.0)  # mostly waiting
+    found = plan(changed(hybrid, often), cluster="8xH100", history=history)
+    # 20 to 50 MB/s
+    assert found.bring_hours.high == pytest.approx(1000 * size / 20 / 3600, rel=1e-3)
+    assert found.bring_hours.low == pytest.approx(1000 * size / 50 / 3600, rel=1e-3)
+    # the last transfer is in time and money
+    assert found.hours.high - alone.hours.high == pytest.approx(found.bring_hours.high)
+    price = alone.cost.high / alone.hours.high
+    assert found.cost.high == pytest.approx(price * found.hours.high)
+    assert found.reserve_hours > found.bring_hours.high
+    assert not found.fits
+    assert (
+        "checkpoints: bringing one (14.8 GB) takes 4.9 to 12.4 min (measured), longer than "
+        "checkpoints.bring_every_minutes (10): set it to 13 or more" in found.message()
+    )
+    seldom = plan(
+        changed(hybrid, {**often, "checkpoints.bring_every_minutes": 13.0}),
+        cluster="8xH100",
+        history=history,
+    )
+    assert seldom.fits
+    assert "every 13 min: fits" in seldom.text()
 
 
 def test_a_model_that_only_the_cluster_knows_is_not_guessed():

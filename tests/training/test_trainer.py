@@ -26,7 +26,7 @@ from fastcpt.training.guard import Guard
 from fastcpt.training.made_from import training_name
 from fastcpt.training.model import ChunkedLoss, ModelError, load_model, packed_inputs
 from fastcpt.training.preflight import Gpu, check_disk, what_is_wrong
-from fastcpt.training.schedule import learning_rate
+from fastcpt.training.schedule import Clock, learning_rate
 from fastcpt.training.validation import Document
 from training.conftest import INCLUDE, launch, start, train_arguments, write_recipe, write_shards
 from training.test_evaluation import write_set
@@ -115,6 +115,18 @@ def test_the_last_fifth_decays() -> None:
     training = Training(max_steps=100, warmup_steps=10, lr_scheduler_type="warmup_stable_decay")
     # the clock may be ahead of the steps
     assert learning_rate(training, 20, 0.9) == pytest.approx(0.5 * training.learning_rate)
+
+
+def test_the_money_of_a_rented_host_shortens_the_time_budget() -> None:
+    free, rented = Clock(10.0), Clock(10.0, time.time() + 3600)
+    for clock in (free, rented):
+        clock.startup, clock.saving, clock.evaluated_tokens = 60.0, 40.0, 500
+    # 1000 tokens took 100 s: the evaluation takes a start and 50 s
+    assert free.seconds_left(100.0, 1000) == pytest.approx(0.98 * 36_000 - 160 - 40 - 110)
+    assert rented.seconds_left(100.0, 1000) == pytest.approx(3600 - 40 - 110, abs=1)
+    # where its money is more than the budget, the budget counts
+    ample = Clock(1.0, time.time() + 7200)
+    assert ample.seconds_left(0.0, 0) == pytest.approx(0.98 * 3600)
 
 
 def test_the_guard_refuses_what_is_not_finite_or_far_above() -> None:

@@ -135,6 +135,12 @@ def submit(remote: Remote, root: str, job: Job, owner: str = "") -> str:
     return str(answer["found"])
 
 
+def runs(remote: Remote, root: str, name: str) -> bool:
+    """Whether the job is there and has not ended."""
+    answer = ask_through(remote, "poll", root=root, jobs=[{"name": name, "seen": None}])
+    return answer["jobs"][0].get("status", {}).get("state") in ACTIVE
+
+
 def stop(remote: Remote, root: str, name: str, owner: str | None = None) -> None:
     """End the job and every process of it; ``ClusterError`` when one is left."""
     answer = ask_through(remote, "stop", root=root, name=name, owner=owner)

@@ -120,21 +120,32 @@ def send(
 
 def fetch(remote: Remote, folder: str, local: Path, streams: int = STREAMS) -> dict[str, Any]:
     """Bring a folder back from the cluster; the same promises as ``send``, digests verified here."""
-    began = time.monotonic()
     state = ask_through(remote, "listing", folder=folder)
-    files = state["files"]
+    return receive(remote, state["path"], state["files"], local, streams)
+
+
+def receive(
+    remote: Remote,
+    there: str,
+    files: Sequence[FileEntry],
+    local: Path,
+    streams: int = STREAMS,
+    gently: bool = False,
+) -> dict[str, Any]:
+    """Bring ``files`` of the folder ``there`` to ``local``; ``gently``: beside a training, one at a time."""
+    began = time.monotonic()
     local.mkdir(parents=True, exist_ok=True)
     differ = _differ(local, files)
     sizes = {file["file"]: int(file["bytes"]) for file in files}
     fetched = list(differ)
     by_name = {file["file"]: file for file in files}
-    move = partial(_fetch, remote, state["path"], local)
+    move = partial(_fetch, remote, there, local, gently)
     differ = _move(
         remote,
         move,
         differ,
         sizes,
-        streams,
+        1 if gently else streams,
         lambda names: _differ(local, [by_name[name] for name in names]),
     )
     if differ:
@@ -212,11 +223,17 @@ def _send(
 
 
 def _fetch(
-    remote: Remote, there: str, local: Path, shares: list[list[str]], sizes: dict[str, int]
+    remote: Remote,
+    there: str,
+    local: Path,
+    gently: bool,
+    shares: list[list[str]],
+    sizes: dict[str, int],
 ) -> None:
     """The files of ``shares`` from the folder ``there`` to ``local``."""
     full = f"the disk of this machine is full, at {local}; free some, then clear this task"
-    _rsync(remote, there, [_place(remote), f"{local.absolute()}/"], shares, sizes, full)
+    ends = [_place(remote), f"{local.absolute()}/"]
+    _rsync(remote, there, ends, shares, sizes, full, "nice -n 19 rsync" if gently else "rsync")
 
 
 def _place(remote: Remote) -> str:
@@ -231,14 +248,15 @@ def _rsync(
     shares: list[list[str]],
     sizes: dict[str, int],
     full: str,
+    far: str = "rsync",
 ) -> None:
-    """Both ``ends`` are rsync's; ``full`` is what it means that the receiving disk is."""
+    """Both ``ends`` are rsync's; ``full`` is what it means that the receiving disk is; ``far`` runs there."""
     progress = _Progress(sum(sizes[name] for share in shares for name in share))
     command = [
         *("rsync", "-tLI", f"--timeout={IDLE_TIMEOUT_S}", "--partial-dir=.rsync-partial"),
         *("--files-from=-", "-0", "--out-format=%n", "--progress"),
         # what it makes there is its owner's alone
-        *("--rsync-path", f"umask 077 && cd {shlex.quote(there)} && rsync"),
+        *("--rsync-path", f"umask 077 && cd {shlex.quote(there)} && {far}"),
         *("-e", quoted_ssh(remote), *ends),
     ]
 

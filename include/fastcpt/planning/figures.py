@@ -22,7 +22,7 @@ from fastcpt.planning.costs import (
     tokens_per_second,
 )
 from fastcpt.planning.hardware import Hardware, prices_source
-from fastcpt.planning.history import Measured, last_run
+from fastcpt.planning.history import Measured, last_run, measured_bytes_s
 from fastcpt.planning.jobs import (
     WORTH_IT,
     best_job,
@@ -105,7 +105,7 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
     if unsplit is not None:
         return replace(plain, problems=(unsplit,))
     job = job_of(recipe, shape, hardware, micro)
-    return _gpu_plan(plain, recipe, job, hardware, before)
+    return _gpu_plan(plain, recipe, job, hardware, before, history)
 
 
 def _cpu_plan(plain: Plan, before: Measured | None) -> Plan:
@@ -136,7 +136,12 @@ def _last(before: Measured) -> str:
 
 
 def _gpu_plan(
-    plain: Plan, recipe: Recipe, job: Job, hardware: Hardware, before: Measured | None
+    plain: Plan,
+    recipe: Recipe,
+    job: Job,
+    hardware: Hardware,
+    before: Measured | None,
+    history: Path | None,
 ) -> Plan:
     assert hardware.gpu is not None
     memory = memory_gb(job, before)
@@ -156,6 +161,7 @@ def _gpu_plan(
     best = best_job(recipe, job.shape, hardware)
     found = replace(found, best_micro_batch=_better(job, best, hardware, found.fits_memory))
     found = _with_hours(found, recipe, job, hardware, before)
+    found = _with_bringing(found, recipe, job, hardware, history)
     found = _with_cost(found, recipe, hardware)
     found = _with_disk(found, recipe, job, hardware)
     return _with_host_memory(found, job, hardware)
@@ -216,6 +222,36 @@ def _with_hours(
     )
 
 
+def _with_bringing(
+    found: Plan, recipe: Recipe, job: Job, hardware: Hardware, history: Path | None
+) -> Plan:
+    """How long a checkpoint takes on its way here, and whether that is within its interval.
+
+    One transfer, the last, is in the hours and the money: what a training that is stopped has saved.
+    """
+    minutes, size = recipe.checkpoints.bring_every_minutes, checkpoint_bytes(job)
+    saving = size / (1e9 * hardware.host.disk_gb_s * hardware.hosts) / 3600
+    if minutes is None:
+        return replace(found, reserve_hours=saving)
+    assert found.hours is not None
+    measured = measured_bytes_s(history, recipe.cluster.connection)
+    slow, fast = hardware.host.ssh_mbit_s
+    rate = measured or Range(slow * 1e6 / 8, fast * 1e6 / 8)
+    transfer = Range(size / rate.high, size / rate.low).times(1 / 3600)
+    hours = found.hours.plus(transfer.high)
+    return replace(
+        found,
+        hours=hours,
+        hours_parts={**found.hours_parts, "last transfer": transfer.high},
+        fits_time=recipe.budget.hours is None or hours.high <= recipe.budget.hours,
+        checkpoint_gb=size / 1e9,
+        bring_hours=transfer,
+        reserve_hours=saving + transfer.high,
+        bring_every_minutes=minutes,
+        bring_source="measured" if measured else "assumed, none was brought from there yet",
+    )
+
+
 def _with_cost(found: Plan, recipe: Recipe, hardware: Hardware) -> Plan:
     """The rent of all GPUs for the hours, where a price is known."""
     assert hardware.gpu is not None
@@ -240,7 +276,7 @@ def _with_disk(found: Plan, recipe: Recipe, job: Job, hardware: Hardware) -> Pla
     """What is kept there and what is moved.
 
     Kept: each training's checkpoints, one more than are kept, and its model; the base model and what is
-    published; the shards, and their rows as the trainer reads them.
+    published; the shards, and their rows as the trainer reads them; a checkpoint on its way here.
     """
     parameters, corpus = job.shape.parameters, found.corpus_tokens or found.tokens
 
@@ -252,6 +288,8 @@ def _with_disk(found: Plan, recipe: Recipe, job: Job, hardware: Hardware) -> Pla
     disk = disk_gb(recipe.training) + stage2
     if recipe.sft.instructions:
         disk += disk_gb(recipe.sft.training)
+    if recipe.checkpoints.bring_every_minutes is not None:
+        disk += checkpoint_bytes(job) / 1e9  # held while it is brought away
     disk += (4 * parameters + corpus * (BYTES_PER_TOKEN_ON_DISK + 4)) / 1e9
     back = 2 * parameters if recipe.publish.destination == "bring_back" else 0
     moved = (corpus * BYTES_PER_TOKEN_ON_DISK + back) / 1e9

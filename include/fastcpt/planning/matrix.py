@@ -55,6 +55,7 @@ class Option:
             (found.fits_time, "time"),
             (found.fits_money, "money"),
             (found.fits_disk, "disk"),
+            (found.fits_bringing, "checkpoints"),
             (found.fits_passes, "passes"),
         ]
         return ", ".join(word for fits, word in checks if not fits)

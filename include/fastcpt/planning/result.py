@@ -72,6 +72,13 @@ class Plan:
     peak_hours: float | None = None
     transfer_gb: float | None = None
     transfer_hours: Range | None = None
+    checkpoint_gb: float | None = None  # one, where they are brought here
+    bring_hours: Range | None = None
+    reserve_hours: float | None = (
+        None  # to save the last checkpoint, and bring it where that is asked
+    )
+    bring_every_minutes: float | None = None
+    bring_source: str | None = None
     checkpoint_disk_gb: float | None = None
     stage2_disk_gb: float | None = None  # of it, stage 2's, which only a missed gate starts
     fits_disk: bool = True
@@ -105,15 +112,23 @@ class Plan:
         return int(self.max_passes * self.corpus_tokens * self.steps // self.tokens)
 
     @property
+    def fits_bringing(self) -> bool:
+        """Whether a checkpoint is here before the next one is to be brought."""
+        if self.bring_hours is None or self.bring_every_minutes is None:
+            return True
+        return 60 * self.bring_hours.high <= self.bring_every_minutes
+
+    @property
     def fits(self) -> bool:
         fits = self.fits_memory and self.fits_time and self.fits_money and self.fits_disk
-        return fits and self.fits_passes and not self.problems
+        return fits and self.fits_passes and self.fits_bringing and not self.problems
 
     def to_json(self) -> dict[str, Any]:
         """Every field, ranges as {low, high}, with ``passes``, ``fits`` and ``message``."""
         content = asdict(self)
         content["alternatives"] = [asdict(alternative) for alternative in self.alternatives]
         passes = {"passes": self.passes, "fits_passes": self.fits_passes}
+        passes["fits_bringing"] = self.fits_bringing
         return {**content, **passes, "fits": self.fits, "message": self.message()}
 
     def message(self, command: str = "the same command with") -> str:
@@ -160,6 +175,13 @@ class Plan:
                 f"disk: shards, checkpoints and models take {self.checkpoint_disk_gb:,.0f} GB there "
                 f"({self.stage2_disk_gb:,.0f} of them stage 2's, where the gate is missed), more than is "
                 "free; free some, or keep fewer checkpoints (save_total_limit of training and stage2)"
+            )
+        if not self.fits_bringing and self.bring_hours:
+            minutes = self.bring_hours.times(60)
+            yield (
+                f"checkpoints: bringing one ({self.checkpoint_gb:,.1f} GB) takes {minutes.words()} min "
+                f"({self.bring_source}), longer than checkpoints.bring_every_minutes "
+                f"({self.bring_every_minutes:g}): set it to {math.ceil(minutes.high)} or more"
             )
         if not self.fits_passes and self.passes and self.max_passes and self.corpus_tokens:
             yield (
@@ -241,6 +263,14 @@ class Plan:
         """What is moved there, stored there, and kept in the hosts' memory."""
         if self.transfer_gb is not None and self.transfer_hours is not None:
             yield "transfer", f"{self.transfer_gb:,.1f} GB, {self.transfer_hours.words(2)} h"
+        if self.checkpoint_gb is not None and self.bring_hours is not None:
+            verdict = "fits" if self.fits_bringing else "DOES NOT FIT"
+            yield (
+                "checkpoints",
+                f"{self.checkpoint_gb:,.1f} GB each, {self.bring_hours.times(60).words()} min to here "
+                f"({self.bring_source}); every {self.bring_every_minutes:g} min: {verdict}. One "
+                "transfer, the last, is in time and cost",
+            )
         if self.checkpoint_disk_gb is not None:
             stage2 = (
                 f", {self.stage2_disk_gb:,.0f} of them stage 2's" if self.stage2_disk_gb else ""

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 PACKAGE = "fastcpt.cluster.agent"
 START = PACKAGE + ".start"
 MODULES = (
+    "checkpoints",
     "files",
     "gpu_locks",
     "host",

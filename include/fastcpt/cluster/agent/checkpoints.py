@@ -1,0 +1,95 @@
+"""A training's checkpoints on their way to a place that stays, and back.
+
+Under the training's folder ``leaving/step_N`` holds the newest checkpoint while it is brought away, with what
+else a training goes on from: its curve, and the adapters of areas that are done. Its files are hard
+links: they stay whole when the training removes old checkpoints. ``returned`` is where such a
+folder arrives on another host.
+"""
+
+import json
+import os
+import re
+import shutil
+from contextlib import suppress
+from typing import Any, List
+
+from fastcpt.cluster.agent.files import Answer, expand, listing, read_json, write_whole
+
+STEP = re.compile(r"step_(\d+)")
+# A checkpoint's files with their sizes and digests (fastcpt.training.digests); the same of what leaves.
+DIGESTS, FILES = "digests.json", "files.json"
+CURVE, AREAS = "metrics.jsonl", "areas"
+
+
+def steps(folder: str) -> List[int]:
+    """The steps of the complete checkpoints in a folder, the oldest first."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return sorted(int(match[1]) for match in map(STEP.fullmatch, names) if match)
+
+
+def newest_checkpoint(folder: str, beyond: int) -> Answer:
+    """The newest complete checkpoint of a training: ``{step, path, files}``; step None without any.
+
+    One later than the step ``beyond`` is held in ``path``, its ``files`` ({file, bytes, sha256}) below
+    it; of any other there are none. What was held before is let go.
+    """
+    folder = expand(folder)
+    leaving = os.path.join(folder, "leaving")
+    there = steps(os.path.join(folder, "checkpoints"))
+    step = there[-1] if there else None
+    wanted = [step] if step is not None and step > beyond else []
+    for old in steps(leaving):
+        if old not in wanted:
+            shutil.rmtree(os.path.join(leaving, f"step_{old}"), ignore_errors=True)
+    if not wanted:
+        with suppress(OSError):
+            os.rmdir(leaving)
+        return {"step": step, "path": None, "files": []}
+    held = os.path.join(leaving, f"step_{step}")
+    files = read_json(os.path.join(held, FILES), list) or hold(folder, f"step_{step}", held)
+    return {"step": step, "path": held, "files": files}
+
+
+def hold(folder: str, name: str, held: str) -> List[Any]:
+    """Link what a training goes on from into ``held``; its files. ``OSError`` where it was removed just now."""
+    checkpoint = os.path.join(folder, "checkpoints", name)
+    digests = read_json(os.path.join(checkpoint, DIGESTS), dict)
+    if digests is None:
+        raise OSError(f"{checkpoint} has no {DIGESTS}: it was removed just now")
+    shutil.rmtree(held, ignore_errors=True)
+    inside = os.path.join(held, "checkpoints", name)
+    os.makedirs(inside, mode=0o700)
+    # the small ones first: only they are read for their digests
+    os.link(os.path.join(checkpoint, DIGESTS), os.path.join(inside, DIGESTS))
+    curve = os.path.join(folder, CURVE)
+    if os.path.exists(curve):  # a copy, as it grows
+        shutil.copyfile(curve, os.path.join(held, CURVE))
+    areas = os.path.join(folder, AREAS)
+    if os.path.isdir(areas):
+        shutil.copytree(areas, os.path.join(held, AREAS), copy_function=os.link)
+    files: List[Any] = listing(held)["files"]
+    for file, digest in digests.items():
+        os.link(os.path.join(checkpoint, file), os.path.join(inside, file))
+        files.append({"file": f"checkpoints/{name}/{file}", **digest})
+    write_whole(os.path.join(held, FILES), json.dumps(files))
+    return files
+
+
+def take_in(folder: str) -> Answer:
+    """Put what has arrived in ``returned`` into the training's folder, the checkpoint last."""
+    folder = expand(folder)
+    returned, own = os.path.join(folder, "returned"), os.path.join(folder, "checkpoints")
+    os.makedirs(own, mode=0o700, exist_ok=True)
+    if os.path.exists(os.path.join(returned, CURVE)):
+        os.replace(os.path.join(returned, CURVE), os.path.join(folder, CURVE))
+    if os.path.isdir(os.path.join(returned, AREAS)):
+        shutil.rmtree(os.path.join(folder, AREAS), ignore_errors=True)
+        os.rename(os.path.join(returned, AREAS), os.path.join(folder, AREAS))
+    for step in steps(os.path.join(returned, "checkpoints")):
+        arrived = os.path.join(returned, "checkpoints", f"step_{step}")
+        os.rename(arrived, os.path.join(own, f"step_{step}"))
+    shutil.rmtree(returned)
+    return {}

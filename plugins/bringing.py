@@ -1,0 +1,88 @@
+"""Checkpoints are brought away from the GPU host while a job's trigger watches it.
+
+Each time is a process of its own (``fastcpt.cluster.checkpoints``) at a low priority: it ends with the
+trigger, and the next one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastcpt.cluster.remote import Remote
+from fastcpt.files import HOME
+from fastcpt.planning.history import record_transfer
+
+
+@dataclass(frozen=True)
+class Bring:
+    """From which ``folder`` of a training there, to which ``home`` here, every how many ``minutes``."""
+
+    connection: str
+    folder: str
+    home: str
+    minutes: float
+
+
+class Bringing:
+    """The rounds of one trigger; ``log`` is its task's."""
+
+    def __init__(self, wanted: Bring, log: Any, clock: Callable[[], float]) -> None:
+        self.wanted, self.log, self.clock = wanted, log, clock
+        self.next = clock() + 60 * wanted.minutes
+        self.round: asyncio.Task[None] | None = None
+
+    def look(self, remote: Remote) -> None:
+        """Begin a round where it is time and none goes on."""
+        if self.clock() >= self.next and (self.round is None or self.round.done()):
+            self.next = self.clock() + 60 * self.wanted.minutes
+            self.round = asyncio.get_running_loop().create_task(self._bring(remote))
+
+    async def last(self, remote: Remote) -> None:
+        """The job has ended: what it saved last is brought before the host is left."""
+        if self.round is not None:
+            await self.round
+        await self._bring(remote)
+
+    async def end(self) -> None:
+        """End a round that goes on."""
+        if self.round is not None and not self.round.done():
+            self.round.cancel()
+            with suppress(asyncio.CancelledError):
+                await self.round
+
+    async def _bring(self, remote: Remote) -> None:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "fastcpt.cluster.checkpoints"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        request = {
+            "remote": asdict(remote),
+            "folder": self.wanted.folder,
+            "home": self.wanted.home,
+        }
+        try:
+            output, errors = await process.communicate(json.dumps(request).encode())
+        finally:
+            if process.returncode is None:
+                process.terminate()
+        if process.returncode:
+            said = errors.decode(errors="replace").strip()
+            self.log.warning("the checkpoint was not brought: %s", said[-1000:])
+        elif found := json.loads(output):
+            size, seconds = found["bytes"], found["seconds"]
+            self.log.info(
+                "checkpoint step_%d is in %s: %.2f GB in %.0f s",
+                *(found["step"], self.wanted.home, size / 1e9, seconds),
+            )
+            if found["from_its_beginning"]:
+                record_transfer(HOME, self.wanted.connection, size, seconds)
