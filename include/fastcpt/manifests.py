@@ -6,7 +6,7 @@ them return is the manifest with the folder's ``path`` and whether it was there 
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class FileEntry(TypedDict):
@@ -83,6 +83,9 @@ class SelectionManifest(TypedDict):
     tokens: int  # estimated
     tokens_per_piece: float
     target_tokens: int | None
+    # of a document at most, estimated, and whether that is to fill target_tokens: counted by the build
+    max_document_tokens: NotRequired[int | None]
+    cut_fills_target: NotRequired[bool]
     newest_year: int
     oddly_dated: int
     funnel: list[FunnelRow]
@@ -119,6 +122,7 @@ class CorpusManifest(TypedDict):
     max_seq_length: int
     tokens: int
     documents: int
+    max_document_tokens: NotRequired[int | None]
     sequences: int
     padding_share: float
     bytes_per_token: float

@@ -114,6 +114,11 @@ class Selection(Section):
     target_tokens: int | None = Field(
         None, ge=1_000, le=10**13, description="Token budget of the corpus."
     )
+    max_document_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] | None = Field(
+        None,
+        description="Of a longer document only the first so many tokens are trained on; auto: as many "
+        "as fill top_share and target_tokens with all documents, rather than with the best ones whole.",
+    )
     min_characters: int = Field(0, ge=0, description="Shorter documents are not taken.")
     min_year: int | None = Field(
         None, ge=1900, le=2100, description="Older documents are not taken."
@@ -128,6 +133,12 @@ class Selection(Section):
         le=1.0,
         description="Jaccard similarity of 5-grams from which two documents are duplicates.",
     )
+
+    @model_validator(mode="after")
+    def auto_fills_something(self) -> Selection:
+        if self.max_document_tokens == "auto" and not (self.top_share or self.target_tokens):
+            raise ValueError("max_document_tokens: auto needs top_share or target_tokens to fill")
+        return self
 
 
 class Corpus(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,28 +48,72 @@ def tokens_per_piece(tables: Sequence[ScoresFolder], tokenizer: CorpusTokenizer 
     return sum(len(item) for item in encoded) / pieces
 
 
-def fill(corpus: ScoreColumns, recipe: Recipe, ratio: float, exact: bool) -> tuple[Ints, Ints]:
-    """Rows taken by share and budget, the best first, and the reserve beyond the budget."""
+class Filled(NamedTuple):
+    """What share and budget let through."""
+
+    taken: Ints  # rows, the best first
+    reserve: Ints  # rows beyond the budget, the best first
+    cut: int | None  # tokens of a document that are trained on at most; None: all
+    by_target: bool  # whether the cut is to fill target_tokens: the build counts it exactly
+
+
+def fill(corpus: ScoreColumns, recipe: Recipe, ratio: float, exact: bool) -> Filled:
+    """Fill share and budget with the best documents, or (``auto``) with the beginnings of all."""
     selection = recipe.selection
     rows = corpus.alive()
     rows = rows[np.argsort(corpus.rank[rows])]
+    if selection.max_document_tokens == "auto":
+        return _beginnings(corpus, rows, recipe, ratio)
+    cut = selection.max_document_tokens
     if selection.top_share is not None:
-        # the share of the corpus without its duplicates; in pieces, so that no estimate enters
-        first_unwanted = REASONS.index("too_short")
-        single = (corpus.reason == 0) | (corpus.reason >= first_unwanted)
-        whole = int(corpus.pieces[single].sum())
-        taken = take_within(corpus.pieces[rows], math.floor(whole * selection.top_share))
+        # in pieces, so that no estimate enters
+        pieces = corpus.pieces[rows]
+        if cut is not None:
+            pieces = np.minimum(pieces, math.ceil(cut / ratio))
+        taken = take_within(pieces, _share_of_pieces(corpus, selection.top_share))
         corpus.drop(rows[~taken], "outside_top_share")
         rows = rows[taken]
     if selection.target_tokens is None:
-        return rows, rows[:0]
-    tokens = corpus.tokens(ratio)[rows]
-    taken = take_within(tokens, selection.target_tokens)
+        return Filled(rows, rows[:0], cut, False)
+    tokens = corpus.tokens(ratio)
+    if cut is not None:
+        tokens = np.minimum(tokens, cut)
+    taken = take_within(tokens[rows], selection.target_tokens)
     beyond = math.ceil(selection.target_tokens * (RESERVE if exact else RESERVE_UNTRAINED))
     left = rows[~taken]
-    reserved = take_within(corpus.tokens(ratio)[left], beyond)
+    reserved = take_within(tokens[left], beyond)
     corpus.drop(left[~reserved], "over_budget")
-    return rows[taken], left[reserved]
+    return Filled(rows[taken], left[reserved], cut, False)
+
+
+def _beginnings(corpus: ScoreColumns, rows: Ints, recipe: Recipe, ratio: float) -> Filled:
+    """All rows, and the cut at which they fill the share and the budget together."""
+    selection = recipe.selection
+    cuts = []
+    if selection.top_share is not None:
+        pieces = cut_for(corpus.pieces[rows], _share_of_pieces(corpus, selection.top_share))
+        cuts.append(math.ceil(pieces * ratio))
+    if selection.target_tokens is not None:
+        cuts.append(cut_for(corpus.tokens(ratio)[rows], selection.target_tokens))
+    by_target = selection.target_tokens is not None and cuts[-1] == min(cuts)
+    return Filled(rows, rows[:0], min(cuts), by_target)
+
+
+def _share_of_pieces(corpus: ScoreColumns, share: float) -> int:
+    """Pieces of a share of the corpus without its duplicates."""
+    first_unwanted = REASONS.index("too_short")
+    single = (corpus.reason == 0) | (corpus.reason >= first_unwanted)
+    return math.floor(int(corpus.pieces[single].sum()) * share)
+
+
+def cut_for(sizes: npt.NDArray[Any], budget: int) -> int:
+    """The greatest size at which all items can be cut so that their sum is at most ``budget``."""
+    low, high = 0, int(sizes.max(initial=0))
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = int(np.minimum(sizes, middle).sum(dtype=np.int64)) <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
 
 
 def take_within(sizes: npt.NDArray[Any], budget: int) -> Bools:

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fastcpt.corpus.budget import take_within
+from fastcpt.corpus.budget import cut_for, take_within
 from fastcpt.corpus.decontamination import (
+    CutOff,
     check_splits,
     cut_passages,
     drop_overlapping,
@@ -163,14 +164,18 @@ def _build_into(
     unseen.drop(overlaps.spoiled)
     ids = ids_of_all(documents, tokenizer, home, processes)
     stretches, cut_off = cut_passages(documents, ids, held_out, tokenizer, processes)
-    _cut_at_budget(documents, ids, chosen["target_tokens"])
+    cut = _cut_at_budget(documents, ids, chosen)
     train = documents.rows("train")
     check_splits(documents, overlaps.pairs)
-    general = choose_replay(
-        replay, int(ids.length[train].sum()), held_out, tokenizer, recipe, home, processes
-    )
     segments = stretches.segments(train)
-    training = ids.in_segments(segments, stretches).and_(general.ids)
+    training = ids.in_segments(segments, stretches)
+    if cut is not None:
+        segments, training = training.first_of_each(segments, cut)
+    cut_short = _shorten(documents, ids, train, cut)
+    general = choose_replay(
+        replay, int(training.length.sum()), held_out, tokenizer, recipe, home, processes
+    )
+    training = training.and_(general.ids)
     areas = DocumentAreas.of(documents, segments, len(general.ids.length))
     check_adapters(areas, recipe)
     plan = plan_rows(training, recipe)
@@ -189,13 +194,14 @@ def _build_into(
         "max_seq_length": recipe.corpus.max_seq_length,
         "tokens": tokens,
         "documents": len(train),
+        "max_document_tokens": cut,
         "sequences": plan.rows,
         "padding_share": 1.0 - tokens / (plan.rows * recipe.corpus.max_seq_length),
         "bytes_per_token": sum(shard["bytes"] for shard in shards) / tokens,
         "replay": general.facts(tokens),
         "shards": shards,
         "validation": validation,
-        "funnel": funnel_of_build(chosen, documents, ids, general, cut_off),
+        "funnel": funnel_of_build(chosen, documents, ids, general, cut_off, cut_short),
         "files": [],  # as soon as the last of them is written
     }
 
@@ -261,24 +267,40 @@ def _texts(part: str, fields: Fields, positions: Ints) -> Iterator[str]:
             yield document.text
 
 
-def _cut_at_budget(documents: Selected, ids: TokenIds, budget: int | None) -> None:
+def _cut_at_budget(documents: Selected, ids: TokenIds, chosen: SelectionManifest) -> int | None:
     """Fill the token budget by counted tokens, the held-out documents first.
 
-    Training documents and the reserve are taken from the best rank on, each that still fits.
+    Training documents and the reserve are taken from the best rank on, each that still fits; or all are
+    taken, cut where they fill it together. Returns the tokens of a document at most.
     """
     rows = documents.rows("train", "reserve")
+    budget, cut = chosen["target_tokens"], chosen.get("max_document_tokens")
     if budget is None:
-        return
+        return cut
     rows = rows[np.argsort(documents.rank[rows])]
-    left = budget - int(ids.length[documents.rows(*HELD_OUT)].sum())
-    taken = take_within(ids.length[rows], max(0, left))
+    left = max(0, budget - int(ids.length[documents.rows(*HELD_OUT)].sum()))
+    if chosen.get("cut_fills_target"):
+        return max(1, cut_for(ids.length[rows], left))
+    lengths = ids.length[rows] if cut is None else np.minimum(ids.length[rows], cut)
+    taken = take_within(lengths, left)
     documents.split[rows[taken]] = "train"
     documents.split[rows[~taken]] = "over_budget"
     if not taken.any():
         raise BuildError(
             f"selection.target_tokens ({budget:,}) holds no document; the best has "
-            f"{int(ids.length[rows[0]]):,} tokens"
+            f"{int(lengths[0]):,} tokens"
         )
+    return cut
+
+
+def _shorten(documents: Selected, ids: TokenIds, train: Ints, cut: int | None) -> CutOff:
+    """Set what is left of documents that are cut; returns what is cut off, characters by their share."""
+    length = ids.length[train]
+    left = length if cut is None else np.minimum(length, cut)
+    characters = documents.characters[train]
+    kept = characters * left // length
+    ids.length[train], documents.characters[train] = left, kept
+    return CutOff(int((characters - kept).sum()), int((length - left).sum()))
 
 
 # Manifest

@@ -33,7 +33,7 @@ class LeakError(BuildError):
 
 
 class CutOff(NamedTuple):
-    """What passages of held-out documents took away from training ones."""
+    """What was taken away from training documents that stay."""
 
     characters: int
     tokens: int

@@ -31,10 +31,11 @@ def explain(identifier: str, selection: str, recipe: Recipe) -> str:
             f"no readable document has the id '{identifier}' among the {manifest['documents']} of "
             f"this selection ({manifest['unreadable']} records could not be read)"
         )
-    return "\n\n".join(_one(row, manifest["parts"][row["part"]], recipe) for row in found)
+    cut = manifest.get("max_document_tokens")
+    return "\n\n".join(_one(row, manifest["parts"][row["part"]], recipe, cut) for row in found)
 
 
-def _one(row: dict[str, Any], part: dict[str, Any], recipe: Recipe) -> str:
+def _one(row: dict[str, Any], part: dict[str, Any], recipe: Recipe, cut: int | None) -> str:
     legal = recipe.score.method == "legal"
     names = LEGAL_COMPONENTS if legal else PUBLISHED_COMPONENTS
     table = pq.read_table(
@@ -59,12 +60,15 @@ def _one(row: dict[str, Any], part: dict[str, Any], recipe: Recipe) -> str:
             f"{name:<16}{values[name]:>8.3f}{weights[name]:>9.1f}"
             f"{values[name] * weights[name]:>9.2f}"
         )
-    lines += [f"{'score':<16}{row['score']:>26.2f}", "", _outcome(row)]
+    lines += [f"{'score':<16}{row['score']:>26.2f}", "", _outcome(row, cut)]
     return "\n".join(lines)
 
 
-def _outcome(row: dict[str, Any]) -> str:
+def _outcome(row: dict[str, Any], cut: int | None) -> str:
     if row["reason"]:
         of = f" of {row['duplicate_of']}" if row["duplicate_of"] else ""
         return f"not taken: {row['reason']}{of} (rank {row['rank'] + 1})"
-    return f"taken for {row['split']}, rank {row['rank'] + 1}"
+    outcome = f"taken for {row['split']}, rank {row['rank'] + 1}"
+    if cut is None or row["tokens"] <= cut or row["split"] not in ("train", "reserve"):
+        return outcome
+    return f"{outcome}: its first {cut:,} tokens, as of every longer document"

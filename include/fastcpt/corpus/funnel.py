@@ -52,6 +52,7 @@ def funnel_of_build(
     ids: TokenIds,
     general: Replayed,
     cut_off: CutOff,
+    cut_short: CutOff,
 ) -> list[FunnelRow]:
     """The selection's funnel with what the build dropped, and what is kept in counted tokens."""
     funnel: list[FunnelRow] = [{**row} for row in chosen["funnel"] if row["stage"] != "kept"]
@@ -69,16 +70,17 @@ def funnel_of_build(
     for reason in ("overlaps_held_out", "common_text", "over_budget"):
         if len(documents.rows(reason)):
             funnel.append(row("build", reason))
-    if cut_off.tokens:
-        funnel.append(
-            {
-                "stage": "build",
-                "reason": "quoted_by_held_out",
-                "documents": 0,  # passages, of documents that are counted where they are kept
-                "characters": cut_off.characters,
-                "tokens": cut_off.tokens,
-            }
-        )
+    for reason, cut in (("quoted_by_held_out", cut_off), ("cut_short", cut_short)):
+        if cut.tokens:
+            funnel.append(
+                {
+                    "stage": "build",
+                    "reason": reason,
+                    "documents": 0,  # parts, of documents that are counted where they are kept
+                    "characters": cut.characters,
+                    "tokens": cut.tokens,
+                }
+            )
     funnel += [row("kept", split) for split in ("train", *HELD_OUT)]
     # the whole is the sum of its parts: kept ones counted, the others as they were estimated
     everything = next(row for row in funnel if row["stage"] == "read" and not row["reason"])

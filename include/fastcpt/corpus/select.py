@@ -6,7 +6,8 @@ machine. The order of steps, each with its reason for a document that ends there
 1. duplicates: the same id again (``superseded``), the same text (``exact_duplicate``), an older
    version of an act (``older_version``), nearly the same text (``near_duplicate``)
 2. what the recipe does not want: ``too_short``, ``too_old``, ``other_kind``, ``other_subject``
-3. from the best score down: ``below_threshold``, ``outside_top_share``, ``over_budget``
+3. from the best score down: ``below_threshold``, ``outside_top_share``, ``over_budget``; or all of
+   them, each cut short (``selection.max_document_tokens``)
 4. splits, by work: the newest acts, then others at random; the rest is for training
 
 The outcome depends neither on the order of the files nor on processes. Equal scores: the newer
@@ -20,6 +21,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +79,7 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
         FORMAT,
         [(table["digest"], spelled(table["part"])) for table in tables],
         recipe.score.model_dump(),
-        recipe.selection.model_dump(),
+        _settings(recipe),
         recipe.corpus.model_dump(
             include={"validation_share", "newest_share", "validation_tokens", "seed"}
         ),
@@ -105,6 +107,14 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
     write_json(folder / "manifest.json", manifest)
     log.info("selection %s:\n%s", digest, funnel_table(manifest["funnel"]))
     return {**manifest, "path": str(folder), "reused": False}
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What the selection depends on; selections without a cut keep the names that they had."""
+    settings = recipe.selection.model_dump()
+    if settings["max_document_tokens"] is None:
+        del settings["max_document_tokens"]
+    return settings
 
 
 def _table(path: str) -> ScoresFolder:
@@ -141,7 +151,7 @@ def _select_into(
     ratio = tokens_per_piece(tables, tokenizer)
     rank_by_score(corpus, tables, recipe)
     _drop_unwanted(corpus, recipe)
-    taken, reserve = fill(corpus, recipe, ratio, exact=tokenizer is not None)
+    taken, reserve, cut, by_target = fill(corpus, recipe, ratio, exact=tokenizer is not None)
     rows = np.sort(np.concatenate([taken, reserve]))
     within = contained(rows, corpus.named[rows], lambda: sketches_of(tables, rows))
     joined = np.concatenate([pairs, within])
@@ -170,6 +180,8 @@ def _select_into(
         "tokens": int(corpus.tokens(ratio)[kept].sum()),
         "tokens_per_piece": ratio,
         "target_tokens": recipe.selection.target_tokens,
+        "max_document_tokens": cut,
+        "cut_fills_target": by_target,
         "newest_year": corpus.newest_year,
         "oddly_dated": len(corpus.oddly_dated),
         "funnel": funnel,

@@ -46,6 +46,14 @@ class TokenIds:
                 ids.offset[of_row], ids.length[of_row] = stretches.offset[row], lengths
         return ids
 
+    def first_of_each(self, rows: Ints, most: int) -> tuple[Ints, TokenIds]:
+        """The first ``most`` tokens of each row, whose segments follow one another; rows and ids."""
+        before = np.cumsum(self.length) - self.length
+        before -= before[np.searchsorted(rows, rows)]
+        left = np.clip(most - before, 0, self.length)
+        kept = left > 0
+        return rows[kept], TokenIds(self.files, self.file[kept], self.offset[kept], left[kept])
+
     def and_(self, other: TokenIds) -> TokenIds:
         return TokenIds(
             self.files + other.files,
