@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "include"))
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastcpt.training.evaluation import figures_of
 from fastcpt.training.generation import generate
@@ -68,7 +68,8 @@ def write_model(folder: Path, shape: dict[str, Any], device: torch.device) -> No
     """Written once a host; the other ranks wait for it."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         torch.manual_seed(0)
-        config = LlamaConfig(**shape, max_position_embeddings=8192, initializer_range=0.05)
+        more = {"max_position_embeddings": 8192, "initializer_range": 0.05}
+        config = AutoConfig.for_model(**{"model_type": "llama", **shape, **more})
         with device:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(str(folder))

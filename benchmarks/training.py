@@ -3,7 +3,7 @@
     python benchmarks/training.py [--cases 8b-lora-bf16,8b-full-fp8@4] [--steps 2] [--profile]
 
 Each case runs the product's own engine and step (``fastcpt.training``) in processes of its
-own: Llama shapes with random weights, random tokens in whole sequences of 3072, accumulation 16,
+own: shapes of Llama and Qwen 3 with random weights, random tokens in whole sequences of 3072, accumulation 16,
 one step to warm up. ``@4`` runs a case on four GPUs, whatever its own number is. ``--rows 16`` repeats
 so many rows, so that the loss falls where the steps are right. The last line is one JSON object.
 
@@ -45,9 +45,9 @@ SHAPES = {
                tie_word_embeddings=True),
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                num_attention_heads=32, num_key_value_heads=8, vocab_size=128256),
-    "14b": dict(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40,
+    "14b": dict(model_type="qwen3", hidden_size=5120, intermediate_size=17408, num_hidden_layers=40,
                 num_attention_heads=40, num_key_value_heads=8, head_dim=128, vocab_size=151936),
-    "32b": dict(hidden_size=5120, intermediate_size=25600, num_hidden_layers=64,
+    "32b": dict(model_type="qwen3", hidden_size=5120, intermediate_size=25600, num_hidden_layers=64,
                 num_attention_heads=64, num_key_value_heads=8, head_dim=128, vocab_size=151936),
     "70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                 num_attention_heads=64, num_key_value_heads=8, vocab_size=128256),
@@ -69,7 +69,7 @@ class Case(NamedTuple):
 
 CASES = {
     "8b-lora-bf16": Case("8b", True, False, 1, 2, 12_500, "H100"),
-    "8b-lora-fp8": Case("8b", True, True, 1, 2, 22_000, "H100"),
+    "8b-lora-fp8": Case("8b", True, True, 1, 4, 22_000, "H100"),
     "3b-full-fp8": Case("3b", False, True, 1, 2, 30_000, "H100"),
     "8b-full-fp8": Case("8b", False, True, 2, 4, 15_200, "H200"),
     "8b-full-bf16": Case("8b", False, False, 2, 2, 10_300, "H200"),
@@ -183,10 +183,11 @@ def worker(args: argparse.Namespace) -> None:
 
 def write_config(shape: dict[str, Any], folder: Path) -> None:
     """The model's config.json, by rank 0; returns when it is there."""
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
 
     # beyond 2^31 the mask of positions is longer than any row here
-    config = LlamaConfig(**shape, max_position_embeddings=131072, rope_parameters=LLAMA3)
+    more = {"max_position_embeddings": 131072, "rope_parameters": LLAMA3}
+    config = AutoConfig.for_model(**{"model_type": "llama", **shape, **more})
     if os.environ["RANK"] == "0":
         config.save_pretrained(folder)
     while not (folder / "config.json").is_file():
