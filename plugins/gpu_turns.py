@@ -57,6 +57,16 @@ def take(
         return None if _is(queue[0], dag, run) else queue[0]
 
 
+def ahead(dag: str, run: str) -> list[Place]:
+    """The places that come before the run's in the queues it stands in, the one with the GPUs first."""
+    for file in sorted((HOME / "turns").glob("*.json")):
+        queue: list[Place] = read_json(file)
+        own = next((n for n, place in enumerate(queue) if _is(place, dag, run)), 0)
+        if own:
+            return queue[:own]
+    return []
+
+
 def give_back(dag: str, run: str) -> None:
     """The run has ended: it has no place in any queue any more."""
     for file in (HOME / "turns").glob("*.json"):

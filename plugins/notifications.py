@@ -19,7 +19,7 @@ from airflow.sdk.definitions.template import literal
 from airflow.sdk.exceptions import AirflowNotFoundException
 
 from fastcpt.files import HOME
-from fastcpt.reporting.record import record_folder
+from fastcpt.reporting.record import RecordError, add_failure, record_folder
 
 MAIL_TO = "fast_cpt_mail_to"
 WEBHOOK = "fast_cpt_webhook"
@@ -48,16 +48,22 @@ def tell(context: Context, event: str, reason: str, link: str | None = None) -> 
 
 
 def tell_failure(context: Context) -> None:
-    """A task's ``on_failure_callback``: its last try failed. Of mapped tasks the first one is told."""
+    """A task's ``on_failure_callback``: its last try failed. The record keeps why; of mapped tasks the
+    first one is told.
+    """
     error, task = context.get("exception"), context["ti"]
+    # Airflow knows no error where a task's process or machine went away
+    reason = str(error or "The task was ended from outside, or its machine went away.")
+    try:
+        add_failure(HOME, task.run_id, task.dag_id, task.task_id, reason)
+    except (OSError, RecordError):  # a full disk, a damaged record: it is told all the same
+        log.exception("why %s failed could not be kept", task.task_id)
     if isinstance(error, AlreadyTold):
         return
     if task.map_index is not None and task.map_index >= 0:
         clears = getattr(context.get("dag_run"), "clear_number", 0)
         if not first_time(record_folder(HOME, task.run_id), f"{task.task_id}-{clears}"):
             return
-    # Airflow knows no error where a task's process or machine went away
-    reason = str(error or "The task was ended from outside, or its machine went away.")
     tell(context, "failed", reason)
 
 

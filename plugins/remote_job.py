@@ -7,7 +7,6 @@ job of the try before; marking the task failed, clearing it or deleting its run 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -30,19 +29,16 @@ from fastcpt.cluster.remote import (
     ask_async,
     ask_through,
 )
+from job_log import Shown
+from live import Live
 from notifications import tell
 
 POLL_S = 2.0
 # A job that runs for longer than this is asked less often: hours of waiting cost little.
 SHORT_S = 120.0
 LONG_POLL_S = 5.0
-# A job that runs and writes nothing for so long gets a line that says so: with a poll, 30 s.
-QUIET_S = 24.0
-# A line that does not end is shown in pieces of this many bytes.
-LONGEST_LINE = 64 * 1024
 # So long the triggerer goes on asking a host that does not answer, before the task is tried again.
 UNREACHABLE_S = 1800.0
-LAST_LINES = 30
 
 
 def connection_of(connection_id: str) -> Connection:
@@ -105,6 +101,7 @@ class RemoteJob:
     slurm: dict[str, Any] | None = None
     waiting_hours: float | None = None
     bring: dict[str, Any] | None = None
+    live: dict[str, str] | None = None  # live.Live's fields: what the run's page shows meanwhile
 
 
 class RemoteJobOperator(BaseOperator):
@@ -196,6 +193,7 @@ class RemoteJobOperator(BaseOperator):
                 ends_by,
                 _tell_at(wanted, since),
                 wanted.bring,
+                wanted.live,
             ),
             method_name="execute_complete",
             kwargs={"wanted": asdict(wanted)},
@@ -272,6 +270,7 @@ class RemoteJobTrigger(BaseTrigger):
         ends_by: float | None = None,
         tell_at: float | None = None,
         bring: dict[str, Any] | None = None,
+        live: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.connection = connection
@@ -281,6 +280,7 @@ class RemoteJobTrigger(BaseTrigger):
         self.ends_by = ends_by
         self.tell_at = tell_at
         self.bring = bring
+        self.live = live
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         kwargs = {
@@ -291,6 +291,7 @@ class RemoteJobTrigger(BaseTrigger):
             "ends_by": self.ends_by,
             "tell_at": self.tell_at,
             "bring": self.bring,
+            "live": self.live,
         }
         return ("remote_job.RemoteJobTrigger", kwargs)
 
@@ -309,7 +310,8 @@ class RemoteJobTrigger(BaseTrigger):
     ) -> AsyncIterator[TriggerEvent]:
         began = answered = clock()
         remote: Remote | None = None
-        shown = _Shown(self.log, clock)
+        shown = Shown(self.log, clock)
+        live = Live(**self.live) if self.live else None
         began_to_run = False  # a job that Slurm puts back later is not told
         # the rest of the task's time: from here on a clock that is set does not shorten it
         until = clock() + self.ends_by - time.time() if self.ends_by else None
@@ -345,6 +347,8 @@ class RemoteJobTrigger(BaseTrigger):
                     await bringing.last(remote)
                 yield TriggerEvent({"status": answer["status"], "last_lines": shown.last_lines})
                 return
+            if live:
+                await live.leave(remote, answer["status"], shown.last_lines[-1])
             began_to_run = began_to_run or answer["status"]["state"] == "running"
             if self.tell_at and not began_to_run and time.time() > self.tell_at:
                 yield TriggerEvent({"waiting": shown.why or "the job has not begun to run"})
@@ -393,71 +397,6 @@ class RemoteJobTrigger(BaseTrigger):
                 else:
                     self.log.info("job %s had ended before: %s", self.name, answer["was"])
                 return
-
-
-class _Shown:
-    """What the task's log has of a job: its lines up to byte ``seen``, and why it does not run."""
-
-    def __init__(self, log: Any, clock: Callable[[], float]) -> None:
-        self.log, self.clock = log, clock
-        self.seen: int | None = None
-        self.last_lines = [""]
-        self.why = ""
-        self.wrote = self.told = clock()
-
-    async def show(self, answer: Mapping[str, Any]) -> tuple[int, bool]:
-        """Log what a poll answered: how many bytes of log that was, and whether the job is over and read."""
-        status, piece = answer["status"], base64.b64decode(answer["log"])
-        if "cut" in answer:
-            self.log.warning(
-                "job.log was cut there: %d bytes, %d were shown before. It is shown from its beginning",
-                answer["size"],
-                answer["cut"],
-            )
-        all_read = answer["seen"] + len(piece) >= answer["size"]
-        over = status["state"] not in jobs.ACTIVE and all_read
-        lines, taken = _lines(piece, whole=over)
-        self.seen = answer["seen"] + taken
-        for number, line in enumerate(lines):
-            self.log.info("%s", line)
-            if number % 500 == 499:
-                await asyncio.sleep(0)  # the triggerer watches other jobs too
-        self.last_lines = [*self.last_lines, *lines][-LAST_LINES:]
-        now = self.clock()
-        if lines:
-            self.wrote = self.told = now
-        elif status["state"] == "running" and now - self.told > QUIET_S:
-            self.told = now
-            self.log.info(
-                "running, silent for %.0f s after: %s", now - self.wrote, self.last_lines[-1]
-            )
-        why = status.get("why", "")
-        if why and why != self.why and not over:
-            self.log.info("%s: %s", status["state"], why)
-        self.why = why
-        return taken, over
-
-
-def _lines(piece: bytes, whole: bool) -> tuple[list[str], int]:
-    """The whole lines of a piece of log and how many bytes they are; all of it when ``whole``.
-
-    The rest is read again next time. A line longer than ``LONGEST_LINE`` is cut.
-    """
-    taken = len(piece) if whole else piece.rfind(b"\n") + 1
-    if not taken and len(piece) >= LONGEST_LINE:
-        taken = len(piece)
-        # not inside a character
-        while taken > len(piece) - 4 and piece[taken - 1] & 0xC0 == 0x80:
-            taken -= 1
-        taken -= piece[taken - 1] >= 0xC0
-    if not taken:
-        return [], 0
-    shown = []
-    for line in piece[:taken].removesuffix(b"\n").split(b"\n"):
-        # a progress bar rewrites its line: its last state is what counts
-        text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
-        shown += [text[at : at + LONGEST_LINE] for at in range(0, len(text), LONGEST_LINE)] or [""]
-    return shown, taken
 
 
 # All jobs of a host are asked about in one request, one at a time: a hundred jobs cost as many

@@ -36,12 +36,15 @@ def score(plan: Plan, parts: list[str]) -> list[Made]:
 def select(plan: Plan, scores: list[list[Made]]) -> Made:
     """Decide which documents are taken, from the score tables alone; train the tokenizer on them."""
     from fastcpt.corpus.build import prepare_tokenizer
+    from fastcpt.corpus.explain import ends_of_ranking
     from fastcpt.corpus.select import select as select_documents
+    from fastcpt.reporting.record import add
 
     recipe = recipe_of(plan)
     tables = sorted(table["path"] for group in scores for table in group)
     selection = _brief(select_documents(tables, recipe, HOME))
     prepare_tokenizer(selection["path"], recipe, HOME)
+    add(Path(plan["record"]), "selection.json", ends_of_ranking(selection["path"]))
     return selection
 
 

@@ -51,6 +51,11 @@ def job_of_run(
         slurm=_slurm(recipe),
         waiting_hours=recipe.budget.waiting_hours,
         bring=bring,
+        live={
+            "record": result_of(context, "plan")["record"],
+            "task": context["ti"].task_id,
+            "metrics": fetch.get("metrics", ""),
+        },
     )
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from corpus.made import Record, act, record, text_of
 from fastcpt.corpus.budget import take_within
 from fastcpt.corpus.documents import DocumentsError
-from fastcpt.corpus.explain import UnknownDocumentError, explain
+from fastcpt.corpus.explain import UnknownDocumentError, ends_of_ranking, explain
 from fastcpt.corpus.funnel import funnel_table
 from fastcpt.corpus.select import SelectionError, select
 from fastcpt.corpus.tokenizer import TokenizerError
@@ -391,3 +391,17 @@ def test_a_score_is_explained(
     assert "taken for" in told
     with pytest.raises(UnknownDocumentError, match="no readable document has the id 'nothing'"):
         explain("nothing", selection, recipe)
+
+
+def test_the_ends_of_the_ranking_are_documents_that_were_taken(
+    documents: Writer, recipe_for: Recipes, scores: Scores, home: Path
+) -> None:
+    recipe = recipe_for(documents(acts(20)))
+    selection = select(scores(recipe), recipe, home)["path"]
+    ends = ends_of_ranking(selection, count=3)
+    best, worst = ends["best"], ends["worst"]
+    assert len(best) == len(worst) == 3
+    assert [row["rank"] for row in best + worst] == sorted(row["rank"] for row in best + worst)
+    assert min(row["score"] for row in best) >= max(row["score"] for row in worst)
+    assert all(row["title"] for row in best)
+    assert not {row["id"] for row in best} & {row["id"] for row in worst}

@@ -14,6 +14,7 @@ from typing import Any
 import local_sshd
 import pytest
 
+import job_log
 import remote_job
 from fastcpt.cluster import jobs, remote
 from faults.machines import Host, Training, Watch, eventually, remote_of, sshd_sessions
@@ -271,7 +272,7 @@ def test_orchestrators_with_roots_of_their_own_share_the_gpus_of_a_host(
 def test_a_job_that_writes_nothing_is_seen_to_run(
     server: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote_job, "QUIET_S", 2.0)
+    monkeypatch.setattr(job_log, "QUIET_S", 2.0)
     goes_on = tmp_path / "goes on"
     until = f"until test -e '{goes_on}'; do sleep 0.1; done"
     job = jobs.Job("quiet", [["echo", "step 7/9 loss 2.5"], ["bash", "-c", until]])
@@ -310,5 +311,5 @@ def test_a_log_of_100_mb_without_ends_of_lines_and_in_no_encoding(
     assert event["status"]["state"] == "succeeded"
     assert watch.lines.count("x" * 99) == 500_000
     assert sum(len(line) for line in watch.lines if line.startswith("y")) == 50_000_000
-    assert max(map(len, watch.lines)) <= remote_job.LONGEST_LINE
+    assert max(map(len, watch.lines)) <= job_log.LONGEST_LINE
     assert watch.lines[-2:] == ["\ufffd\ufffd\ufffd", "the end"]

@@ -54,7 +54,14 @@ def test_another_corpus_is_another_training_and_the_same_one_the_same(run: Run) 
     assert training.train_cpt(run.context).result != trained
     # nothing of the pass before is left
     assert {path.name for path in record.rglob("*.json")} == {
-        *("run.json", "documents.json", "plan.json", "corpus_manifest.json", "build.json"),
+        *(
+            "run.json",
+            "documents.json",
+            "plan.json",
+            "selection.json",
+            "corpus_manifest.json",
+            "build.json",
+        ),
         *("score.json", "select.json", "tokenize.json"),
     }
     (run.documents.parent / one.name).rename(one)

@@ -15,13 +15,19 @@ import steps.report
 import steps.training
 from fastcpt.files import write_json
 from fastcpt.recipe import load_recipe
-from fastcpt.reporting.record import add_text, record_folder
+from fastcpt.reporting.record import add_text, failures, record_folder
 from receivers import MailServer, WebServer, receivers
 
 if TYPE_CHECKING:
     from conftest import Run
 
 LINK = "http://airflow.example/dags/fast_cpt/runs/a%3Arun/tasks/train_cpt?try_number=2"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(notifications, "HOME", tmp_path / "told")
+    return tmp_path / "told"
 
 
 @pytest.fixture
@@ -93,8 +99,10 @@ def test_a_way_that_fails_raises_nothing_and_the_other_one_is_taken(
     assert len(mail.received) == (way == "webhook")
 
 
-def test_a_task_that_was_ended_from_outside_is_told_too(received: Any) -> None:
+def test_a_task_that_was_ended_from_outside_is_told_too(received: Any, home: Path) -> None:
     notifications.tell_failure(context())
+    told = failures(record_folder(home, "a:run"))
+    assert told == {"train_cpt": "The task was ended from outside, or its machine went away."}
     assert "its machine went away" in received[1].received[0]["text"]
 
 

@@ -16,9 +16,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+import job_log
+import live
 import remote_job
 from fastcpt.cluster import jobs
-from fastcpt.cluster.remote import ClusterError
+from fastcpt.cluster.remote import ClusterError, ConnectionLost
 from fastcpt.recipe import RecipeError, load_recipe
 from fastcpt.recipe_form import FORM
 from fastcpt.training import commands
@@ -123,29 +125,29 @@ def test_a_job_is_a_folder_of_its_own_whatever_the_run_is_called(name: str) -> N
 
 
 def test_a_line_is_shown_when_it_is_whole_and_counted_then() -> None:
-    assert remote_job._lines(b"one\ntwo\nthr", whole=False) == (["one", "two"], 8)
-    assert remote_job._lines(b"thr", whole=False) == ([], 0)
-    assert remote_job._lines(b"three", whole=True) == (["three"], 5)
-    assert remote_job._lines(b"", whole=True) == ([], 0)
+    assert job_log.lines_of(b"one\ntwo\nthr", whole=False) == (["one", "two"], 8)
+    assert job_log.lines_of(b"thr", whole=False) == ([], 0)
+    assert job_log.lines_of(b"three", whole=True) == (["three"], 5)
+    assert job_log.lines_of(b"", whole=True) == ([], 0)
 
 
 def test_a_progress_bar_is_its_last_state() -> None:
-    assert remote_job._lines(b"10 %\r20 %\r30 %\n", whole=False)[0] == ["30 %"]
-    assert remote_job._lines(b"dos\r\n", whole=False)[0] == ["dos"]
+    assert job_log.lines_of(b"10 %\r20 %\r30 %\n", whole=False)[0] == ["30 %"]
+    assert job_log.lines_of(b"dos\r\n", whole=False)[0] == ["dos"]
 
 
 def test_bytes_that_are_no_text_are_marked_and_lose_nothing_else() -> None:
-    assert remote_job._lines(b"\xff ok\n", whole=False)[0] == ["\ufffd ok"]
+    assert job_log.lines_of(b"\xff ok\n", whole=False)[0] == ["\ufffd ok"]
 
 
 @pytest.mark.parametrize("end", [0, 1, 2, 3])
 def test_a_line_without_end_is_cut_between_characters(end: int) -> None:
     endless = ("€" * 50_000).encode()
     piece = endless[: len(endless) - end]
-    lines, taken = remote_job._lines(piece, whole=False)
+    lines, taken = job_log.lines_of(piece, whole=False)
     assert len(piece) - taken in (0, 1, 2, 3)
     assert "".join(lines) == "€" * (taken // 3)
-    assert max(map(len, lines)) <= remote_job.LONGEST_LINE
+    assert max(map(len, lines)) <= job_log.LONGEST_LINE
 
 
 @given(
@@ -160,17 +162,19 @@ def test_however_a_log_arrives_each_line_comes_once(log: bytes, pieces: list[int
         size = min(len(log), size + pieces[step % len(pieces)])
         piece = log[seen:size]
         whole = size == len(log)
-        lines, taken = remote_job._lines(piece, whole=whole)
+        lines, taken = job_log.lines_of(piece, whole=whole)
         shown += lines
         seen += taken
         if whole and seen == len(log):
             break
-    everything, _ = remote_job._lines(log, whole=True)
+    everything, _ = job_log.lines_of(log, whole=True)
     assert shown == everything
 
 
 def test_the_trigger_tells_how_it_is_made_again() -> None:
-    trigger = remote_job.RemoteJobTrigger("c", "/r", "n", "o", 12.5, 13.5)
+    trigger = remote_job.RemoteJobTrigger(
+        "c", "/r", "n", "o", 12.5, 13.5, None, {"record": "/r", "task": "t"}
+    )
     path, values = trigger.serialize()
     assert path == "remote_job.RemoteJobTrigger"
     assert remote_job.RemoteJobTrigger(**values).serialize() == trigger.serialize()
@@ -204,6 +208,33 @@ def test_a_job_that_does_not_get_its_gpus_is_told_and_one_that_had_them_is_not(
 
     found = asyncio.run(first())
     assert found.get("status", {}).get("state", found) == event
+
+
+def test_a_job_leaves_its_state_and_its_curve_so_far_in_the_record(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def read_files(*_: object, **asked: Any) -> dict[str, Any]:
+        assert asked == {"paths": {"metrics": "/o/metrics.jsonl"}}
+        return {"metrics": '{"step": 10}\n{"step": 20}\n{"ste'}  # the last line is being written
+
+    monkeypatch.setattr(live, "ask_async", read_files)
+    news = live.Live(str(tmp_path), "train_cpt", "/o/metrics.jsonl")
+    asyncio.run(news.leave(None, {"state": "running"}, "step 20/40"))  # type: ignore[arg-type]
+    left = json.loads((tmp_path / "live/train_cpt.json").read_text())
+    assert (left["state"], left["line"]) == ("running", "step 20/40")
+    assert (tmp_path / "train_cpt/metrics.jsonl").read_text() == '{"step": 10}\n{"step": 20}\n'
+
+
+def test_a_host_that_gives_no_curve_costs_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def away(*_: object, **__: object) -> None:
+        raise ConnectionLost("no route to host")
+
+    monkeypatch.setattr(live, "ask_async", away)
+    news = live.Live(str(tmp_path), "train_cpt", "/o/metrics.jsonl")
+    asyncio.run(news.leave(None, {"state": "running"}, ""))  # type: ignore[arg-type]
+    assert not (tmp_path / "train_cpt").exists()
 
 
 def test_a_cancel_keeps_its_word_while_the_connection_is_looked_up(

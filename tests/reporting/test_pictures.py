@@ -2,7 +2,7 @@
 
 import json
 
-from fastcpt.reporting.pictures import curves, perplexities
+from fastcpt.reporting.pictures import curves, curves_together, funnel, perplexities
 
 
 def test_curves_leave_out_what_is_no_number(tmp_path):
@@ -36,3 +36,33 @@ def test_perplexities_show_the_gate_and_every_usable_figure():
     assert "the gate is at 18" in svg
     assert "lost" not in svg
     assert perplexities({"lost": float("inf")}, 18.0) is None
+
+
+def test_a_dark_page_can_give_pictures_its_own_colours():
+    svg = perplexities({"base model": 2081.0}, 18.0)
+    assert "var(--bad, #b3372f)" in svg
+    assert "#000000" not in svg
+
+
+def test_the_funnel_names_what_each_step_left_out():
+    rows = [
+        {"stage": "read", "reason": "", "tokens": 1000},
+        {"stage": "duplicates", "reason": "exact", "tokens": 250},
+        {"stage": "selection", "reason": "rank", "tokens": 0},
+        {"stage": "kept", "reason": "train", "tokens": 750},
+    ]
+    svg = funnel(rows)
+    for word in ("read", "duplicates: exact", "kept: train", "1,000", "250", "750"):
+        assert f">{word}<" in svg, word
+    assert "rank" not in svg
+    assert funnel([{"stage": "read", "reason": "", "tokens": 0}]) is None
+
+
+def test_curves_of_runs_share_a_picture(tmp_path):
+    for name in ("one", "_two"):
+        (tmp_path / name).write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n")
+    (tmp_path / "empty").write_text("")
+    svg = curves_together({name: tmp_path / name for name in ("one", "_two", "empty")})
+    assert "one" in svg
+    assert "_two" in svg
+    assert "empty" not in svg

@@ -47,7 +47,7 @@ def test_the_page_needs_nothing_else(page):
     # Inside a picture, marks refer to shapes of the same picture.
     assert all(link.startswith("#") for link in links)
     assert "url(http" not in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
 
 
 def test_the_version_is_in_page_and_markdown(finished, page):
@@ -128,7 +128,7 @@ def test_the_plan_stands_beside_what_the_run_took(finished, page):
 
 def test_markdown_shows_its_pictures(finished, page):
     names = re.findall(r"!\[.*?\]\((.*?)\)", (finished / "report.md").read_text())
-    assert names == ["perplexity.svg", "training.svg"]
+    assert names == ["perplexity.svg", "training.svg", "funnel.svg"]
     for name in names:
         assert ElementTree.parse(finished / name).getroot().tag.endswith("svg")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -72,3 +73,32 @@ def _outcome(row: dict[str, Any], cut: int | None) -> str:
     if cut is None or row["tokens"] <= cut or row["split"] not in ("train", "reserve"):
         return outcome
     return f"{outcome}: its first {cut:,} tokens, as of every longer document"
+
+
+def ends_of_ranking(selection: str, count: int = 5) -> dict[str, list[dict[str, Any]]]:
+    """The ``best`` and the ``worst`` documents that were taken, each best first.
+
+    ``selection`` is the ``path`` that ``select`` returned. Empty where nothing was ranked.
+    """
+    file, taken = Path(selection) / "documents.parquet", pc.field("split") == "train"
+    ranks = pq.read_table(file, columns=["rank"], filters=taken & (pc.field("rank") >= 0))["rank"]
+    ordered = np.sort(ranks.to_numpy())
+    worst = ordered[count:][-count:]  # no document stands at both ends
+    parts = read_json(Path(selection) / "manifest.json")["parts"]
+    return {
+        "best": _with_titles(file, ordered[:count].tolist(), parts),
+        "worst": _with_titles(file, worst.tolist(), parts),
+    }
+
+
+def _with_titles(file: Path, ranks: list[int], parts: list[Any]) -> list[dict[str, Any]]:
+    columns = ["id", "year", "score", "tokens", "rank", "part", "position"]
+    wanted = pc.field("rank").isin(ranks) & (pc.field("split") == "train")
+    table = pq.read_table(file, columns=columns, filters=wanted).sort_by("rank")
+    rows: list[dict[str, Any]] = table.to_pylist()
+    for row in rows:
+        scores = Path(parts[row.pop("part")]["scores"]) / "scores.parquet"
+        at = pc.field("position") == row.pop("position")
+        title = pq.read_table(scores, columns=["title"], filters=at)["title"][0].as_py()
+        row["title"] = (title or "")[:120]
+    return rows

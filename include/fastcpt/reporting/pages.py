@@ -10,8 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-_TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).with_name("templates")),
+TEMPLATES = Path(__file__).with_name("templates")
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(TEMPLATES),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
@@ -22,4 +23,4 @@ _TEMPLATES = Environment(
 
 def page(template: str, **values: Any) -> str:
     """A page; a value that its template needs and does not get is an error."""
-    return _TEMPLATES.get_template(template).render(values)
+    return _ENVIRONMENT.get_template(template).render(values)

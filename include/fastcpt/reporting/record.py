@@ -13,6 +13,9 @@
         cost.json                 GPU hours and money
         plan_and_actual.json      the plan's figures beside the run's
         times/<task>.json         when each task worked; times/approval.json: waited for a person
+        selection.json            the best and the worst documents that were taken
+        live/<task>.json          how a job of the run was doing when the host was last asked
+        failures/<task>.json      why a task failed; it may have succeeded since
         report.md, report.html    all of it to read (fastcpt.reporting.report)
 
 Tasks add files side by side, so each writes its own and none is shared. Every file appears whole,
@@ -137,6 +140,27 @@ def add_output(record: Path, task: str, facts: Mapping[str, Any]) -> Path:
 def add_time(record: Path, what: str, began: float, ended: float) -> Path:
     """Note when a task worked, or (``approval``) waited for a person; seconds since the epoch."""
     return add(record, f"times/{what}.json", {"began": began, "ended": ended})
+
+
+def add_failure(home: Path, run: str, dag: str, task: str, message: str) -> Path:
+    """Note why a task of the run failed. A run that failed before it had a record gets one by it."""
+    record = record_folder(home, run)
+    if not read(record, "run.json"):
+        facts = {"run": run, "dag": dag, "started": _now(), "version": __version__}
+        add(record, "run.json", facts)
+    return add(record, f"failures/{task}.json", {"message": message, "when": _now()})
+
+
+def failures(record: Path) -> dict[str, str]:
+    """Why tasks of the run failed, by task, the first one first."""
+    notes = {
+        file.stem: read(record, f"failures/{file.name}")
+        for file in (record / "failures").glob("*.json")
+    }
+    return {
+        task: str(note.get("message", ""))
+        for task, note in sorted(notes.items(), key=lambda item: str(item[1].get("when")))
+    }
 
 
 def times(record: Path) -> dict[str, float] | None:

@@ -21,6 +21,7 @@ from fastcpt.reporting.record import TRAININGS, read, read_last, recipe_of
 from fastcpt.reporting.summary import duration, interval, span, summary, summary_text
 
 COUNTS = ("documents", "characters", "tokens")  # of a row of the funnel
+ANSWERS = {"answer": "fine-tuned model", "base": "base model"}
 SETS = ("random", "newest", "general")  # validation sets
 
 
@@ -40,16 +41,25 @@ class Table:
 class Picture:
     name: str  # of its file beside report.md
     svg: str
+    words: str  # for who does not see it
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Text shown as it is."""
+    """Text shown as it is; on a page behind the words ``folded`` where it is long."""
 
     text: str
+    folded: str = ""
 
 
-Part = str | Table | Picture | Listing
+@dataclass(frozen=True)
+class SideBySide:
+    """Texts to compare, each under its name."""
+
+    columns: Sequence[tuple[str, str]]
+
+
+Part = str | Table | Picture | Listing | SideBySide
 
 
 @dataclass(frozen=True)
@@ -64,30 +74,33 @@ def write_report(record: Path) -> Path:
     Takes what is there: the report of a run that failed early is short. Returns the page.
     """
     title = f"Fast CPT run {read(record, 'run.json').get('run', record.name)}"
-    sections = [section for section in _sections(record) if section.parts]
-    for section in sections:
+    report = sections(record)
+    for section in report:
         for part in section.parts:
             if isinstance(part, Picture):
                 _write(record / f"{part.name}.svg", part.svg)
-    _write(record / "report.md", _markdown(title, sections))
-    _write(record / "report.html", page("report.html", title=title, sections=sections))
+    _write(record / "report.md", _markdown(title, report))
+    _write(record / "report.html", page("report.html", title=title, sections=report))
     return record / "report.html"
 
 
-def _sections(record: Path) -> list[Section]:
-    return [
+def sections(record: Path) -> list[Section]:
+    """What there is to say of a run by now; ``RecordError`` and kinds of ``ValueError`` where it is damaged."""
+    every = [
         Section("Summary", [Listing(summary_text(record))]),
         Section("Perplexity and the gate", _perplexity(record)),
         Section("Questions from held-out documents", _questions(record)),
         Section("Training", _training(record)),
         Section("Fine-tuning", _fine_tuning(record)),
         Section("Corpus", _corpus(record)),
+        Section("Best and worst documents taken", _documents(record)),
         Section("Plan and what it took", _plan(record)),
         Section("The published claim beside this run", _claim(record)),
         Section("Outputs", _outputs(record)),
         Section("Versions", _versions(record)),
         Section("Recipe", _recipe(record)),
     ]
+    return [section for section in every if section.parts]
 
 
 def _perplexity(record: Path) -> list[Part]:
@@ -117,7 +130,7 @@ def _perplexity(record: Path) -> list[Part]:
     threshold = read(record, "gate.json").get("threshold")
     picture = pictures.perplexities(bars, threshold) if threshold else None
     if picture:
-        parts.append(Picture("perplexity", picture))
+        parts.append(Picture("perplexity", picture, "Perplexities as bars; the table has them"))
     header = ("validation set", "model", "perplexity", "bits per byte", "tokens counted")
     return [*parts, Table(header, rows), *_kinds(first, second)]
 
@@ -212,7 +225,7 @@ def _training(record: Path) -> list[Part]:
     parts: list[Part] = []
     curve = pictures.curves(metrics)
     if curve:
-        parts.append(Picture("training", curve))
+        parts.append(Picture("training", curve, "Loss and learning rate over the steps"))
     if rows:
         header = (
             "training", "steps", "tokens", "time", "tokens/s a GPU", "final loss",
@@ -236,8 +249,30 @@ def _fine_tuning(record: Path) -> list[Part]:
     rows.append(("held-out instructions", _number(evaluation.get("examples"))))
     parts: list[Part] = [Table(("figure", "value (95 % interval)"), rows)]
     for sample in evaluation.get("samples", [])[:3]:
-        texts = [f"{key}: {value}" for key, value in sample.items()]
-        parts.append(Listing("\n".join(texts)))
+        parts.append(
+            SideBySide([(ANSWERS.get(key, key), str(text)) for key, text in sample.items()])
+        )
+    return parts
+
+
+def _documents(record: Path) -> list[Part]:
+    """The ends of the ranking: whether the score likes what a reader would."""
+    ends = read(record, "selection.json")
+    header = ("document", "title", "year", "score", "tokens")
+    parts: list[Part] = []
+    for name in ("best", "worst"):
+        rows = [
+            (
+                row["id"],
+                row["title"],
+                str(row["year"] or ""),
+                _number(row["score"], 2),
+                _number(row["tokens"]),
+            )
+            for row in ends.get(name, [])
+        ]
+        if rows:
+            parts += [f"The {name}:", Table(header, rows)]
     return parts
 
 
@@ -252,6 +287,9 @@ def _corpus(record: Path) -> list[Part]:
             (row["stage"], row["reason"] or "all", *(f"{row[key]:,}" for key in COUNTS))
             for row in funnel
         ]
+        picture = pictures.funnel(funnel)
+        if picture:
+            parts.append(Picture("funnel", picture, "Tokens that each step left out, as bars"))
         parts.append(Table(("stage", "reason", *COUNTS), rows))
     facts = [
         ("tokens for training", _number(manifest.get("tokens"))),
@@ -349,7 +387,9 @@ def _versions(record: Path) -> list[Part]:
 
 def _recipe(record: Path) -> list[Part]:
     file = record / "recipe.yaml"
-    return [Listing(file.read_text("utf-8").rstrip())] if file.is_file() else []
+    if not file.is_file():
+        return []
+    return [Listing(file.read_text("utf-8").rstrip(), folded="Every value, defaults included")]
 
 
 def _number(value: Any, digits: int = 0) -> str:
@@ -375,9 +415,12 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
                 case Table(header, rows):
                     table = [header, ["---"] * len(header), *rows]
                     lines.append("\n".join(_markdown_row(row) for row in table))
-                case Picture(name, _):
+                case SideBySide(columns):
+                    text = "\n".join(f"{name}: {words}" for name, words in columns)
+                    lines.append("\n".join(f"    {line}" for line in text.splitlines()))
+                case Picture(name=name):
                     lines.append(f"![{section.title}]({name}.svg)")
-                case Listing(text):
+                case Listing(text=text):
                     # Indented, so that no text can end the block.
                     lines.append("\n".join(f"    {line}" for line in text.splitlines()))
                 case str(words):

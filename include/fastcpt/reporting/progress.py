@@ -1,0 +1,73 @@
+"""How far the training of a run is: its step, its rate, and the hours and money that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastcpt.reporting.pictures import read_metrics
+from fastcpt.reporting.record import TRAININGS, read, recipe_of
+from fastcpt.reporting.summary import duration, planned, span
+
+
+@dataclass(frozen=True)
+class Progress:
+    training: str
+    step: int
+    steps: int
+    facts: tuple[tuple[str, str], ...]  # name and words
+
+
+def progress(record: Path) -> Progress | None:
+    """The training that goes on, as its last line of metrics has it; None where none does."""
+    going = [
+        name
+        for name in TRAININGS
+        if (record / name / "metrics.jsonl").is_file() and not read(record, f"{name}/training.json")
+    ]
+    rows = read_metrics(record / going[-1] / "metrics.jsonl") if going else []
+    if not rows:
+        return None
+    recipe, last = recipe_of(record), rows[-1]
+    section = {
+        "train_cpt": recipe.get("training"),
+        "train_cpt_stage2": recipe.get("stage2"),
+        "train_sft": (recipe.get("sft") or {}).get("training"),
+    }[going[-1]]
+    steps = int((section or {}).get("max_steps") or last["step"])
+    return Progress(going[-1], int(last["step"]), steps, tuple(_facts(record, recipe, last)))
+
+
+def _facts(
+    record: Path, recipe: Mapping[str, Any], last: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    gpus = int((recipe.get("cluster") or {}).get("gpus") or 1)
+    facts = [("loss", f"{last['loss']:.3f}" if last.get("loss") is not None else "not a number")]
+    if rate := last.get("tokens_per_s_per_gpu"):
+        facts.append(("tokens/s", f"{rate * gpus:,.0f}"))
+    left = last.get("hours_left")
+    if left is not None:
+        facts.append(("time left of this training", duration(left * 3600)))
+    spent, price = last.get("cost"), price_per_hour(record)
+    if spent is not None:
+        facts.append(("cost of this training so far", f"${spent:,.2f}"))
+    if left is not None and price:
+        facts.append(("cost left of this training", f"${left * price:,.2f}"))
+    promised = planned(record) or {}
+    if promised.get("hours"):
+        facts.append(("planned for the whole run", span(promised["hours"], " h")))
+    if promised.get("cost"):
+        facts.append(("its planned cost", span(promised["cost"], prefix="$")))
+    if skipped := last.get("skipped_steps"):
+        facts.append(("skipped steps", f"{skipped:,}"))
+    return facts
+
+
+def price_per_hour(record: Path) -> float | None:
+    """USD for an hour of all the run's GPUs, as its plan counts; None without a price."""
+    promised = planned(record) or {}
+    hours, cost = promised.get("hours"), promised.get("cost")
+    price: float | None = cost[1] / hours[1] if hours and cost and hours[1] else None
+    return price

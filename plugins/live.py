@@ -1,0 +1,54 @@
+"""What a run's page shows of a job while it runs: its state and last line, and a training's curve so far.
+
+The triggerer, which watches the job anyway, leaves it in the run's record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastcpt.cluster.remote import ClusterError, Remote, ask_async
+from fastcpt.reporting.record import add, add_text
+
+EVERY_S = 15.0  # a curve of 4,000 rows is a megabyte: fetched no more often
+
+log = logging.getLogger(__name__)
+
+
+class Live:
+    """``metrics``: the job's ``metrics.jsonl`` on the host; empty where it has none."""
+
+    def __init__(self, record: str, task: str, metrics: str = "") -> None:
+        self.record, self.task, self.metrics = Path(record), task, metrics
+        self.left = 0.0
+
+    async def leave(self, remote: Remote, status: Mapping[str, Any], line: str) -> None:
+        """Write ``live/<task>.json`` and the curve into the record, at most every ``EVERY_S``.
+
+        What cannot be fetched or written costs the page's news, never the job.
+        """
+        if time.monotonic() - self.left < EVERY_S or not self.record.is_dir():
+            return
+        self.left = time.monotonic()
+        now = {
+            "state": status["state"],
+            "why": status.get("why", ""),
+            "line": line[:500],
+            "at": time.time(),
+        }
+        try:
+            await asyncio.to_thread(add, self.record, f"live/{self.task}.json", now)
+            if self.metrics:
+                paths = {"metrics": self.metrics}
+                found = (await ask_async(remote, "read_files", paths=paths))["metrics"]
+                whole = (found or "")[: (found or "").rfind("\n") + 1]
+                if whole:
+                    name = f"{self.task}/metrics.jsonl"
+                    await asyncio.to_thread(add_text, self.record, name, whole)
+        except (ClusterError, OSError) as error:
+            log.info("the page of the run is not up to date: %s", error)
