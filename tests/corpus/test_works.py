@@ -29,7 +29,7 @@ Scores = Callable[[Recipe], list[str]]
 def parted(
     documents: Callable[..., Path], recipe_for: Recipes, scores: Scores, home: Path
 ) -> Callable[..., int]:
-    """Of 16 draws, how often two documents are on two sides of the split."""
+    """Of 16 draws, how often one of two documents is trained on and the other held out."""
 
     def count(records: list[Record], one: str, other: str) -> int:
         found = 0
@@ -41,7 +41,7 @@ def parted(
             path = Path(select(scores(recipe), recipe, home)["path"])
             rows = pq.read_table(path / "documents.parquet", columns=["id", "split"]).to_pylist()
             split = {row["id"]: row["split"] for row in rows}
-            found += split[one] != split[other]
+            found += {split[one], split[other]} == {"train", "validation"}
         return found
 
     return count

@@ -8,7 +8,7 @@ machine. The order of steps, each with its reason for a document that ends there
 2. what the recipe does not want: ``too_short``, ``too_old``, ``other_kind``, ``other_subject``
 3. from the best score down: ``below_threshold``, ``outside_top_share``, ``over_budget``; or all of
    them, each cut short (``selection.max_document_tokens``)
-4. splits, by work: the newest acts, then others at random; the rest is for training
+4. splits, by work: those that their hash holds out, then the newest acts; the rest is for training
 
 The outcome depends neither on the order of the files nor on processes. Equal scores: the newer
 document first, then the lesser hash of the id.
@@ -54,7 +54,7 @@ from fastcpt.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 
 Ints = npt.NDArray[np.int64]
 

@@ -1,4 +1,4 @@
-"""Which documents are held out: whole works, the newest acts and others at random."""
+"""Which documents are held out: whole works, by their hash, and the newest acts."""
 
 from __future__ import annotations
 
@@ -22,29 +22,46 @@ def split_by_work(
     tokens: Ints,
     recipe: Recipe,
 ) -> None:
-    """Hold out whole works: the newest acts first, then works at random.
+    """Hold out whole works: those that their own hash holds out, then the newest acts.
 
-    A work is an act with its versions, corrigenda and translations; works of which any documents
-    are near-duplicates (dropped ones too), or one is contained in the other, count as one.
+    A work is an act with its versions, corrigenda and translations. Works of which any documents
+    are near-duplicates (dropped ones too), or one is contained in the other, are kin: kin of a
+    held-out work are neither trained on nor, unless their own hash says so, held out.
     """
     settings = recipe.corpus
-    works = _joined_works(corpus, pairs)
     most = settings.validation_tokens
-    newest_first = _groups_in_order(works[taken], settings.seed, -_act_day(corpus)[taken])
+    kin = _joined_works(corpus, pairs)
+    own = corpus.work[taken]
+    drawn = taken[_held_out_by_hash(own, settings.validation_share, settings.seed)]
+    names = _groups_in_order(corpus.work[drawn], settings.seed)
+    first = _first_groups(names, corpus.work[drawn], len(drawn), tokens[drawn], most)
+    is_read = np.isin(corpus.work[drawn], first)
+    corpus.split[drawn[is_read]] = SPLITS.index("validation")
+    corpus.drop(drawn[~is_read], "beyond_validation_tokens")
+    of_drawn = np.unique(kin[drawn])
+    corpus.drop(taken[np.isin(kin[taken], of_drawn) & ~np.isin(taken, drawn)], "of_a_held_out_work")
+
+    others = taken[~np.isin(kin[taken], of_drawn)]
+    newest_first = _groups_in_order(kin[others], settings.seed, -_act_day(corpus)[others])
     count = math.ceil(settings.newest_share * len(taken))
-    newest = _first_groups(newest_first, works[taken], count, tokens[taken], most)
-    is_newest = np.isin(works[taken], newest)
-    corpus.split[taken[is_newest]] = SPLITS.index("validation_newest")
-    others = taken[~is_newest]
-    at_random = _groups_in_order(works[others], settings.seed)
-    count = max(1, math.ceil(settings.validation_share * len(taken)))
-    drawn = _first_groups(at_random, works[others], count, tokens[others], most)
-    is_drawn = np.isin(works[others], drawn)
-    corpus.split[others[is_drawn]] = SPLITS.index("validation")
-    corpus.split[others[~is_drawn]] = SPLITS.index("train")
-    lost = np.isin(works[reserve], np.union1d(newest, drawn))
+    newest = _first_groups(newest_first, kin[others], count, tokens[others], most)
+    is_newest = np.isin(kin[others], newest)
+    corpus.split[others[is_newest]] = SPLITS.index("validation_newest")
+    corpus.split[others[~is_newest]] = SPLITS.index("train")
+    lost = np.isin(kin[reserve], np.union1d(of_drawn, newest))
     corpus.drop(reserve[lost], "of_a_held_out_work")
     corpus.split[reserve[~lost]] = SPLITS.index("reserve")
+
+
+def _held_out_by_hash(
+    works: npt.NDArray[np.uint64], share: float, seed: int
+) -> npt.NDArray[np.bool_]:
+    """Which works are held out: ``share`` of all that may come, whatever else is there.
+
+    A corpus so small that none would be holds out the one that comes first in the seed's order.
+    """
+    drawn = _drawn(works, seed)
+    return drawn <= max(np.uint64(share * 2**64), drawn.min(initial=2**64 - 1))
 
 
 def _joined_works(corpus: ScoreColumns, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
@@ -73,16 +90,21 @@ def _groups_in_order(
 ) -> npt.NDArray[np.uint64]:
     """Works by the least ``first`` of their documents, then in an order drawn from the seed."""
     names, index = np.unique(works, return_inverse=True)
-    turned = (names ^ np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))) * np.uint64(
-        0xBF58476D1CE4E5B9
-    )
-    turned ^= turned >> np.uint64(31)
-    turned *= np.uint64(0x94D049BB133111EB)
+    turned = _drawn(names, seed)
     if first is None:
         return names[np.argsort(turned, kind="stable")]
     least = np.full(len(names), np.iinfo(np.int64).max)
     np.minimum.at(least, index, first)
     return names[np.lexsort((turned, least))]
+
+
+def _drawn(works: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
+    """A number for each work, uniform over 64 bits, of the work's hash and the seed alone."""
+    turned = (works ^ np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))) * np.uint64(
+        0xBF58476D1CE4E5B9
+    )
+    turned ^= turned >> np.uint64(31)
+    return turned * np.uint64(0x94D049BB133111EB)
 
 
 def _first_groups(
