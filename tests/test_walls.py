@@ -13,7 +13,7 @@ from fastcpt.cluster.environment import SHIPPED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARY = REPOSITORY / "include" / "fastcpt"
-ROOMS = ["corpus", "planning", "cluster", "training", "reporting"]
+ROOMS = ["corpus", "planning", "cluster", "training", "registry", "reporting"]
 SHARED = {
     "fastcpt",
     "fastcpt.best_fit",
@@ -24,7 +24,7 @@ SHARED = {
         f"fastcpt.{name}"
         for name in ("recipe", "recipe_form", "recipe_sections", "shapes", "step_memory")
     ),
-    *(f"fastcpt.{name}" for name in ("gpus", "yaml_files")),
+    *(f"fastcpt.{name}" for name in ("gpus", "held_out", "intervals", "yaml_files")),
 }
 GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}
 

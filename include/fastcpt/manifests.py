@@ -86,6 +86,7 @@ class SelectionManifest(TypedDict):
     # of a document at most, estimated, and whether that is to fill target_tokens: counted by the build
     max_document_tokens: NotRequired[int | None]
     cut_fills_target: NotRequired[bool]
+    comparison: str | None  # digest of the set that models are compared on
     newest_year: int
     oddly_dated: int
     funnel: list[FunnelRow]

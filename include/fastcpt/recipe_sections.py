@@ -418,8 +418,29 @@ class Budget(Section):
     )
 
 
+class Conditions(Section):
+    """What else a model has to be beside its base model to be recommended; none where empty."""
+
+    improvement: float | None = Field(
+        None, ge=0.0, le=8.0, description="Bits a byte fewer on the gate's set, at least."
+    )
+    tasks: float | None = Field(
+        None, ge=-1.0, le=1.0, description="Share of questions answered rightly more, at least."
+    )
+    forgotten: float | None = Field(
+        None, ge=0.0, le=8.0, description="Bits a byte more on general texts, at most."
+    )
+
+
 class Publish(Section):
     destination: Literal["bring_back", "leave_on_cluster"] = "bring_back"
+    margin: float = Field(
+        0.002,
+        ge=0.0,
+        lt=1.0,
+        description="Share of the champion's bits a byte that a new champion saves, at least.",
+    )
+    conditions: Conditions = Conditions()
 
 
 class Claim(Section):

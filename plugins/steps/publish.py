@@ -1,4 +1,7 @@
-"""The model that is published: merged on the cluster, brought back where the recipe says so."""
+"""The model that is published: merged on the cluster, brought back where the recipe says so.
+
+Before, it is decided whether it is recommended; after, it is the champion or a candidate.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 from airflow.sdk import Context
 
 from fastcpt.files import HOME
+from fastcpt.recipe import Recipe
+from notifications import first_time, tell
 from remote_job import RemoteJob, remote_of
 from steps.results import Files, Published, result_of, result_or_none, trained_by
 from steps.run import recipe_of
@@ -25,6 +30,7 @@ def publish(context: Context) -> RemoteJob:
     plan, places = result_of(context, "plan"), result_of(context, "sync")
     recipe, record = recipe_of(plan), Path(plan["record"])
     model = trained_by(context, "train_sft")["model"]
+    _decide(record, recipe, name_of(model))
     name = publication_name(recipe, read_facts(record), name_of(model))
     # a folder of their own: of an earlier pass of the run others may lie in the run's
     facts = [f"{fact}.json" for fact in FACTS if (record / f"{fact}.json").is_file()]
@@ -41,6 +47,54 @@ def publish(context: Context) -> RemoteJob:
     )
 
 
+def _decide(record: Path, recipe: Recipe, training: str) -> None:
+    """Put ``decision.json`` into the record; of a model that is known, the one it has."""
+    from fastcpt.held_out import HeldOutError, trained_and_held_out
+    from fastcpt.registry.champion import champion, evaluation_of, models
+    from fastcpt.registry.conditions import decide
+    from fastcpt.reporting.record import add, read, read_last
+
+    known, best = models(HOME, recipe.name), champion(HOME, recipe.name)
+    same = [facts["decision"] for facts in known.values() if facts["training"] == training]
+    if same:
+        add(record, "decision.json", same[-1])
+        return
+    trained_on: int | None = 0
+    compared = None
+    if best is not None:
+        corpora = [read(record, "outputs/build.json")["digest"], known[best]["corpus"]]
+        try:
+            trained_on = trained_and_held_out(HOME, recipe.name, corpora)
+        except HeldOutError as error:
+            print(error)
+            trained_on = None
+        compared = {"model": best, "evaluation": evaluation_of(HOME, recipe.name, best)}
+    gate, evaluation = read_last(record, "gate"), read_last(record, "evaluation")
+    add(record, "decision.json", decide(recipe.publish, gate, evaluation, compared, trained_on))
+
+
+def _take_in(context: Context, recipe: Recipe, record: Path, path: str, folder: str) -> str:
+    """Make the published model champion or candidate, and tell of it once; what it is, in words."""
+    from fastcpt.registry.champion import add_model, champion
+    from fastcpt.reporting.record import read, read_last
+
+    decision, name = read(record, "decision.json"), Path(folder).name
+    facts = {
+        "run": context["run_id"],
+        "record": record.name,
+        "path": path,
+        "training": name_of(trained_by(context, "train_sft")["model"]),
+        "corpus": read(record, "outputs/build.json")["digest"],
+        "decision": decision,
+    }
+    standing = add_model(HOME, recipe.name, name, facts, read_last(record, "evaluation"))
+    print(standing)
+    if first_time(record, "standing"):
+        is_best = champion(HOME, recipe.name) == name
+        tell(context, "promoted" if is_best else "kept as a candidate", standing)
+    return standing
+
+
 def keep_published(context: Context, files: Files, hands_on: Published) -> dict[str, Any]:
     """The published model is brought back, or left on the cluster, as the recipe says."""
     from fastcpt.cluster.checkpoints import forget
@@ -48,7 +102,7 @@ def keep_published(context: Context, files: Files, hands_on: Published) -> dict[
     from fastcpt.reporting.record import add_output
 
     plan, began = result_of(context, "plan"), time.time()
-    recipe, folder = recipe_of(plan), hands_on["published"]
+    recipe, record, folder = recipe_of(plan), Path(plan["record"]), hands_on["published"]
     if recipe.publish.destination == "bring_back":
         remote = remote_of(recipe.cluster.connection)
         answer = fetch(remote, folder, HOME / "models" / Path(folder).name)
@@ -58,6 +112,7 @@ def keep_published(context: Context, files: Files, hands_on: Published) -> dict[
     else:
         answer = {"path": f"{recipe.cluster.connection}:{folder}"}
     answer["digest"] = hands_on["digest"]
-    add_output(Path(plan["record"]), "publish", answer)
+    answer["standing"] = _take_in(context, recipe, record, answer["path"], folder)
+    add_output(record, "publish", answer)
     note_job(context, files, began)
     return answer

@@ -138,7 +138,7 @@ def test_no_training_document_left(
         selection__target_tokens=budget,
     )
     message = (
-        r"no training document is left: all 8 overlap with held-out documents by more than 30%"
+        r"no training document is left: all 7 overlap with held-out documents by more than 30%"
     )
     with pytest.raises(BuildError, match=message):
         made(recipe, home)

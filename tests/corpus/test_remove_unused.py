@@ -44,14 +44,23 @@ def folder_of(home: Path, name: str) -> Path:
     return folder
 
 
+def record(home: Path, built: dict[str, str]) -> Path:
+    """A run that has ended, with the corpus that it built."""
+    folder = home / "runs" / "r"
+    (folder / "outputs").mkdir(parents=True, exist_ok=True)
+    (folder / "outputs" / "build.json").write_text(json.dumps(built))
+    moment = "2026-01-01T00:00:00+00:00"
+    (folder / "run.json").write_text(json.dumps({"run": "r", "started": moment, "ended": moment}))
+    return folder
+
+
 def test_old_corpora_that_no_run_names_and_unused_ids_go(tmp_path: Path) -> None:
-    gone = [aged(folder_of(tmp_path, name)) for name in ("corpora/old", "tokens/old")]
+    old = ("corpora/old", "tokens/old", "selections/old", "scores/old")
+    gone = [aged(folder_of(tmp_path, name)) for name in old]
     named = aged(folder_of(tmp_path, "corpora/named"))
     young = [folder_of(tmp_path, name) for name in ("corpora/young", "tokens/young")]
-    others = [aged(folder_of(tmp_path, name)) for name in ("models/m", "scores/s", "selections/t")]
-    outputs = tmp_path / "runs" / "r" / "outputs"
-    outputs.mkdir(parents=True)
-    (outputs / "build.json").write_text(json.dumps({"path": str(named), "digest": "named"}))
+    others = [aged(folder_of(tmp_path, name)) for name in ("models/m", "ledger/c", "runs/r")]
+    record(tmp_path, {"path": str(named), "digest": "named"})
     listed = removed(tmp_path, "--dry_run")
     assert all(str(folder) in listed.stdout for folder in gone)
     assert all(folder.is_dir() for folder in gone)
@@ -66,9 +75,7 @@ def test_old_corpora_that_no_run_names_and_unused_ids_go(tmp_path: Path) -> None
 
 def test_a_record_that_cannot_be_read_keeps_everything(tmp_path: Path) -> None:
     old = aged(folder_of(tmp_path, "corpora/old"))
-    outputs = tmp_path / "runs" / "r" / "outputs"
-    outputs.mkdir(parents=True)
-    (outputs / "build.json").write_text('{"pa')
+    (record(tmp_path, {}) / "outputs" / "build.json").write_text('{"pa')
     done = removed(tmp_path)
     assert done.returncode == 1
     assert "build.json cannot be read" in done.stderr
@@ -98,9 +105,7 @@ def test_a_moved_home_keeps_what_its_records_name_and_half_removed_folders_go(
 ) -> None:
     named = aged(folder_of(tmp_path, "corpora/named"))
     half = folder_of(tmp_path, "tokens/.gone.removed")
-    outputs = tmp_path / "runs" / "r" / "outputs"
-    outputs.mkdir(parents=True)
-    (outputs / "build.json").write_text(json.dumps({"path": "/elsewhere/corpora/named"}))
+    record(tmp_path, {"path": "/elsewhere/corpora/named"})
     assert removed(tmp_path).returncode == 0
     assert named.is_dir()
     assert not half.exists()

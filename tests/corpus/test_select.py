@@ -244,7 +244,9 @@ def test_held_out_sets_have_about_their_shares(outcome: Any) -> None:
     found = outcome(records, corpus__validation_share=0.1, corpus__newest_share=0.05)
     splits = Counter(row["split"] for row in found.values())
     assert splits["validation_newest"] == 5
-    assert 4 <= splits["validation"] <= 16  # of 100 works each is held out by its own hash: 10 +- 2 x 3
+    assert (
+        4 <= splits["validation"] <= 16
+    )  # of 100 works each is held out by its own hash: 10 +- 2 x 3
     assert splits["train"] == 95 - splits["validation"]
     newest = [row["year"] for row in found.values() if row["split"] == "validation_newest"]
     assert set(newest) <= {2018, 2019}
@@ -260,9 +262,7 @@ def test_what_is_held_out_does_not_depend_on_what_else_there_is(outcome: Any) ->
         assert fewer == held_out[2] & {one["id"] for one in records[:count]}
     # nor on how much of it is read: what is beyond the limit is not trained on either
     limited = outcome(records, corpus__validation_tokens=1000)
-    unread = {
-        row["id"] for row in limited.values() if row["reason"] == "beyond_validation_tokens"
-    }
+    unread = {row["id"] for row in limited.values() if row["reason"] == "held_out_unread"}
     read = {row["id"] for row in limited.values() if row["split"] == "validation"}
     assert unread
     assert read | unread == held_out[2]

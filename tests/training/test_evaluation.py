@@ -225,6 +225,11 @@ def test_trained_and_base_stand_side_by_side(
         assert newest["bits_per_byte"] == pytest.approx(nats / math.log(2) / 38, rel=1e-5)
         assert result["random"][who]["tokens"] == 231
     assert result["random"]["model"]["perplexity"] != result["random"]["base"]["perplexity"]
+    # document by document, so that two models can be compared in pairs
+    for who in ("model", "base"):
+        by_document = result["random"]["by_document"]
+        assert len(by_document["id"]) == len(by_document["bytes"]) == len(by_document[who])
+        assert sum(by_document[who]) / 231 == pytest.approx(result["random"][who]["loss"])
 
 
 def test_the_same_inputs_are_not_evaluated_again(

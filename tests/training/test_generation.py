@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from fastcpt.intervals import ratio
 from fastcpt.recipe import load_recipe
 from fastcpt.training import generation
 from fastcpt.training.generation import evaluate_sft, figures_of, generate
-from fastcpt.training.intervals import ratio
 from fastcpt.training.sft import Chat, Instruction
 from training.conftest import launch, write_recipe
 from training.tiny import END, model_folder

@@ -230,12 +230,24 @@ def test_the_card_tells_the_runs_figures_and_no_place(
 def card_of(recipe: Recipe, record: Path) -> str:
     names = ["gguf", "corpus_manifest", "evaluation", "evaluation_stage2", "gate", "gate_stage2"]
     names += ["evaluation_sft", "train_cpt/training", "train_cpt_stage2/training"]
-    names += ["train_sft/training"]
+    names += ["train_sft/training", "decision"]
     facts = {
         name: json.loads(file.read_text()) if (file := record / f"{name}.json").is_file() else {}
         for name in names
     }
     return model_card(recipe, facts, name="m", parameters=8_030_261_248)
+
+
+def test_the_card_has_every_condition_of_the_decision(recipe: Recipe, record: Path) -> None:
+    saved = {"what": "bits saved", "value": 0.0123, "low": 0.01, "high": 0.015, "bound": 0.002}
+    lost = {"what": "bits lost", "value": None, "low": None, "high": None, "bound": 0.02}
+    conditions = [{**saved, "met": True}, {**lost, "met": False, "why": "no general set"}]
+    decision = {"recommended": False, "against": "law-1", "conditions": conditions}
+    write_json(record / "decision.json", decision)
+    card = card_of(recipe, record)
+    assert "Compared with `law-1`, this model does not meet all conditions." in card
+    assert "| bits saved | 0.002 | 0.0123 | 0.01 to 0.015 | yes |" in card
+    assert "| bits lost | 0.02 | not measured |  | no |" in card
 
 
 def test_the_card_of_a_hub_model_names_it_and_how_it_was_adapted(

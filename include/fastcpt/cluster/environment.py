@@ -27,6 +27,7 @@ SHIPPED = (
     "fastcpt/files.py",
     "fastcpt/gate.py",
     "fastcpt/ids.py",
+    "fastcpt/intervals.py",
     "fastcpt/manifests.py",
     "fastcpt/shapes.py",
     "fastcpt/step_memory.py",

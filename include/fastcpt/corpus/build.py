@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from fastcpt.corpus.budget import cut_for, take_within
+from fastcpt.corpus.comparison import add_comparison, kept_tokenizer, note_in_ledger
 from fastcpt.corpus.decontamination import (
     CutOff,
     check_splits,
@@ -27,7 +28,7 @@ from fastcpt.corpus.decontamination import (
     drop_overlapping,
     find_overlaps,
 )
-from fastcpt.corpus.documents import Document, read_documents, spelled
+from fastcpt.corpus.documents import spelled
 from fastcpt.corpus.fingerprint import spread
 from fastcpt.corpus.funnel import funnel_of_build, funnel_table
 from fastcpt.corpus.replay import (
@@ -56,6 +57,7 @@ from fastcpt.corpus.tokenizer import (
 )
 from fastcpt.corpus.tokens import tokenize_part
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
+from fastcpt.held_out import comparison, comparison_digest
 from fastcpt.manifests import (
     CorpusFolder,
     CorpusManifest,
@@ -65,13 +67,12 @@ from fastcpt.manifests import (
     Tokenized,
 )
 from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Fields
 
 log = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "corpus_manifest.json"
 SMALL = 4_000_000  # characters: less is done sooner than processes start and tokenizers compare
 PROBE_CHARACTERS = 300_000  # compared before tiktoken is trusted with the corpus
@@ -103,6 +104,11 @@ def build(selection: str, recipe: Recipe, home: Path, processes: int | None = No
         os.utime(folder)  # as of token ids: used
         found: CorpusManifest = read_json(folder / MANIFEST)
         return {**found, "path": str(folder), "reused": True}
+    if comparison_digest(home, recipe.name) != chosen["comparison"]:
+        raise BuildError(
+            "the set that models are compared on was frozen or retired since the documents were "
+            "selected: select them again (clear select and what follows it)"
+        )
     manifest = _build_into(
         folder, digest, documents, tokenizer, replay, chosen, recipe, home, processes
     )
@@ -158,6 +164,8 @@ def _build_into(
     if documents.characters.sum() < SMALL:
         processes = processes or 1
     held_out = folder / ".held_out"
+    if chosen["comparison"]:
+        add_comparison(documents, comparison(home, recipe.name), held_out / "comparison.jsonl")
     unseen = GeneralHeldOut.drawn(replay, documents, recipe.documents.max_record_mb)
     overlaps = find_overlaps(documents, unseen, held_out, processes)
     drop_overlapping(documents, overlaps)
@@ -180,8 +188,9 @@ def _build_into(
     check_adapters(areas, recipe)
     plan = plan_rows(training, recipe)
     shards = write_shards(folder, plan, training, areas, recipe.corpus.num_shards, processes)
-    shutil.rmtree(held_out)
     validation = _write_validation_sets(folder, documents, ids, unseen, tokenizer, home)
+    note_in_ledger(folder.name, documents, home)
+    shutil.rmtree(held_out)
     write_tokenizer(tokenizer, folder / "tokenizer")
     tokens = int(training.length.sum())
     return {
@@ -231,8 +240,8 @@ def _write_validation_sets(
 
 
 def _tokenizer(documents: Selected, selection: str, recipe: Recipe, home: Path) -> CorpusTokenizer:
-    found = find_tokenizer(recipe) or _trained(documents, selection, recipe, home)
-    return _compared(found, documents, home)
+    found = kept_tokenizer(find_tokenizer(recipe), recipe, home)
+    return _compared(found or _trained(documents, selection, recipe, home), documents, home)
 
 
 def _trained(documents: Selected, selection: str, recipe: Recipe, home: Path) -> CorpusTokenizer:
@@ -256,15 +265,7 @@ def _training_texts(documents: Selected, characters: int) -> Iterator[str]:
     rows = documents.rows("train")
     rows = rows[np.argsort(spread(documents.rank[rows], seed=0))]
     enough = np.searchsorted(np.cumsum(documents.characters[rows]), characters)
-    for part, _, positions in documents.by_part(np.sort(rows[: enough + 1])):
-        yield from _texts(part, documents.fields, positions)
-
-
-def _texts(part: str, fields: Fields, positions: Ints) -> Iterator[str]:
-    wanted = set(positions.tolist())
-    for document in read_documents(part, fields, wanted=wanted):
-        if isinstance(document, Document):
-            yield document.text
+    yield from documents.texts(np.sort(rows[: enough + 1]))
 
 
 def _cut_at_budget(documents: Selected, ids: TokenIds, chosen: SelectionManifest) -> int | None:

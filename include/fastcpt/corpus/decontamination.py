@@ -89,7 +89,7 @@ def drop_overlapping(documents: Selected, overlaps: HeldOutOverlaps) -> None:
     """
     held_out = {split: documents.rows(split) for split in HELD_OUT}
     for row, share in overlaps.formulas:
-        if share > leakage.MAX_FORMULAS:
+        if share > leakage.MAX_FORMULAS and row not in documents.frozen:
             documents.split[row] = "common_text"
     for split, rows in held_out.items():
         _check_loss(documents, split, rows)

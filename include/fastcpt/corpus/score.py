@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -122,6 +123,7 @@ def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> Sco
         if found["part"] != part:  # the same content under another name
             found["part"] = part
             write_json(manifest, found)
+        os.utime(folder)  # used: see scripts/remove_unused.py
         return {**found, "path": str(folder), "reused": True}
     documents, unreadable, characters = _score_into(folder, part, recipe, processes)
     result: ScoresManifest = {

@@ -40,7 +40,7 @@ REASONS = (
     "outside_top_share",
     "over_budget",
     "of_a_held_out_work",
-    "beyond_validation_tokens",
+    "held_out_unread",
 )
 SPLITS = ("", "train", "validation", "validation_newest", "reserve")
 

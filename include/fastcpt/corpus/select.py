@@ -17,6 +17,7 @@ document first, then the lesser hash of the id.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcpt.corpus.budget import fill, tokens_per_piece
+from fastcpt.corpus.comparison import kept_tokenizer
 from fastcpt.corpus.documents import DocumentsError, Unreadable, spelled, unreadable_message
 from fastcpt.corpus.duplicates import SignatureStore, groups_of
 from fastcpt.corpus.funnel import funnel_of_selection, funnel_table
@@ -39,7 +41,7 @@ from fastcpt.corpus.score_columns import (
     sketches_of,
 )
 from fastcpt.corpus.selection_table import subjects_of_adapters, write_selection
-from fastcpt.corpus.splits import split_by_work
+from fastcpt.corpus.splits import Frozen, split_by_work
 from fastcpt.corpus.tokenizer import CorpusTokenizer, find_tokenizer
 from fastcpt.corpus.works import contained
 from fastcpt.files import digest_of, read_json, write_json
@@ -69,11 +71,13 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
     Writes ``home/selections/<digest>/documents.parquet`` (a row a document, with its reason or
     its split) and ``manifest.json``. Raises
     ``DocumentsError`` above ``documents.max_unreadable_share``, ``SelectionError`` where nothing
-    is left, ``TokenizerError`` where the recipe's tokenizer is missing.
+    is left, ``TokenizerError`` where the recipe's tokenizer is missing, ``BuildError`` where it is
+    another than the champion's.
     """
     tables = sorted(map(_table, scores), key=lambda table: (spelled(table["part"]), table["part"]))
     _check_readable(tables, recipe.documents.max_unreadable_share)
-    tokenizer = find_tokenizer(recipe)
+    tokenizer = kept_tokenizer(find_tokenizer(recipe), recipe, home)
+    frozen = Frozen.of(home, recipe.name)
     digest = digest_of(
         "select",
         FORMAT,
@@ -85,10 +89,12 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
         ),
         tokenizer.sha256 if tokenizer else "untrained",
         subjects_of_adapters(recipe),
+        *([frozen.digest] if frozen else []),
     )
     folder = home / "selections" / digest
     if (folder / "manifest.json").exists():
         found: SelectionManifest = read_json(folder / "manifest.json")
+        os.utime(folder)  # used: see scripts/remove_unused.py
         # the same names may be spelled another way by now
         parts: list[SelectedPart] = [
             {**part, "part": table["part"]}
@@ -101,7 +107,7 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
     shutil.rmtree(folder, ignore_errors=True)
     scratch = folder / "scratch"
     try:
-        manifest = _select_into(folder, scratch, digest, tables, recipe, tokenizer)
+        manifest = _select_into(folder, scratch, digest, tables, recipe, tokenizer, frozen)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     write_json(folder / "manifest.json", manifest)
@@ -140,6 +146,7 @@ def _select_into(
     tables: Sequence[ScoresFolder],
     recipe: Recipe,
     tokenizer: CorpusTokenizer | None,
+    frozen: Frozen | None,
 ) -> SelectionManifest:
     store = SignatureStore(scratch, recipe.selection.near_duplicate_threshold)
     try:
@@ -155,7 +162,7 @@ def _select_into(
     rows = np.sort(np.concatenate([taken, reserve]))
     within = contained(rows, corpus.named[rows], lambda: sketches_of(tables, rows))
     joined = np.concatenate([pairs, within])
-    split_by_work(corpus, taken, reserve, joined, corpus.tokens(ratio), recipe)
+    split_by_work(corpus, taken, reserve, joined, corpus.tokens(ratio), recipe, frozen)
     if not np.any(corpus.split == SPLITS.index("train")):
         raise SelectionError(_why_empty(corpus))
     funnel = funnel_of_selection(tables, corpus, ratio)
@@ -182,6 +189,7 @@ def _select_into(
         "target_tokens": recipe.selection.target_tokens,
         "max_document_tokens": cut,
         "cut_fills_target": by_target,
+        "comparison": frozen.digest if frozen else None,
         "newest_year": corpus.newest_year,
         "oddly_dated": len(corpus.oddly_dated),
         "funnel": funnel,

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fastcpt.corpus.documents import Document, read_documents
 from fastcpt.manifests import SelectionManifest
 from fastcpt.recipe_sections import Fields
 
@@ -38,10 +39,13 @@ class Selected:
     rank: Ints
     characters: Ints
     tokens: Ints  # estimated
+    content: npt.NDArray[np.uint64]  # of the text
+    work_hash: npt.NDArray[np.uint64]
     about: pa.Table  # id, work, bytes, year, doc_type, areas
     # training documents with the held-out ones whose passages they go without, all by row
     quoted: dict[int, list[int]] = field(default_factory=dict)
     held_out: Ints = field(init=False)  # rows held out at first, some of which may be dropped
+    frozen: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # rows that stay
 
     def __post_init__(self) -> None:
         self.held_out = self.rows(*HELD_OUT)
@@ -60,6 +64,8 @@ class Selected:
             rank=table["rank"].to_numpy(),
             characters=table["characters"].to_numpy().astype(np.int64),
             tokens=table["tokens"].to_numpy(),
+            content=table["content"].to_numpy(),
+            work_hash=table["work_hash"].to_numpy(),
             about=table.select(["id", "work", "bytes", "year", "doc_type", "areas"]),
         )
 
@@ -78,3 +84,11 @@ class Selected:
         for (part, source), (begin, end) in zip(self.parts, pairwise(bounds), strict=True):
             if begin < end:
                 yield part, source, self.position[rows[begin:end]]
+
+    def texts(self, rows: Ints) -> Iterator[str]:
+        """The (sorted) rows' texts, read again."""
+        for part, _, positions in self.by_part(rows):
+            wanted = set(positions.tolist())
+            for document in read_documents(part, self.fields, wanted=wanted):
+                if isinstance(document, Document):
+                    yield document.text

@@ -33,6 +33,8 @@ SELECTION_SCHEMA = pa.schema(
         ("position", pa.int64()),
         ("id", pa.string()),
         ("work", pa.string()),
+        ("content", pa.uint64()),
+        ("work_hash", pa.uint64()),
         ("score", pa.float64()),
         ("recency", pa.float32()),
         ("citations", pa.float32()),
@@ -61,7 +63,7 @@ def write_selection(
     tokens = corpus.tokens(ratio)
     progress = Progress("write the selection", "documents", len(tokens))
     names = ids_of(tables, np.unique(duplicate_of[duplicate_of >= 0]))
-    copied = ["id", "work", "bytes", "doc_type"]
+    copied = ["id", "work", "content", "work_hash", "bytes", "doc_type"]
     row = 0
     with whole_file(path) as aside, pq.ParquetWriter(aside, SELECTION_SCHEMA) as writer:
         for table in tables:

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from fastcpt.corpus.duplicates import groups_of
 from fastcpt.corpus.score_columns import SPLITS, ScoreColumns
+from fastcpt.held_out import comparison, comparison_digest
 from fastcpt.recipe import Recipe
 
 Ints = npt.NDArray[np.int64]
+
+
+class Frozen(NamedTuple):
+    """What stands in the set that models are compared on."""
+
+    digest: str
+    works: npt.NDArray[np.uint64]
+    texts: npt.NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, home: Path, recipe: str) -> Frozen | None:
+        """The set of a recipe; None where none is frozen."""
+        digest = comparison_digest(home, recipe)
+        if digest is None:
+            return None
+        file = comparison(home, recipe) / "documents.parquet"
+        table = pq.read_table(file, columns=["work_hash", "content"])
+        return cls(digest, table["work_hash"].to_numpy(), table["content"].to_numpy())
+
+    def holds(self, corpus: ScoreColumns, rows: Ints) -> npt.NDArray[np.bool_]:
+        """Which rows are of its works or have one of its texts."""
+        same_work = np.isin(corpus.work[rows], self.works)
+        return same_work | np.isin(corpus.content[rows], self.texts)
 
 
 def split_by_work(
@@ -21,47 +48,63 @@ def split_by_work(
     pairs: npt.NDArray[np.int64],
     tokens: Ints,
     recipe: Recipe,
+    frozen: Frozen | None = None,
 ) -> None:
     """Hold out whole works: those that their own hash holds out, then the newest acts.
 
     A work is an act with its versions, corrigenda and translations. Works of which any documents
     are near-duplicates (dropped ones too), or one is contained in the other, are kin: kin of a
     held-out work are neither trained on nor, unless their own hash says so, held out.
+
+    Where models are compared on a ``frozen`` set, its works take the place of those drawn by hash,
+    which are not read then; nothing of its works and texts is taken from the folder.
     """
     settings = recipe.corpus
     most = settings.validation_tokens
     kin = _joined_works(corpus, pairs)
-    own = corpus.work[taken]
-    drawn = taken[_held_out_by_hash(own, settings.validation_share, settings.seed)]
+    judged = taken[frozen.holds(corpus, taken)] if frozen else taken[:0]
+    by_hash = _held_out_by_hash(
+        corpus.work[taken], settings.validation_share, settings.seed, at_least_one=not frozen
+    )
+    drawn = np.setdiff1d(taken[by_hash], judged)
     names = _groups_in_order(corpus.work[drawn], settings.seed)
     first = _first_groups(names, corpus.work[drawn], len(drawn), tokens[drawn], most)
-    is_read = np.isin(corpus.work[drawn], first)
+    is_read = np.isin(corpus.work[drawn], first) & (frozen is None)
     corpus.split[drawn[is_read]] = SPLITS.index("validation")
-    corpus.drop(drawn[~is_read], "beyond_validation_tokens")
-    of_drawn = np.unique(kin[drawn])
-    corpus.drop(taken[np.isin(kin[taken], of_drawn) & ~np.isin(taken, drawn)], "of_a_held_out_work")
+    corpus.drop(drawn[~is_read], "held_out_unread")
+    of_held_out = np.unique(kin[np.concatenate([drawn, judged])])
+    is_kin = np.isin(kin[taken], of_held_out)
+    corpus.drop(np.setdiff1d(taken[is_kin], drawn), "of_a_held_out_work")
 
-    others = taken[~np.isin(kin[taken], of_drawn)]
+    others = taken[~is_kin]
     newest_first = _groups_in_order(kin[others], settings.seed, -_act_day(corpus)[others])
     count = math.ceil(settings.newest_share * len(taken))
     newest = _first_groups(newest_first, kin[others], count, tokens[others], most)
     is_newest = np.isin(kin[others], newest)
     corpus.split[others[is_newest]] = SPLITS.index("validation_newest")
     corpus.split[others[~is_newest]] = SPLITS.index("train")
-    lost = np.isin(kin[reserve], np.union1d(of_drawn, newest))
+    unread = _held_out_by_hash(
+        corpus.work[reserve], settings.validation_share, settings.seed, at_least_one=False
+    )
+    corpus.drop(reserve[unread], "held_out_unread")
+    reserve = reserve[~unread]
+    lost = np.isin(kin[reserve], np.union1d(of_held_out, newest))
+    if frozen:
+        lost |= frozen.holds(corpus, reserve)
     corpus.drop(reserve[lost], "of_a_held_out_work")
     corpus.split[reserve[~lost]] = SPLITS.index("reserve")
 
 
 def _held_out_by_hash(
-    works: npt.NDArray[np.uint64], share: float, seed: int
+    works: npt.NDArray[np.uint64], share: float, seed: int, at_least_one: bool
 ) -> npt.NDArray[np.bool_]:
     """Which works are held out: ``share`` of all that may come, whatever else is there.
 
-    A corpus so small that none would be holds out the one that comes first in the seed's order.
+    ``at_least_one``: a corpus so small that none would be holds out the first in the seed's order.
     """
     drawn = _drawn(works, seed)
-    return drawn <= max(np.uint64(share * 2**64), drawn.min(initial=2**64 - 1))
+    limit = np.uint64(share * 2**64)
+    return drawn <= (max(limit, drawn.min()) if at_least_one and len(drawn) else limit)
 
 
 def _joined_works(corpus: ScoreColumns, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

@@ -10,6 +10,7 @@
         <training>/metrics.jsonl  the curves of each of TRAININGS
         <training>/training.json  its totals
         evaluation.json, evaluation_stage2.json, gate.json, gate_stage2.json, evaluation_sft.json
+        decision.json             whether the model is recommended, by which conditions
         cost.json                 GPU hours and money
         plan_and_actual.json      the plan's figures beside the run's
         times/<task>.json         when each task worked; times/approval.json: waited for a person

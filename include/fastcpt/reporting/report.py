@@ -90,6 +90,7 @@ def sections(record: Path) -> list[Section]:
         Section("Summary", [Listing(summary_text(record))]),
         Section("Perplexity and the gate", _perplexity(record)),
         Section("Questions from held-out documents", _questions(record)),
+        Section("Champion or candidate", _decision(record)),
         Section("Training", _training(record)),
         Section("Fine-tuning", _fine_tuning(record)),
         Section("Corpus", _corpus(record)),
@@ -192,6 +193,28 @@ def _questions(record: Path) -> list[Part]:
         "interval holds 0 is none.",
         Table(header, rows),
     ]
+
+
+def _decision(record: Path) -> list[Part]:
+    """Whether the model is recommended, condition by condition, and what became of it."""
+    decision = read(record, "decision.json")
+    if not decision:
+        return []
+    standing = read(record, "outputs/publish.json").get("standing")
+    rows = [
+        (
+            condition["what"],
+            f"{condition['bound']:g}",
+            _number(condition["value"], 4) or f"not measured: {condition.get('why')}",
+            _span(condition["low"], condition["high"]) if condition["low"] is not None else "",
+            "yes" if condition["met"] else "no",
+        )
+        for condition in decision["conditions"]
+    ]
+    of = decision["against"] or "the base model"
+    header = ("condition", "bound", "value", "95 % interval", "met")
+    first = f"{standing}." if standing else f"Compared with {of}."
+    return [first, Table(header, rows)]
 
 
 def _of_set(evaluation: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ LIMITS = (
 # The files of a run's record that the card is made of, without ``.json``.
 FACTS = (
     *("gguf", "corpus_manifest", "evaluation", "evaluation_stage2", "gate", "gate_stage2"),
-    *("evaluation_sft", *(f"{training}/training" for training in TRAININGS)),
+    *("evaluation_sft", "decision", *(f"{training}/training" for training in TRAININGS)),
 )
 
 
@@ -100,6 +100,7 @@ def model_card(
     parts += _section("Training", _trainings(recipe, facts))
     parts += _section("Perplexity on held-out documents", _perplexity(facts))
     parts += _section("Answers to held-out instructions", _answers(facts["evaluation_sft"]))
+    parts += _section("Recommended or not", _decision(facts["decision"]))
     parts += ["## Limits", LIMITS]
     return "\n\n".join(parts) + "\n"
 
@@ -227,6 +228,29 @@ def _questions(asked: Mapping[str, Any] | None) -> list[str]:
         "Questions made from the held-out documents, four answers each (a guess: 0.25), the share "
         "answered rightly with 95 % intervals:",
         _table(("kind", "asked", "base model", "this model", "gain"), rows),
+    ]
+
+
+def _decision(decision: Mapping[str, Any]) -> list[str]:
+    if not decision:
+        return []
+    is_met = "meets all conditions" if decision["recommended"] else "does not meet all conditions"
+    of = f"`{decision['against']}`" if decision["against"] else "the base model"
+    rows = [
+        (
+            condition["what"],
+            f"{condition['bound']:g}",
+            "not measured" if condition["value"] is None else f"{condition['value']:.4g}",
+            f"{condition['low']:.4g} to {condition['high']:.4g}"
+            if condition["low"] is not None
+            else "",
+            "yes" if condition["met"] else "no",
+        )
+        for condition in decision["conditions"]
+    ]
+    return [
+        f"Compared with {of}, this model {is_met}.",
+        _table(("condition", "bound", "value", "95 % interval", "met"), rows),
     ]
 
 

@@ -69,7 +69,8 @@ def evaluate(
     stands for its final model), ``validation`` is a corpus
     folder or the folder of one validation set. For each set (``random``, ``newest``) and each of
     ``model`` and ``base``: ``perplexity``, ``bits_per_byte``, ``loss`` (nats a token), ``tokens``,
-    ``documents``, and the same ``by_area`` and ``by_year``. Where ``checkpoint`` holds adapters of
+    ``documents``, and the same ``by_area`` and ``by_year``; ``by_document`` has each document's
+    ``id``, ``bytes`` and summed loss (nats) of both, so that models can be compared in pairs. Where ``checkpoint`` holds adapters of
     areas, ``adapters`` has for each, on the documents of its area, those of ``adapter``, of
     ``model`` (the mean of all adapters) and of ``base``. ``questions`` has for ``model`` and
     ``base`` what ``questions.table_of`` gives, on the gate's set. Without a recipe nothing is asked,
@@ -207,12 +208,18 @@ def _figures_of_set(
         for label, area in areas.items()
         if (name, label) in losses
     }
+    by_document: dict[str, Any] = {
+        "id": [document.id for document in documents],
+        "bytes": [document.bytes for document in documents],
+        **{who: found.tolist() for who, found in beside.items()},
+    }
     if known:
-        result["base"] = known["base"]
+        result["base"], by_document["base"] = known["base"], known["by_document"]["base"]
         for label, table in tables.items():
             table["base"] = known["adapters"][label]["base"]
     if tables:
         result["adapters"] = tables
+    result["by_document"] = by_document
     return result
 
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
+from fastcpt.intervals import ratio
 from fastcpt.recipe import Recipe
 from fastcpt.training.citations import check
 from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
-from fastcpt.training.intervals import ratio
 from fastcpt.training.made_from import ANSWERS_FORMAT
 from fastcpt.training.progress import Progress
 from fastcpt.training.ranks import rank, world_size

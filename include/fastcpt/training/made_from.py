@@ -18,7 +18,7 @@ from fastcpt.recipe_sections import Section, Training
 from fastcpt.training.card import model_card
 
 TRAINING_FORMAT = 1
-EVALUATION_FORMAT = 2
+EVALUATION_FORMAT = 3
 ANSWERS_FORMAT = 1
 PUBLICATION_FORMAT = 1
 # What may change when a training goes on (docs/training.md), and what can only end it.

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcpt.files import hash_of
-from fastcpt.training.intervals import ratio
+from fastcpt.intervals import ratio
 from fastcpt.training.validation import Document
 
 Bools = npt.NDArray[np.bool_]

@@ -1,0 +1,114 @@
+"""What a corpus has from those before it, and leaves to those after: what is held out, tokenizer.
+
+Once a recipe has a champion, its models are compared on a frozen set, and a corpus is made beside it.
+The set's documents come from where they were frozen, not from the folder: there they may have been
+changed, repealed or come back under another id. They are held out like any others, so all that
+overlaps with them leaves training.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fastcpt.corpus.documents import identity
+from fastcpt.corpus.selected import HELD_OUT, BuildError, Selected
+from fastcpt.corpus.tokenizer import CorpusTokenizer, describe
+from fastcpt.files import whole_file
+from fastcpt.held_out import (
+    HELD_OUT_SCHEMA,
+    SET,
+    TEXTS_SCHEMA,
+    comparison,
+    comparison_digest,
+    write_ledger,
+)
+from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Fields
+
+
+def add_comparison(documents: Selected, folder: Path, file: Path) -> None:
+    """Add the set's documents to a selection's as held out.
+
+    They are written to ``file`` under the recipe's own fields: to the steps of the build they are
+    one more part of the documents.
+    """
+    table = pq.read_table(folder / "documents.parquet")
+    count, part = len(table), len(documents.parts)
+    texts = table["text"].to_pylist()
+    with whole_file(file) as aside, aside.open("w", encoding="utf-8") as lines:
+        for name, text in zip(table["id"].to_pylist(), texts, strict=True):
+            lines.write(json.dumps(_record(documents.fields, name, text)) + "\n")
+    documents.parts.append((str(file), identity(str(file))))
+    characters = np.array([len(text) for text in texts], dtype=np.int64)
+    columns: dict[str, Any] = {
+        "part": np.full(count, part),
+        "position": np.arange(count),
+        "split": np.full(count, SET, dtype=object),
+        "rank": np.full(count, -1),
+        "characters": characters,
+        "tokens": characters // 4,
+        "content": table["content"].to_numpy(),
+        "work_hash": table["work_hash"].to_numpy(),
+    }
+    documents.frozen = np.arange(count) + len(documents.split)
+    for name, column in columns.items():
+        setattr(documents, name, np.concatenate([getattr(documents, name), column]))
+    about = table.select(documents.about.column_names).cast(documents.about.schema)
+    documents.about = pa.concat_tables([documents.about, about])
+    documents.held_out = documents.rows(*HELD_OUT)
+
+
+def _record(fields: Fields, name: str, text: str) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for path, value in ((fields.id, name), (fields.text, text)):
+        *sections, key = path.split(".")
+        place = record
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return record
+
+
+def note_in_ledger(corpus: str, documents: Selected, home: Path) -> None:
+    """Note what a corpus trains on and what it holds out, for good."""
+    rows, held_out = documents.rows("train", *HELD_OUT), documents.rows(*HELD_OUT)
+    texts = [documents.content[rows], documents.work_hash[rows], pa.array(documents.split[rows])]
+    about = documents.about.take(pa.array(held_out))
+    columns = {
+        **{name: about[name] for name in about.column_names},
+        "split": pa.array(documents.split[held_out]),
+        "content": documents.content[held_out],
+        "work_hash": documents.work_hash[held_out],
+        "text": pa.array(documents.texts(held_out), pa.string()),
+    }
+    write_ledger(
+        home,
+        corpus,
+        pa.table(texts, names=TEXTS_SCHEMA.names).cast(TEXTS_SCHEMA),
+        pa.table([columns[name] for name in HELD_OUT_SCHEMA.names], schema=HELD_OUT_SCHEMA),
+    )
+
+
+def kept_tokenizer(
+    found: CorpusTokenizer | None, recipe: Recipe, home: Path
+) -> CorpusTokenizer | None:
+    """``found``, the recipe's tokenizer; once models are compared, the one that they have.
+
+    ``BuildError`` where the recipe means another by now: a model's tokens are its for good.
+    """
+    if comparison_digest(home, recipe.name) is None:
+        return found
+    theirs = describe(comparison(home, recipe.name) / "tokenizer" / "tokenizer.json")
+    if found is not None and found.sha256 != theirs.sha256:
+        raise BuildError(
+            f"'{found.file}' is another tokenizer than that of the champion of recipe "
+            f"'{recipe.name}', which cannot be changed: take it back, give the recipe another name, "
+            "or retire the champion (include/scripts/champion.py retire)"
+        )
+    return found or theirs

@@ -1,0 +1,1 @@
+"""Which of a recipe's models is the one to serve: champion, candidates, and why."""

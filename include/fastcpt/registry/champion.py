@@ -1,0 +1,222 @@
+"""The champion of a recipe: one fixed place for what serves it, changed in an instant.
+
+    home/models/<recipe>-<digest>/     a published model
+    home/models/<recipe>/champion      a link to the champion's folder
+    home/models/<recipe>/champion.json which model that is, where, since when and why
+    home/models/<recipe>/models.json   all models, each with its decision, and what happened when
+    home/models/<recipe>/evaluations/  each model's evaluation, which challengers are compared with
+
+``models.json`` is what counts: it is replaced whole, under a lock. The link and ``champion.json``
+follow from it, and are set again by whatever is done next if a process dies in between.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastcpt.files import flush, read_json, write_json
+from fastcpt.held_out import HeldOutError, freeze, unfreeze
+
+PROMOTED, ROLLED_BACK, RETIRED, KEPT = "promoted", "rolled back", "retired", "kept"
+AT_ONCE = "fast_cpt"  # who promotes what a run recommends
+
+
+class RegistryError(ValueError):
+    """What was asked for cannot be done; the message says why and what can."""
+
+
+def folder_of(home: Path, recipe: str) -> Path:
+    return home / "models" / recipe
+
+
+def models(home: Path, recipe: str) -> dict[str, dict[str, Any]]:
+    """Every model of a recipe by its name, in the order in which they came."""
+    return dict(_read(home, recipe)["models"])
+
+
+def events(home: Path, recipe: str) -> list[dict[str, Any]]:
+    """What happened: ``time``, ``what``, ``model``, ``instead_of``, ``who``, ``why``."""
+    return list(_read(home, recipe)["events"])
+
+
+def champion(home: Path, recipe: str) -> str | None:
+    """The champion's name; None where there is none."""
+    return _champion(_read(home, recipe))
+
+
+def predecessor(home: Path, recipe: str) -> str | None:
+    """Which model was the champion before the champion was promoted: what ``rollback`` goes to."""
+    return _predecessor(_read(home, recipe))
+
+
+def evaluation_of(home: Path, recipe: str, model: str) -> dict[str, Any]:
+    return dict(read_json(folder_of(home, recipe) / "evaluations" / f"{model}.json"))
+
+
+def add_model(
+    home: Path, recipe: str, model: str, facts: dict[str, Any], evaluation: dict[str, Any]
+) -> str:
+    """Take a published model in: as the champion where its decision recommends it, else as a candidate.
+
+    ``facts``: ``run``, ``record`` (its folder's name), ``path`` (of the published model), ``corpus``
+    (its digest), ``decision``. One that is in already stays what it is. Returns what happened, in
+    words.
+    """
+    with _locked(home, recipe) as state:
+        if model in state["models"]:
+            return f"{model} is known: {_standing(state, model)}"
+        write_json(folder_of(home, recipe) / "evaluations" / f"{model}.json", evaluation)
+        state["models"][model] = {**facts, "added": _now()}
+        decision, why = facts["decision"], reason(facts["decision"])
+        if decision["recommended"] and decision["against"] != _champion(state):
+            why = f"the champion changed since it was compared with {decision['against'] or 'the base model'}"
+        elif decision["recommended"]:
+            try:
+                return _set(home, recipe, state, PROMOTED, model, AT_ONCE, why)
+            except (
+                HeldOutError
+            ) as error:  # a corpus of an older version: the model is kept all the same
+                why = str(error)
+        return _note(state, KEPT, model, AT_ONCE, why)
+
+
+def promote(home: Path, recipe: str, model: str, who: str, why: str) -> str:
+    """Make a model the champion. ``RegistryError`` for one that is not known or is gone."""
+    with _locked(home, recipe) as state:
+        if model not in state["models"]:
+            known = ", ".join(state["models"]) or "none"
+            raise RegistryError(f"recipe '{recipe}' has no model '{model}'; known: {known}")
+        if model == _champion(state):
+            return f"{model} is the champion"
+        return _set(home, recipe, state, PROMOTED, model, who, why)
+
+
+def rollback(home: Path, recipe: str, who: str, why: str) -> str:
+    """Make the champion's predecessor the champion again; once more goes one further back."""
+    with _locked(home, recipe) as state:
+        before = _predecessor(state)
+        if before is None:
+            raise RegistryError(f"recipe '{recipe}' had no champion before this one")
+        return _set(home, recipe, state, ROLLED_BACK, before, who, why)
+
+
+def retire(home: Path, recipe: str, who: str, why: str) -> str:
+    """Have no champion any more: the comparison set and the tokenizer bind the recipe no longer."""
+    with _locked(home, recipe) as state:
+        if _champion(state) is None:
+            raise RegistryError(f"recipe '{recipe}' has no champion")
+        unfreeze(home, recipe)
+        return _note(state, RETIRED, None, who, why)
+
+
+def reason(decision: dict[str, Any]) -> str:
+    """A decision in a line: what of it was missed, or that nothing was."""
+    missed = [condition for condition in decision["conditions"] if not condition["met"]]
+    if not missed:
+        return f"it meets all {len(decision['conditions'])} conditions"
+    return "; ".join(f"missed: {words(condition)}" for condition in missed)
+
+
+def words(condition: dict[str, Any]) -> str:
+    """A condition with its figures."""
+    if condition["value"] is None:
+        return f"{condition['what']} ({condition['bound']:g}): not measured: {condition['why']}"
+    found = f"{condition['value']:.4g}"
+    if condition["low"] is not None:
+        found += f" ({condition['low']:.4g} to {condition['high']:.4g})"
+    return f"{condition['what']} ({condition['bound']:g}): {found}"
+
+
+def _read(home: Path, recipe: str) -> dict[str, Any]:
+    file = folder_of(home, recipe) / "models.json"
+    return dict(read_json(file)) if file.is_file() else {"models": {}, "events": []}
+
+
+@contextmanager
+def _locked(home: Path, recipe: str) -> Iterator[dict[str, Any]]:
+    """The state, to be changed by one process at a time; written and shown when the block ends well."""
+    folder = folder_of(home, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        state = _read(home, recipe)
+        yield state
+        write_json(folder / "models.json", state)
+        _show(folder, state)
+
+
+def _show(folder: Path, state: dict[str, Any]) -> None:
+    """The link and ``champion.json`` as the state has them."""
+    model, link = _champion(state), folder / "champion"
+    if model is None:
+        link.unlink(missing_ok=True)
+        (folder / "champion.json").unlink(missing_ok=True)
+        return
+    last = next(event for event in reversed(state["events"]) if event["what"] != KEPT)
+    facts = {key: state["models"][model][key] for key in ("path", "run")}
+    since = {"since": last["time"], "who": last["who"], "why": last["why"]}
+    write_json(folder / "champion.json", {"model": model, **facts, **since})
+    if (folder.parent / model).is_dir():
+        aside = folder / ".champion.partial"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(os.path.join("..", model), target_is_directory=True)
+        aside.replace(link)
+    else:
+        link.unlink(missing_ok=True)  # it was left on the cluster: champion.json says where
+    flush(folder)
+
+
+def _set(
+    home: Path, recipe: str, state: dict[str, Any], what: str, model: str, who: str, why: str
+) -> str:
+    facts = state["models"][model]
+    if Path(facts["path"]).is_absolute() and not (home / "models" / model).is_dir():
+        raise RegistryError(
+            f"{home / 'models' / model} is gone: publish it again (run {facts['run']})"
+        )
+    freeze(home, recipe, facts["corpus"])
+    return _note(state, what, model, who, why)
+
+
+def _note(state: dict[str, Any], what: str, model: str | None, who: str, why: str) -> str:
+    before = _champion(state)
+    state["events"].append(
+        {
+            **{"time": _now(), "what": what, "model": model, "instead_of": before},
+            **{"who": who, "why": why},
+        }
+    )
+    of = f" (instead of {before})" if before and before != model and what != KEPT else ""
+    kind = "kept as a candidate" if what == KEPT else what
+    return f"{model or before} {kind}{of}: {why}"
+
+
+def _champion(state: dict[str, Any]) -> str | None:
+    model = None
+    for event in state["events"]:
+        if event["what"] != KEPT:
+            model = event["model"]
+    return model
+
+
+def _predecessor(state: dict[str, Any]) -> str | None:
+    model = _champion(state)
+    for event in reversed(state["events"]):
+        if (event["what"], event["model"]) == (PROMOTED, model):
+            before: str | None = event["instead_of"]
+            return before
+    return None
+
+
+def _standing(state: dict[str, Any], model: str) -> str:
+    return "the champion" if model == _champion(state) else "no champion"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,133 @@
+"""What of FASTCPT_HOME is still needed, and what a policy lets go.
+
+Needed is what the champion of a recipe, its predecessor and the other models that are kept were made
+from, what a run that goes on may use, and all that is younger than the policy says. Everything else
+can be made again from recipe and documents. The ledger and the comparison sets are never touched,
+nor a model that no recipe's ``models.json`` knows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastcpt.files import read_json
+from fastcpt.registry.champion import champion, models, predecessor
+
+
+class InUseError(ValueError):
+    """A file that says what is needed cannot be read: nothing may be removed until it is mended."""
+
+
+class Policy(NamedTuple):
+    """``days``: what was used since stays. ``candidates``: how many of each recipe stay, the newest;
+    None: all models stay, and all records."""
+
+    days: float
+    candidates: int | None
+
+
+def unused(home: Path, policy: Policy) -> list[Path]:
+    """The folders that may be removed, those that name others before what they name."""
+    records = {file.parent: _read(file) for file in sorted(home.glob("runs/*/run.json"))}
+    # what a run that goes on made or found since it began is named nowhere yet
+    begun = [_started(facts) for facts in records.values() if "ended" not in facts]
+    before = min([time.time() - policy.days * 86_400, *begun])
+
+    def old(kind: str, needed: Container[str]) -> list[Path]:
+        return [
+            folder
+            for folder in folders(home, kind)
+            if folder.name not in needed and last_used(folder) < before
+        ]
+
+    known, wanted = _models(home, policy.candidates)
+    unknown = {folder.name for folder in folders(home, "models")} - known.keys()
+    models = old("models", wanted | unknown)
+    left = known.keys() - {folder.name for folder in models}
+    needed = {known[name]["record"] for name in left} | _last_of_schedules(records)
+    needed |= {record.name for record, facts in records.items() if "ended" not in facts}
+    runs = old("runs", needed) if policy.candidates is not None else []
+    corpora = {known[name]["corpus"] for name in left}
+    corpora |= _corpora_of(record for record in records if record not in runs)
+    gone = old("corpora", corpora)
+    selections = {
+        str(_read(corpus / "corpus_manifest.json").get("selection"))
+        for corpus in folders(home, "corpora")
+        if corpus not in gone
+    }
+    gone_selections = old("selections", selections)
+    scores = {
+        part["digest"]
+        for selection in folders(home, "selections")
+        if selection not in gone_selections
+        for part in _read(selection / "manifest.json").get("parts", [])
+    }
+    return [*models, *runs, *gone, *gone_selections, *old("scores", scores), *old("tokens", ())]
+
+
+def _models(home: Path, candidates: int | None) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """Every model that a recipe knows, and the names of those that stay however old they are."""
+    known: dict[str, dict[str, Any]] = {}
+    wanted: set[str] = set()
+    for file in sorted(home.glob("models/*/models.json")):
+        recipe = file.parent.name
+        its = models(home, recipe)
+        best = {champion(home, recipe), predecessor(home, recipe)} - {None}
+        others = [name for name in its if name not in best]
+        kept = len(others) if candidates is None else candidates
+        known |= its
+        wanted |= {str(name) for name in best} | set(others[max(0, len(others) - kept) :])
+    return known, wanted
+
+
+def _last_of_schedules(records: Mapping[Path, Mapping[str, Any]]) -> set[str]:
+    """The newest successful record of each schedule: by it the next run knows what is new."""
+    last: dict[str, tuple[float, str]] = {}
+    for record, facts in records.items():
+        schedule, scheduled, _ = str(facts.get("run", "")).partition("__")
+        if scheduled and facts.get("state") == "success":
+            last[schedule] = max(last.get(schedule, (0.0, "")), (_started(facts), record.name))
+    return {name for _, name in last.values()}
+
+
+def _corpora_of(records: Iterable[Path]) -> set[str]:
+    """The corpora that records name, by their digest: the folder of all may have been moved since."""
+    named = (record / "outputs" / "build.json" for record in records)
+    return {Path(_read(file)["path"]).name for file in named if file.is_file()}
+
+
+def folders(home: Path, kind: str) -> list[Path]:
+    """The results of a kind; not what is being written or removed, nor a recipe's own folder of models."""
+    found = sorted(path for path in (home / kind).glob("[!.]*") if path.is_dir())
+    return [path for path in found if kind != "models" or not (path / "models.json").is_file()]
+
+
+def last_used(folder: Path) -> float:
+    """Seconds since 1970; what is found again is touched."""
+    return max(path.lstat().st_mtime for path in [folder, *folder.rglob("*")])
+
+
+def _started(facts: Mapping[str, Any]) -> float:
+    try:
+        return datetime.fromisoformat(str(facts["started"])).timestamp()
+    except (KeyError, ValueError) as error:
+        why = f"run.json of run '{facts.get('run')}' does not say when it began"
+        raise InUseError(f"{why}, so nothing is removed: mend or remove the record") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none yet. ``InUseError`` where it is damaged."""
+    try:
+        content = read_json(file)
+        if isinstance(content, dict):
+            return content
+        why = "it holds no named values"
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        why = str(error)
+    raise InUseError(f"{file} cannot be read ({why}), so nothing is removed: mend or remove it")

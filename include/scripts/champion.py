@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Show a recipe's models and its champion; promote one, roll back to the one before, or retire it."""
+
+import argparse
+import getpass
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fastcpt.files import HOME
+from fastcpt.recipe import DEFAULT_RECIPE
+from fastcpt.registry import champion
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", default=DEFAULT_RECIPE, help="The recipe's name.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("show", help="Models, champion and what happened.")
+    promote = actions.add_parser("promote", help="Make a model the champion.")
+    promote.add_argument("model", help="A folder's name under models/.")
+    rollback = actions.add_parser("rollback", help="Go back to the champion before.")
+    retire = actions.add_parser(
+        "retire", help="Have no champion; tokenizer and set are free again."
+    )
+    for action in (promote, rollback, retire):
+        action.add_argument("--why", required=True, help="Noted with your name.")
+    arguments = parser.parse_args()
+    try:
+        print(_done(arguments))
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+
+
+def _done(arguments: argparse.Namespace) -> str:
+    recipe = arguments.recipe
+    if arguments.action == "show":
+        return _shown(recipe)
+    who, why = getpass.getuser(), arguments.why
+    if arguments.action == "promote":
+        return champion.promote(HOME, recipe, arguments.model, who, why)
+    if arguments.action == "rollback":
+        return champion.rollback(HOME, recipe, who, why)
+    return champion.retire(HOME, recipe, who, why)
+
+
+def _shown(recipe: str) -> str:
+    best = champion.champion(HOME, recipe)
+    lines = [f"champion of {recipe}: {best or 'none'}"]
+    for name, facts in champion.models(HOME, recipe).items():
+        standing = "champion " if name == best else "candidate"
+        lines.append(f"{standing}  {name}  {facts['path']}  run {facts['run']}")
+    for event in champion.events(HOME, recipe):
+        lines.append(
+            f"{event['time']}  {event['what']}  {event['model'] or ''}  {event['who']}: {event['why']}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""A person promotes a model, rolls back to the one before, or retires the champion."""
+
+from __future__ import annotations
+
+from airflow.sdk import get_current_context
+
+from fastcpt.files import HOME
+from fastcpt.registry import champion
+from notifications import tell
+
+
+def change() -> str:
+    """Do what the form says; who triggered the run and why are noted. Returns what happened."""
+    context = get_current_context()
+    values, who = context["params"], context["dag_run"].triggering_user_name or "unknown"
+    recipe, action, why = values["recipe"], values["action"], values["why"]
+    if action == "promote":
+        model = values["model"] or ""
+        done, event = champion.promote(HOME, recipe, model, who, why), champion.PROMOTED
+    elif action == "rollback":
+        done, event = champion.rollback(HOME, recipe, who, why), champion.ROLLED_BACK
+    else:
+        done, event = champion.retire(HOME, recipe, who, why), champion.RETIRED
+    print(done)
+    tell(context, event, f"{done} ({who})")
+    return done
