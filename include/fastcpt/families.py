@@ -221,8 +221,8 @@ def cannot_train(
     if window is not None and window < size and attention != "flash_attention_2":
         return (
             f"its sliding window of {window} tokens is shorter than rows of {size} "
-            f"(corpus.max_seq_length), and attention {attention} has no windows; install flash-attn, or "
-            "shorten the rows"
+            f"(corpus.max_seq_length), and attention {attention} has no windows; set model.attn_implementation "
+            "to flash_attention_2, or shorten the rows"
         )
     missing = sorted(set(targets) - set(family.linears))
     if missing:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Filter, build, transfer, train and evaluate from a shell, without Airflow.
+# Filter, build, transfer, train and evaluate from a shell, without Airflow. Ends with the gate's decision
+# and the command for what comes next.
 #
 #   run_fast_cpt_training.sh [skip] [skip]
 #

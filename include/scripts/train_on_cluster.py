@@ -1,14 +1,19 @@
 """Check a host, bring code and corpus there, train and evaluate, and bring the figures back.
 
 The last part of ``run_fast_cpt_training.sh``. Without ``--host`` all of it happens on this machine,
-through the same jobs. The number of GPUs is the host's, where it has fewer than the recipe wants.
+through the same jobs. The number of GPUs is the host's, where it has fewer than the recipe wants. It
+prints the project's own lines; what launchers and libraries say besides is in a log beside the figures.
+It ends with the gate's decision and the command for what comes next.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import json
 import os
+import re
+import shlex
 import signal
 import sys
 import time
@@ -19,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import local_sshd
 
+from fastcpt import gate
 from fastcpt.cluster import environment, jobs
 from fastcpt.cluster.check import check_cluster
 from fastcpt.cluster.remote import ConnectionLost, Remote, ask, ask_through
@@ -26,10 +32,12 @@ from fastcpt.cluster.transfer import files_of, send, send_base_model
 from fastcpt.files import HOME, digest_of, read_json, whole_file
 from fastcpt.manifests import CorpusManifest
 from fastcpt.recipe import Recipe, load_recipe
-from fastcpt.recipe_sections import CONFIGS, Cluster
+from fastcpt.recipe_sections import CONFIGS
 from fastcpt.training import commands, made_from
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# lines of DeepSpeed's launcher, torch's log, Python's warnings and what is indented below them
+NOISE = re.compile(r"\s|$|\[\d{4}-\d\d-\d\d |\[rank\d+\]|[WIE]\d{4} |\S+:\d+: \w*Warning: ")
 
 
 def main() -> None:
@@ -76,8 +84,13 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
     code = environment.ship_code(remote, root, REPOSITORY)["path"]
     local_python = "" if arguments.host else str(REPOSITORY / ".env/cluster/bin/python")
     named = arguments.python or recipe.cluster.python or local_python
+<<<<<<< HEAD
     python = python_of(remote, root, recipe.cluster, code, named)
     manifest: CorpusManifest = read_json(arguments.corpus / "corpus_manifest.json")
+=======
+    python = python_of(remote, root, recipe, code, named, arguments.output)
+    manifest = read_json(arguments.corpus / "corpus_manifest.json")
+>>>>>>> d11a5ab (A GPU host's environment says how far it is, is compiled once, and leaves a vendor's torch; the shell's run ends with the gate)
     listed = [*manifest["files"], *files_of(arguments.corpus, ["corpus_manifest.json"])]
     corpus = send(remote, arguments.corpus, f"{root}/corpora/{manifest['digest']}", listed)["path"]
     with whole_file(arguments.output / "recipe.yaml") as aside:
@@ -87,24 +100,56 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
     host = commands.Host(python, code, f"{place}/recipe.yaml")
     base = send_base_model(remote, recipe.model.name_or_path, root)
     job, output = training_job(recipe, host, root, corpus, manifest, base)
-    run(remote, root, job)
+    run(remote, root, job, arguments.output)
     paths = {name: f"{output}/{name}" for name in ("training.json", "metrics.jsonl")}
     files = ask(remote, "read_files", paths={**paths, "evaluation.json": job.result})
     for name, text in files.items():
         with whole_file(arguments.output / name) as aside:
             aside.write_text(text, encoding="utf-8")
     print(f"The model is in {output}/final on {remote.host}; its figures are in {arguments.output}")
+    print(what_is_next(recipe, host, json.loads(files["evaluation.json"]), corpus, output))
 
 
-def python_of(remote: Remote, root: str, cluster: Cluster, code: str, named: str) -> str:
+def what_is_next(
+    recipe: Recipe, host: commands.Host, evaluation: dict[str, Any], corpus: str, output: str
+) -> str:
+    """The gate's decision, and the command for it on the host: fine-tuning, or stage 2."""
+    decided = gate.decide(evaluation, recipe.gate.perplexity_threshold, recipe.gate.validation_set)
+    model, port = f"{output}/final", 29_500
+    if decided["passed"]:
+        then = "fine-tuning there, with DIR a folder of instructions (train.jsonl)"
+        command = commands.train_sft(
+            recipe, host, port, instructions="DIR", model=model, output=f"{output}-sft"
+        )
+    else:
+        then = "stage 2 there"
+        command = commands.train_cpt(
+            recipe,
+            host,
+            port,
+            corpus=corpus,
+            model=model,
+            output=f"{output}-stage2",
+            stage="stage2",
+        )
+    settings = [f"{name}={value}" for name, value in commands.environment(recipe, host).items()]
+    return (
+        f"Gate: {decided['decision']}, perplexity {gate.words(decided)}.\n"
+        f"Next is {then}:\n{shlex.join(['env', *settings, *command])}"
+    )
+
+
+def python_of(
+    remote: Remote, root: str, recipe: Recipe, code: str, named: str, output: Path
+) -> str:
     """The interpreter there: the one that is named, else one that is built there."""
     if named:
-        cluster = cluster.model_copy(update={"python": named})
+        cluster = recipe.cluster.model_copy(update={"python": named})
         return environment.check_python(remote, cluster, REPOSITORY)
-    folder = environment.environment_folder(cluster, root, REPOSITORY)
-    build = environment.build_commands(cluster, code, folder)
+    folder = environment.environment_folder(recipe, root, REPOSITORY)
+    build = environment.build_commands(recipe, root, code, folder)
     name = f"environment-{digest_of(folder)}"
-    run(remote, root, jobs.Job(name, build, result=f"{folder}/complete", alone="no"))
+    run(remote, root, jobs.Job(name, build, result=f"{folder}/complete", alone="no"), output)
     return f"{folder}/bin/python"
 
 
@@ -160,12 +205,18 @@ def with_gpus_of(remote: Remote, recipe: Recipe) -> tuple[Recipe, dict[str, Any]
     return recipe, check_cluster(remote, recipe.cluster)
 
 
-def run(remote: Remote, root: str, job: jobs.Job) -> None:
-    """Run a job and print its log until it has ended."""
+def run(remote: Remote, root: str, job: jobs.Job, output: Path) -> None:
+    """Run a job until it has ended: its log comes into ``output``, the project's own lines are printed."""
     found = jobs.submit(remote, root, job)
-    print(f"job {job.name}: {found}", flush=True)
+    log = output / f"{job.name}.log"
+    print(
+        f"job {job.name}: {found}{'' if found == 'complete' else f', its log is {log}'}", flush=True
+    )
     if found == "complete":
         return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"")
+    begun = b""
     seen: int | None = None
     last_lines = [""]
     while True:
@@ -175,9 +226,14 @@ def run(remote: Remote, root: str, job: jobs.Job) -> None:
             raise ConnectionLost(f"{remote.host}: {answer['error']}")
         piece = base64.b64decode(answer["log"])
         seen = answer["seen"] + len(piece)
-        text = piece.decode(errors="replace")
-        print(text, end="", flush=True)
-        last_lines = (last_lines + text.splitlines())[-30:]
+        with log.open("ab") as whole:
+            whole.write(piece)
+        *ended, begun = (begun + piece).split(b"\n")
+        lines = [line.decode(errors="replace") for line in ended]
+        for line in lines:
+            if not NOISE.match(line):
+                print(line, flush=True)
+        last_lines = (last_lines + lines)[-30:]
         if answer["status"]["state"] not in jobs.ACTIVE and seen >= answer["size"]:
             jobs.outcome(remote, job.name, answer["status"], last_lines)
             return

@@ -36,11 +36,11 @@ def prepare_environment(context: Context) -> RemoteJob | Environment:
     if recipe.cluster.python:
         python = environment.check_python(remote, recipe.cluster, REPOSITORY)
         return {"python": python, "code": code["path"], "reused": code["reused"]}
-    folder = environment.environment_folder(recipe.cluster, root, REPOSITORY)
+    folder = environment.environment_folder(recipe, root, REPOSITORY)
     return RemoteJob(
         recipe.cluster.connection,
         root,
-        environment.build_commands(recipe.cluster, code["path"], folder),
+        environment.build_commands(recipe, root, code["path"], folder),
         result=f"{folder}/complete",
         answer={"python": f"{folder}/bin/python", "code": code["path"], "reused": False},
         alone="no",

@@ -10,10 +10,12 @@ from typing import Any
 from fastcpt.cluster.remote import ClusterError, Remote, ask
 from fastcpt.cluster.transfer import files_of, send
 from fastcpt.files import digest_of, sha256_of_file
+from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Cluster
 
 REQUIREMENTS = "requirements-cluster.txt"
 GPU_REQUIREMENTS = "requirements-cluster-gpu.txt"
+FLASH_REQUIREMENTS = "requirements-cluster-flash.txt"
 # training is shipped whole, with the modules that it shares with the other rooms
 SHIPPED = (
     "fastcpt/__init__.py",
@@ -44,7 +46,7 @@ def ship_code(remote: Remote, root: str, repository: Path) -> dict[str, Any]:
             target = staging / "include" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(repository / "include" / name, target)
-        for name in (REQUIREMENTS, GPU_REQUIREMENTS):
+        for name in (REQUIREMENTS, GPU_REQUIREMENTS, FLASH_REQUIREMENTS):
             shutil.copyfile(repository / name, staging / name)
         files = files_of(staging)
         digest = digest_of(files)
@@ -77,20 +79,23 @@ def check_python(remote: Remote, cluster: Cluster, repository: Path) -> str:
     return str(answer["python"])
 
 
-def environment_folder(cluster: Cluster, root: str, repository: Path) -> str:
-    """Where the environment built from the pinned files lies."""
-    files = [REQUIREMENTS] if cluster.cpu_only else [REQUIREMENTS, GPU_REQUIREMENTS]
-    return f"{root}/environments/{digest_of([sha256_of_file(repository / name) for name in files])}"
+def gpu_lists(recipe: Recipe) -> list[str]:
+    """What a recipe needs beside ``requirements-cluster.txt``: flash-attn only where it names it."""
+    if recipe.cluster.cpu_only:
+        return []
+    named = recipe.model.attn_implementation == "flash_attention_2"
+    return [GPU_REQUIREMENTS, *([FLASH_REQUIREMENTS] if named else [])]
 
 
-def build_commands(cluster: Cluster, code: str, folder: str) -> list[list[str]]:
-    """The commands that build the environment; the last one writes ``<folder>/complete``."""
-    pip = [f"{folder}/bin/python", "-m", "pip", "install", "--disable-pip-version-check"]
-    commands = [
-        ["python3", "-m", "venv", "--clear", folder],
-        [*pip, "-r", f"{code}/{REQUIREMENTS}"],
-    ]
-    if not cluster.cpu_only:
-        # built from source against the torch just installed
-        commands.append([*pip, "--no-build-isolation", "-r", f"{code}/{GPU_REQUIREMENTS}"])
-    return [*commands, ["touch", f"{folder}/complete"]]
+def environment_folder(recipe: Recipe, root: str, repository: Path) -> str:
+    """Where the environment built from the pinned lists lies."""
+    digests = [sha256_of_file(repository / name) for name in (REQUIREMENTS, *gpu_lists(recipe))]
+    return f"{root}/environments/{digest_of(digests)}"
+
+
+def build_commands(recipe: Recipe, root: str, code: str, folder: str) -> list[list[str]]:
+    """The command that builds the environment there; ``<folder>/complete`` is what it makes last."""
+    command = ["python3", f"{code}/include/scripts/build_environment.py", "--folder", folder]
+    command += ["--wheels", f"{root}/wheels", "--requirements", f"{code}/{REQUIREMENTS}"]
+    lists = [f"{code}/{name}" for name in gpu_lists(recipe)]
+    return [[*command, *(["--gpu_requirements", *lists] if lists else [])]]

@@ -89,7 +89,7 @@ def _changes(
     assert gpu is not None
     if shape is None:
         return
-    if refused_by_trainer(recipe, shape, hardware, fp8=False) is not None:
+    if refused_by_trainer(recipe, shape, fp8=False) is not None:
         yield from _other_models(recipe, hardware, shape, {}, keep)
         return
     needed: dict[str, Any] = {}

@@ -84,11 +84,11 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
         assert name is not None  # a shape of one's own is known
         return replace(plain, problems=(unknown_model(name),))
     plain = replace(plain, flops=model_flops(shape, sequence, recipe.lora) * plain.tokens)
-    refused = refused_by_trainer(recipe, shape, hardware, fp8=False)
+    refused = refused_by_trainer(recipe, shape, fp8=False)
     if refused is not None:
         return replace(plain, problems=(f"model: {_size(shape)}; {refused}",))
     if training.use_fp8:
-        refused = refused_by_trainer(recipe, shape, hardware, fp8=True)
+        refused = refused_by_trainer(recipe, shape, fp8=True)
         if hardware.gpu is None or hardware.gpu.fp8 is None:
             refused = f"{hardware.gpu.name if hardware.gpu else 'a CPU'} has no FP8"
         if refused is not None:

@@ -27,11 +27,10 @@ NEAR_BEST = 0.01  # a smaller micro-batch is taken where it costs no more than t
 WORTH_IT = 0.03  # less than this is no reason to change a recipe
 
 
-def refused_by_trainer(recipe: Recipe, shape: Shape, hardware: Hardware, fp8: bool) -> str | None:
+def refused_by_trainer(recipe: Recipe, shape: Shape, fp8: bool) -> str | None:
     """The trainer's own refusal, for hosts with the GPU packages; None where it trains the model."""
-    attention = recipe.model.attn_implementation
-    if attention == "auto":
-        attention = "sdpa" if hardware.gpu is None else "flash_attention_2"
+    # flash-attn is built where a recipe names it
+    attention = recipe.model.attn_implementation.replace("auto", "sdpa")
     return refusal(shape.configuration, recipe, fp8, attention)
 
 
@@ -45,7 +44,7 @@ def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
     """One step on one GPU; recomputation as the recipe says, or as the trainer decides by itself."""
     assert hardware.gpu is not None
     wanted, fused = recipe.training.gradient_checkpointing, fuses(recipe, shape)
-    fastest: Attention = "cudnn" if fused else "flash"
+    fastest: Attention = "cudnn" if fused else "sdpa"
     attention: dict[str, Attention] = {"auto": fastest, "flash_attention_2": "flash"}
     accumulation = recipe.global_batch_size // (micro * hardware.count)
     job = Job(

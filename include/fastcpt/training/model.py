@@ -136,7 +136,7 @@ def choose_attention(wanted: str) -> str:
     if wanted == "flash_attention_2" and not flash:
         raise ModelError(
             "model.attn_implementation is flash_attention_2, but flash-attn is not installed or "
-            "there is no GPU; install it (docs/cluster.md) or set it to auto"
+            "there is no GPU; install requirements-cluster-flash.txt or set it to auto"
         )
     return wanted
 
