@@ -53,13 +53,16 @@ class Deployment:
         self.environment["COMPOSE_PROJECT_NAME"] = "fast_cpt_test"
 
     def type(self, commands: str) -> str:
-        """Run commands of the page in the clone, as the user."""
+        """Run commands of the page in the clone, as the user, and say how long they took."""
         said(commands.strip().replace("\n", "; "))
         began = time.monotonic()
-        user = ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--groups", str(USER)]
-        answer = call([*user, "bash", "-euc", commands], cwd=self.clone, env=self.environment)
+        answer = self.ask(commands)
         said(f"  took {time.monotonic() - began:.0f} s")
         return answer
+
+    def ask(self, commands: str) -> str:
+        user = ["setpriv", "--reuid", str(USER), "--regid", str(USER), "--groups", str(USER)]
+        return call([*user, "bash", "-euc", commands], cwd=self.clone, env=self.environment)
 
     def own(self, *paths: Path) -> None:
         for path in paths:
@@ -85,7 +88,7 @@ class Deployment:
 
     def containers(self) -> dict[str, str]:
         """Each container's name and state, as plain `docker compose ps` tells them."""
-        lines = self.type("docker compose ps --format '{{.Name}} {{.Status}}'").splitlines()
+        lines = self.ask("docker compose ps --format '{{.Name}} {{.Status}}'").splitlines()
         return dict(line.split(" ", 1) for line in lines)
 
     def wait_until_healthy(self) -> None:
@@ -127,8 +130,8 @@ def cluster(deployment: Deployment) -> Iterator[dict[str, Any]]:
     shutil.rmtree(folder, ignore_errors=True)
     bridge = json.loads(deployment.engine.docker("network", "inspect", "bridge"))[0]
     server = local_sshd.start(folder / "sshd", address=bridge["IPAM"]["Config"][0]["Gateway"])
-    shutil.copyfile(server["key_file"], deployment.clone / "my_key")
-    shutil.copyfile(server["known_hosts"], deployment.clone / "my_known_hosts")
+    shutil.copy(server["key_file"], deployment.clone / "my_key")  # 0600, as ssh wants it
+    shutil.copy(server["known_hosts"], deployment.clone / "my_known_hosts")
     python = REPOSITORY / ".env/cluster/bin/python"
     places = {"key_file": "/ssh/key", "known_hosts": "/ssh/known_hosts"}
     extra = {**places, "python": str(python), "root": str(folder / "root")}
