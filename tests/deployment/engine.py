@@ -75,8 +75,8 @@ class Engine:
             self.daemon.terminate()
             self.daemon.wait(180)
 
-    def docker(self, *words: str | Path, **options: object) -> str:
-        return call(["docker", *words], env=self.environment, **options)
+    def docker(self, *words: str | Path, timeout: float | None = None) -> str:
+        return call(["docker", *words], env=self.environment, timeout=timeout)
 
 
 @contextmanager

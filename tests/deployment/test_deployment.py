@@ -50,7 +50,7 @@ class Deployment:
             self.port = int(probe.getsockname()[1])
         self.environment = {**one.environment, "HOME": str(folder), "PORT": str(self.port)}
         # beside a deployment of whoever runs this, where the engine is the machine's own
-        self.environment["COMPOSE_PROJECT_NAME"] = "fast_cpt_test"
+        self.environment["COMPOSE_PROJECT_NAME"] = f"fast_cpt_test_{self.port}"
 
     def type(self, commands: str) -> str:
         """Run commands of the page in the clone, as the user, and say how long they took."""
@@ -103,9 +103,8 @@ class Deployment:
 
 @pytest.fixture
 def deployment() -> Iterator[Deployment]:
-    folder = Path(
-        "/var/tmp/fast_cpt-deployment"
-    )  # an overlay's files cannot lie on an overlay or in memory
+    # an overlay's files cannot lie on an overlay or in memory, where /tmp may be
+    folder = Path("/var/tmp/fast_cpt-deployment")
     folder.mkdir(exist_ok=True)
     with engine(folder / "engine") as one:
         said(f"engine: {'of this test' if one.own else 'of this machine'}")
@@ -120,7 +119,7 @@ def deployment() -> Iterator[Deployment]:
             yield made
         finally:
             left = ["--profile", "celery", "down", "--volumes", "--timeout", "5"]
-            made.engine.docker("compose", *left, cwd=made.clone, env=made.environment)
+            call(["docker", "compose", *left], cwd=made.clone, env=made.environment)
 
 
 @pytest.fixture
