@@ -84,13 +84,8 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
     code = environment.ship_code(remote, root, REPOSITORY)["path"]
     local_python = "" if arguments.host else str(REPOSITORY / ".env/cluster/bin/python")
     named = arguments.python or recipe.cluster.python or local_python
-<<<<<<< HEAD
-    python = python_of(remote, root, recipe.cluster, code, named)
-    manifest: CorpusManifest = read_json(arguments.corpus / "corpus_manifest.json")
-=======
     python = python_of(remote, root, recipe, code, named, arguments.output)
-    manifest = read_json(arguments.corpus / "corpus_manifest.json")
->>>>>>> d11a5ab (A GPU host's environment says how far it is, is compiled once, and leaves a vendor's torch; the shell's run ends with the gate)
+    manifest: CorpusManifest = read_json(arguments.corpus / "corpus_manifest.json")
     listed = [*manifest["files"], *files_of(arguments.corpus, ["corpus_manifest.json"])]
     corpus = send(remote, arguments.corpus, f"{root}/corpora/{manifest['digest']}", listed)["path"]
     with whole_file(arguments.output / "recipe.yaml") as aside:
