@@ -22,12 +22,13 @@ from fastcpt.planning.history import record_transfer
 
 @dataclass(frozen=True)
 class Bring:
-    """From which ``folder`` of a training there, to which ``home`` here, every how many ``minutes``."""
+    """From which ``folder`` of a training there, to which ``home`` here, every how many ``minutes``, and on to ``url``."""
 
     connection: str
     folder: str
     home: str
     minutes: float
+    url: str | None = None
 
 
 class Bringing:
@@ -69,6 +70,7 @@ class Bringing:
             "remote": asdict(remote),
             "folder": self.wanted.folder,
             "home": self.wanted.home,
+            "url": self.wanted.url,
         }
         try:
             output, errors = await process.communicate(json.dumps(request).encode())

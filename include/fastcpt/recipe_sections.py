@@ -389,7 +389,9 @@ class Checkpoints(Section):
         "where empty.",
     )
     to: str | None = Field(
-        None, description="Folder on this machine for it; FASTCPT_HOME/checkpoints where empty."
+        None,
+        description="Folder here for it; or an fsspec URL, to which it goes on from here. "
+        "FASTCPT_HOME/checkpoints where empty.",
     )
 
 

@@ -17,7 +17,7 @@ from notifications import first_time, tell
 from remote_job import RemoteJob, remote_of
 from steps.results import Files, Published, result_of, result_or_none, trained_by
 from steps.run import recipe_of
-from steps.training import home_of, host_of, job_of_run, name_of, note_job
+from steps.training import homes_of, host_of, job_of_run, name_of, note_job
 
 
 def publish(context: Context) -> RemoteJob:
@@ -108,7 +108,7 @@ def keep_published(context: Context, files: Files, hands_on: Published) -> dict[
         answer = fetch(remote, folder, HOME / "models" / Path(folder).name)
         for task in ("train_cpt", "train_cpt_stage2", "train_sft"):
             if (trained := result_or_none(context, task)) and "model" in trained:
-                forget(home_of(recipe, str(Path(trained["model"]).parent)))
+                forget(*homes_of(recipe, str(Path(trained["model"]).parent)))
     else:
         answer = {"path": f"{recipe.cluster.connection}:{folder}"}
     answer["digest"] = hands_on["digest"]

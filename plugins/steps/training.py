@@ -175,18 +175,26 @@ def _bring(context: Context, output: str) -> dict[str, Any] | None:
     minutes = recipe.checkpoints.bring_every_minutes
     if minutes is None:
         return None
-    remote, home = remote_of(recipe.cluster.connection), home_of(recipe, output)
+    remote, (home, url) = remote_of(recipe.cluster.connection), homes_of(recipe, output)
     if not jobs.runs(remote, root, _job_of(context)):
-        step = checkpoints.send_back(remote, output, home)
+        step = checkpoints.send_back(remote, output, home, url)
         if step is not None:
             print(f"the host has no checkpoint as new as step_{step} of {home}: it was put there")
-    connection = recipe.cluster.connection
-    return {"connection": connection, "folder": output, "home": str(home), "minutes": minutes}
+    return {
+        "connection": recipe.cluster.connection,
+        "folder": output,
+        "home": str(home),
+        "minutes": minutes,
+        "url": url,
+    }
 
 
-def home_of(recipe: Recipe, output: str) -> Path:
-    """Where the checkpoints of the training in ``output`` outlive its host."""
-    return Path(recipe.checkpoints.to or HOME / "checkpoints").expanduser() / Path(output).name
+def homes_of(recipe: Recipe, output: str) -> tuple[Path, str | None]:
+    """Where the checkpoints of the training in ``output`` outlive its host: a folder here, and a URL."""
+    to, name = recipe.checkpoints.to, Path(output).name
+    if to and "://" in to:
+        return HOME / "checkpoints" / name, f"{to.rstrip('/')}/{name}"
+    return Path(to or HOME / "checkpoints").expanduser() / name, None
 
 
 def _evaluate(context: Context, trained: Trained, base_evaluation: str | None = None) -> RemoteJob:

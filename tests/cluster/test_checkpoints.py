@@ -17,9 +17,9 @@ import pytest
 from cluster.test_rented_host import eventually
 from fastcpt.cluster import jobs
 from fastcpt.cluster.agent import checkpoints as agent
-from fastcpt.cluster.checkpoints import bring, newest_here, send_back
+from fastcpt.cluster.checkpoints import bring, forget, newest_here, send_back
 from fastcpt.cluster.remote import ClusterError, Remote
-from fastcpt.files import sha256_of_file, write_json
+from fastcpt.files import HOME, sha256_of_file, write_json
 from fastcpt.recipe import Recipe
 from faults.machines import Watch
 from steps import training as step
@@ -122,7 +122,9 @@ def test_another_host_goes_on_from_what_was_brought(
     assert send_back(remote, str(other), home) is None
 
 
-def program(remote: Remote, training: Path, home: Path) -> subprocess.Popen[str]:
+def program(
+    remote: Remote, training: Path, home: Path, url: str | None = None
+) -> subprocess.Popen[str]:
     """The process that a trigger starts."""
     process = subprocess.Popen(
         [sys.executable, "-m", "fastcpt.cluster.checkpoints"],
@@ -132,7 +134,7 @@ def program(remote: Remote, training: Path, home: Path) -> subprocess.Popen[str]
         text=True,
         env={**os.environ, "PYTHONPATH": str(INCLUDE)},
     )
-    request = {"remote": asdict(remote), "folder": str(training), "home": str(home)}
+    request = {"remote": asdict(remote), "folder": str(training), "home": str(home), "url": url}
     assert process.stdin is not None
     process.stdin.write(json.dumps(request))
     process.stdin.close()
@@ -169,6 +171,31 @@ def test_a_killed_transfer_goes_on_and_the_one_before_stays_meanwhile(
     assert content(home / "step_30" / "checkpoints" / "step_30") == content(
         training / "checkpoints" / "step_30"
     )
+
+
+def test_at_a_url_it_outlives_this_machine_too(
+    remote: Remote, training: Path, tmp_path: Path
+) -> None:
+    home, url = tmp_path / "home" / "t1", f"file://{tmp_path}/bucket/t1"
+    assert program(remote, training, home, url).wait(120) == 0
+    save(training, 15)
+    assert program(remote, training, home, url).wait(120) == 0
+    # the newest alone
+    assert [path.name for path in (tmp_path / "bucket" / "t1").iterdir()] == ["step_15"]
+    there = content(training / "checkpoints" / "step_15")
+    shutil.rmtree(training)
+    shutil.rmtree(home)
+    assert send_back(remote, str(training), home, url) == 15
+    assert content(training / "checkpoints" / "step_15") == there
+    # what is damaged at the URL is not used
+    shutil.rmtree(training)
+    shutil.rmtree(home)
+    damaged = tmp_path / "bucket" / "t1" / "step_15" / "checkpoints" / "step_15" / "rank_1.pt"
+    damaged.write_bytes(b"x" * 1000)
+    with pytest.raises(ClusterError, match=r"checkpoints/step_15/rank_1\.pt arrived damaged"):
+        send_back(remote, str(training), home, url)
+    forget(home, url)
+    assert not (tmp_path / "bucket" / "t1").exists()
 
 
 def test_only_one_process_brings_at_a_time(
@@ -256,6 +283,7 @@ def test_a_training_step_puts_the_newest_checkpoint_on_a_host_without_it(
         "folder": str(training),
         "home": str(home / "t1"),
         "minutes": 30.0,
+        "url": None,
     }
     # not beside a job of the training that runs
     jobs.submit(remote, str(root), jobs.Job("train", [["sleep", "60"]]))
@@ -264,3 +292,11 @@ def test_a_training_step_puts_the_newest_checkpoint_on_a_host_without_it(
     jobs.stop(remote, str(root), "train")
     assert step._bring({}, str(training)) == wanted
     assert (training / "checkpoints" / "step_10" / "state.json").read_text() == '{"step": 10}'
+
+
+def test_a_url_is_reached_by_way_of_this_machine(tmp_path: Path) -> None:
+    content = {"name": "r", "checkpoints": {"to": "s3://bucket/runs/"}}
+    home, url = step.homes_of(Recipe.model_validate(content), "/root/models/t1")
+    assert (home, url) == (HOME / "checkpoints" / "t1", "s3://bucket/runs/t1")
+    content = {"name": "r", "checkpoints": {"to": str(tmp_path)}}
+    assert step.homes_of(Recipe.model_validate(content), "/x/t1") == (tmp_path / "t1", None)

@@ -4,7 +4,7 @@
                                 the adapters of areas that are done; files.json names all of it
 
 A folder has its name when all of it is here and like its digests; the one before is removed then. What
-is interrupted goes on in the middle of its file. As a program, with a request as JSON on standard
+is interrupted goes on in the middle of its file. From here it may go on to a URL (``checkpoint_urls``). As a program, with a request as JSON on standard
 input, it brings once, at a low priority here and there.
 """
 
@@ -24,11 +24,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastcpt.cluster import checkpoint_urls
+from fastcpt.cluster.checkpoint_urls import FILES
 from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask_through
-from fastcpt.cluster.transfer import receive, send
+from fastcpt.cluster.transfer import differing, receive, send
 from fastcpt.files import flush, read_json, write_json
+from fastcpt.manifests import FileEntry
 
-FILES = "files.json"
 NO_STEP = -1
 
 log = logging.getLogger(__name__)
@@ -85,25 +87,47 @@ def bring(remote: Remote, folder: str, home: Path) -> dict[str, Any] | None:
         }
 
 
-def send_back(remote: Remote, folder: str, home: Path) -> int | None:
+def send_back(remote: Remote, folder: str, home: Path, url: str | None = None) -> int | None:
     """Put the newest checkpoint of ``home`` into a training's ``folder`` on a host that has none as new.
 
-    The step it goes on from then; None where nothing was to do. No job of the training may be running.
+    Where ``url`` has a newer one it is fetched from there first. The step it goes on from then; None where
+    nothing was to do. No job of the training may be running.
     """
+    if url:
+        _fetch_newer(url, home)
     newest = newest_here(home)
     if newest is None:
         return None
     there = ask_through(remote, "newest_checkpoint", folder=folder, beyond=_step(newest))["step"]
     if there is not None and there >= _step(newest):
         return None
-    send(remote, newest, f"{folder}/returned", read_json(newest / FILES))
-    ask_through(remote, "take_in", folder=folder)
+    send(remote, newest, f"{folder}/returned/{newest.name}", read_json(newest / FILES))
+    ask_through(remote, "take_in", folder=folder, step=_step(newest))
     return _step(newest)
 
 
-def forget(home: Path) -> None:
+def _fetch_newer(url: str, home: Path) -> None:
+    """Bring what is newer at ``url`` than in ``home``, as this machine may be another one."""
+    found, before = checkpoint_urls.newest_at(url), newest_here(home)
+    if found is None or found[0] <= _step(before):
+        return
+    step, files = found
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    partial = home / f".step_{step}.partial"
+    checkpoint_urls.download(url, step, files, partial)
+    if damaged := differing(partial, files):
+        shutil.rmtree(partial)
+        raise ClusterError(f"{url}: {', '.join(damaged[:3])} arrived damaged; clear this task")
+    _complete(partial, home / f"step_{step}", files)
+    if before:
+        _remove(before)
+
+
+def forget(home: Path, url: str | None = None) -> None:
     """Remove what was brought of a training whose model is in a place that stays."""
     shutil.rmtree(home, ignore_errors=True)
+    if url:
+        checkpoint_urls.remove(url)
 
 
 @contextmanager
@@ -117,7 +141,7 @@ def _alone(home: Path) -> Iterator[None]:
         yield
 
 
-def _complete(partial: Path, target: Path, files: list[dict[str, Any]]) -> None:
+def _complete(partial: Path, target: Path, files: list[FileEntry]) -> None:
     """Name a folder that has arrived when all of it is on the disk."""
     for left in list(partial.rglob(".rsync-partial")):
         shutil.rmtree(left)
@@ -144,8 +168,12 @@ def main() -> None:
     # so that the rsyncs end with this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     request = json.load(sys.stdin)
+    home, url = Path(request["home"]), request["url"]
     try:
-        answer = bring(Remote(**request["remote"]), request["folder"], Path(request["home"]))
+        answer = bring(Remote(**request["remote"]), request["folder"], home)
+        newest = newest_here(home)
+        if url and newest:
+            checkpoint_urls.upload(newest, url)
     except (ClusterError, ConnectionLost, OSError) as error:
         sys.exit(str(error))
     print(json.dumps(answer))

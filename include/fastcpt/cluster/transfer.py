@@ -135,7 +135,7 @@ def receive(
     """Bring ``files`` of the folder ``there`` to ``local``; ``gently``: beside a training, one at a time."""
     began = time.monotonic()
     local.mkdir(parents=True, exist_ok=True)
-    differ = _differ(local, files)
+    differ = differing(local, files)
     sizes = {file["file"]: int(file["bytes"]) for file in files}
     fetched = list(differ)
     by_name = {file["file"]: file for file in files}
@@ -146,7 +146,7 @@ def receive(
         differ,
         sizes,
         1 if gently else streams,
-        lambda names: _differ(local, [by_name[name] for name in names]),
+        lambda names: differing(local, [by_name[name] for name in names]),
     )
     if differ:
         raise ClusterError(
@@ -197,7 +197,7 @@ def _move(
     return differ
 
 
-def _differ(local: Path, files: Sequence[FileEntry]) -> list[str]:
+def differing(local: Path, files: Sequence[FileEntry]) -> list[str]:
     def same(file: FileEntry) -> bool:
         path = local / file["file"]
         right_size = path.is_file() and path.stat().st_size == file["bytes"]

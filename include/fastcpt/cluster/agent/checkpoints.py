@@ -78,18 +78,16 @@ def hold(folder: str, name: str, held: str) -> List[Any]:
     return files
 
 
-def take_in(folder: str) -> Answer:
-    """Put what has arrived in ``returned`` into the training's folder, the checkpoint last."""
-    folder = expand(folder)
-    returned, own = os.path.join(folder, "returned"), os.path.join(folder, "checkpoints")
+def take_in(folder: str, step: int) -> Answer:
+    """Put what has arrived in ``returned/step_N`` into the training's folder, the checkpoint last."""
+    folder, name = expand(folder), f"step_{step}"
+    returned, own = os.path.join(folder, "returned", name), os.path.join(folder, "checkpoints")
     os.makedirs(own, mode=0o700, exist_ok=True)
     if os.path.exists(os.path.join(returned, CURVE)):
         os.replace(os.path.join(returned, CURVE), os.path.join(folder, CURVE))
     if os.path.isdir(os.path.join(returned, AREAS)):
         shutil.rmtree(os.path.join(folder, AREAS), ignore_errors=True)
         os.rename(os.path.join(returned, AREAS), os.path.join(folder, AREAS))
-    for step in steps(os.path.join(returned, "checkpoints")):
-        arrived = os.path.join(returned, "checkpoints", f"step_{step}")
-        os.rename(arrived, os.path.join(own, f"step_{step}"))
-    shutil.rmtree(returned)
+    os.rename(os.path.join(returned, "checkpoints", name), os.path.join(own, name))
+    shutil.rmtree(os.path.join(folder, "returned"))
     return {}
