@@ -59,6 +59,23 @@ class Bringing:
                 await self.round
 
     async def _bring(self, remote: Remote) -> None:
+        try:
+            found = await self._ask(remote)
+        except OSError as error:  # what the watching of the job does not depend on
+            self.log.warning("the checkpoint was not brought: %s", error)
+            return
+        if found is None:
+            return
+        size, seconds = found["bytes"], found["seconds"]
+        self.log.info(
+            "checkpoint step_%d is in %s: %.2f GB in %.0f s",
+            *(found["step"], self.wanted.home, size / 1e9, seconds),
+        )
+        if found["from_its_beginning"]:
+            record_transfer(HOME, self.wanted.connection, size, seconds)
+
+    async def _ask(self, remote: Remote) -> dict[str, Any] | None:
+        """What the process answers; None where nothing was to bring."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "fastcpt.cluster.checkpoints"),
             stdin=asyncio.subprocess.PIPE,
@@ -76,15 +93,9 @@ class Bringing:
             output, errors = await process.communicate(json.dumps(request).encode())
         finally:
             if process.returncode is None:
-                process.terminate()
+                with suppress(ProcessLookupError):
+                    process.terminate()
         if process.returncode:
-            said = errors.decode(errors="replace").strip()
-            self.log.warning("the checkpoint was not brought: %s", said[-1000:])
-        elif found := json.loads(output):
-            size, seconds = found["bytes"], found["seconds"]
-            self.log.info(
-                "checkpoint step_%d is in %s: %.2f GB in %.0f s",
-                *(found["step"], self.wanted.home, size / 1e9, seconds),
-            )
-            if found["from_its_beginning"]:
-                record_transfer(HOME, self.wanted.connection, size, seconds)
+            raise OSError(errors.decode(errors="replace").strip()[-1000:])
+        found: dict[str, Any] | None = json.loads(output)
+        return found
