@@ -61,18 +61,17 @@ class Bringing:
     async def _bring(self, remote: Remote) -> None:
         try:
             found = await self._ask(remote)
-        except OSError as error:  # what the watching of the job does not depend on
+            if found is None:
+                return
+            size, seconds = found["bytes"], found["seconds"]
+            self.log.info(
+                "checkpoint step_%d is in %s: %.2f GB in %.0f s",
+                *(found["step"], self.wanted.home, size / 1e9, seconds),
+            )
+            if found["from_its_beginning"]:
+                record_transfer(HOME, self.wanted.connection, size, seconds)
+        except OSError as error:  # the watching of the job does not depend on it
             self.log.warning("the checkpoint was not brought: %s", error)
-            return
-        if found is None:
-            return
-        size, seconds = found["bytes"], found["seconds"]
-        self.log.info(
-            "checkpoint step_%d is in %s: %.2f GB in %.0f s",
-            *(found["step"], self.wanted.home, size / 1e9, seconds),
-        )
-        if found["from_its_beginning"]:
-            record_transfer(HOME, self.wanted.connection, size, seconds)
 
     async def _ask(self, remote: Remote) -> dict[str, Any] | None:
         """What the process answers; None where nothing was to bring."""
