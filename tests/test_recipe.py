@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from fastcpt.recipe import RecipeError, load_recipe, recipe_names
-from fastcpt.recipe_form import FORM, form_overrides, form_schema
+from fastcpt.recipe_form import FORM, form_overrides, form_schema, given_overrides
 from fastcpt.recipe_sections import CONFIGS
 
 # The published guide's figures: steps, tokens of a sequence, micro-batch, accumulation, rate, GPUs.
@@ -211,3 +212,34 @@ def test_areas_that_are_one_folder_on_a_mac_are_refused(tmp_path: Path) -> None:
     areas = {"lora.areas": {"Tax law": ["Taxation"], "tax Law": ["Customs"]}}
     with pytest.raises(RecipeError, match="'Tax law' and 'tax Law' are one folder on a Mac"):
         load_recipe("cpt_lora_config", areas)
+
+
+RENT = {"acquire": ["rent"], "release": ["rent"], "status": ["rent"]}
+
+
+@pytest.mark.parametrize("key", ["cluster", "cluster.rent", "cluster.rent.acquire"])
+def test_a_form_brings_no_commands(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"override: {key}: commands of this machine"):
+        given_overrides({"overrides": {"budget.money": 4.0, key: ["touch", "pwned"]}})
+    harmless = {"cluster.gpus": 2, "cluster.root": "there"}
+    assert given_overrides({"overrides": harmless}) == harmless
+    assert given_overrides({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"cluster.hosts": ["second"]}, "rent is for one machine"),
+        ({"cluster.launcher": "slurm"}, "rent is for one machine"),
+        (
+            {"publish.destination": "leave_on_cluster"},
+            "would lose the model with the rented machine",
+        ),
+        ({"cluster.rent": {**RENT, "acquire": "rent --gpus 4"}}, r"cluster\.rent\.acquire"),
+        ({"cluster.rent": {**RENT, "status": []}}, r"cluster\.rent\.status"),
+    ],
+)
+def test_what_cannot_be_rented_is_said_before_anything_is(more: dict[str, Any], says: str) -> None:
+    assert load_recipe("sample", {"cluster.rent": RENT}).cluster.rent is not None
+    with pytest.raises(RecipeError, match=says):
+        load_recipe("sample", {"cluster.rent": RENT, **more})

@@ -13,7 +13,7 @@ from fastcpt.cluster.environment import SHIPPED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIBRARY = REPOSITORY / "include" / "fastcpt"
-ROOMS = ["corpus", "planning", "cluster", "training", "registry", "reporting"]
+ROOMS = ["corpus", "planning", "cluster", "training", "registry", "reporting", "rent"]
 SHARED = {
     "fastcpt",
     "fastcpt.best_fit",

@@ -86,6 +86,15 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def model_outlives_the_machine(self) -> Recipe:
+        if self.cluster.rent and self.publish.destination == "leave_on_cluster":
+            raise ValueError(
+                "publish.destination leave_on_cluster would lose the model with the rented machine: "
+                "bring_back"
+            )
+        return self
+
     @property
     def global_batch_size(self) -> int:
         """Sequences of one optimizer step, over all GPUs."""

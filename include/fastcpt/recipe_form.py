@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastcpt.recipe import Recipe
+from fastcpt.recipe import Recipe, RecipeError
 
 # What the trigger form can override: the form's name of a value and its key in the recipe.
 FORM = {
@@ -59,4 +59,18 @@ def form_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "tokenizer.path" in overrides:
         overrides["tokenizer.train_vocab_size"] = None
+    return overrides
+
+
+def given_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The form's ``overrides``, by dotted key.
+
+    ``RecipeError`` where one would reach ``cluster.rent``: a form is data, and those are commands that
+    run on this machine.
+    """
+    overrides: dict[str, Any] = values.get("overrides") or {}
+    if refused := [key for key in overrides if key == "cluster" or key.startswith("cluster.rent")]:
+        raise RecipeError(
+            f"override: {', '.join(refused)}: commands of this machine come from a recipe's file alone"
+        )
     return overrides

@@ -353,6 +353,28 @@ class Slurm(Section):
     extra_lines: list[str] = Field(default=[], description="More #SBATCH options, one a line.")
 
 
+# a program and its words, as they are: no shell reads them
+Command = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+
+
+class Rent(Section):
+    """How a machine is rented for a run and given back (docs/rent.md).
+
+    The commands run on this machine, in the project's folder; JSON goes in and comes out.
+    """
+
+    provider: Literal["command"] = "command"
+    acquire: Command = Field(description="Rents a machine, or finds the one of the same key.")
+    release: Command = Field(description="Gives it back; nothing to do where it is gone.")
+    status: Command = Field(description="Tells which machines of a key still cost money.")
+    keep_minutes: float = Field(
+        0.0,
+        ge=0.0,
+        le=1440.0,
+        description="A failed run's machine is kept so long, for a step that is cleared.",
+    )
+
+
 class Cluster(Section):
     connection: str = Field(
         "gpu_cluster",
@@ -376,6 +398,13 @@ class Cluster(Section):
     )
     min_free_gb: float = Field(50.0, ge=0.0, description="Free disk the run needs there.")
     cpu_only: bool = Field(False, description="Train on CPUs: for trying the pipeline out.")
+    rent: Rent | None = Field(None, description="Rent the host when the corpus is ready.")
+
+    @model_validator(mode="after")
+    def one_machine_is_rented(self) -> Cluster:
+        if self.rent and (self.hosts or self.launcher == "slurm"):
+            raise ValueError("rent is for one machine: no hosts beside it, and no Slurm")
+        return self
 
 
 class Checkpoints(Section):

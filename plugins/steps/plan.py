@@ -12,8 +12,8 @@ from airflow.sdk import Context, get_current_context
 
 from fastcpt.files import HOME, read_json
 from fastcpt.gate import base_passes
-from fastcpt.recipe import Recipe, load_recipe
-from fastcpt.recipe_form import form_overrides
+from fastcpt.recipe import Recipe, RecipeError, load_recipe
+from fastcpt.recipe_form import form_overrides, given_overrides
 from remote_job import connection_of
 from steps.results import Plan, result_of
 from steps.run import note, recipe_of
@@ -40,8 +40,12 @@ def plan() -> Plan:
     # a cleared run that this plan refuses has no model to show
     empty_record(record_folder(HOME, context["run_id"]))
     values = dict(context["params"])
-    overrides = {**(values.get("overrides") or {}), **form_overrides(values)}
+    overrides = {**given_overrides(values), **form_overrides(values)}
     recipe = load_recipe(values["recipe"], overrides)
+    if recipe.cluster.rent:
+        raise RecipeError(
+            "cluster.rent: the DAG does not rent yet; name a host that is there by cluster.connection"
+        )
     extra = connection_of(recipe.cluster.connection).extra_dejson
     # where things are on a host is the host's business: its connection may say so
     for key in ("python", "root"):

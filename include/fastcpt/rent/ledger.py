@@ -1,0 +1,160 @@
+"""The ledger of rented machines: one file a machine under ``HOME/rented/``, each written whole.
+
+A line is written before the provider is asked, so that whatever is killed leaves a name to look for.
+A run has one machine at a time: whoever changes its lines holds the run's lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from fastcpt.files import digest_of, read_json, whole_file, write_json
+
+log = logging.getLogger(__name__)
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\[\]][A-Za-z0-9_.:\[\]-]{0,252}$")]
+# what sshd writes into its .pub file, without the comment
+HostKey = Annotated[
+    str, StringConstraints(pattern=r"^(ssh|ecdsa|sk)-[a-z0-9@.-]+ [A-Za-z0-9+/]{40,}={0,2}$")
+]
+
+
+class Machine(BaseModel):
+    """What a provider says of a machine; more than this is left unread. Price: USD, whole machine."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    id: str = Field(min_length=1, max_length=500)
+    host: Name
+    port: int = Field(22, ge=1, le=65535)
+    user: Name
+    host_key: HostKey
+    price_per_hour: float = Field(ge=0.0, allow_inf_nan=False)
+    gpus: int = Field(ge=0)
+
+
+class Rental(BaseModel):
+    """A line of the ledger. Times are seconds since the epoch.
+
+    asked: the provider may have begun; held: it has answered; unverified: given back, and the
+    provider still names it or says nothing; released: the provider says that it is gone.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    key: str
+    dag: str
+    run: str
+    state: Literal["asked", "held", "unverified", "released"] = "asked"
+    commands: dict[str, list[str]]
+    needs: dict[str, Any]
+    money: float | None = None
+    asked: float
+    machine: Machine | None = None
+    released: float | None = None
+    keep_until: float | None = None
+    why: str = ""
+    told: tuple[str, ...] = ()
+
+    def cost(self, now: float) -> float:
+        """USD from the moment that the provider was asked; 0 where it never named a machine."""
+        if self.machine is None:
+            return 0.0
+        return ((self.released or now) - self.asked) / 3600 * self.machine.price_per_hour
+
+
+def _folder(home: Path) -> Path:
+    return home / "rented"
+
+
+def name_of_run(dag: str, run: str) -> str:
+    """What the names of a run's machines begin with: readable, and no other run's."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", run).strip("-").lower()
+    return f"fast-cpt-{readable[:24].strip('-')}-{digest_of(dag, run)[:10]}"
+
+
+def write(home: Path, rental: Rental, **changes: Any) -> Rental:
+    """Put the rental with ``changes`` into the ledger, and return it so."""
+    rental = rental.model_copy(update=changes)
+    write_json(_folder(home) / f"{rental.key}.json", rental.model_dump(mode="json"))
+    return rental
+
+
+def of_run(home: Path, dag: str, run: str) -> list[Rental]:
+    """The run's machines, the newest last."""
+    files = _folder(home).glob(f"{name_of_run(dag, run)}-*.json")
+    return sorted(map(_read, files), key=lambda rental: rental.asked)
+
+
+def not_released(home: Path) -> list[Rental]:
+    """The machines of all runs that may still cost money, the oldest first."""
+    found = []
+    for file in _folder(home).glob("*.json"):
+        try:
+            rental = _read(file)
+        except ValueError:  # it keeps no other machine from being looked after
+            log.exception("%s is damaged: look at the provider what became of its machine", file)
+            continue
+        if rental.state != "released":
+            found.append(rental)
+    return sorted(found, key=lambda one: one.asked)
+
+
+def read(home: Path, key: str) -> Rental:
+    return _read(_folder(home) / f"{key}.json")
+
+
+def _read(file: Path) -> Rental:
+    return Rental.model_validate(read_json(file))
+
+
+def next_key(home: Path, dag: str, run: str) -> str:
+    """The key of the run's next machine: the provider knows two requests with it for one."""
+    return f"{name_of_run(dag, run)}-{len(of_run(home, dag, run)) + 1}"
+
+
+def spent(rentals: Iterable[Rental], now: float) -> float:
+    """USD of all these machines, up to now or to the end of each."""
+    return sum(rental.cost(now) for rental in rentals)
+
+
+def deadline(rentals: Iterable[Rental], rental: Rental) -> float | None:
+    """When the run's money is spent while it has this machine; None: never."""
+    if rental.money is None or rental.machine is None or not rental.machine.price_per_hour:
+        return None
+    before = spent((one for one in rentals if one.key != rental.key), rental.asked)
+    return rental.asked + max(0.0, rental.money - before) / rental.machine.price_per_hour * 3600
+
+
+def known_hosts(home: Path, rental: Rental) -> Path:
+    """A file with the key that the provider named, and no other: it alone is believed."""
+    machine = rental.machine
+    if machine is None:
+        raise ValueError(f"{rental.key}: the provider has named no machine yet")
+    host = machine.host if machine.port == 22 else f"[{machine.host}]:{machine.port}"
+    file, line = _folder(home) / f"{rental.key}.known_hosts", f"{host} {machine.host_key}\n"
+    if not file.is_file() or file.read_text() != line:
+        with whole_file(file) as aside:
+            aside.write_text(line)
+    return file
+
+
+@contextmanager
+def locked(home: Path, dag: str, run: str, wait: bool = True) -> Iterator[bool]:
+    """The run's lines are one process's to change; False where another has them and ``wait`` is off."""
+    _folder(home).mkdir(parents=True, exist_ok=True)
+    with (_folder(home) / f"{name_of_run(dag, run)}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True

@@ -1,0 +1,225 @@
+"""A run's machine: taken once, given back for certain, and looked after when the run is not there.
+
+``take`` and ``give_back`` may be killed at any instant and called again. ``look_after`` is for a
+process that runs every few minutes, whatever became of the runs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastcpt.recipe_sections import Rent
+from fastcpt.rent import ledger, provider
+from fastcpt.rent.ledger import Rental
+from fastcpt.rent.provider import PROJECT, AnswerRefused, ProviderError
+
+# A provider that ends a machine takes its time to say so.
+VERIFY_S, VERIFY_POLL_S = 120.0, 5.0
+# Whoever asked and was killed may have left a command behind that still rents.
+LATE_S = provider.PATIENCE_S["acquire"] + 300.0
+# Of the money: people are told then.
+TOLD_SHARE = 0.8
+
+What = Literal[
+    "not given back",
+    "80 % of the money is spent",
+    "the money is spent",
+    "the provider took the machine away",
+]
+TAKEN_AWAY: What = "the provider took the machine away"
+
+log = logging.getLogger(__name__)
+
+
+class MoneySpent(ValueError):
+    """The run has spent what it may: no machine is rented for it any more."""
+
+
+class NotReleased(OSError):
+    """The provider does not say that a machine is gone; the message has the command to type."""
+
+
+class NoMachine(ValueError):
+    """The run has no machine now."""
+
+
+def take(
+    home: Path, dag: str, run: str, rent: Rent, needs: dict[str, Any], money: float | None = None
+) -> Rental:
+    """The run's machine: found where it is still there, rented otherwise; never a second one.
+
+    ``money`` is what all of the run's machines together may cost, in USD. Raises ``ProviderError``
+    and ``NotReleased`` (again later), ``MoneySpent``.
+    """
+    with ledger.locked(home, dag, run):
+        for rental in _not_released(home, dag, run):
+            if rental.state == "asked":
+                # the same key again: the provider finds what a killed try has rented
+                return _ask(home, rental)
+            if rental.state == "held" and _is_there(rental):
+                return ledger.write(home, rental, keep_until=None, money=money)
+            _give_back(home, rental, rental.why or TAKEN_AWAY)
+        before = ledger.of_run(home, dag, run)
+        if money is not None and ledger.spent(before, time.time()) >= money:
+            raise MoneySpent(
+                f"the {money:,.2f} USD of budget.money are spent: raise it in a recipe, and run again"
+            )
+        rental = Rental(
+            key=ledger.next_key(home, dag, run),
+            dag=dag,
+            run=run,
+            commands={"acquire": rent.acquire, "release": rent.release, "status": rent.status},
+            needs=needs,
+            money=money,
+            asked=time.time(),
+        )
+        return _ask(home, ledger.write(home, rental))
+
+
+def _is_there(rental: Rental) -> bool:
+    return rental.machine is not None and rental.machine.id in provider.machines(rental)
+
+
+def _ask(home: Path, rental: Rental) -> Rental:
+    try:
+        machine = provider.acquire(rental)
+    except AnswerRefused as error:
+        # something may have been rented that nobody can use
+        _give_back(home, rental, str(error))
+        raise
+    rental = ledger.write(home, rental, state="held", machine=machine)
+    for other in provider.machines(rental) - {machine.id}:
+        log.warning("%s: %s was rented beside it, and is given back", rental.key, other)
+        provider.release(rental, other)
+    return rental
+
+
+def give_back(home: Path, dag: str, run: str, why: str) -> list[Rental]:
+    """End what the run has rented, and return when the provider says that it is gone.
+
+    Raises ``ProviderError`` or ``NotReleased``; the ledger says so too.
+    """
+    with ledger.locked(home, dag, run):
+        return [_give_back(home, rental, why) for rental in _not_released(home, dag, run)]
+
+
+def keep(home: Path, dag: str, run: str, minutes: float) -> None:
+    """The ended run's machine stays for so long; ``look_after`` gives it back then."""
+    with ledger.locked(home, dag, run):
+        for rental in _not_released(home, dag, run):
+            ledger.write(home, rental, keep_until=time.time() + minutes * 60)
+
+
+def machine_of(home: Path, dag: str, run: str) -> Rental:
+    """The machine that the run has; ``NoMachine`` where it has none."""
+    rentals = ledger.of_run(home, dag, run)
+    if rentals and rentals[-1].state == "held":
+        return rentals[-1]
+    why = f" ({rentals[-1].why})" if rentals and rentals[-1].why else ""
+    raise NoMachine(f"the run has no rented machine{why}: clear this task, it takes one again")
+
+
+def _not_released(home: Path, dag: str, run: str) -> list[Rental]:
+    return [one for one in ledger.of_run(home, dag, run) if one.state != "released"]
+
+
+def _give_back(home: Path, rental: Rental, why: str) -> Rental:
+    """End the machine; it is ``released`` when the provider names none under its key.
+
+    One that never was named stays ``unverified`` while a late answer may still rent it.
+    """
+    machine = rental.machine.id if rental.machine else None
+    rental = ledger.write(home, rental, state="unverified", why=why)
+    provider.release(rental, machine)
+    left = provider.machines(rental)
+    for other in left - {machine}:
+        provider.release(rental, other)
+    until = time.monotonic() + VERIFY_S
+    while left:
+        if time.monotonic() > until:
+            raise NotReleased(f"the provider still names {', '.join(sorted(left))} of {rental.key}")
+        time.sleep(VERIFY_POLL_S)
+        left = provider.machines(rental)
+    if machine is None and time.time() - rental.asked < LATE_S:
+        return rental
+    return ledger.write(home, rental, state="released", released=time.time(), keep_until=None)
+
+
+def command_to_type(rental: Rental) -> str:
+    """What gives a machine back from a shell."""
+    machine = rental.machine.id if rental.machine else None
+    request = json.dumps({"key": rental.key, "run": rental.run, "id": machine})
+    words = shlex.join(rental.commands["release"])
+    return f"cd {shlex.quote(str(PROJECT))} && echo {shlex.quote(request)} | {words}"
+
+
+@dataclass(frozen=True)
+class News:
+    """What people have to know of a machine."""
+
+    rental: Rental
+    what: What
+    reason: str
+
+
+def look_after(home: Path, goes_on: Callable[[str, str], bool]) -> Iterator[News]:
+    """Give back each machine whose run has ended, is gone, or has spent its money.
+
+    ``goes_on(dag, run)`` is Airflow's word. A machine that another process is at work on is left to it.
+    """
+    for listed in ledger.not_released(home):
+        with ledger.locked(home, listed.dag, listed.run, wait=False) as mine:
+            rental = ledger.read(home, listed.key)
+            if not mine or rental.state == "released":
+                continue
+            try:
+                yield from _look_at(home, rental, goes_on(rental.dag, rental.run))
+            except (ProviderError, NotReleased) as error:
+                if ledger.read(home, rental.key).state == "unverified":
+                    reason = f"{error}. Look there, or type: {command_to_type(rental)}"
+                    yield from _once(home, rental, "not given back", reason)
+                else:
+                    log.warning("%s: %s", rental.key, error)
+
+
+def _look_at(home: Path, rental: Rental, goes_on: bool) -> Iterator[News]:
+    now = time.time()
+    spent = ledger.spent(ledger.of_run(home, rental.dag, rental.run), now)
+    money = rental.money
+    words = f"{spent:,.2f} of {money:,.2f} USD (budget.money)" if money else ""
+    if money and spent >= money:
+        _give_back(home, rental, f"the money is spent: {words}")
+        yield from _once(home, rental, "the money is spent", f"{words}: its machine is gone")
+    elif rental.state == "unverified":
+        _give_back(home, rental, rental.why)
+    elif not goes_on and now >= (rental.keep_until or 0.0):
+        _give_back(home, rental, "its run has ended")
+    elif goes_on and rental.state == "held" and not _is_there(rental):
+        _give_back(home, rental, TAKEN_AWAY)
+        yield from _once(home, rental, TAKEN_AWAY, "what still needs it: clear it to rent another")
+    elif money and spent >= TOLD_SHARE * money:
+        yield from _once(home, rental, "80 % of the money is spent", words)
+
+
+def _once(home: Path, rental: Rental, what: What, reason: str) -> Iterator[News]:
+    rental = ledger.read(home, rental.key)
+    if what not in rental.told:
+        yield News(rental, what, reason)
+        ledger.write(home, rental, told=(*rental.told, what))
+
+
+def next_due(home: Path) -> float | None:
+    """When the next machine has to go: its money is spent, or it was kept long enough."""
+    due = []
+    for rental in ledger.not_released(home):
+        if rental.state == "held":
+            rentals = ledger.of_run(home, rental.dag, rental.run)
+            due += [rental.keep_until, ledger.deadline(rentals, rental)]
+    return min((moment for moment in due if moment is not None), default=None)
