@@ -23,6 +23,7 @@ from airflow_api import Api, watch
 
 from deployment.engine import Engine, call, engine
 from deployment.images import provide
+from fastcpt.cluster.agent.jobs import stop
 from fastcpt.corpus.sample import generate_sample
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -142,6 +143,9 @@ def cluster(deployment: Deployment) -> Iterator[dict[str, Any]]:
         "login": server["user"],
         "extra": json.dumps(extra),
     }
+    # jobs outlive their connection, but not this test
+    for job in (folder / "root" / "jobs").glob("*"):
+        stop(str(folder / "root"), job.name)
     os.killpg(server["pid"], signal.SIGTERM)
 
 
