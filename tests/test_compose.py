@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,93 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(
     assert done.returncode == 2
     assert says in done.stderr
     assert not (checkout / "deployment").exists()
+
+
+# In place of an engine: notes what it is called with, and does in deployment/data what a container does in /data.
+DOCKER = """#!/bin/bash
+echo "$*" >> "$NOTES"
+case "$*" in
+  *pg_dump*) [ -z "${NO_DUMP:-}" ] && printf 'the database' ;;
+  *pg_restore*) cat > "$NOTES.restored" ;;
+  *"scheduler bash -c"*) exec bash -c "${@: -1:1}" 'x' ;;
+esac
+"""
+
+
+@pytest.fixture
+def deployed(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A deployment that has made something, and a stand-in for its engine."""
+    programs = checkout / "bin"
+    programs.mkdir()
+    data = checkout / "deployment" / "data"
+    inside = DOCKER.replace(
+        '"${@: -1:1}"', f'"$(printf %s "${{@: -1:1}}" | sed "s#/data#\'{data}\'#")"'
+    )
+    (programs / "docker").write_text(inside)
+    (programs / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("NOTES", str(checkout / "notes"))
+    assert run_script(checkout, "settings", str(checkout)).returncode == 0
+    for name in ("models/one/weights", "runs/one/report.html", "scores/one", "tokens/one"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text(name)
+    return checkout
+
+
+def test_a_backup_holds_what_cannot_be_made_again(deployed: Path) -> None:
+    done = run_script(deployed, "backup")
+    assert done.returncode == 0, done.stderr
+    (backup,) = (deployed / "deployment" / "backups").iterdir()
+    assert (backup / "database.dump").read_text() == "the database"
+    assert (backup / "settings.env").read_text() == (
+        deployed / "deployment" / "settings.env"
+    ).read_text()
+    with tarfile.open(backup / "data.tar") as data:
+        names = {member.name for member in data if member.isfile()}
+    assert names == {"./models/one/weights", "./runs/one/report.html"}
+    assert backup.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_backup_that_fails_leaves_none(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_DUMP", "1")
+    assert run_script(deployed, "backup").returncode != 0
+    assert list((deployed / "deployment" / "backups").iterdir()) == []
+
+
+def test_a_restore_puts_all_of_it_back_while_nothing_runs(deployed: Path) -> None:
+    run_script(deployed, "backup")
+    (backup,) = (deployed / "deployment" / "backups").iterdir()
+    shutil.rmtree(deployed / "deployment" / "data" / "models")
+    (deployed / "deployment" / "settings.env").unlink()
+    (deployed / "notes").unlink()
+    done = run_script(deployed, "restore", str(backup))
+    assert done.returncode == 0, done.stderr
+    assert (deployed / "deployment/data/models/one/weights").read_text() == "models/one/weights"
+    assert (deployed / "notes.restored").read_text() == "the database"
+    assert "FERNET_KEY=" in (deployed / "deployment" / "settings.env").read_text()
+    order = (deployed / "notes").read_text()
+    steps = [
+        "build",
+        "down",
+        "--wait postgres",
+        "dropdb",
+        "pg_restore",
+        "scheduler bash",
+        "up -d\n",
+    ]
+    places = [order.index(step) for step in steps]
+    assert places == sorted(places)
+
+
+def test_an_upgrade_builds_and_backs_up_before_anything_is_ended(deployed: Path) -> None:
+    settings = deployed / "deployment" / "settings.env"
+    settings.write_text(settings.read_text() + "EXECUTOR=CeleryExecutor\n")
+    done = run_script(deployed, "upgrade")
+    assert done.returncode == 0, done.stderr
+    order = (deployed / "notes").read_text()
+    places = [order.index(step) for step in ("build", "pg_dump", "down", "up -d\n")]
+    assert places == sorted(places)
+    assert len(list((deployed / "deployment" / "backups").iterdir())) == 1
 
 
 def test_nothing_of_a_deployment_can_be_committed() -> None:

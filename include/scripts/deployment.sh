@@ -55,8 +55,9 @@ backup() {
   # first of all: a backup without the database is none
   docker compose exec -T postgres pg_isready -q -h localhost -U airflow || stop "Postgres does not answer. docker compose up -d first."
   mkdir -p deployment/backups
-  local folder work
+  local folder
   folder=deployment/backups/$(date -u +%Y-%m-%dT%H-%M-%SZ)
+  # not local: the trap below outlives this function
   work=$(mktemp -d deployment/backups/.partial.XXXXXX)
   trap 'rm -rf "$work"' EXIT
   cp "$settings" "$work/settings.env"
