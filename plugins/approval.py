@@ -5,14 +5,27 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from airflow.providers.standard.operators.hitl import ApprovalOperator
 from airflow.sdk import Context
 from airflow.sdk.definitions.param import ParamsDict
 
 import steps.plan
+from fastcpt.reporting.plan_table import COUNTED, markdown
 from fastcpt.reporting.record import add_time, read
 from notifications import tell
+from run_pages import PREFIX, ROOT
+
+
+def _body(context: Context, plan: Path) -> str:
+    """The plan's tables, and links to the run's page and to the recipe that it is of."""
+    run = f"{ROOT}/plugin{PREFIX}{PREFIX}/run/{quote(plan.parent.name)}"
+    return (
+        f"{markdown(read(plan.parent, plan.name), COUNTED)}\n\n"
+        f"[The run's page]({run}) has the corpus and the whole recipe. "
+        "Rejecting ends the run: nothing has been spent on GPUs."
+    )
 
 
 class ApprovePlan(ApprovalOperator):
@@ -28,7 +41,7 @@ class ApprovePlan(ApprovalOperator):
         plan = steps.plan.final_plan(context)
         if not context["params"]["require_approval"]:
             return {"plan": plan["path"]}
-        self.body = f"```\n{plan['text']}\n```"  # as it is: the page would read it as Markdown
+        self.body = _body(context, Path(plan["path"]))
         self._note(context, time.time())
         # the form asks for a word on the plan; the run's own values were given before
         self.params = ParamsDict({})

@@ -9,7 +9,15 @@ import pytest
 import yaml
 
 from fastcpt.recipe import RecipeError, load_recipe, recipe_names
-from fastcpt.recipe_form import FORM, form_overrides, form_schema, given_overrides
+from fastcpt.recipe_form import (
+    FORM,
+    form_overrides,
+    form_schema,
+    given_overrides,
+    own_values,
+    problems_by_field,
+    typed_values,
+)
 from fastcpt.recipe_sections import CONFIGS
 
 # The published guide's figures: steps, tokens of a sequence, micro-batch, accumulation, rate, GPUs.
@@ -171,6 +179,38 @@ def test_every_field_of_the_form_says_what_it_is_and_can_be_left_to_the_recipe(n
     schema = form_schema(name)
     assert schema["description"].endswith(".")
     assert schema["type"][1] == "null"
+
+
+def test_a_base_model_in_the_form_takes_the_place_of_one_made_at_random() -> None:
+    recipe = load_recipe("sample", form_overrides({"base_model": "org/model"}))
+    assert (recipe.model.name_or_path, recipe.model.config) == ("org/model", None)
+
+
+def test_a_switch_of_the_form_is_on_off_or_the_recipes() -> None:
+    assert form_schema("use_fp8")["enum"] == [None, "on", "off"]
+    for typed, value in (("on", True), ("off", False), (None, True)):
+        recipe = load_recipe("cpt_config_fast", form_overrides({"use_fp8": typed}))
+        assert recipe.training.use_fp8 is value
+
+
+def test_what_is_typed_is_told_at_its_field() -> None:
+    values, wrong = typed_values({"max_steps": "12.5", "learning_rate": "2e-5", "gpus": " "})
+    assert values == {"learning_rate": 2e-5}
+    assert wrong == {"max_steps": "a whole number is needed"}
+    with pytest.raises(RecipeError) as error:
+        load_recipe("sample", form_overrides({"gpus": 0, "learning_rate": 3.0}))
+    by_field, others = problems_by_field(str(error.value))
+    assert by_field["gpus"].startswith("Input should be greater than or equal to 1, not 0")
+    assert by_field["learning_rate"].startswith("Input should be less than or equal to 1")
+    assert others == []
+
+
+def test_an_empty_field_shows_the_recipes_own_value() -> None:
+    own = own_values(load_recipe("cpt_config_fast"))
+    assert own["max_steps"] == "12000"
+    assert own["use_fp8"] == "on"
+    assert own["budget_money"] == "180.0"
+    assert own["documents"] == ""
 
 
 def test_the_forms_limits_are_the_recipes() -> None:

@@ -72,6 +72,7 @@ def test_the_library_does_not_know_airflow_plugins_or_dags() -> None:
             "gpu_turns",
             "job_log",
             "live",
+            "new_run",
             "notifications",
             "remote_job",
             "retries",

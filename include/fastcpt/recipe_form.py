@@ -7,27 +7,43 @@ from typing import Any
 
 from fastcpt.recipe import Recipe, RecipeError
 
-# What the trigger form can override: the form's name of a value and its key in the recipe.
-FORM = {
-    "documents": "documents.path",
-    "instructions": "sft.instructions",
-    "tokenizer": "tokenizer.path",
-    "target_tokens": "selection.target_tokens",
-    "quality_threshold": "selection.quality_threshold",
-    "max_seq_length": "corpus.max_seq_length",
-    "num_shards": "corpus.num_shards",
-    "max_steps": "training.max_steps",
-    "gpus": "cluster.gpus",
-    "perplexity_threshold": "gate.perplexity_threshold",
-    "use_fp8": "training.use_fp8",
-    "connection": "cluster.connection",
+# What the trigger form can override, in groups: the form's name of a value and its key in the recipe.
+GROUPS = {
+    "What": {
+        "documents": "documents.path",
+        "base_model": "model.name_or_path",
+        "instructions": "sft.instructions",
+        "tokenizer": "tokenizer.path",
+        "quality_threshold": "selection.quality_threshold",
+    },
+    "How long": {
+        "max_steps": "training.max_steps",
+        "learning_rate": "training.learning_rate",
+        "target_tokens": "selection.target_tokens",
+        "max_seq_length": "corpus.max_seq_length",
+        "num_shards": "corpus.num_shards",
+    },
+    "Where": {
+        "connection": "cluster.connection",
+        "gpus": "cluster.gpus",
+        "use_fp8": "training.use_fp8",
+    },
+    "Limits": {
+        "budget_hours": "budget.hours",
+        "budget_money": "budget.money",
+        "perplexity_threshold": "gate.perplexity_threshold",
+    },
 }
+FORM = {name: key for group in GROUPS.values() for name, key in group.items()}
+# The form's words for a switch that may also be left to the recipe.
+SWITCH = {"on": True, "off": False}
 
 
 def form_schema(name: str) -> dict[str, Any]:
     """JSON schema of one of ``FORM``'s values: the recipe's own type, limits and description.
 
-    ``null`` stands for "as the recipe says". The description tells numbers' limits in words.
+    ``null`` stands for "as the recipe says", and a switch has three positions: a form that shows two
+    would show the opposite of what a recipe does. The description tells numbers' limits in words.
     """
     *sections, field = FORM[name].split(".")
     model: Any = Recipe
@@ -35,6 +51,13 @@ def form_schema(name: str) -> dict[str, Any]:
         model = model.model_fields[section].annotation
     schema = model.model_json_schema()["properties"][field]
     typed = next((s for s in schema.get("anyOf", []) if s.get("type") != "null"), schema)
+    if typed["type"] == "boolean":
+        return {
+            "type": ["string", "null"],
+            "enum": [None, *SWITCH],
+            "values_display": {"None": "as the recipe says"},
+            "description": schema.get("description", ""),
+        }
     limits = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "pattern"}
     words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most"}
     told = [f"{word} {typed[key]:,.15g}" for key, word in words.items() if key in typed]
@@ -50,15 +73,19 @@ def form_schema(name: str) -> dict[str, Any]:
 def form_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     """The overrides of ``load_recipe`` for the trigger form's values; empty ones are left out.
 
-    A tokenizer given in the form takes the place of training one.
+    A tokenizer given in the form takes the place of training one, a base model of one made at random.
     """
     overrides = {
-        FORM[name]: value
+        FORM[name]: SWITCH.get(value, value)
+        if isinstance(value, str) and _is_switch(name)
+        else value
         for name, value in values.items()
         if name in FORM and value not in (None, "")
     }
     if "tokenizer.path" in overrides:
         overrides["tokenizer.train_vocab_size"] = None
+    if "model.name_or_path" in overrides:
+        overrides["model.config"] = None
     return overrides
 
 
@@ -74,3 +101,51 @@ def given_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
             f"override: {', '.join(refused)}: commands of this machine come from a recipe's file alone"
         )
     return overrides
+
+
+def _is_switch(name: str) -> bool:
+    return "enum" in form_schema(name)
+
+
+def typed_values(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What was typed into fields of ``FORM`` as the values of a run, and by field what is wrong with it.
+
+    An empty field is left out. Limits are the recipe's to judge.
+    """
+    values: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
+    for name, text in texts.items():
+        kind = form_schema(name)["type"][0]
+        text = text.strip()
+        if not text:
+            continue
+        try:
+            values[name] = {"integer": int, "number": float}.get(kind, str)(text)
+        except ValueError:
+            wrong[name] = "a whole number is needed" if kind == "integer" else "a number is needed"
+    return values, wrong
+
+
+def problems_by_field(message: str) -> tuple[dict[str, str], list[str]]:
+    """The lines of a ``RecipeError``, by the form's field that each is about, and the rest of them."""
+    by_field: dict[str, str] = {}
+    others = []
+    for line in message.splitlines():
+        own = (name for name, key in FORM.items() if line.startswith(f"override: {key}: "))
+        if name := next(own, None):
+            by_field[name] = line.removeprefix(f"override: {FORM[name]}: ")
+        else:
+            others.append(line)
+    return by_field, others
+
+
+def own_values(recipe: Recipe) -> dict[str, str]:
+    """What the recipe itself says for each field of the form, as words; empty where nothing."""
+    found = {}
+    for name, key in FORM.items():
+        value: Any = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        words = {True: "on", False: "off"} if isinstance(value, bool) else {}
+        found[name] = words.get(value, "" if value is None else f"{value}")
+    return found

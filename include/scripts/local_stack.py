@@ -31,7 +31,7 @@ from airflow_api import DAG, USER, Api, clock, watch
 
 from fastcpt import files
 from fastcpt.cluster.agent.jobs import stop
-from fastcpt.corpus.sample import generate_sample
+from fastcpt.corpus.sample import SAMPLE_DOCUMENTS, generate_sample
 from fastcpt.files import write_json
 from fastcpt.reporting.record import record_folder
 from fastcpt.reporting.summary import summary_text
@@ -41,7 +41,6 @@ HOME = files.HOME.resolve()
 AIRFLOW_HOME = HOME / "airflow"
 STATE = HOME / "stack.json"
 COMMANDS = ["api-server", "scheduler", "dag-processor", "triggerer"]
-SAMPLE_DOCUMENTS = 400
 
 
 def main() -> int:

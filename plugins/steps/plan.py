@@ -30,6 +30,7 @@ def plan() -> Plan:
     """Resolve recipe, form and connection; look at the documents; begin the run's record."""
     from fastcpt.corpus.documents import list_parts
     from fastcpt.corpus.new_documents import state_of, text_bytes
+    from fastcpt.corpus.sample import sample_overrides
     from fastcpt.gguf import base_folder
     from fastcpt.planning.history import FILE as HISTORY
     from fastcpt.planning.plan import estimated_tokens, require_fit
@@ -41,6 +42,7 @@ def plan() -> Plan:
     empty_record(record_folder(HOME, context["run_id"]))
     values = dict(context["params"])
     overrides = {**given_overrides(values), **form_overrides(values)}
+    overrides = sample_overrides(values["recipe"], overrides, HOME)
     recipe = load_recipe(values["recipe"], overrides)
     if recipe.cluster.rent:
         raise RecipeError(

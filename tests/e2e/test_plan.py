@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +75,12 @@ def test_an_approved_plan_is_carried_out(approved: tuple[Run, dict[str, Any]]) -
     run, asked = approved
     assert asked["subject"] == "Approve the plan of this run"
     assert asked["options"] == ["Approve", "Reject"]
-    assert "'sample' (own shape, full, float32) on 1xCPU: fits." in asked["body"]
+    shown = html.unescape(asked["body"])
+    assert "**sample**: own shape, full, float32, on 1xCPU. The plan fits." in shown
+    assert re.search(
+        r"^\| passes over the corpus \| [\d.,]+ \| 10000: fits \|", shown, re.MULTILINE
+    )
+    assert f"/fast-cpt-runs/run/{run.record.name})" in shown
     assert run.outcome == "success", run.states()
     assert run.result("train_cpt")["steps"] == 6
 
@@ -127,7 +134,7 @@ def test_the_next_plan_is_the_last_run_and_a_rejected_one_spends_nothing(
     middle = (plan["tokens_per_s"]["low"] + plan["tokens_per_s"]["high"]) / 2
     assert middle == pytest.approx(training["tokens_per_s_per_gpu"])
     assert plan["hours_parts"]["start-up"] == pytest.approx(training["startup_seconds"] / 3600)
-    assert plan["rate_source"] in asked["body"]
+    assert plan["rate_source"] in html.unescape(asked["body"])
 
     states = rejected.states()
     assert rejected.outcome == "failed"

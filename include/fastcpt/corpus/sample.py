@@ -38,6 +38,8 @@ from fastcpt.files import whole_file
 Record = dict[str, Any]
 
 
+OF_SAMPLE = ("sample", "smollm2")  # the recipes that are for it
+SAMPLE_DOCUMENTS = 400
 TYPE_LETTERS = {"regulation": "R", "directive": "L", "decision": "D"}
 KINDS = ("regulation", "regulation", "regulation", "directive", "directive", "decision")
 FIRST_DAY, LAST_DAY = date(1990, 1, 8), date(2026, 6, 30)
@@ -111,6 +113,18 @@ class _Slots(dict[str, str]):
 
     def fill(self, template: str) -> str:
         return template.format_map(self)
+
+
+def sample_overrides(recipe: str, overrides: Mapping[str, Any], home: Path) -> dict[str, Any]:
+    """The overrides, and where a recipe of the sample names no documents the sample's own, made in ``home``."""
+    if recipe not in OF_SAMPLE or overrides.get("documents.path"):
+        return dict(overrides)
+    folder = home / "sample"
+    instructions = folder / "instructions.jsonl"
+    if not instructions.exists():
+        generate_sample(folder, documents=SAMPLE_DOCUMENTS)
+    own = {"documents.path": str(folder / "parsed"), "sft.instructions": str(instructions)}
+    return {**own, **overrides}
 
 
 def generate_sample(folder: Path, documents: int = 400, seed: int = 0) -> None:
