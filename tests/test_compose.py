@@ -148,7 +148,7 @@ echo "$*" >> "$NOTES"
 case "$*" in
   *pg_dump*) [ -z "${NO_DUMP:-}" ] && printf 'the database' ;;
   *pg_restore*) cat > "$NOTES.restored" ;;
-  *"scheduler bash -c"*) exec bash -c "${@: -1:1}" 'x' ;;
+  *" scheduler -c"*) exec bash -c "${@: -1:1}" 'x' ;;
 esac
 """
 
@@ -211,7 +211,7 @@ def test_a_restore_puts_all_of_it_back_while_nothing_runs(deployed: Path) -> Non
         "--wait postgres",
         "dropdb",
         "pg_restore",
-        "scheduler bash",
+        "scheduler -c",
         "up -d\n",
     ]
     places = [order.index(step) for step in steps]

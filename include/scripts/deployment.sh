@@ -49,6 +49,9 @@ EOF
 # Workers are started and ended with the rest where the settings name them.
 with_workers() { if grep -q '^EXECUTOR=Celery' "$settings"; then export COMPOSE_PROFILES=celery; fi; }
 
+# As the user that owns deployment/data, and past the image's entrypoint: what that may print is no part of a file.
+in_container() { docker compose run -T --no-deps --entrypoint bash --rm scheduler -c "$1"; }
+
 backup() {
   [ -f "$settings" ] || stop "there is no $settings: nothing is deployed here."
   with_workers
@@ -63,7 +66,7 @@ backup() {
   cp "$settings" "$work/settings.env"
   docker compose exec -T postgres pg_dump -U airflow --format custom airflow > "$work/database.dump"
   # Without what is made again from documents. Files appear whole; that one vanishes meanwhile is status 1.
-  docker compose run --no-deps --rm -T scheduler bash -c 'tar -C /data --exclude=./scores --exclude=./selections --exclude=./tokens \
+  in_container 'tar -C /data --exclude=./scores --exclude=./selections --exclude=./tokens \
     --exclude=./corpora --exclude="*.partial" -cf - . || [ $? = 1 ]' > "$work/data.tar"
   sync
   mv "$work" "$folder"
@@ -91,7 +94,7 @@ restore() {
   docker compose exec -T postgres sh -c 'dropdb -U airflow --if-exists airflow && createdb -U airflow airflow &&
     echo "ALTER ROLE airflow PASSWORD '"'"'$POSTGRES_PASSWORD'"'"'" | psql -q -U airflow airflow'
   docker compose exec -T postgres pg_restore -U airflow --dbname airflow --exit-on-error < "$from/database.dump"
-  docker compose run --no-deps --rm -T scheduler bash -c 'tar -C /data -xf -' < "$from/data.tar"
+  in_container 'tar -C /data -xf -' < "$from/data.tar"
   docker compose up -d
   say "Restored from $from. What was made since lies beside it in deployment/data."
 }

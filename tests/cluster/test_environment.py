@@ -116,6 +116,7 @@ def test_without_a_compiler_nothing_is_begun(host: Path) -> None:
     assert not (host / "environments").exists()
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_kept_for_the_next_environment(host: Path) -> None:
     for name in ("nvcc", "c++"):
         program(host, name)
@@ -137,6 +138,7 @@ def test_what_was_compiled_is_kept_for_the_next_environment(host: Path) -> None:
     assert build(host, "three", gpus=True).returncode == CANNOT_HEAL
 
 
+@pytest.mark.slow
 def test_a_vendors_torch_stays_and_the_rest_comes_on_top(host: Path) -> None:
     """As in a vendor's container: a build of its own, of the same release line, for its GPUs."""
     vendor = host / "vendor"
