@@ -6,12 +6,14 @@ sections together and reads them from a file.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fastcpt.files import read_json
+from fastcpt.yaml_files import read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -68,6 +70,13 @@ class Documents(Section):
     replay: Replay | None = None
 
 
+@cache
+def law_sets() -> dict[str, dict[str, Any]]:
+    """What ``law_sets.yaml`` knows of each country's law: kinds of act, subjects, languages."""
+    content: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("law_sets.yaml"))
+    return content
+
+
 class LegalWeights(Section):
     """Weights of the ``legal`` score; each component lies in 0..1 before it is weighted."""
 
@@ -87,21 +96,28 @@ class Score(Section):
         "legal", description="The project's own score, or the published one (docs/corpus.md)."
     )
     weights: LegalWeights = LegalWeights()
-    subjects: dict[str, float] = Field(
-        default={
-            "data protection": 1.0,
-            "consumer": 0.9,
-            "environment": 0.7,
-            "digital": 0.8,
-            "information": 0.6,
-            "competition": 0.6,
-            "financial services": 0.6,
-            "employment": 0.5,
-            "public health": 0.5,
-        },
-        description="Subject matters that count, by whole words, each with a weight in 0..1.",
+    law: str = Field(
+        "eu", description="Whose law it is: a set of kinds, subjects, languages (law_sets.yaml)."
     )
-    languages: list[str] = Field(default=["en"], description="Languages of full value.")
+    kinds: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]] = Field(
+        default={}, description="Kinds of act, each with a weight in 0..1; the set's if left out."
+    )
+    subjects: dict[str, float] = Field(
+        default={},
+        description="Subject matters that count, by whole words, each with a weight in 0..1; the "
+        "set's if left out.",
+    )
+    languages: list[str] = Field(
+        default=[], description="Languages of full value; the set's if left out."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def of_its_law(cls, given: Any) -> Any:
+        law = given.get("law", "eu")
+        if law not in law_sets():
+            raise ValueError(f"law: no set '{law}'; there are {', '.join(law_sets())}")
+        return law_sets()[law] | given
 
 
 class Selection(Section):
@@ -115,9 +131,9 @@ class Selection(Section):
         None, ge=1_000, le=10**13, description="Token budget of the corpus."
     )
     max_document_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] | None = Field(
-        None,
-        description="Of a longer document only the first so many tokens are trained on; auto: as many "
-        "as fill top_share and target_tokens with all documents, rather than with the best ones whole.",
+        "auto",
+        description="Of a longer document only the first so many tokens are trained on. auto: as many "
+        "as fill top_share and target_tokens with all documents; null: with the best ones, whole.",
     )
     min_characters: int = Field(0, ge=0, description="Shorter documents are not taken.")
     min_year: int | None = Field(
@@ -133,12 +149,6 @@ class Selection(Section):
         le=1.0,
         description="Jaccard similarity of 5-grams from which two documents are duplicates.",
     )
-
-    @model_validator(mode="after")
-    def auto_fills_something(self) -> Selection:
-        if self.max_document_tokens == "auto" and not (self.top_share or self.target_tokens):
-            raise ValueError("max_document_tokens: auto needs top_share or target_tokens to fill")
-        return self
 
 
 class Corpus(Section):

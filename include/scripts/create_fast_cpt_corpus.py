@@ -40,6 +40,7 @@ def main() -> None:
         "tokenizer.path": arguments.tokenizer,
     }
     given = {key: value for key, value in overrides.items() if value is not None}
+    given["selection.max_document_tokens"] = None  # documents are written whole
     if arguments.tokenizer:
         given["tokenizer.train_vocab_size"] = None
     try:

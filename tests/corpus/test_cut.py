@@ -15,9 +15,10 @@ from fastcpt.corpus.documents import list_parts
 from fastcpt.corpus.explain import explain
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import select
+from fastcpt.corpus.selected import BuildError
 from fastcpt.corpus.token_ids import TokenIds
 from fastcpt.corpus.tokenizer import describe
-from fastcpt.recipe import Recipe, RecipeError
+from fastcpt.recipe import Recipe
 
 Recipes = Callable[..., Recipe]
 Writer = Callable[..., Path]
@@ -91,9 +92,27 @@ def test_auto_fills_a_share_and_says_so(documents: Writer, recipe_for: Recipes, 
     assert "its first" not in explain(short["id"], selection["path"], recipe)
 
 
-def test_auto_needs_something_to_fill(documents: Writer, recipe_for: Recipes) -> None:
-    with pytest.raises(RecipeError, match="needs top_share or target_tokens"):
-        recipe_for(documents(acts(2)), selection__max_document_tokens="auto")
+@pytest.mark.parametrize("target", [None, 10_000_000])
+def test_auto_cuts_nothing_where_all_fits(
+    documents: Writer, recipe_for: Recipes, home: Path, target: int | None
+) -> None:
+    folder = documents(acts())
+    corpus = made(
+        recipe_for(folder, selection__max_document_tokens="auto", selection__target_tokens=target),
+        home,
+    )
+    assert corpus["max_document_tokens"] is None
+    assert corpus["tokens"] == made(recipe_for(folder), home)["tokens"]
+
+
+def test_a_budget_that_the_held_out_documents_fill_is_refused(
+    documents: Writer, recipe_for: Recipes, home: Path
+) -> None:
+    recipe = recipe_for(
+        documents(acts()), selection__max_document_tokens="auto", selection__target_tokens=1_000
+    )
+    with pytest.raises(BuildError, match="no room for training documents beside the held-out"):
+        made(recipe, home)
 
 
 def test_the_cut_is_the_greatest_that_fits() -> None:

@@ -87,7 +87,27 @@ def test_the_directory_code_names_subjects_too() -> None:
 def test_kind_of_act(facts: dict[str, Any], value: float) -> None:
     from fastcpt.corpus.celex import parse_celex
 
-    assert kind_of_act(document(**facts), parse_celex(facts.get("celex"))) == value
+    kinds = Score().kinds
+    assert kind_of_act(document(**facts), parse_celex(facts.get("celex")), kinds) == value
+
+
+def test_another_countrys_kinds_subjects_and_languages() -> None:
+    settings = Score(law="luxembourg")
+    law = document(doc_type="Loi", language="fr", title="Loi relative à la protection des données")
+    decree = document(doc_type="Règlement grand-ducal", language="en")
+    rows = [score_document(one, settings) for one in (law, decree)]
+    assert [row["score_kind_of_act"] for row in rows] == pytest.approx([1.0, 0.6])
+    assert [row["score_subject_matter"] for row in rows] == pytest.approx([1.0, 0.0])
+    assert [row["score_language"] for row in rows] == pytest.approx([1.0, 0.0])
+    # the recipe's own takes the set's place
+    own = Score(law="luxembourg", kinds={"loi": 0.5})
+    assert score_document(law, own)["score_kind_of_act"] == pytest.approx(0.5)
+    assert own.languages == ["fr", "de", "lb"]
+
+
+def test_an_unknown_law_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ValueError, match="no set 'ruritania'; there are eu, germany, france"):
+        Score(law="ruritania")
 
 
 def test_components_of_a_document() -> None:

@@ -23,6 +23,7 @@ SHIPPED = (
     "fastcpt/families.py",
     "fastcpt/gpus.py",
     "fastcpt/gpus.yaml",
+    "fastcpt/law_sets.yaml",
     "fastcpt/recipe.py",
     "fastcpt/recipe_sections.py",
     "fastcpt/best_fit.py",

@@ -87,16 +87,17 @@ def fill(corpus: ScoreColumns, recipe: Recipe, ratio: float, exact: bool) -> Fil
 
 
 def _beginnings(corpus: ScoreColumns, rows: Ints, recipe: Recipe, ratio: float) -> Filled:
-    """All rows, and the cut at which they fill the share and the budget together."""
-    selection = recipe.selection
-    cuts = []
+    """All rows, and the cut at which they fill the share and the budget; None where all of them fit."""
+    selection, tokens = recipe.selection, corpus.tokens(ratio)[rows]
+    longest = cut = int(tokens.max(initial=0))
     if selection.top_share is not None:
         pieces = cut_for(corpus.pieces[rows], _share_of_pieces(corpus, selection.top_share))
-        cuts.append(math.ceil(pieces * ratio))
+        cut = min(cut, math.ceil(pieces * ratio) + 2)
+    by_target = False
     if selection.target_tokens is not None:
-        cuts.append(cut_for(corpus.tokens(ratio)[rows], selection.target_tokens))
-    by_target = selection.target_tokens is not None and cuts[-1] == min(cuts)
-    return Filled(rows, rows[:0], min(cuts), by_target)
+        of_target = cut_for(tokens, selection.target_tokens)
+        cut, by_target = min(cut, of_target), of_target <= cut
+    return Filled(rows, rows[:0], cut if cut < longest else None, by_target)
 
 
 def _share_of_pieces(corpus: ScoreColumns, share: float) -> int:

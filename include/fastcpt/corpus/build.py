@@ -281,7 +281,13 @@ def _cut_at_budget(documents: Selected, ids: TokenIds, chosen: SelectionManifest
     rows = rows[np.argsort(documents.rank[rows])]
     left = max(0, budget - int(ids.length[documents.rows(*HELD_OUT)].sum()))
     if chosen.get("cut_fills_target"):
-        return max(1, cut_for(ids.length[rows], left))
+        cut = cut_for(ids.length[rows], left)
+        if cut < 1:
+            raise BuildError(
+                f"selection.target_tokens ({budget:,}) has no room for training documents beside the "
+                f"held-out ones ({budget - left:,} tokens)"
+            )
+        return cut if cut < ids.length[rows].max() else None
     lengths = ids.length[rows] if cut is None else np.minimum(ids.length[rows], cut)
     taken = take_within(lengths, left)
     documents.split[rows[taken]] = "train"

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from fastcpt.corpus.processes import Progress, in_order, over_parts
 from fastcpt.files import digest_of, hash_of, read_json, whole_file, write_json
 from fastcpt.manifests import ScoresFolder, ScoresManifest
 from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Score
+from fastcpt.recipe_sections import Score, law_sets
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +115,7 @@ def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> Sco
         settings.method,
         sorted(settings.subjects.items()),
         sorted(settings.languages),
+        *_kinds_in_name(settings),
     )
     folder = home / "scores" / digest
     manifest = folder / "manifest.json"
@@ -137,6 +138,12 @@ def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> Sco
     }
     write_json(manifest, result)
     return {**result, "path": str(folder), "reused": False}
+
+
+def _kinds_in_name(settings: Score) -> list[Any]:
+    """The kinds where they are not the EU's: tables scored by these keep the names that they had."""
+    kinds = settings.kinds
+    return [] if kinds == law_sets()["eu"]["kinds"] else [sorted(kinds.items())]
 
 
 def score_parts(
@@ -288,7 +295,7 @@ def legal_components(
     language = (document.language or "").lower()
     in_force = {True: 1.0, False: 0.0, None: 0.5}[document.in_force]
     return {
-        "kind_of_act": kind_of_act(document, celex),
+        "kind_of_act": kind_of_act(document, celex, settings.kinds),
         "subject_matter": max(
             (settings.subjects[area] for area in areas_of(document, settings)), default=0.0
         ),
@@ -305,38 +312,21 @@ def _ramp(value: float, low: float, high: float) -> float:
     return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
-# Binding force and generality, after Article 288 TFEU: a regulation binds everyone, a directive
-# every Member State, a decision those it is addressed to, a recommendation or opinion no one.
-_KINDS = {
-    "treaty": 1.0,
-    "charter": 1.0,
-    "regulation": 1.0,
-    "directive": 1.0,
-    "judgment": 0.8,
-    "framework_decision": 0.8,
-    "decision": 0.6,
-    "cfsp_act": 0.5,
-    "agreement": 0.5,
-    "guideline": 0.4,
-    "recommendation": 0.4,
-    "resolution": 0.3,
-    "opinion": 0.3,
-    "rules_of_procedure": 0.3,
-    "corrigendum": 0.1,
-}
+UNKNOWN_KIND = 0.3
 _KIND_OF_LETTER = {"R": "regulation", "L": "directive", "D": "decision", "F": "framework_decision"}
 _KIND_OF_SECTOR = {"1": "treaty", "2": "agreement", "6": "judgment"}
 
 
-def kind_of_act(document: Document, celex: Celex | None) -> float:
-    """Binding force and generality of the act, 0..1; 0.3 for a kind that is not known."""
+def kind_of_act(document: Document, celex: Celex | None, kinds: Mapping[str, float]) -> float:
+    """Binding force and generality of the act, 0..1 (``score.kinds``), whatever its accents."""
+    values = {_without_accents(_plain(kind)): value for kind, value in kinds.items()}
     if celex and celex.corrigendum:
-        return _KINDS["corrigendum"]
-    kind = _plain(document.doc_type)
-    if kind not in _KINDS and celex:
+        return values.get("corrigendum", 0.1)
+    kind = _without_accents(_plain(document.doc_type))
+    if kind not in values and celex:
         by_letter = _KIND_OF_LETTER.get(celex.type, "") if celex.sector in "03" else ""
         kind = by_letter or _KIND_OF_SECTOR.get(celex.sector, kind)
-    value = _KINDS.get(kind, 0.3)
+    value = values.get(kind, UNKNOWN_KIND)
     # acts below the legislator's fill in details: lists, tariffs, single authorisations
     title = document.title[:100].lower()
     return value * (0.7 if "implementing" in title else 0.85 if "delegated" in title else 1.0)
@@ -393,12 +383,16 @@ def named_in(named: str, subjects: Iterable[str]) -> list[str]:
 @lru_cache(maxsize=65_536)
 def wording(text: str) -> str:
     """Words in lower case without accents and plural s, one space between them."""
-    plain = unicodedata.normalize("NFKD", text).lower()
-    words = re.findall(r"[^\W_]+", "".join(c for c in plain if not unicodedata.combining(c)))
+    words = re.findall(r"[^\W_]+", _without_accents(text))
     return " ".join(
         word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
         for word in words
     )
+
+
+def _without_accents(text: str) -> str:
+    plain = unicodedata.normalize("NFKD", text).lower()
+    return "".join(c for c in plain if not unicodedata.combining(c))
 
 
 # Formulas of acts and page furniture of EUR-Lex: they say nothing of the law at hand.

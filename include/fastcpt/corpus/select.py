@@ -53,6 +53,7 @@ from fastcpt.manifests import (
     SelectionManifest,
 )
 from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import law_sets
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,7 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
         "select",
         FORMAT,
         [(table["digest"], spelled(table["part"])) for table in tables],
-        recipe.score.model_dump(),
-        _settings(recipe),
+        *_settings(recipe),
         recipe.corpus.model_dump(
             include={"validation_share", "newest_share", "validation_tokens", "seed"}
         ),
@@ -115,12 +115,16 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
     return {**manifest, "path": str(folder), "reused": False}
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """What the selection depends on; selections without a cut keep the names that they had."""
-    settings = recipe.selection.model_dump()
-    if settings["max_document_tokens"] is None:
-        del settings["max_document_tokens"]
-    return settings
+def _settings(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the selection depends on; those of EU law without a cut keep the names that they had."""
+    score, selection = recipe.score.model_dump(exclude={"law"}), recipe.selection.model_dump()
+    if score["kinds"] == law_sets()["eu"]["kinds"]:
+        del score["kinds"]
+    fills = selection["top_share"] or selection["target_tokens"]
+    cut = selection["max_document_tokens"]
+    if cut is None or (cut == "auto" and not fills):
+        del selection["max_document_tokens"]
+    return score, selection
 
 
 def _table(path: str) -> ScoresFolder:
