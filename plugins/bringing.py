@@ -22,9 +22,12 @@ from fastcpt.planning.history import record_transfer
 
 @dataclass(frozen=True)
 class Bring:
-    """From which ``folder`` of a training there, to which ``home`` here, every how many ``minutes``, and on to ``url``."""
+    """From which ``folder`` of a training there, to which ``home`` here, every how many ``minutes``, and on to ``url``.
 
-    connection: str
+    ``line`` is what its rate is kept under (``planning.history.line_of``).
+    """
+
+    line: str
     folder: str
     home: str
     minutes: float
@@ -69,7 +72,7 @@ class Bringing:
                 *(found["step"], self.wanted.home, size / 1e9, seconds),
             )
             if found["from_its_beginning"]:
-                record_transfer(HOME, self.wanted.connection, size, seconds)
+                record_transfer(HOME, self.wanted.line, size, seconds)
         except OSError as error:  # the watching of the job does not depend on it
             self.log.warning("the checkpoint was not brought: %s", error)
 

@@ -170,6 +170,7 @@ def _training(
 def _bring(context: Context, output: str) -> dict[str, Any] | None:
     """How the training's checkpoints are brought here; first, the newest is put on a host without it."""
     from fastcpt.cluster import checkpoints, jobs
+    from fastcpt.planning.history import line_of
 
     recipe, root = recipe_of(result_of(context, "plan")), result_of(context, "sync")["root"]
     minutes = recipe.checkpoints.bring_every_minutes
@@ -181,7 +182,7 @@ def _bring(context: Context, output: str) -> dict[str, Any] | None:
         if step is not None:
             print(f"the host has no checkpoint as new as step_{step} of {home}: it was put there")
     return {
-        "connection": recipe.cluster.connection,
+        "line": line_of(recipe.cluster),
         "folder": output,
         "home": str(home),
         "minutes": minutes,

@@ -251,7 +251,7 @@ def test_checkpoints_are_brought_while_a_job_runs_and_the_last_of_one_that_fails
     folder, home = tmp_path / "t1", tmp_path / "home" / "t1"
     job = jobs.Job("train", [[sys.executable, "-c", TRAINER, str(folder)]])
     jobs.submit(remote, str(tmp_path), job, "one")
-    bring_it = {"connection": "c", "folder": str(folder), "home": str(home), "minutes": 0.05}
+    bring_it = {"line": "c", "folder": str(folder), "home": str(home), "minutes": 0.05}
     watch = Watch(monkeypatch, remote, tmp_path, "train", bring_it)
     eventually((home / "step_5").exists, 60)
     (folder / "fail").touch()
@@ -279,7 +279,7 @@ def test_a_training_step_puts_the_newest_checkpoint_on_a_host_without_it(
     monkeypatch.setattr(step, "remote_of", lambda connection: remote)
     monkeypatch.setattr(step, "_job_of", lambda context: "train")
     wanted = {
-        "connection": "gpu_cluster",
+        "line": "gpu_cluster",
         "folder": str(training),
         "home": str(home / "t1"),
         "minutes": 30.0,

@@ -367,6 +367,8 @@ def test_checkpoints_are_brought_at_the_rate_that_was_measured(hybrid, tmp_path)
     record_transfer(tmp_path, "gpu_cluster", 10**9, 50.0)
     record_transfer(tmp_path, "another", 10**9, 1.0)
     record_transfer(tmp_path, "gpu_cluster", 10**6, 30.0)  # mostly waiting
+    with (tmp_path / "transfers.jsonl").open("a") as damaged:
+        damaged.write('{"line": "gpu_clus')
     found = plan(changed(hybrid, often), cluster="8xH100", history=history)
     # 20 to 50 MB/s
     assert found.bring_hours.high == pytest.approx(1000 * size / 20 / 3600, rel=1e-3)

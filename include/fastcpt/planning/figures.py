@@ -22,7 +22,7 @@ from fastcpt.planning.costs import (
     tokens_per_second,
 )
 from fastcpt.planning.hardware import Hardware, prices_source
-from fastcpt.planning.history import Measured, last_run, measured_bytes_s
+from fastcpt.planning.history import Measured, last_run, line_of, measured_bytes_s
 from fastcpt.planning.jobs import (
     WORTH_IT,
     best_job,
@@ -234,7 +234,7 @@ def _with_bringing(
     if minutes is None:
         return replace(found, reserve_hours=saving)
     assert found.hours is not None
-    measured = measured_bytes_s(history, recipe.cluster.connection)
+    measured = measured_bytes_s(history, line_of(recipe.cluster))
     slow, fast = hardware.host.ssh_mbit_s
     rate = measured or Range(slow * 1e6 / 8, fast * 1e6 / 8)
     transfer = Range(size / rate.high, size / rate.low).times(1 / 3600)

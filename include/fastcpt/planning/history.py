@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +19,13 @@ from fastcpt.planning.hardware import Hardware, hardware_of
 from fastcpt.planning.models import shape_of
 from fastcpt.planning.ranges import Range
 from fastcpt.recipe import Recipe
+from fastcpt.recipe_sections import Cluster
 from fastcpt.shapes import Shape
 
 FILE = "plan_history.jsonl"
 TRANSFERS = "transfers.jsonl"  # beside it: rates of checkpoints that were brought here
 KEPT_TRANSFERS = 50
-OF_TRANSFERS = 5  # the newest of a connection make the range
+OF_TRANSFERS = 5  # the newest of a line make the range
 WORTH_MEASURING = 10_000_000  # bytes; less is mostly waiting
 
 
@@ -152,20 +154,25 @@ def _recomputation(training: Mapping[str, Any], shape: Shape) -> str | None:
     return f"{level} of {layers}/{shape.num_hidden_layers} layers"
 
 
-def record_transfer(home: Path, connection: str, size: int, seconds: float) -> None:
-    """Keep how long so many bytes took from a connection's host to here."""
+def line_of(cluster: Cluster) -> str:
+    """The name of the way to a host: its connection. Rented machines come and go; theirs is one line."""
+    return "rented" if cluster.rent else cluster.connection
+
+
+def record_transfer(home: Path, line: str, size: int, seconds: float) -> None:
+    """Keep how long so many bytes took from a host to here."""
     if size < WORTH_MEASURING or seconds <= 0:
         return
     path = home / TRANSFERS
-    row = {"connection": connection, "bytes": size, "seconds": seconds}
+    row = {"line": line, "bytes": size, "seconds": seconds}
     kept = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     with whole_file(path) as aside:
         lines = [*kept, json.dumps(row)][-KEPT_TRANSFERS:]
         aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def measured_bytes_s(history: Path | None, connection: str) -> Range | None:
-    """Bytes/s from a connection's host to here: slowest and fastest of the last five transfers.
+def measured_bytes_s(history: Path | None, line: str) -> Range | None:
+    """Bytes/s from a host to here: slowest and fastest of the last five transfers.
 
     ``history`` is the file of ``record_run``, which the transfers' lies beside. None where none was kept.
     """
@@ -173,15 +180,12 @@ def measured_bytes_s(history: Path | None, connection: str) -> Range | None:
     if path is None or not path.is_file():
         return None
     rates = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            if row["connection"] == connection:
+    for text in path.read_text(encoding="utf-8").splitlines():
+        # a damaged line is a rate that is not known
+        with suppress(ValueError, TypeError, KeyError, ZeroDivisionError):
+            row = json.loads(text)
+            if row["line"] == line:
                 rates.append(float(row["bytes"]) / float(row["seconds"]))
-        except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-            raise ValueError(
-                f"{path}:{number}: not a transfer ({error}); delete the line"
-            ) from error
     newest = rates[-OF_TRANSFERS:]
     return Range(min(newest), max(newest)) if newest else None
 
