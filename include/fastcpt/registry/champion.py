@@ -79,9 +79,8 @@ def add_model(
         elif decision["recommended"]:
             try:
                 return _set(home, recipe, state, PROMOTED, model, AT_ONCE, why)
-            except (
-                HeldOutError
-            ) as error:  # a corpus of an older version: the model is kept all the same
+            # its corpus is of an older version: the model is kept all the same
+            except HeldOutError as error:
                 why = str(error)
         return _note(state, KEPT, model, AT_ONCE, why)
 
