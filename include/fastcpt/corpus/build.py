@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from fastcpt.corpus.budget import cut_for, take_within
 from fastcpt.corpus.comparison import add_comparison, kept_tokenizer, note_in_ledger
+from fastcpt.corpus.dataset_card import dataset_card
 from fastcpt.corpus.decontamination import (
     CutOff,
     check_splits,
@@ -84,7 +85,7 @@ def build(selection: str, recipe: Recipe, home: Path, processes: int | None = No
     Writes ``home/corpora/<digest>``: ``cpt_train_shard_NN.parquet`` (``input_ids``, ``lengths`` of
     the documents' segments in them and each segment's ``areas``, null where it is general text),
     ``validation/``, ``validation_newest/`` and, with replay, ``validation_general/`` (a row a
-    document), ``tokenizer/``, ``funnel.md`` and ``corpus_manifest.json``.
+    document), ``tokenizer/``, ``funnel.md``, ``README.md`` and ``corpus_manifest.json``.
     """
     chosen: SelectionManifest = read_json(Path(selection) / "manifest.json")
     documents = Selected.of_selection(Path(selection), chosen, recipe.documents.fields)
@@ -114,6 +115,8 @@ def build(selection: str, recipe: Recipe, home: Path, processes: int | None = No
     )
     with whole_file(folder / "funnel.md") as aside:
         aside.write_text(funnel_table(manifest["funnel"]) + "\n", encoding="utf-8")
+    with whole_file(folder / "README.md") as aside:
+        aside.write_text(dataset_card(manifest), encoding="utf-8")
     manifest["files"] = _files(folder, [*manifest["shards"], *manifest["validation"]])
     write_json(folder / MANIFEST, manifest)
     log.info("corpus %s:\n%s", digest, funnel_table(manifest["funnel"]))
