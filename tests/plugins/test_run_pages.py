@@ -184,5 +184,5 @@ def test_runs_beside_each_other_show_where_their_recipes_differ(home: Path) -> N
     assert "2 Fast CPT runs beside each other" in page
     differences = page[page.index("Where the recipes differ") :]
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", differences)
-    assert cells[:3] == ["training.max_steps", "120", "240"]
+    assert cells[:4] == ["", "training.max_steps", "120", "240"]
     assert "Choose 2 to 5 runs" in run_pages.compare_page(home, names[:1])
