@@ -155,7 +155,7 @@ class Block(nn.Module):  # type: ignore[misc]
         self.packing, self.attention = packing, attention
         self.recomputed = self.input_on_host = self.feed_forward_recomputed = False
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        hidden, inner, self.width = config.hidden_size, config.intermediate_size, head_width(config)
+        hidden, self.width = config.hidden_size, head_width(config)
         self.split = [heads * self.width, groups * self.width, groups * self.width]
         norm = weights["input_layernorm.weight"]
         self.frozen = not norm.requires_grad
@@ -177,16 +177,7 @@ class Block(nn.Module):  # type: ignore[misc]
             own = {"eps": config.rms_norm_eps, "device": made["device"], "dtype": norm.dtype}
             self.q_norm, self.k_norm = (te.RMSNorm(self.width, **own) for _ in range(2))
         self.proj = te.Linear(heads * self.width, hidden, **made)
-        if self.frozen:
-            self.mlp = adapters_of(layer.mlp)
-            widening = not self.mlp._modules.keys().isdisjoint(("gate_proj", "up_proj"))
-            self.fc1 = te.LayerNormLinear(
-                hidden, 2 * inner, return_layernorm_output=widening, **normed
-            )
-            self.activation = te.ops.SwiGLU()
-            self.fc2 = te.Linear(inner, hidden, **made)
-        else:
-            self.mlp = te.LayerNormMLP(hidden, inner, activation="swiglu", **normed)
+        self._make_feed_forward(layer.mlp, (hidden, config.intermediate_size), made, normed)
         if attention == "transformer_engine":
             self.core = te.DotProductAttention(
                 heads,
@@ -197,6 +188,26 @@ class Block(nn.Module):  # type: ignore[misc]
                 layer_number=attn.layer_idx + 1,
             )
         self.one_byte: list[Any] = []  # the frozen matrices, of shape [out, in]
+        self._take(weights, accumulate, one_byte)
+
+    def _make_feed_forward(
+        self, plain: nn.Module, sides: tuple[int, int], made: dict[str, Any], normed: dict[str, Any]
+    ) -> None:
+        """Its modules, empty: of frozen weights two products, else one module of both."""
+        import transformer_engine.pytorch as te
+
+        hidden, inner = sides
+        if not self.frozen:
+            self.mlp = te.LayerNormMLP(hidden, inner, activation="swiglu", **normed)
+            return
+        self.mlp = adapters_of(plain)
+        widening = not self.mlp._modules.keys().isdisjoint(("gate_proj", "up_proj"))
+        self.fc1 = te.LayerNormLinear(hidden, 2 * inner, return_layernorm_output=widening, **normed)
+        self.activation = te.ops.SwiGLU()
+        self.fc2 = te.Linear(inner, hidden, **made)
+
+    def _take(self, weights: Mapping[str, torch.Tensor], accumulate: bool, one_byte: bool) -> None:
+        """Fill the fused weights; adapters keep theirs, and no base layer of their own."""
         names = {name for name, _ in self.named_parameters()}
         for name, parts in FUSED.items():
             if name not in names:
