@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,13 @@ def call(command: Sequence[str | Path], **options: object) -> str:
     return str(done.stdout)
 
 
+def answers(environment: Mapping[str, str]) -> bool:
+    """Whether ``docker`` is here and finds an engine."""
+    if shutil.which("docker") is None:
+        return False
+    return subprocess.run(["docker", "info"], env=environment, capture_output=True).returncode == 0
+
+
 class Engine:
     """A Docker engine; ``environment`` makes ``docker`` talk to it."""
 
@@ -38,32 +45,20 @@ class Engine:
         self.folder = folder
         self.environment = dict(os.environ)
         self.daemon: subprocess.Popen[bytes] | None = None
-        self.own = subprocess.run(["docker", "info"], capture_output=True).returncode != 0
+        self.own = not answers(self.environment)
 
     def start(self) -> None:
         """Start the daemon where it is this test's own; returns when it answers."""
         if not self.own:
             return
         self.environment["DOCKER_HOST"] = f"unix://{self.folder}/docker.sock"
-        command = [
-            "dockerd",
-            "--data-root",
-            self.folder / "data",
-            "--exec-root",
-            self.folder / "exec",
-        ]
-        command += [
-            "--pidfile",
-            self.folder / "docker.pid",
-            "--host",
-            self.environment["DOCKER_HOST"],
-        ]
+        command = ["dockerd", "--host", self.environment["DOCKER_HOST"]]
+        for option, name in {"data-root": "data", "exec-root": "exec", "pidfile": "pid"}.items():
+            command += [f"--{option}", str(self.folder / name)]
         with (self.folder / "dockerd.log").open("ab") as log:
             self.daemon = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         until = time.monotonic() + 120
-        while subprocess.run(
-            ["docker", "info"], env=self.environment, capture_output=True
-        ).returncode:
+        while not answers(self.environment):
             if time.monotonic() > until or self.daemon.poll() is not None:
                 log_end = (self.folder / "dockerd.log").read_text()[-2000:]
                 raise RuntimeError(f"dockerd did not start:\n{log_end}")
@@ -83,9 +78,10 @@ class Engine:
 def engine(folder: Path) -> Iterator[Engine]:
     """An engine with Compose; what was started for it is ended, its network rules taken away."""
     folder.mkdir(parents=True, exist_ok=True)
-    one = Engine(folder)
-    if one.own:
+    if not answers(os.environ):
+        # on a machine with systemd this starts one
         _install(["docker.io", "iptables", "mmdebstrap"])
+    one = Engine(folder)
     if subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
         one.environment["DOCKER_CONFIG"] = str(_plugins(folder))
     forwarding = FORWARDING.read_text()
