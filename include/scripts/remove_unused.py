@@ -2,7 +2,7 @@
 
 Corpora that no run's record names, selections and scores that no corpus needs, and token ids go when
 they were last used longer than ``--days`` ago. With ``--candidates N`` older candidates of each
-recipe and the records of runs go too: champions, their predecessors, the newest N candidates, the
+recipe, the records of runs and checkpoints that came to no model go too: champions, their predecessors, the newest N candidates, the
 last success of each schedule and all that these were made from stay. See docs/models.md.
 """
 

@@ -63,7 +63,13 @@ def home(tmp_path: Path) -> Path:
     promoted = (("law-1", None), ("law-2", "law-1"), ("law-4", "law-2"))
     events = [{"what": "promoted", "model": one, "instead_of": of} for one, of in promoted]
     write_json(tmp_path / "models" / "law" / "models.json", {"models": known, "events": events})
-    for name in ("ledger/c1", "models/law/comparison", "models/from-before-0", "tokens/t"):
+    for name in (
+        "ledger/c1",
+        "models/law/comparison",
+        "models/from-before-0",
+        "tokens/t",
+        "checkpoints/x",
+    ):
         (tmp_path / name).mkdir(parents=True)
         aged(tmp_path, name, 90)
     return tmp_path
@@ -82,7 +88,7 @@ def test_champion_predecessor_and_the_newest_candidate_keep_all_they_were_made_f
         *("corpora/c1", "corpora/c3", "corpora/c5"),
         *("selections/s1", "selections/s5"),  # of c3 is that of c2, which stays
         *("scores/of-s1", "scores/of-s5"),
-        "tokens/t",
+        *("tokens/t", "checkpoints/x"),
     }
     assert gone(home, candidates=0) >= {"models/law-6", "runs/r6", "corpora/c6", "selections/s6"}
     # a corpus whose record is gone by hand is still the champion's
@@ -97,7 +103,8 @@ def test_without_candidates_models_and_records_stay(home: Path) -> None:
 
 def test_what_is_younger_stays(home: Path) -> None:
     assert gone(home, days=75, candidates=0) == {
-        *("models/law-1", "runs/r1", "corpora/c1", "selections/s1", "scores/of-s1", "tokens/t")
+        *("models/law-1", "runs/r1", "corpora/c1", "selections/s1", "scores/of-s1", "tokens/t"),
+        "checkpoints/x",
     }
 
 

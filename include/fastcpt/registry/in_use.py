@@ -24,7 +24,7 @@ class InUseError(ValueError):
 
 class Policy(NamedTuple):
     """``days``: what was used since stays. ``candidates``: how many of each recipe stay, the newest;
-    None: all models stay, and all records."""
+    None: all models stay, all records, and the checkpoints of trainings that came to no model."""
 
     days: float
     candidates: int | None
@@ -50,7 +50,11 @@ def unused(home: Path, policy: Policy) -> list[Path]:
     left = known.keys() - {folder.name for folder in models}
     needed = {known[name]["record"] for name in left} | _last_of_schedules(records)
     needed |= {record.name for record, facts in records.items() if "ended" not in facts}
-    runs = old("runs", needed) if policy.candidates is not None else []
+    runs: list[Path] = []
+    checkpoints: list[Path] = []
+    if policy.candidates is not None:
+        # of trainings that came to a model none is left
+        runs, checkpoints = old("runs", needed), old("checkpoints", ())
     corpora = {known[name]["corpus"] for name in left}
     corpora |= _corpora_of(record for record in records if record not in runs)
     gone = old("corpora", corpora)
@@ -66,7 +70,8 @@ def unused(home: Path, policy: Policy) -> list[Path]:
         if selection not in gone_selections
         for part in _read(selection / "manifest.json").get("parts", [])
     }
-    return [*models, *runs, *gone, *gone_selections, *old("scores", scores), *old("tokens", ())]
+    others = [*old("scores", scores), *old("tokens", ()), *checkpoints]
+    return [*models, *runs, *gone, *gone_selections, *others]
 
 
 def _models(home: Path, candidates: int | None) -> tuple[dict[str, dict[str, Any]], set[str]]:
