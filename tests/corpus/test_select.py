@@ -421,7 +421,8 @@ def test_a_score_is_explained(
 def test_the_ends_of_the_ranking_are_documents_that_were_taken(
     documents: Writer, recipe_for: Recipes, scores: Scores, home: Path
 ) -> None:
-    recipe = recipe_for(documents(acts(20)))
+    titled = [act(n, year=2000 + n, title=f"Regulation {n}") for n in range(1, 21)]
+    recipe = recipe_for(documents(titled))
     selection = select(scores(recipe), recipe, home)["path"]
     ends = ends_of_ranking(selection, count=3)
     best, worst = ends["best"], ends["worst"]
