@@ -89,6 +89,7 @@ class SelectionManifest(TypedDict):
     comparison: str | None  # digest of the set that models are compared on
     newest_year: int
     oddly_dated: int
+    same_for_all: NotRequired[list[str]]  # components of the score with one value throughout
     funnel: list[FunnelRow]
 
 

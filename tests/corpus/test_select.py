@@ -418,6 +418,19 @@ def test_a_score_is_explained(
         explain("nothing", selection, recipe)
 
 
+def test_components_that_are_the_same_for_all_are_named(
+    documents: Writer, recipe_for: Recipes, scores: Scores, home: Path
+) -> None:
+    kinds = ["regulation", "directive"]
+    several = [act(n, year=2000 + n, doc_type=kinds[n % 2]) for n in range(1, 21)]
+    recipe = recipe_for(documents(several))
+    selection = select(scores(recipe), recipe, home)
+    assert {"language", "in_force", "citations", "subject_matter"} <= set(selection["same_for_all"])
+    assert "recency" not in selection["same_for_all"]
+    told = explain(several[0]["id"], selection["path"], recipe)
+    assert "the same for all documents, and without a say: " in told
+
+
 def test_the_ends_of_the_ranking_are_documents_that_were_taken(
     documents: Writer, recipe_for: Recipes, scores: Scores, home: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from fastcpt.corpus.score import LEGAL_COMPONENTS, PUBLISHED_COMPONENTS
 from fastcpt.files import read_json
+from fastcpt.manifests import SelectionManifest
 from fastcpt.recipe import Recipe
 
 
@@ -23,7 +24,7 @@ def explain(identifier: str, selection: str, recipe: Recipe) -> str:
 
     ``selection`` is the ``path`` that ``select`` returned for the same recipe.
     """
-    manifest = read_json(Path(selection) / "manifest.json")
+    manifest: SelectionManifest = read_json(Path(selection) / "manifest.json")
     found = pq.read_table(
         Path(selection) / "documents.parquet", filters=pc.field("id") == identifier
     ).to_pylist()
@@ -32,11 +33,11 @@ def explain(identifier: str, selection: str, recipe: Recipe) -> str:
             f"no readable document has the id '{identifier}' among the {manifest['documents']} of "
             f"this selection ({manifest['unreadable']} records could not be read)"
         )
-    cut = manifest.get("max_document_tokens")
-    return "\n\n".join(_one(row, manifest["parts"][row["part"]], recipe, cut) for row in found)
+    return "\n\n".join(_one(row, manifest, recipe) for row in found)
 
 
-def _one(row: dict[str, Any], part: dict[str, Any], recipe: Recipe, cut: int | None) -> str:
+def _one(row: dict[str, Any], selection: SelectionManifest, recipe: Recipe) -> str:
+    part = selection["parts"][row["part"]]
     legal = recipe.score.method == "legal"
     names = LEGAL_COMPONENTS if legal else PUBLISHED_COMPONENTS
     table = pq.read_table(
@@ -61,7 +62,10 @@ def _one(row: dict[str, Any], part: dict[str, Any], recipe: Recipe, cut: int | N
             f"{name:<16}{values[name]:>8.3f}{weights[name]:>9.1f}"
             f"{values[name] * weights[name]:>9.2f}"
         )
-    lines += [f"{'score':<16}{row['score']:>26.2f}", "", _outcome(row, cut)]
+    lines += [f"{'score':<16}{row['score']:>26.2f}", ""]
+    if same := selection.get("same_for_all"):
+        lines.append(f"the same for all documents, and without a say: {', '.join(same)}")
+    lines.append(_outcome(row, selection.get("max_document_tokens")))
     return "\n".join(lines)
 
 

@@ -33,6 +33,8 @@ def rank_by_score(corpus: ScoreColumns, tables: Sequence[ScoresFolder], recipe: 
         recency = np.where(corpus.year > 0, 0.5 ** (age / HALF_LIFE_YEARS), 0.5)
         corpus.recency = recency.astype(np.float32)
         corpus.citations = _citations(tables, corpus).astype(np.float32)
+        corpus.note_spread("recency", corpus.recency)
+        corpus.note_spread("citations", corpus.citations)
         corpus.score = (
             corpus.score
             + weights.recency * corpus.recency.astype(np.float64)

@@ -73,6 +73,7 @@ class ScoreColumns:
         self.of_wanted_kind = np.empty(count, dtype=bool)
         self.of_wanted_subject = np.empty(count, dtype=bool)
         self.score = np.empty(count, dtype=np.float64)
+        self.spread: dict[str, tuple[float, float]] = {}  # of each component: least and greatest
         progress = Progress("read scores", "documents", count)
         row = 0
         for number, table in enumerate(tables):
@@ -85,6 +86,8 @@ class ScoreColumns:
                 self.of_wanted_kind[rows] = _of_wanted_kind(batch, recipe)
                 self.of_wanted_subject[rows] = _of_wanted_subject(batch, recipe)
                 self.score[rows] = _points(batch, recipe)
+                for name in _components(recipe):
+                    self.note_spread(name.removeprefix("score_"), _numbers(batch, name))
                 store.append(_signatures(batch))
                 progress.add(batch.num_rows)
         self.position, self.id_hash = columns["position"], columns["id_hash"]
@@ -110,6 +113,16 @@ class ScoreColumns:
         self.act_year[odd] = np.where(act_year > self.newest_year, 0, act_year)
         self.year[odd] = self.act_year[odd]
         return odd
+
+    def note_spread(self, component: str, values: npt.NDArray[Any]) -> None:
+        if len(values):
+            low, high = self.spread.get(component, (np.inf, -np.inf))
+            least, greatest = float(values.min()), float(values.max())
+            self.spread[component] = min(low, least), max(high, greatest)
+
+    def same_for_all(self) -> list[str]:
+        """Components that have one value throughout: they say nothing of which document is better."""
+        return [name for name, (low, high) in self.spread.items() if low == high]
 
     def alive(self) -> Ints:
         """Rows that no step has dropped yet."""

@@ -161,6 +161,11 @@ def _select_into(
     _warn_of_odd_dates(tables, corpus)
     ratio = tokens_per_piece(tables, tokenizer)
     rank_by_score(corpus, tables, recipe)
+    same = corpus.same_for_all()
+    if same and len(corpus.part) > 1:
+        log.info(
+            "the same for all documents, and so without a say in their order: %s", ", ".join(same)
+        )
     _drop_unwanted(corpus, recipe)
     taken, reserve, cut, by_target = fill(corpus, recipe, ratio, exact=tokenizer is not None)
     rows = np.sort(np.concatenate([taken, reserve]))
@@ -196,6 +201,7 @@ def _select_into(
         "comparison": frozen.digest if frozen else None,
         "newest_year": corpus.newest_year,
         "oddly_dated": len(corpus.oddly_dated),
+        "same_for_all": same,
         "funnel": funnel,
     }
 
