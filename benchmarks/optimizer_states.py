@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rate", type=float, default=6e-4, help="learning rate, cosine to 0")
-    parser.add_argument("--micro", type=int, default=4, help="rows of a micro-batch")
+    parser.add_argument("--micro", type=int, default=8, help="rows of a micro-batch")
     parser.add_argument("--gpus", type=int, help="0 trains on the CPU; all that are there if left")
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--keep", type=Path, help="folder for the curves and logs")

@@ -75,8 +75,8 @@ CASES = {
     "8b-full-bf16": Case("8b", False, False, 2, 2, 10_300, "H200"),
     "8b-full-fp8-int8": Case("8b", False, True, 1, 1, 12_500, "H100", "int8"),
     "14b-full-fp8-int8": Case("14b", False, True, 1, 1, 6_800, "H200", "int8"),
-    "32b-full-fp8-int8": Case("32b", False, True, 2, 1, 2_900, "H200", "int8"),
-    "70b-full-fp8-int8": Case("70b", False, True, 4, 1, 1_200, "H200", "int8"),
+    "32b-full-fp8-int8": Case("32b", False, True, 2, 2, 2_900, "H200", "int8"),
+    "70b-full-fp8-int8": Case("70b", False, True, 4, 2, 1_200, "H200", "int8"),
     "70b-lora-fp8": Case("70b", True, True, 1, 1, 2_200, "H200"),  # runs on an H100 too
     "tiny": Case("tiny", False, False, 1, 2, 0, "CPU"),
 }

@@ -189,12 +189,23 @@ def test_weights_stay_gathered_where_there_is_room():
 
 
 def test_one_gpus_optimizer_step_has_its_own_peak():
-    # gradients flat once more (2 B) and in float32 (4 B), while the FP8 copies stay: 76.4 GB measured
-    job = Job(KNOWN["Llama-3.2-3B"], 3072, 1, 16, 1, fp8=True)
-    copies = 2 * 28 * KNOWN["Llama-3.2-3B"].block_parameters
+    # gradients flat once more (2 B) and in float32 (4 B), of 10^9 weights, while the FP8 copies stay
+    three = KNOWN["Llama-3.2-3B"]
+    job = Job(three, 64, 1, 16, 1, fp8=True)
+    kept = 2 * 28 * three.block_parameters
     total = sum(memory_parts(job).values())
-    assert total == pytest.approx(22 * KNOWN["Llama-3.2-3B"].parameters + copies)
-    assert total / 1e9 == pytest.approx(76.4, abs=0.2)
+    assert total == pytest.approx(16 * three.parameters + kept + 6e9)
+    small = sum(memory_parts(replace(job, states="bfloat16")).values())
+    assert small == pytest.approx(8 * three.parameters + kept + 2e9)
+
+
+def test_states_without_a_float32_copy_take_8_and_6_bytes():
+    parts = {states: memory_parts(replace(JOB, states=states)) for states in ("bfloat16", "int8")}
+    for states, a_weight in (("bfloat16", 8), ("int8", 6.03125)):
+        held = sum(parts[states][part] for part in ("weights", "gradients", "optimizer"))
+        assert held == a_weight * EIGHT.parameters / 2
+    assert checkpoint_bytes(replace(JOB, states="bfloat16")) == 6 * EIGHT.parameters
+    assert checkpoint_bytes(replace(JOB, states="int8")) == 4.03125 * EIGHT.parameters
 
 
 def test_a_micro_batch_of_full_training_has_a_time_of_its_own():

@@ -28,7 +28,8 @@ TOOK = {
 @pytest.fixture
 def recipe():
     return changed(
-        load_recipe("cpt_config_fast"), {**EIGHT, "cluster.gpus": 2, "cluster.gpu": "H200"}
+        load_recipe("cpt_config_fast", {"training.optimizer_states": "float32"}),
+        {**EIGHT, "cluster.gpus": 2, "cluster.gpu": "H200"},
     )
 
 
@@ -135,7 +136,7 @@ def test_replay_of_recorded_runs(job, hardware, facts, tmp_path):
     """
     attention = {"cudnn": "auto", "flash": "flash_attention_2"}[job.attention]
     recipe = changed(
-        load_recipe("cpt_config_fast"),
+        load_recipe("cpt_config_fast", {"training.optimizer_states": "float32"}),
         {
             "model.name_or_path": f"meta-llama/{facts['model']}" if "model" in facts else None,
             "model.config": None if "model" in facts else asdict(job.shape),

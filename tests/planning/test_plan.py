@@ -19,7 +19,8 @@ SMALL = {
 
 @pytest.fixture
 def hybrid():
-    return load_recipe("cpt_config_fast")
+    """The default recipe as published: with float32 optimizer states."""
+    return load_recipe("cpt_config_fast", {"training.optimizer_states": "float32"})
 
 
 def test_the_published_hybrid_cannot_be(hybrid):
@@ -43,10 +44,58 @@ def test_its_message_says_why_and_what_would(hybrid):
     first, *rest = message.splitlines()
     assert first == "'cpt_config_fast' (Llama-3.1-70B, full, FP8) on 4xB200 does not fit:"
     assert rest[0].startswith("  - memory: 308 GB a GPU of 186 (optimizer 212, weights 35")
+    assert rest[0].endswith("; training.optimizer_states: bfloat16 would fit")
     assert "5.2 times the budget" in message
     assert "What would fit, best first:" in message
     with pytest.raises(PlanRefused, match="does not fit"):
         require_fit(plan(hybrid, cluster="4xB200"))
+
+
+def test_with_states_in_8_bits_it_fits_the_memory_and_says_what_its_hours_give():
+    found = plan(load_recipe("cpt_config_fast"), cluster="4xB200")
+    assert found.fits_memory
+    states = sum(found.memory_gb[part] for part in ("weights", "gradients", "optimizer"))
+    assert states == pytest.approx(70.55 * (6 + 8 / 256) / 4, abs=0.1)  # 106.4
+    overhead = sum(found.hours_parts.values()) - found.hours_parts["training"]
+    low = found.tokens_per_s.low * 3600 * (6 - overhead) / 1e9
+    assert f"budget 6 h, which give {low:.2f} to " in found.message()
+    assert found.notes == ()
+    # of a smaller model float32 would do
+    small = plan(load_recipe("cpt_config_fast", SMALL), cluster="4xB200")
+    assert "float32 would fit too (training.optimizer_states)" in " ".join(small.notes)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "changes", "setting"),
+    [
+        ("1xH100", {}, "training.optimizer_states: bfloat16"),
+        ("1xH100", {"layers": 39}, "training.optimizer_states: bfloat16 with training.per_device"),
+        ("1xH100", {"layers": 46}, "training.optimizer_states: int8"),
+        ("2xH200", {"training.gradient_checkpointing": False, "training.per_device_train_batch_size": 8,
+                    "training.gradient_accumulation_steps": 4}, "training.gradient_checkpointing: auto"),
+        ("2xH100", {"training.per_device_train_batch_size": 32,
+                    "training.gradient_accumulation_steps": 1}, "training.per_device_train_batch_size: "),
+    ],
+)  # fmt: skip
+def test_a_refusal_for_memory_names_the_settings_that_would_fit(hybrid, cluster, changes, setting):
+    changes = {"model.name_or_path": "meta-llama/Llama-3.1-8B", **changes}
+    if "layers" in changes:  # Llamas of 9.6 and 11.1 B
+        layers = changes.pop("layers")
+        shape = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": layers}
+        heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+        changes |= {"model.name_or_path": None, "model.config": {**shape, **heads}}
+    recipe = changed(hybrid, changes)
+    found = plan(recipe, cluster=cluster)
+    assert not found.fits_memory
+    assert found.memory_setting.startswith(setting)
+    assert f"; {found.memory_setting} would fit" in found.message()
+    named = dict(words.split(": ") for words in found.memory_setting.split(" with "))
+    micro = "training.per_device_train_batch_size"
+    if micro in named:
+        named[micro] = int(named[micro])
+        batch = recipe.global_batch_size // recipe.cluster.gpus
+        named["training.gradient_accumulation_steps"] = batch // named[micro]
+    assert plan(changed(recipe, named), cluster=cluster).fits_memory
 
 
 def test_every_alternative_is_a_recipe_that_takes_what_it_says(hybrid):

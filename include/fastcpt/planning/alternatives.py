@@ -21,6 +21,7 @@ from fastcpt.planning.jobs import (
     job_changes,
     job_of,
     refused_by_trainer,
+    smaller_states,
 )
 from fastcpt.planning.models import KNOWN, LLAMAS, known_name, shape_of
 from fastcpt.planning.placement import batch_problem, placement
@@ -119,9 +120,17 @@ def _changes(
         tuned = _tuned(recipe, {**needed, **everywhere({"use_fp8": True})}, hardware)
         if tuned is not None:
             yield "FP8", tuned, count
+    if best is None:
+        for states in smaller_states(recipe):
+            tuned = _tuned(recipe, {**needed, **states}, hardware)
+            if tuned is not None:
+                words = f"optimizer states in {tuned['training.optimizer_states']}"
+                yield words, tuned, count
+                break
     yield from more_gpus
     if recipe.lora is None and best is None:  # where memory suffices it would only be slower
-        offload = {**needed, **everywhere({"deepspeed": OFFLOAD_FILE})}
+        settings = {"deepspeed": OFFLOAD_FILE, "optimizer_states": "float32"}
+        offload = {**needed, **everywhere(settings)}
         offloaded = _tuned(recipe, offload, hardware)
         if offloaded is not None:
             yield "optimizer offloaded to the hosts", offloaded, count
@@ -130,6 +139,7 @@ def _changes(
     if recipe.lora is None and "method" not in keep and adaptable:
         rate = min(1e-3, 10 * recipe.training.learning_rate)  # LoRA learns at about ten times
         lora = {**needed, "lora": Lora().model_dump(), "training.learning_rate": rate}
+        lora |= everywhere({"optimizer_states": "float32"})  # those of adapters are small
         tuned = _tuned(recipe, lora, hardware)
         if tuned is not None:
             yield "LoRA on q, k, v, o", tuned, count
@@ -142,7 +152,8 @@ def _other_models(
     smaller = [name for name in LLAMAS if KNOWN[name].parameters < 0.9 * shape.parameters]
     for name in () if "model" in keep else reversed(smaller[-2:]):
         model = {**needed, "model.name_or_path": f"meta-llama/{name}", "model.config": None}
-        tuned = _tuned(recipe, model, hardware)
+        whole = everywhere({"optimizer_states": "float32"})
+        tuned = _tuned(recipe, {**model, **whole}, hardware) or _tuned(recipe, model, hardware)
         if tuned is not None:
             yield f"{name} in place of {_called(recipe, shape)}", tuned, hardware.count
 

@@ -230,7 +230,8 @@ def _add_moments(job: Job, parts: dict[str, float]) -> None:
 
     A block's backward: gradients of its feed-forward products, and all it keeps where it is computed
     again. The optimizer's step: gradients flat once more and in the optimizer's type, activations gone
-    (read in DeepSpeed 0.19: stage 1 takes a group at once, stage 3 ``sub_group_size`` weights).
+    (read in DeepSpeed 0.19: stage 3 takes ``sub_group_size`` weights at once, stage 1 one of the
+    trainer's groups, which are smaller).
     """
     shape, tokens = job.shape, job.tokens
     backward = 8.0 * shape.intermediate_size * tokens
@@ -238,9 +239,7 @@ def _add_moments(job: Job, parts: dict[str, float]) -> None:
         backward += tokens * activation_bytes(job, "none")
     parts["block"] = max(0.0, backward - 4.0 * shape.vocab_size * min(tokens, LOGITS_AT_ONCE))
     if not job.offload:
-        at_once = job.trained / job.ranks
-        if job.ranks > 1 or job.states != "float32":
-            at_once = min(SUB_GROUP, at_once)
+        at_once = min(SUB_GROUP, job.trained / job.ranks)
         gone = ("activations", "logits", "gather_buffers", "block")
         flat = 6.0 if job.states == "float32" else 2.0
         step = flat * at_once - sum(parts[name] for name in gone)

@@ -27,10 +27,12 @@ from fastcpt.planning.jobs import (
     WORTH_IT,
     best_job,
     changed,
+    fits_memory,
     host_has_memory,
     job_of,
     memory_gb,
     refused_by_trainer,
+    what_fits,
 )
 from fastcpt.planning.measured import measured_rows, published_rows
 from fastcpt.planning.models import known_name, shape_of, unknown_model
@@ -158,6 +160,11 @@ def _gpu_plan(
         tokens_per_s=rate.times(hardware.count),
         rate_source=source,
     )
+    if not found.fits_memory:
+        found = replace(found, memory_setting=what_fits(recipe, job.shape, hardware))
+    elif job.states != "float32" and fits_memory(replace(job, states="float32"), hardware):
+        note = "optimizer states in float32 would fit too (training.optimizer_states)"
+        found = replace(found, notes=(*found.notes, note))
     best = best_job(recipe, job.shape, hardware)
     found = replace(found, best_micro_batch=_better(job, best, hardware, found.fits_memory))
     found = _with_hours(found, recipe, job, hardware, before)

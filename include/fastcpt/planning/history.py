@@ -48,6 +48,7 @@ class Measured:
     peak_memory_gb: float | None = None
     startup_seconds: float | None = None
     evaluation_seconds: float | None = None
+    optimizer_states: str = "float32"
 
     @property
     def key(self) -> tuple[str, str, str, int, str]:
@@ -134,6 +135,7 @@ def record_run(
         micro_batch=micro,
         accumulation=training.get("accumulation") or max(1, accumulation),
         checkpointing=_recomputation(training, shape),
+        optimizer_states=training.get("optimizer_states", "float32"),
         tokens_per_s_per_gpu=float(training["tokens_per_s_per_gpu"]),
         peak_memory_gb=training.get("peak_memory_gb"),
         startup_seconds=training.get("startup_seconds"),

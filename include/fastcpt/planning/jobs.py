@@ -22,6 +22,7 @@ from fastcpt.planning.history import Measured
 from fastcpt.planning.placement import SECTIONS, placement
 from fastcpt.recipe import Recipe
 from fastcpt.shapes import Shape
+from fastcpt.step_memory import STATE_BYTES
 
 NEAR_BEST = 0.01  # a smaller micro-batch is taken where it costs no more than this
 WORTH_IT = 0.03  # less than this is no reason to change a recipe
@@ -97,6 +98,7 @@ def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
     alike = before is not None and (
         (before.gpus, before.micro_batch) == (job.ranks, job.micro_batch)
         and before.checkpointing in (None, job.recomputation)
+        and before.optimizer_states == job.states
     )
     if alike and before is not None and before.peak_memory_gb:
         parts["measured beyond these"] = before.peak_memory_gb - sum(parts.values())
@@ -107,6 +109,34 @@ def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
 def everywhere(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Changes of the same settings in all three trainings."""
     return {f"{section}.{key}": value for section in SECTIONS for key, value in settings.items()}
+
+
+def smaller_states(recipe: Recipe) -> list[dict[str, Any]]:
+    """Changes to optimizer states that take less memory, the most precise first; of full training alone."""
+    if recipe.lora or recipe.training.offloads or recipe.model.dtype != "bfloat16":
+        return []
+    every = list(STATE_BYTES)
+    smaller = every[every.index(recipe.training.optimizer_states) + 1 :]
+    return [everywhere({"optimizer_states": states}) for states in smaller]
+
+
+def what_fits(recipe: Recipe, shape: Shape, hardware: Hardware) -> str | None:
+    """The settings with which a recipe that does not fit would; None where there are none but others'
+    (``alternatives``)."""
+    automatic = {"training.gradient_checkpointing": "auto"}
+    for states in [{}, *smaller_states(recipe)]:
+        other = changed(recipe, {**states, **automatic})
+        best = best_job(other, shape, hardware)
+        if best is None:
+            continue
+        own = job_of(other, shape, hardware, recipe.training.per_device_train_batch_size)
+        words = [f"training.optimizer_states: {best.states}"] if states else []
+        if not fits_memory(own, hardware):
+            words.append(f"training.per_device_train_batch_size: {best.micro_batch}")
+        elif recipe.training.gradient_checkpointing != "auto" and not states:
+            words.append("training.gradient_checkpointing: auto")
+        return " with ".join(words)
+    return None
 
 
 def job_changes(recipe: Recipe, job: Job, hardware: Hardware) -> dict[str, Any]:

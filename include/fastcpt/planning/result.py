@@ -60,6 +60,7 @@ class Plan:
     accumulation: int | None = None
     checkpointing: str | None = None
     fits_memory: bool = True
+    memory_setting: str | None = None  # with which it would fit
     tokens_per_s: Range | None = None
     rate_source: str = "unknown"
     hours: Range | None = None
@@ -158,6 +159,7 @@ class Plan:
             yield (
                 f"memory: {self.memory_gb['total']:.0f} GB a GPU of {self.available_gb:.0f} "
                 f"({parts}; micro-batch {self.micro_batch}, checkpointing {self.checkpointing})"
+                + (f"; {self.memory_setting} would fit" if self.memory_setting else "")
             )
         if not self.fits_time and self.hours:
             peak = ""
@@ -167,7 +169,7 @@ class Plan:
                     f"; at the chips' very peak it would be {self.peak_hours:,.0f} h, "
                     f"{times:.1f} times the budget"
                 )
-            yield f"time: {self.hours.words()} h, budget {self.budget_hours:g} h{peak}"
+            yield f"time: {self.hours.words()} h, budget {self.budget_hours:g} h{self._given()}{peak}"
         if not self.fits_money and self.cost:
             yield f"money: ${self.cost.words(0)}, budget ${self.budget_money:,.0f}"
         if not self.fits_disk:
@@ -190,6 +192,19 @@ class Plan:
                 f"{math.ceil(self.tokens / self.max_passes):,} for these {self.steps:,} steps; the corpus "
                 f"there is allows {self.steps_in_passes:,} (training.max_steps)"
             )
+
+    def _given(self) -> str:
+        """The tokens that the budget's hours give."""
+        if not self.tokens_per_s or not self.budget_hours:
+            return ""
+        other = sum(self.hours_parts.values()) - self.hours_parts["training"]
+        seconds = 3600 * (self.budget_hours - other)
+        if seconds <= 0:
+            return ""
+        low, high = (
+            seconds * rate / 1e9 for rate in (self.tokens_per_s.low, self.tokens_per_s.high)
+        )
+        return f", which give {low:.2f} to {high:.2f} B tokens"
 
     def text(self, command: str = "the same command with") -> str:
         """The whole plan, to read; ``command`` as in ``message``."""
