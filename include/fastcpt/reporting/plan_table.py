@@ -97,10 +97,14 @@ def markdown(plan: Plan, corpus: str) -> str:
     """The tables as Markdown, for Airflow's page of an approval. Words of users stay words."""
     what = f"{plan['model']}, {plan['method']}, {plan['precision']}, on {plan['cluster']}"
     parts = [f"**{_plain(plan['recipe'])}**: {_plain(what)}. {verdict(plan)}"]
-    parts.append(_table(FIGURES, figures(plan, corpus)))
+    rows = figures(plan, corpus)
+    # three columns, and the long words below: a phone shows them whole
+    parts.append(_table(FIGURES[:3], [row[:3] for row in rows]))
+    parts.append("How each is known:")
+    parts.append("\n".join(f"- **{name}**: {_plain(source)}" for name, _, _, source in rows))
     parts += [f"- {_plain(line)}" for line in (*plan["problems"], *plan["notes"])]
-    if rows := alternatives(plan):
-        parts += ["What would fit:", _table(ALTERNATIVES, rows)]
+    if plan["alternatives"]:
+        parts += ["What would fit:", _table(ALTERNATIVES, alternatives(plan))]
     return "\n\n".join(parts)
 
 
