@@ -317,12 +317,17 @@ _KIND_OF_LETTER = {"R": "regulation", "L": "directive", "D": "decision", "F": "f
 _KIND_OF_SECTOR = {"1": "treaty", "2": "agreement", "6": "judgment"}
 
 
+@lru_cache(maxsize=4096)
+def _kind(name: str) -> str:
+    return _without_accents(_plain(name))
+
+
 def kind_of_act(document: Document, celex: Celex | None, kinds: Mapping[str, float]) -> float:
     """Binding force and generality of the act, 0..1 (``score.kinds``), whatever its accents."""
-    values = {_without_accents(_plain(kind)): value for kind, value in kinds.items()}
+    values = {_kind(kind): value for kind, value in kinds.items()}
     if celex and celex.corrigendum:
         return values.get("corrigendum", 0.1)
-    kind = _without_accents(_plain(document.doc_type))
+    kind = _kind(document.doc_type)
     if kind not in values and celex:
         by_letter = _KIND_OF_LETTER.get(celex.type, "") if celex.sector in "03" else ""
         kind = by_letter or _KIND_OF_SECTOR.get(celex.sector, kind)
