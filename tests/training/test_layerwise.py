@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from fastcpt.recipe_sections import Lora
 from fastcpt.training.layers import plain_weights, with_fused_blocks
 from fastcpt.training.layerwise import load_layerwise
 from fastcpt.training.model import ModelError, add_lora, load_model
+from training.conftest import INCLUDE, launch, train_arguments, write_recipe
+from training.test_trainer import finish, metrics
 from training.tiny import adapter_folder, model_folder
 
 CPU = torch.device("cpu")
@@ -84,3 +87,48 @@ def test_a_model_in_other_files_is_refused(tmp_path: Path) -> None:
         ModelError, match=r"no safetensors file has lm_head\.weight.*save_pretrained"
     ):
         load_layerwise(folder, "sdpa", "bfloat16", CPU)
+
+
+def test_adapters_on_weights_in_one_byte_go_on_with_another_number_of_ranks(
+    corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    """ZeRO-3 on two ranks, each with all of the frozen weights; then one that reads layer by layer."""
+    script = tmp_path / "one_byte.py"
+    script.write_text(
+        f"""
+import os, runpy, sys
+sys.path[:0] = [{str(INCLUDE)!r}, {str(Path(__file__).parent / "fake")!r}]  # a GPU's layers in torch
+from fastcpt.step_memory import ActivationCheckpointing
+from fastcpt.training import engine
+engine.can_fuse = lambda *_: True
+memory = ActivationCheckpointing("none", 0, 2, one_byte=True)
+if os.environ["WORLD_SIZE"] == "1":
+    memory = ActivationCheckpointing("full", 2, 2, one_byte=True, on_host=1)
+engine._checkpointing = lambda *_: memory
+runpy.run_path({str(INCLUDE / "scripts/train_cpt.py")!r}, run_name="__main__")
+"""
+    )
+    lora = {"r": 4, "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]}
+    recipe = write_recipe(
+        tmp_path, lora={**lora, "lora_dropout": 0.0}, training={"max_steps": 4, "save_steps": 2}
+    )
+    out = tmp_path / "out"
+    arguments = train_arguments(recipe, corpus, out, "--model", model)
+    code, output = finish(launch(str(script), *arguments, ranks=2))
+    assert code == 0, output
+    assert "fused layers" in output
+    assert "frozen weights in one byte" in output
+    before, ids = metrics(out), torch.arange(50, 90)[None]
+    adapted, _ = load_model(out / "final", dtype="float32")
+    base, _ = load_model(model, dtype="float32")
+    assert not torch.allclose(adapted(ids).logits, base(ids).logits)
+    (out / "training.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "step_4")
+    code, output = finish(launch(str(script), *arguments, ranks=1))
+    assert code == 0, output
+    assert "inputs of 1 layers on the host" in output
+    assert "going on from checkpoints/step_2" in output
+    again, _ = load_model(out / "final", dtype="float32")
+    torch.testing.assert_close(again(ids).logits, adapted(ids).logits, rtol=1e-3, atol=1e-4)
+    for was, now in zip(before, metrics(out), strict=True):
+        assert now["loss"] == pytest.approx(was["loss"], rel=1e-4)
