@@ -3,8 +3,9 @@
     plan -> list_documents -> score (a task a group of files) -> select
     select -> tokenize (a task a group of files) -> build -> sync -> train_cpt
     plan -> check_cluster -> prepare_environment -> sync
-    build, check_cluster -> approve_plan -> train_cpt
-    train_cpt -> evaluate_cpt -> gate -> train_sft -> evaluate_sft -> publish -> report
+    build, check_cluster -> approve_plan -> acquire_cluster -> prepare_rented -> train_cpt
+    train_cpt -> evaluate_cpt -> gate -> train_sft -> evaluate_sft -> publish
+    publish -> release_cluster -> report
     gate -> train_cpt_stage2 -> evaluate_stage2 -> gate_stage2 -> train_sft
 
 What a task hands on is a path and a digest. Every output is found again by its digest, so any task
@@ -25,6 +26,7 @@ import steps.corpus
 import steps.gate
 import steps.plan
 import steps.publish
+import steps.rent
 import steps.report
 import steps.training
 from approval import ApprovePlan
@@ -99,6 +101,13 @@ def fast_cpt() -> None:
             **options,
         )
 
+    # set up and torn down: a step that is cleared finds its machine, or has another one
+    rented = step(steps.rent.acquire_cluster)(plan).as_setup()
+    prepare_rented = RemoteJobOperator(
+        task_id="prepare_rented", job=steps.rent.prepare_rented, then=steps.rent.bring_to_rented
+    ).as_setup()
+    release = step(steps.rent.release_cluster)().as_teardown(setups=[rented, prepare_rented])
+
     train_cpt = on_gpus(steps.training.train_cpt, steps.training.keep_training)
     evaluate_cpt = on_gpus(steps.training.evaluate_cpt, steps.training.keep_evaluation)
     gate = task.branch(steps.gate.gate)()
@@ -120,10 +129,12 @@ def fast_cpt() -> None:
     tokens >> corpus
     cluster >> environment
     [corpus, cluster] >> approve_plan
-    [places, approve_plan] >> train_cpt >> evaluate_cpt >> gate >> [train_sft, train_cpt_stage2]
+    approve_plan >> rented >> prepare_rented
+    [places, prepare_rented] >> train_cpt >> evaluate_cpt >> gate >> [train_sft, train_cpt_stage2]
     train_cpt_stage2 >> evaluate_stage2 >> gate_stage2 >> train_sft
-    # a teardown: it runs whatever happened, also after the run was marked, and its end is the run's
-    train_sft >> evaluate_sft >> publish >> report.as_teardown(on_failure_fail_dagrun=True)
+    # teardowns: they run whatever happened, also after the run was marked; the last one's end is the run's
+    report.as_teardown(on_failure_fail_dagrun=True)
+    train_sft >> evaluate_sft >> publish >> release >> report
 
 
 fast_cpt()

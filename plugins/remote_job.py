@@ -29,6 +29,7 @@ from fastcpt.cluster.remote import (
     ask_async,
     ask_through,
 )
+from fastcpt.files import HOME
 from job_log import Shown
 from live import Live
 from notifications import tell
@@ -39,9 +40,11 @@ SHORT_S = 120.0
 LONG_POLL_S = 5.0
 # So long the triggerer goes on asking a host that does not answer, before the task is tried again.
 UNREACHABLE_S = 1800.0
+# Begins the name of a run's rented host, where a connection's stands otherwise.
+RENTED = "rented."
 
 
-def connection_of(connection_id: str) -> Connection:
+def connection_of(connection_id: str, with_host: bool = True) -> Connection:
     """The Airflow connection of a GPU host; ``ClusterError`` where there is none or it holds a key.
 
     Extra fields: ``key_file``, ``known_hosts``, and of the host: ``python``, ``root``. Keys stay in
@@ -62,13 +65,15 @@ def connection_of(connection_id: str) -> Connection:
             f"connection '{connection_id}': keep the private key in a file and give its path as "
             "key_file in the extra field"
         )
-    if not connection.host:
+    if with_host and not connection.host:
         raise ClusterError(f"connection '{connection_id}' has no host")
     return connection
 
 
 def remote_of(connection_id: str) -> Remote:
-    """How to reach the host of an Airflow connection."""
+    """How to reach the host of an Airflow connection, or a run's rented one (``RENTED`` and its name)."""
+    if connection_id.startswith(RENTED):
+        return _rented(connection_id.removeprefix(RENTED))
     connection = connection_of(connection_id)
     extra = connection.extra_dejson
     return Remote(
@@ -78,6 +83,21 @@ def remote_of(connection_id: str) -> Remote:
         extra.get("key_file") or None,
         extra.get("known_hosts") or None,
     )
+
+
+def _rented(name: str) -> Remote:
+    """The machine of the ledger, by the key that its provider named; the connection has the login's key."""
+    from fastcpt.rent import ledger, machines
+
+    try:
+        rental = machines.machine_of(HOME, name)
+    except machines.NoMachine as error:
+        raise ClusterError(str(error)) from None
+    machine = rental.machine
+    assert machine is not None
+    key = connection_of(rental.connection, with_host=False).extra_dejson.get("key_file") or None
+    known = str(ledger.known_hosts(HOME, rental))
+    return Remote(machine.host, machine.user, machine.port, key, known)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ def _start(folder: Path, key: str, needs: dict[str, Any], half: bool = False) ->
     for name in ("client_key", "client_key.pub"):
         (place / name).write_bytes((folder / name).read_bytes())
         (place / name).chmod(0o600)
-    server = local_sshd.start(place, {MARK: str(place)})
+    (place / "home").mkdir()
+    server = local_sshd.start(place, {MARK: str(place), "HOME": str(place / "home")})
     kind, text = (place / "host_key.pub").read_text().split()[:2]
     answer = {name: server[name] for name in ("host", "port", "user")}
     answer |= {"id": machine_id, "host_key": f"{kind} {text}"}

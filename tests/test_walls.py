@@ -75,6 +75,7 @@ def test_the_library_does_not_know_airflow_plugins_or_dags() -> None:
             "new_run",
             "notifications",
             "remote_job",
+            "rentals",
             "retries",
             "run_pages",
             "run_state",

@@ -383,6 +383,12 @@ class Rent(Section):
         le=1440.0,
         description="A failed run's machine is kept so long, for a step that is cleared.",
     )
+    orphan_hours: float = Field(
+        6.0,
+        gt=0.0,
+        le=168.0,
+        description="The machine ends itself when nobody has asked for it so long (docs/cluster.md).",
+    )
 
 
 class Cluster(Section):

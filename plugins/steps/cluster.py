@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from airflow.sdk import Context, Variable
 
@@ -16,16 +17,30 @@ from steps.run import noted, recipe_of
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+LATER = "The host is rented when the plan is approved: acquire_cluster and prepare_rented do this."
+
+
 @noted
-def check_cluster(plan: Plan) -> HostFacts:
+def check_cluster(plan: Plan) -> HostFacts | None:
     """What the host is and has; everything that is missing in one message."""
     from fastcpt.cluster.check import check_cluster as check
 
     recipe = recipe_of(plan)
+    if recipe.cluster.rent:
+        print(LATER)
+        return None
     return cast(HostFacts, check(remote_of(recipe.cluster.connection), recipe.cluster))
 
 
-def prepare_environment(context: Context) -> RemoteJob | Environment:
+def prepare_environment(context: Context) -> RemoteJob | Mapping[str, Any]:
+    """``environment_of`` a host that is there from the beginning."""
+    if recipe_of(result_of(context, "plan")).cluster.rent:
+        print(LATER)
+        return {}
+    return environment_of(context)
+
+
+def environment_of(context: Context) -> RemoteJob | Environment:
     """Ship the code; compare the host's packages with the pinned ones, or build them there."""
     from fastcpt.cluster import environment
 
@@ -48,7 +63,17 @@ def prepare_environment(context: Context) -> RemoteJob | Environment:
 
 
 @noted
-def sync(plan: Plan, built: Built, cluster: HostFacts, environment: Environment) -> Places:
+def sync(
+    plan: Plan, built: Built, cluster: HostFacts | None, environment: Environment
+) -> Places | None:
+    """``bring`` to a host that is there from the beginning."""
+    if cluster is None:
+        print(LATER)
+        return None
+    return bring(plan, built, cluster, environment)
+
+
+def bring(plan: Plan, built: Built, cluster: HostFacts, environment: Environment) -> Places:
     """Bring corpus, instructions and recipe to the cluster; digests are verified there."""
     from fastcpt.cluster.transfer import files_of, send, send_base_model
     from fastcpt.reporting.record import add_output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -14,9 +15,9 @@ from fastcpt.files import HOME, read_json
 from fastcpt.gate import base_passes
 from fastcpt.recipe import Recipe, RecipeError, load_recipe
 from fastcpt.recipe_form import form_overrides, given_overrides
-from remote_job import connection_of
+from remote_job import RENTED, connection_of
 from steps.results import Plan, result_of
-from steps.run import note, recipe_of
+from steps.run import note, price_of, recipe_of
 
 if TYPE_CHECKING:
     from fastcpt.planning.result import Plan as Planned
@@ -35,6 +36,7 @@ def plan() -> Plan:
     from fastcpt.planning.history import FILE as HISTORY
     from fastcpt.planning.plan import estimated_tokens, require_fit
     from fastcpt.planning.plan import plan as make_plan
+    from fastcpt.rent.ledger import name_of_run
     from fastcpt.reporting.record import add, empty_record, open_record, record_folder
 
     context, began = get_current_context(), time.time()
@@ -44,11 +46,15 @@ def plan() -> Plan:
     overrides = {**given_overrides(values), **form_overrides(values)}
     overrides = sample_overrides(values["recipe"], overrides, HOME)
     recipe = load_recipe(values["recipe"], overrides)
-    if recipe.cluster.rent:
+    login = recipe.cluster.connection
+    extra = connection_of(login, with_host=recipe.cluster.rent is None).extra_dejson
+    if login.startswith(RENTED):
         raise RecipeError(
-            "cluster.rent: the DAG does not rent yet; name a host that is there by cluster.connection"
+            f"cluster.connection: a name that begins with {RENTED} is a rented host's"
         )
-    extra = connection_of(recipe.cluster.connection).extra_dejson
+    if recipe.cluster.rent:
+        ids = context["dag"].dag_id, context["run_id"]
+        overrides["cluster.connection"] = f"{RENTED}{name_of_run(*ids)}"
     # where things are on a host is the host's business: its connection may say so
     for key in ("python", "root"):
         if extra.get(key):  # a field of the form that was left empty is there, too
@@ -81,6 +87,7 @@ def plan() -> Plan:
         "recipe": str(record / "recipe.yaml"),
         "record": str(record),
         "parts": [parts[group::groups] for group in range(groups)],
+        "login": login,
     }
 
 
@@ -98,10 +105,14 @@ def final_plan(context: Context) -> FinalPlan:
     from fastcpt.planning.plan import require_fit
     from fastcpt.reporting.record import add
 
-    first, cluster = result_of(context, "plan"), result_of(context, "check_cluster")
+    first = result_of(context, "plan")
+    recipe = recipe_of(first)
+    cluster = None if recipe.cluster.rent else result_of(context, "check_cluster")
     tokens = result_of(context, "build")["corpus"]["tokens"]
-    found = make_plan(recipe_of(first), tokens, cluster, HOME / HISTORY)
-    found = _with_note_on_gate(found, recipe_of(first))
+    found = make_plan(recipe, tokens, cluster, HOME / HISTORY)
+    found = _with_note_on_gate(found, recipe)
+    if recipe.cluster.rent:
+        found = _with_note_on_waiting(found, recipe, context["dag_run"].start_date)
     path = add(Path(first["record"]), "plan.json", found.to_json())
     command = _plan_command(Path(first["record"]), found)
     print(found.text(command))
@@ -117,6 +128,18 @@ def _with_note_on_gate(found: Planned, recipe: Recipe) -> Planned:
     before = last_gate(HOME, recipe.model.name_or_path, recipe.gate.validation_set)
     note = base_passes(before.get("base_value"), recipe.gate.perplexity_threshold)
     return replace(found, notes=(*found.notes, note)) if note else found
+
+
+def _with_note_on_waiting(found: Planned, recipe: Recipe, began: datetime) -> Planned:
+    """The plan, with what a machine would have cost that had been rented at the run's start."""
+    hours = (datetime.now(UTC) - began).total_seconds() / 3600
+    price = price_of(recipe, None)
+    words = (
+        f"the machine is rented now: while the corpus was made, {hours:.1f} h, it would have waited"
+    )
+    if price is not None:
+        words += f" for {hours * price * recipe.cluster.gpus:,.2f} USD"
+    return replace(found, notes=(*found.notes, words))
 
 
 def _plan_command(record: Path, found: Planned) -> str:

@@ -18,6 +18,8 @@ class Plan(TypedDict):
     recipe: str
     record: str
     parts: list[list[str]]
+    # the Airflow connection whose key logs in to a rented host
+    login: NotRequired[str]
 
 
 class Made(TypedDict):
@@ -116,9 +118,16 @@ class Published(TypedDict):
 Files = dict[str, str | None]
 
 
+# On a rented host these tasks do what others do where the host is there from the beginning.
+RENTED = {"check_cluster": "acquire_cluster", "sync": "prepare_rented"}
+
+
 def result_or_none(context: Context, task: str) -> Any:
-    """What a task before this one returned; None where it did not run."""
-    return context["ti"].xcom_pull(task_ids=task)
+    """What a task before this one returned; None where it did not run, or had nothing to do."""
+    found = context["ti"].xcom_pull(task_ids=task)
+    if not found and task in RENTED:
+        found = context["ti"].xcom_pull(task_ids=RENTED[task]) or None
+    return found
 
 
 @overload

@@ -29,6 +29,8 @@ STEPS = {
     "prepare_environment",
     "sync",
     "approve_plan",
+    "acquire_cluster",
+    "prepare_rented",
     "train_cpt",
     "evaluate_cpt",
     "gate",
@@ -38,6 +40,7 @@ STEPS = {
     "train_sft",
     "evaluate_sft",
     "publish",
+    "release_cluster",
     "report",
 }
 STAGE2 = {"train_cpt_stage2", "evaluate_stage2", "gate_stage2"}

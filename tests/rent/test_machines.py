@@ -66,7 +66,7 @@ def test_a_machine_is_rented_reached_found_again_and_given_back(renting: Renting
     assert of_tests.processes(rented) == []
     assert renting.give_back() == []
     with pytest.raises(NoMachine, match=r"the run has ended.*clear this task"):
-        machines.machine_of(renting.home, DAG, RUN)
+        machines.machine_of(renting.home, ledger.name_of_run(DAG, RUN))
 
 
 def test_another_host_key_than_the_providers_word_is_not_believed(renting: Renting) -> None:

@@ -39,6 +39,8 @@ class Machine(BaseModel):
     host_key: HostKey
     price_per_hour: float = Field(ge=0.0, allow_inf_nan=False)
     gpus: int = Field(ge=0)
+    # what ends the machine from inside, as words; none: only the provider's release does
+    release_command: list[str] | None = None
 
 
 class Rental(BaseModel):
@@ -53,6 +55,7 @@ class Rental(BaseModel):
     key: str
     dag: str
     run: str
+    connection: str = ""  # Airflow's, with the key that logs in
     state: Literal["asked", "held", "unverified", "released"] = "asked"
     commands: dict[str, list[str]]
     needs: dict[str, Any]
@@ -90,7 +93,12 @@ def write(home: Path, rental: Rental, **changes: Any) -> Rental:
 
 def of_run(home: Path, dag: str, run: str) -> list[Rental]:
     """The run's machines, the newest last."""
-    files = _folder(home).glob(f"{name_of_run(dag, run)}-*.json")
+    return of_name(home, name_of_run(dag, run))
+
+
+def of_name(home: Path, name: str) -> list[Rental]:
+    """The machines of the run of this ``name_of_run``, the newest last."""
+    files = _folder(home).glob(f"{name}-[0-9]*.json")
     return sorted(map(_read, files), key=lambda rental: rental.asked)
 
 

@@ -51,11 +51,18 @@ class NoMachine(ValueError):
 
 
 def take(
-    home: Path, dag: str, run: str, rent: Rent, needs: dict[str, Any], money: float | None = None
+    home: Path,
+    dag: str,
+    run: str,
+    rent: Rent,
+    needs: dict[str, Any],
+    money: float | None = None,
+    connection: str = "",
 ) -> Rental:
     """The run's machine: found where it is still there, rented otherwise; never a second one.
 
-    ``money`` is what all of the run's machines together may cost, in USD. Raises ``ProviderError``
+    ``money`` is what all of the run's machines together may cost, in USD; ``connection`` is kept with
+    the machine. Raises ``ProviderError``
     and ``NotReleased`` (again later), ``MoneySpent``.
     """
     with ledger.locked(home, dag, run):
@@ -75,6 +82,7 @@ def take(
             key=ledger.next_key(home, dag, run),
             dag=dag,
             run=run,
+            connection=connection,
             commands={"acquire": rent.acquire, "release": rent.release, "status": rent.status},
             needs=needs,
             money=money,
@@ -117,9 +125,9 @@ def keep(home: Path, dag: str, run: str, minutes: float) -> None:
             ledger.write(home, rental, keep_until=time.time() + minutes * 60)
 
 
-def machine_of(home: Path, dag: str, run: str) -> Rental:
-    """The machine that the run has; ``NoMachine`` where it has none."""
-    rentals = ledger.of_run(home, dag, run)
+def machine_of(home: Path, name: str) -> Rental:
+    """The machine that the run of this ``name_of_run`` has; ``NoMachine`` where it has none."""
+    rentals = ledger.of_name(home, name)
     if rentals and rentals[-1].state == "held":
         return rentals[-1]
     why = f" ({rentals[-1].why})" if rentals and rentals[-1].why else ""

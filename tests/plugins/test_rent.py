@@ -1,0 +1,157 @@
+"""The steps that rent: on the tests' provider, whose machines are real SSH servers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from airflow.sdk import DAG
+from airflow.sdk.execution_time.context import set_current_context
+
+import provider
+import remote_job
+from fastcpt.cluster.remote import ClusterError, ConnectionLost, ask
+from fastcpt.files import read_json
+from fastcpt.recipe import load_recipe
+from fastcpt.rent import ledger
+from fastcpt.reporting.record import open_record
+from steps import rent
+from steps.results import result_of
+
+DAG_ID, RUN = "fast_cpt", "manual__2026-11-28"
+
+
+class Renting:
+    """A run of a recipe that rents, as its steps see it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home, self.provider = folder / "home", provider.create(folder / "provider")
+        self.states: dict[str, str] = {"publish": "success"}
+        self.results: dict[str, Any] = {}
+        self.task_id, self.map_index, self.run_id = "acquire_cluster", -1, RUN
+        self.folder = folder
+
+    def plan(self, **more: Any) -> dict[str, Any]:
+        name = f"{remote_job.RENTED}{ledger.name_of_run(DAG_ID, RUN)}"
+        own = {"cluster.connection": name, "cluster.root": str(self.folder / "root")}
+        rents = {"cluster.rent": {**provider.commands(self.provider), **more.pop("rent", {})}}
+        recipe = load_recipe("sample", {**own, **rents, **more})
+        record = open_record(self.home, RUN, DAG_ID, recipe)
+        plan = {"recipe": str(record / "recipe.yaml"), "record": str(record), "login": "mine"}
+        self.results["plan"] = plan
+        return plan
+
+    def xcom_pull(self, task_ids: str) -> Any:
+        return self.results.get(task_ids)
+
+    def get_task_states(self, dag: str, run_ids: list[str]) -> dict[str, dict[str, str]]:
+        return {RUN: self.states}
+
+    @property
+    def context(self) -> Any:
+        started = SimpleNamespace(start_date=None)
+        return {"ti": self, "run_id": RUN, "dag": DAG(DAG_ID), "dag_run": started}
+
+    def call(self, step: Callable[..., Any], *given: Any) -> Any:
+        with set_current_context(self.context):
+            self.results[step.__name__] = step(*given)
+        return self.results[step.__name__]
+
+    def running(self) -> list[str]:
+        return [one["id"] for one in provider.machines(self.provider, running=True)]
+
+
+@pytest.fixture
+def renting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Renting]:
+    if sys.platform == "darwin":
+        pytest.skip("a machine's processes are found by their environment")
+    one = Renting(tmp_path)
+    for module in (rent, remote_job):
+        monkeypatch.setattr(module, "HOME", one.home)
+    extra = {"key_file": str(one.provider / "client_key")}
+    # the login's key is the connection's; where the host is, the provider says
+    monkeypatch.setenv("AIRFLOW_CONN_MINE", json.dumps({"conn_type": "gpuhost", "extra": extra}))
+    yield one
+    for machine in provider.machines(one.provider):
+        provider.end(one.provider, machine["id"])
+
+
+def test_a_machine_is_rented_checked_watched_and_given_back(
+    renting: Renting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = renting.plan(**{"budget.money": 100.0})
+    facts = renting.call(rent.acquire_cluster, plan)
+    assert facts["cores"] > 0
+    # later steps find it where the check of a host that is there would be
+    assert result_of(renting.context, "check_cluster") == facts
+    (rented,) = provider.machines(renting.provider)
+    kept = list(Path(rented["place"]).glob("home/.fast_cpt/rent-*/rent.json"))
+    assert len(kept) == 1
+    watched = read_json(kept[0])
+    # 100 USD at 36 an hour, from the moment that the provider was asked; the watch begins a bit later
+    (rental,) = ledger.of_run(renting.home, DAG_ID, RUN)
+    assert watched["deadline_unix"] == pytest.approx(rental.asked + 100 / 36 * 3600, abs=60)
+    assert watched["orphan_s"] == 6 * 3600
+    remote = remote_job.remote_of(load_recipe(plan["recipe"]).cluster.connection)
+    assert ask(remote, "check", root=facts["root"])["root"] == facts["root"]
+    renting.call(rent.release_cluster)
+    assert renting.running() == []
+    assert provider.processes(rented) == []
+    told = read_json(Path(plan["record"]) / "rent.json")
+    assert [one["state"] for one in told["machines"]] == ["released"]
+    assert told["spent"] == pytest.approx(provider.bill(renting.provider, time.time()), rel=0.5)
+    assert "1 rented, " in capsys.readouterr().out
+    with pytest.raises(ClusterError, match=r"no rented machine \(the run has ended\): clear this"):
+        remote_job.remote_of(load_recipe(plan["recipe"]).cluster.connection)
+
+
+def test_a_machine_that_is_not_what_was_planned_goes_back(renting: Renting) -> None:
+    plan = renting.plan(**{"cluster.min_free_gb": 10.0**9})
+    with pytest.raises(ClusterError, match="GB free under"):
+        renting.call(rent.acquire_cluster, plan)
+    (rental,) = ledger.of_run(renting.home, DAG_ID, RUN)
+    assert (rental.state, renting.running()) == ("released", [])
+    assert "it could not take the run" in rental.why
+
+
+def test_a_machine_that_never_answers_goes_back_and_the_retry_has_another(
+    renting: Renting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rent, "SILENT_S", 0.0)
+    provider.fail(renting.provider, acquire=["half started"])
+    plan = renting.plan()
+    with pytest.raises(ConnectionLost, match="nothing listens at"):
+        renting.call(rent.acquire_cluster, plan)
+    assert renting.running() == []
+    assert renting.call(rent.acquire_cluster, plan)["cores"] > 0
+    assert renting.running() == ["m2"]
+
+
+def test_a_failed_runs_machine_is_kept_where_the_recipe_says_so(renting: Renting) -> None:
+    plan = renting.plan(rent={"keep_minutes": 5.0})
+    renting.call(rent.acquire_cluster, plan)
+    renting.states = {"publish": "upstream_failed"}
+    renting.call(rent.release_cluster)
+    (rental,) = ledger.of_run(renting.home, DAG_ID, RUN)
+    assert rental.keep_until == pytest.approx(time.time() + 300, abs=60)
+    assert renting.running() == ["m1"]
+    renting.states = {"publish": "success"}
+    renting.call(rent.release_cluster)
+    assert renting.running() == []
+
+
+def test_a_recipe_that_rents_nothing_has_one_line(
+    renting: Renting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = renting.plan(**{"cluster.rent": None})
+    assert renting.call(rent.acquire_cluster, plan) is None
+    assert rent.prepare_rented(renting.context) == {}
+    renting.call(rent.release_cluster)
+    assert capsys.readouterr().out.splitlines() == [rent.NOTHING] * 3
+    assert not (renting.home / "rented").exists()
