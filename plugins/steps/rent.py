@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # So long a machine that its provider calls ready may be silent.
 SILENT_S = 900.0
-# Before the money is spent no job runs: the time is for the last checkpoint's way here.
+# At least so long before the money is spent no job runs: the time is for the last checkpoint's way here.
 RESERVE_S = 300.0
 NOTHING = "cluster.connection names a host that is there: nothing is rented."
 
@@ -51,7 +51,7 @@ def acquire_cluster(plan: Plan) -> HostFacts | None:
                 f"{machine.gpus} GPUs were rented, {recipe.cluster.gpus} were asked for"
             )
         facts = _checked(recipe)
-        _watch(recipe, rental, facts["root"])
+        _watch(recipe, rental, facts["root"], _reserve_seconds(plan))
     except Exception as error:
         machines.give_back(HOME, *ids, f"it could not take the run: {error}")
         raise
@@ -90,7 +90,15 @@ def _checked(recipe: Recipe) -> HostFacts:
             time.sleep(5)
 
 
-def _watch(recipe: Recipe, rental: Rental, root: str) -> None:
+def _reserve_seconds(plan: Plan) -> float:
+    """What the plan keeps for saving the last checkpoint and bringing it here."""
+    from fastcpt.reporting.record import read
+
+    hours: float | None = read(Path(plan["record"]), "plan.json").get("reserve_hours")
+    return RESERVE_S if hours is None else max(RESERVE_S, 3600 * hours)
+
+
+def _watch(recipe: Recipe, rental: Rental, root: str, reserve_seconds: float) -> None:
     """Have the machine end itself where nobody else does (``cluster.jobs.watch``)."""
     from fastcpt.cluster import jobs
     from fastcpt.rent import ledger
@@ -100,7 +108,7 @@ def _watch(recipe: Recipe, rental: Rental, root: str) -> None:
     rent = {
         "deadline_unix": ledger.deadline(ledger.of_run(HOME, rental.dag, rental.run), rental),
         "orphan_hours": recipe.cluster.rent.orphan_hours,
-        "reserve_seconds": RESERVE_S,
+        "reserve_seconds": reserve_seconds,
         "release_command": rental.machine.release_command,
     }
     jobs.watch(remote_of(recipe.cluster.connection), root, rent)

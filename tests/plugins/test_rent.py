@@ -17,7 +17,7 @@ from airflow.sdk.execution_time.context import set_current_context
 import provider
 import remote_job
 from fastcpt.cluster.remote import ClusterError, ConnectionLost, ask
-from fastcpt.files import read_json
+from fastcpt.files import read_json, write_json
 from fastcpt.recipe import load_recipe
 from fastcpt.rent import ledger
 from fastcpt.reporting.record import open_record
@@ -86,6 +86,7 @@ def test_a_machine_is_rented_checked_watched_and_given_back(
     renting: Renting, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = renting.plan(**{"budget.money": 100.0})
+    write_json(Path(plan["record"]) / "plan.json", {"reserve_hours": 0.5})
     facts = renting.call(rent.acquire_cluster, plan)
     assert facts["cores"] > 0
     # later steps find it where the check of a host that is there would be
@@ -97,7 +98,7 @@ def test_a_machine_is_rented_checked_watched_and_given_back(
     # 100 USD at 36 an hour, from the moment that the provider was asked; the watch begins a bit later
     (rental,) = ledger.of_run(renting.home, DAG_ID, RUN)
     assert watched["deadline_unix"] == pytest.approx(rental.asked + 100 / 36 * 3600, abs=60)
-    assert watched["orphan_s"] == 6 * 3600
+    assert (watched["orphan_s"], watched["reserve_s"]) == (6 * 3600, 0.5 * 3600)
     remote = remote_job.remote_of(load_recipe(plan["recipe"]).cluster.connection)
     assert ask(remote, "check", root=facts["root"])["root"] == facts["root"]
     renting.call(rent.release_cluster)
