@@ -78,7 +78,7 @@ def test_a_second_training_section_erases_nothing_silently(tmp_path: Path) -> No
 def test_the_tables_of_the_plan_are_read_so_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tables = [(gpus, "TABLE", "table"), (measured, "MEASURED", "_content")]
+    tables = [(gpus, "TABLE", "table"), (measured, "MEASURED", "measured_rows")]
     for module, name, function in tables:
         text = getattr(module, name).read_text()
         monkeypatch.setattr(module, name, write(tmp_path, f"{text}\n{text}"))
