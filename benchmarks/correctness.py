@@ -138,6 +138,17 @@ def compared(
     }
 
 
+def two_losses(trainee: Trainee, batch: Any) -> list[float]:
+    """Of one batch, its gradients added up; weights are quantized for the first alone."""
+    losses = []
+    for _ in range(2):
+        loss = trainee(batch, GPU)
+        loss.backward()
+        losses.append(loss.item())
+        trainee.packing.weights_changed = False
+    return losses
+
+
 def frozen(
     kind: str, attention: str, recompute: Any, keep: bool, on_host: bool, batch: Any
 ) -> dict[str, Any]:
@@ -162,12 +173,7 @@ def frozen(
         inside.model.norm.register_forward_hook(
             lambda *seen, to=hidden: to.append(seen[2].detach())
         )
-        losses = []
-        for _ in range(2):
-            loss = trainee(batch, GPU)
-            loss.backward()
-            losses.append(loss.item())
-            packing.weights_changed = False
+        losses = two_losses(trainee, batch)
         logits = hidden[-1] @ inside.lm_head.weight.T
         found[way] = losses, logits, gradients(model, inside.config), freed
         if one_byte:

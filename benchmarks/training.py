@@ -122,21 +122,7 @@ def worker(args: argparse.Namespace) -> None:
         layers.fp8_recipe = lambda: DelayedScaling(amax_history_len=16, reduce_amax=False)
     if args.share:
         step_memory.FILL = args.share
-    model = {"name_or_path": str(folder), "dtype": args.dtype}
-    training = {"max_steps": 1000, "warmup_steps": 100, "use_fp8": fp8}
-    training["per_device_train_batch_size"] = micro
-    training["gradient_accumulation_steps"] = args.accumulation
-    training["optimizer_states"] = args.states or case.states
-    recipe = Recipe.model_validate(
-        {
-            "name": "benchmark",
-            "corpus": {"max_seq_length": SIZE},
-            "model": {**model, "attn_implementation": args.attention},
-            "training": training,
-            "lora": {"lora_dropout": args.dropout} if lora else None,
-            "cluster": {"gpus": case.gpus},
-        }
-    )
+    recipe = Recipe.model_validate(recipe_values(args, case))
     rows = random_rows(shape["vocab_size"], args.pieces, args.rows)
     begin = time.monotonic()
     device = start_ranks()
@@ -162,9 +148,8 @@ def worker(args: argparse.Namespace) -> None:
             "tokens_per_s_per_gpu": round(rate),
             "mfu": round(rate * flop_per_token(shape, lora) / PEAK, 3),
             "memory_gb": round(peak_memory_gb(device), 1),
-            "loaded_gb": round(
-                loaded / 1e9, 2
-            ),  # weights, optimizer and what is left of making them
+            # weights, optimizer and what is left of making them
+            "loaded_gb": round(loaded / 1e9, 2),
             **memory_parts(trained, device),
             "recomputed": f"{chosen['checkpointing']} of {chosen['layers_recomputed']} layers",
             # pages given back and fetched again because the memory was full: they cost time
@@ -179,6 +164,22 @@ def worker(args: argparse.Namespace) -> None:
         (folder / "result.json").write_text(json.dumps(result))
         print(json.dumps(result), flush=True)
     torch.distributed.destroy_process_group()
+
+
+def recipe_values(args: argparse.Namespace, case: Case) -> dict[str, Any]:
+    """The recipe of a case."""
+    model = {"name_or_path": args.folder, "dtype": args.dtype}
+    training = {"max_steps": 1000, "warmup_steps": 100, "use_fp8": case.fp8}
+    training["per_device_train_batch_size"] = args.micro or case.micro
+    training["gradient_accumulation_steps"] = args.accumulation
+    return {
+        "name": "benchmark",
+        "corpus": {"max_seq_length": SIZE},
+        "model": {**model, "attn_implementation": args.attention},
+        "training": {**training, "optimizer_states": args.states or case.states},
+        "lora": {"lora_dropout": args.dropout} if case.lora else None,
+        "cluster": {"gpus": case.gpus},
+    }
 
 
 def write_config(shape: dict[str, Any], folder: Path) -> None:

@@ -62,6 +62,17 @@ PARAMS = {
 }
 
 
+def on_gpus(job: Callable[..., Any], then: Callable[..., Any], **options: Any) -> RemoteJobOperator:
+    return RemoteJobOperator(
+        task_id=job.__name__,
+        job=job,
+        then=then,
+        secrets=steps.cluster.secrets,
+        in_turn=True,
+        **options,
+    )
+
+
 @dag(
     dag_id="fast_cpt",
     schedule=None,  # fast_cpt_schedules.py
@@ -88,18 +99,6 @@ def fast_cpt() -> None:
         task_id="prepare_environment", job=steps.cluster.prepare_environment
     )
     places = step(steps.cluster.sync)(plan, corpus, cluster, environment.output)
-
-    def on_gpus(
-        job: Callable[..., Any], then: Callable[..., Any], **options: Any
-    ) -> RemoteJobOperator:
-        return RemoteJobOperator(
-            task_id=job.__name__,
-            job=job,
-            then=then,
-            secrets=steps.cluster.secrets,
-            in_turn=True,
-            **options,
-        )
 
     # set up and torn down: a step that is cleared finds its machine, or has another one
     rented = step(steps.rent.acquire_cluster)(plan).as_setup()

@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from airflow.sdk import Context, get_current_context
 
@@ -36,7 +36,6 @@ def plan() -> Plan:
     from fastcpt.planning.history import FILE as HISTORY
     from fastcpt.planning.plan import estimated_tokens, require_fit
     from fastcpt.planning.plan import plan as make_plan
-    from fastcpt.rent.ledger import name_of_run
     from fastcpt.reporting.record import add, empty_record, open_record, record_folder
 
     context, began = get_current_context(), time.time()
@@ -47,18 +46,7 @@ def plan() -> Plan:
     overrides = sample_overrides(values["recipe"], overrides, HOME)
     recipe = load_recipe(values["recipe"], overrides)
     login = recipe.cluster.connection
-    extra = connection_of(login, with_host=recipe.cluster.rent is None).extra_dejson
-    if login.startswith(RENTED):
-        raise RecipeError(
-            f"cluster.connection: a name that begins with {RENTED} is a rented host's"
-        )
-    if recipe.cluster.rent:
-        ids = context["dag"].dag_id, context["run_id"]
-        overrides["cluster.connection"] = f"{RENTED}{name_of_run(*ids)}"
-    # where things are on a host is the host's business: its connection may say so
-    for key in ("python", "root"):
-        if extra.get(key):  # a field of the form that was left empty is there, too
-            overrides[f"cluster.{key}"] = extra[key]
+    overrides |= _of_the_host(recipe, context)
     if recipe.model.name_or_path:
         overrides["model.name_or_path"] = base_folder(recipe.model.name_or_path, HOME)
     recipe = load_recipe(values["recipe"], overrides)
@@ -89,6 +77,24 @@ def plan() -> Plan:
         "parts": [parts[group::groups] for group in range(groups)],
         "login": login,
     }
+
+
+def _of_the_host(recipe: Recipe, context: Context) -> dict[str, Any]:
+    """What the recipe takes from its connection, and the name of a rented host's own."""
+    from fastcpt.rent.ledger import name_of_run
+
+    login = recipe.cluster.connection
+    extra = connection_of(login, with_host=recipe.cluster.rent is None).extra_dejson
+    if login.startswith(RENTED):
+        raise RecipeError(
+            f"cluster.connection: a name that begins with {RENTED} is a rented host's"
+        )
+    # where things are on a host is the host's business; an empty field of the form is there, too
+    overrides = {f"cluster.{key}": extra[key] for key in ("python", "root") if extra.get(key)}
+    if recipe.cluster.rent:
+        run = name_of_run(context["dag"].dag_id, context["run_id"])
+        overrides["cluster.connection"] = f"{RENTED}{run}"
+    return overrides
 
 
 class FinalPlan(TypedDict):

@@ -14,4 +14,6 @@ def test_rate_within_15_and_memory_within_10_percent(row):
 def test_the_table_shows_each_row_and_the_count():
     lines = check_text(ROWS).splitlines()
     assert len(lines) == 2 + len(ROWS) + 1
-    assert lines[-1] == f"{len(ROWS)} of {len(ROWS)} rows within 15% of the rate and 10% of the memory"
+    assert (
+        lines[-1] == f"{len(ROWS)} of {len(ROWS)} rows within 15% of the rate and 10% of the memory"
+    )

@@ -110,9 +110,13 @@ def build(selection: str, recipe: Recipe, home: Path, processes: int | None = No
             "the set that models are compared on was frozen or retired since the documents were "
             "selected: select them again (clear select and what follows it)"
         )
+    folder.mkdir(parents=True, exist_ok=True)
+    if documents.characters.sum() < SMALL:
+        processes = processes or 1
     manifest = _build_into(
         folder, digest, documents, tokenizer, replay, chosen, recipe, home, processes
     )
+    write_tokenizer(tokenizer, folder / "tokenizer")
     with whole_file(folder / "funnel.md") as aside:
         aside.write_text(funnel_table(manifest["funnel"]) + "\n", encoding="utf-8")
     with whole_file(folder / "README.md") as aside:
@@ -163,9 +167,6 @@ def _build_into(
     home: Path,
     processes: int | None,
 ) -> CorpusManifest:
-    folder.mkdir(parents=True, exist_ok=True)
-    if documents.characters.sum() < SMALL:
-        processes = processes or 1
     held_out = folder / ".held_out"
     if chosen["comparison"]:
         add_comparison(documents, comparison(home, recipe.name), held_out / "comparison.jsonl")
@@ -194,7 +195,6 @@ def _build_into(
     validation = _write_validation_sets(folder, documents, ids, unseen, tokenizer, home)
     note_in_ledger(folder.name, documents, home)
     shutil.rmtree(held_out)
-    write_tokenizer(tokenizer, folder / "tokenizer")
     tokens = int(training.length.sum())
     return {
         "digest": digest,

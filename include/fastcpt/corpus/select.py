@@ -161,11 +161,7 @@ def _select_into(
     _warn_of_odd_dates(tables, corpus)
     ratio = tokens_per_piece(tables, tokenizer)
     rank_by_score(corpus, tables, recipe)
-    same = corpus.same_for_all()
-    if same and len(corpus.part) > 1:
-        log.info(
-            "the same for all documents, and so without a say in their order: %s", ", ".join(same)
-        )
+    same = _same_for_all(corpus)
     _drop_unwanted(corpus, recipe)
     taken, reserve, cut, by_target = fill(corpus, recipe, ratio, exact=tokenizer is not None)
     rows = np.sort(np.concatenate([taken, reserve]))
@@ -204,6 +200,16 @@ def _select_into(
         "same_for_all": same,
         "funnel": funnel,
     }
+
+
+def _same_for_all(corpus: ScoreColumns) -> list[str]:
+    """Components of the score that tell no document from another."""
+    same = corpus.same_for_all()
+    if same and len(corpus.part) > 1:
+        log.info(
+            "the same for all documents, and so without a say in their order: %s", ", ".join(same)
+        )
+    return same
 
 
 def _warn_of_odd_dates(tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> None:

@@ -121,12 +121,7 @@ def _changes(
         if tuned is not None:
             yield "FP8", tuned, count
     if best is None:
-        for states in smaller_states(recipe):
-            tuned = _tuned(recipe, {**needed, **states}, hardware)
-            if tuned is not None:
-                words = f"optimizer states in {tuned['training.optimizer_states']}"
-                yield words, tuned, count
-                break
+        yield from _smaller_states(recipe, hardware, needed)
     yield from more_gpus
     if recipe.lora is None and best is None:  # where memory suffices it would only be slower
         settings = {"deepspeed": OFFLOAD_FILE, "optimizer_states": "float32"}
@@ -143,6 +138,18 @@ def _changes(
         tuned = _tuned(recipe, lora, hardware)
         if tuned is not None:
             yield "LoRA on q, k, v, o", tuned, count
+
+
+def _smaller_states(
+    recipe: Recipe, hardware: Hardware, needed: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """The largest optimizer states that fit."""
+    for states in smaller_states(recipe):
+        tuned = _tuned(recipe, {**needed, **states}, hardware)
+        if tuned is not None:
+            words = f"optimizer states in {tuned['training.optimizer_states']}"
+            yield words, tuned, hardware.count
+            return
 
 
 def _other_models(

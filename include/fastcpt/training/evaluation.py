@@ -66,16 +66,15 @@ def evaluate(
     """Write ``output`` (evaluation.json) and return its content; called by every rank.
 
     ``checkpoint`` and ``base`` are folders or hub names (adapters too; a training's output folder
-    stands for its final model), ``validation`` is a corpus
-    folder or the folder of one validation set. For each set (``random``, ``newest``) and each of
-    ``model`` and ``base``: ``perplexity``, ``bits_per_byte``, ``loss`` (nats a token), ``tokens``,
-    ``documents``, and the same ``by_area`` and ``by_year``; ``by_document`` has each document's
-    ``id``, ``bytes`` and summed loss (nats) of both, so that models can be compared in pairs. Where ``checkpoint`` holds adapters of
-    areas, ``adapters`` has for each, on the documents of its area, those of ``adapter``, of
-    ``model`` (the mean of all adapters) and of ``base``. ``questions`` has for ``model`` and
-    ``base`` what ``questions.table_of`` gives, on the gate's set. Without a recipe nothing is asked,
-    the window is the corpus's own sequence length, and the weights are bfloat16. An evaluation of
-    the same inputs is not done again, and of an earlier one, ``base_evaluation``, the figures of the
+    stands for its final model), ``validation`` is the folder of a corpus or of one validation set.
+    For each set (``random``, ``newest``) and each of ``model`` and ``base``: ``perplexity``,
+    ``bits_per_byte``, ``loss`` (nats a token), ``tokens``, ``documents``, the same ``by_area`` and
+    ``by_year``, and ``by_document`` each one's ``id``, ``bytes`` and summed loss (nats) of both, to
+    compare models in pairs. Where ``checkpoint`` holds adapters of areas, ``adapters`` has for each,
+    on its area's documents, ``adapter``, ``model`` (the mean of all) and ``base``. ``questions`` has
+    for ``model`` and ``base`` what ``questions.table_of`` gives, on the gate's set. Without a recipe
+    nothing is asked, the window is the corpus's sequence length, weights are bfloat16. An evaluation
+    of the same inputs is not done again; of an earlier one, ``base_evaluation``, the figures of the
     same base on the same documents are taken. Raises ``EvaluationError``.
     """
     checkpoint = final_of(checkpoint)
