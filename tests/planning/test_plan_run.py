@@ -193,7 +193,7 @@ def test_any_listed_alternative_is_written_and_plans_to_the_same_figures(tmp_pat
 
 
 def test_a_number_of_the_solvers_list_is_of_that_list(tmp_path):
-    wanted = ("--cluster", "4xB200", "--hours", 24, "--tokens", 2_000_000_000)
+    wanted = ("--cluster", "4xH100", "--hours", 24, "--tokens", 2_000_000_000)
     refused = plan_run(*wanted)
     assert refused.returncode == 1
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("  2. ")]
