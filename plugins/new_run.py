@@ -183,6 +183,7 @@ class NewRun(AirflowPlugin):
             "href": f"{ROOT}{PREFIX}/",
             "url_route": PREFIX.removeprefix("/"),
             "destination": "nav",
+            "nav_top_level": True,  # two pages of plugins would share a menu
         }
     ]
 

@@ -336,6 +336,7 @@ class RunPages(AirflowPlugin):
             "href": f"{ROOT}{PREFIX}/",
             "url_route": PREFIX.removeprefix("/"),
             "destination": "nav",
+            "nav_top_level": True,  # two pages of plugins would share a menu
         },
         {
             "name": "Fast CPT",  # a tab of a run's own page

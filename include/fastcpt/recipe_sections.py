@@ -222,7 +222,9 @@ class Training(Section):
     max_steps: int = Field(12_000, ge=1, le=10_000_000, description="Optimizer steps.")
     per_device_train_batch_size: int = Field(2, ge=1, le=1024, description="Micro-batch a GPU.")
     gradient_accumulation_steps: int = Field(16, ge=1, le=4096)
-    learning_rate: float = Field(3e-5, gt=0.0, le=1.0)
+    learning_rate: float = Field(
+        3e-5, gt=0.0, le=1.0, description="The highest rate, reached when the warm-up ends."
+    )
     warmup_steps: int = Field(500, ge=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     weight_decay: float = Field(0.1, ge=0.0, le=1.0)

@@ -43,4 +43,4 @@ def test_the_sample_starts_without_another_word(airflow, form, logged_in):
     conf = runs[0]["conf"]
     assert conf["recipe"] == "sample"
     assert conf["require_approval"] is False
-    assert conf["documents"] is None
+    assert "documents" not in conf
