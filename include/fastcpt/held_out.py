@@ -87,11 +87,17 @@ def comparison_digest(home: Path, recipe: str) -> str | None:
     return str(read_json(manifest)["digest"]) if manifest.is_file() else None
 
 
+def comparison_selection(home: Path, recipe: str) -> str | None:
+    """The digest of the selection that the set was held out of; None where none is frozen."""
+    manifest = comparison(home, recipe) / "manifest.json"
+    return str(read_json(manifest)["selection"]) if manifest.is_file() else None
+
+
 def freeze(home: Path, recipe: str, corpus: str) -> dict[str, Any]:
     """Make the held-out set of a corpus the one that the recipe's models are compared on.
 
     Does nothing where there is one. Returns its manifest: ``version`` (1, and one more after each
-    ``unfreeze``), ``digest``, ``corpus``, ``documents``, ``frozen``. ``HeldOutError`` where the
+    ``unfreeze``), ``digest``, ``corpus``, ``selection``, ``documents``, ``frozen``. ``HeldOutError`` where the
     ledger or the corpus is gone.
     """
     folder = comparison(home, recipe)
@@ -112,6 +118,7 @@ def freeze(home: Path, recipe: str, corpus: str) -> dict[str, Any]:
         "version": 1 + len(list(folder.parent.glob("comparison-*"))),
         "digest": sha256_of_file(partial / "documents.parquet")[:16],
         "corpus": corpus,
+        "selection": read_json(tokenizer / "corpus_manifest.json")["selection"],
         "documents": len(documents),
         "frozen": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -10,7 +10,7 @@ cluster=(.env/cluster/bin/python -m pytest)
 # a test waits for processes more than it computes; a file's tests share servers, so they stay together
 two=(-n 2 --dist loadfile)
 run "${airflow[@]}" tests "${two[@]}" -m "not slow and not faults" --ignore=tests/training --durations=5
-run "${cluster[@]}" tests/training "${two[@]}" --durations=5
+run "${cluster[@]}" tests/training --durations=5  # each of them takes both cores
 run "${airflow[@]}" tests -m "slow and not faults" --ignore=tests/training --durations=10
 echo "make test took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
 exit $failed

@@ -41,6 +41,8 @@ def test_the_frozen_set_stays_and_nothing_of_it_is_trained_on(
     first = made(recipe, home)
     manifest = freeze(home, recipe.name, first["digest"])
     assert manifest["version"] == 1
+    # the very same documents: nothing is made again
+    assert made(recipe, home)["reused"]
     held_out = {row["id"] for row in rows_of(first, "validation/*.parquet")}
     assert manifest["documents"] == len(held_out) >= 1
     # the next week: one of its acts is corrected, one comes again under another name, the other

@@ -43,6 +43,7 @@ class Ended:
         self.home, self.told = home, told
         write_ledger(home, "c", TEXTS_SCHEMA.empty_table(), HELD_OUT_SCHEMA.empty_table())
         (home / "corpora" / "c" / "tokenizer").mkdir(parents=True)
+        write_json(home / "corpora" / "c" / "corpus_manifest.json", {"selection": "s"})
 
     def publish(self, run: str, of_base: float, trained: str) -> dict[str, Any]:
         record = open_record(self.home, run, "fast_cpt", RECIPE)

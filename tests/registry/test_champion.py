@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastcpt.files import read_json
+from fastcpt.files import read_json, write_json
 from fastcpt.held_out import HELD_OUT_SCHEMA, TEXTS_SCHEMA, comparison, write_ledger
 from fastcpt.registry.champion import (
     RegistryError,
@@ -35,6 +35,7 @@ def home(tmp_path: Path) -> Path:
     """A home with a corpus that models were trained on."""
     write_ledger(tmp_path, "c", TEXTS_SCHEMA.empty_table(), HELD_OUT_SCHEMA.empty_table())
     (tmp_path / "corpora" / "c" / "tokenizer").mkdir(parents=True)
+    write_json(tmp_path / "corpora" / "c" / "corpus_manifest.json", {"selection": "s"})
     return tmp_path
 
 

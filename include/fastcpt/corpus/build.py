@@ -58,7 +58,7 @@ from fastcpt.corpus.tokenizer import (
 )
 from fastcpt.corpus.tokens import tokenize_part
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
-from fastcpt.held_out import comparison, comparison_digest
+from fastcpt.held_out import comparison, comparison_digest, comparison_selection
 from fastcpt.manifests import (
     CorpusFolder,
     CorpusManifest,
@@ -105,7 +105,9 @@ def build(selection: str, recipe: Recipe, home: Path, processes: int | None = No
         os.utime(folder)  # as of token ids: used
         found: CorpusManifest = read_json(folder / MANIFEST)
         return {**found, "path": str(folder), "reused": True}
-    if comparison_digest(home, recipe.name) != chosen["comparison"]:
+    current = comparison_digest(home, recipe.name)
+    own = comparison_selection(home, recipe.name) == chosen["digest"]
+    if current != chosen["comparison"] and not own:
         raise BuildError(
             "the set that models are compared on was frozen or retired since the documents were "
             "selected: select them again (clear select and what follows it)"

@@ -45,6 +45,7 @@ from fastcpt.corpus.splits import Frozen, split_by_work
 from fastcpt.corpus.tokenizer import CorpusTokenizer, find_tokenizer
 from fastcpt.corpus.works import contained
 from fastcpt.files import digest_of, read_json, write_json
+from fastcpt.held_out import comparison_selection
 from fastcpt.manifests import (
     ScoresFolder,
     ScoresManifest,
@@ -77,20 +78,13 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
     """
     tables = sorted(map(_table, scores), key=lambda table: (spelled(table["part"]), table["part"]))
     _check_readable(tables, recipe.documents.max_unreadable_share)
-    tokenizer = kept_tokenizer(find_tokenizer(recipe), recipe, home)
-    frozen = Frozen.of(home, recipe.name)
-    digest = digest_of(
-        "select",
-        FORMAT,
-        [(table["digest"], spelled(table["part"])) for table in tables],
-        *_settings(recipe),
-        recipe.corpus.model_dump(
-            include={"validation_share", "newest_share", "validation_tokens", "seed"}
-        ),
-        tokenizer.sha256 if tokenizer else "untrained",
-        subjects_of_adapters(recipe),
-        *([frozen.digest] if frozen else []),
-    )
+    tokenizer, frozen = find_tokenizer(recipe), Frozen.of(home, recipe.name)
+    digest = _name(tables, recipe, tokenizer)
+    if frozen and comparison_selection(home, recipe.name) == digest:
+        frozen = None  # the selection that the set was held out of: it holds the very same out
+    elif frozen:
+        tokenizer = kept_tokenizer(tokenizer, recipe, home)
+        digest = _name(tables, recipe, tokenizer, frozen.digest)
     folder = home / "selections" / digest
     if (folder / "manifest.json").exists():
         found: SelectionManifest = read_json(folder / "manifest.json")
@@ -113,6 +107,27 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
     write_json(folder / "manifest.json", manifest)
     log.info("selection %s:\n%s", digest, funnel_table(manifest["funnel"]))
     return {**manifest, "path": str(folder), "reused": False}
+
+
+def _name(
+    tables: Sequence[ScoresFolder],
+    recipe: Recipe,
+    tokenizer: CorpusTokenizer | None,
+    *frozen: str,
+) -> str:
+    """The digest of all that a selection is made from."""
+    return digest_of(
+        "select",
+        FORMAT,
+        [(table["digest"], spelled(table["part"])) for table in tables],
+        *_settings(recipe),
+        recipe.corpus.model_dump(
+            include={"validation_share", "newest_share", "validation_tokens", "seed"}
+        ),
+        tokenizer.sha256 if tokenizer else "untrained",
+        subjects_of_adapters(recipe),
+        *frozen,
+    )
 
 
 def _settings(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
