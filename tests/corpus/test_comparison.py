@@ -104,3 +104,15 @@ def test_a_model_s_tokenizer_stays(
     assert made(other, home)["tokenizer"] != first["tokenizer"]
     assert not (comparison(home, name) / "manifest.json").exists()
     assert freeze(home, name, made(other, home)["digest"])["version"] == 2
+
+
+def test_a_tokenizer_of_its_own_is_the_same_one_after_the_set_was_frozen(
+    documents: Writer, recipe_for: Recipes, home: Path
+) -> None:
+    own = {"tokenizer__path": None, "tokenizer__train_vocab_size": 1000}
+    recipe = recipe_for(documents([act(n) for n in range(1, 41)]), **own)
+    first = made(recipe, home)
+    freeze(home, recipe.name, first["digest"])
+    again = made(recipe, home)
+    assert again["reused"]
+    assert again["digest"] == first["digest"]
