@@ -99,7 +99,7 @@ class Stack:
         """Until the triggerer watches the job: before that, nobody is there to end it."""
         self.wait_for_line(run_id, "step ", "running, ")
 
-    def wait(self, run_id: str, seconds: float = 400) -> Run:
+    def wait(self, run_id: str, seconds: float = 600) -> Run:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             outcome = self.api.get(f"dagRuns/{run_id}")["state"]
