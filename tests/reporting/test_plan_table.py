@@ -12,7 +12,7 @@ def planned(tokens, cluster, **overrides):
 
 
 def test_every_figure_has_its_limit_and_where_it_is_from():
-    found = planned(2_000_000_000, "8xH100")
+    found = planned(2_000_000_000, "4xH100")
     rows = {row[0]: row[1:] for row in plan_table.figures(found, "a guess")}
     assert rows["hours"][1] == "6 h: DOES NOT FIT"
     assert rows["money"][1] == "$180: DOES NOT FIT"
