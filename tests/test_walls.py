@@ -98,11 +98,13 @@ def test_what_the_shipped_code_imports_is_shipped() -> None:
 def test_the_agent_is_the_standard_library_and_itself_for_python_3_8() -> None:
     agent = LIBRARY / "cluster" / "agent"
     assert sorted(MODULES) == sorted(path.stem for path in agent.glob("[!_]*.py"))
-    for path in [LIBRARY / "__init__.py", LIBRARY / "cluster" / "__init__.py", *files_of(agent)]:
+    shared = [LIBRARY / name for name in ("__init__.py", "exit_codes.py", "cluster/__init__.py")]
+    for path in [*shared, *files_of(agent)]:
         ast.parse(path.read_text(), feature_version=(3, 8))
         for module in imports_of(path):
             standard = module.split(".")[0] in sys.stdlib_module_names
-            assert standard or module.startswith("fastcpt.cluster.agent"), f"{path}: {module}"
+            own = module == "fastcpt.exit_codes" or module.startswith("fastcpt.cluster.agent")
+            assert standard or own, f"{path}: {module}"
 
 
 def test_only_training_knows_torch() -> None:

@@ -1,4 +1,4 @@
-"""Whether a cluster can take a run, before anything is sent there: all that is missing at once."""
+"""Checks a cluster before anything is sent to it, and reports everything that is missing at once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OLDEST_PYTHON = (3, 8)
 
 
 def check_host(remote: Remote, root: str) -> dict[str, Any]:
-    """Log in for the first time; what the host is and has (``agent.host.check``).
+    """Log in for the first time and return the host's facts (``agent.host.check``).
 
-    Memory and disk are in GB. Raises ``ClusterError`` for what no recipe could do without, and
-    ``ConnectionLost`` where the host does not answer.
+    Memory and disk are in GB. Raises ``ClusterError`` if something is missing that every recipe
+    needs, and ``ConnectionLost`` if the host does not answer.
     """
     facts = _facts(remote, root)
     _require(remote, _missing(facts))
@@ -24,10 +24,7 @@ def check_host(remote: Remote, root: str) -> dict[str, Any]:
 
 
 def check_cluster(remote: Remote, cluster: Cluster) -> dict[str, Any]:
-    """``check_host``, and whether the host has what the recipe needs: all that is missing at once.
-
-    With ``cpu_only``, cores stand in for GPUs.
-    """
+    """``check_host``, plus what this recipe needs. With ``cpu_only``, cores count instead of GPUs."""
     facts = _facts(remote, cluster.root)
     _require(remote, [*_missing(facts), *_missing_for(facts, cluster)])
     return facts
@@ -40,9 +37,9 @@ def _facts(remote: Remote, root: str) -> dict[str, Any]:
 
 
 def _check_rsync() -> None:
-    """``ClusterError`` where this machine's rsync is missing, or is Apple's own.
+    """Raise ``ClusterError`` if this machine's rsync is missing or is Apple's openrsync.
 
-    That one fetches no list of files, and hands the quotes in its ssh command on to ssh.
+    openrsync cannot fetch a list of files, and passes the quotes in its ssh command on to ssh.
     """
     try:
         version = subprocess.run(["rsync", "--version"], capture_output=True, text=True)

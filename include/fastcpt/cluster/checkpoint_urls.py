@@ -1,9 +1,9 @@
-"""A training's newest checkpoint at an fsspec URL, for when the machine that brought it is lost too.
+"""Copies a training's newest checkpoint to an fsspec URL, in case Airflow's machine is lost too.
 
-    <url>/<training>/step_N/   the folder as ``checkpoints`` has it here, files.json last
+    <url>/<training>/step_N/   the same folder as ``checkpoints`` keeps here, files.json last
 
-Any URL works where its file system's package is installed (``s3://`` wants s3fs), with the credentials
-of the environment.
+Any URL works if its file system's package is installed (``s3://`` needs s3fs). Credentials come from
+the environment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILES = "files.json"
 
 
 def _steps(system: Any, root: str) -> dict[int, str]:
-    """The whole folders at ``root`` by their step."""
+    """The complete folders at ``root``, by step."""
     if not system.isdir(root):
         return {}
     names = [str(path).rstrip("/").rpartition("/")[2] for path in system.ls(root, detail=False)]
@@ -32,9 +32,9 @@ def _steps(system: Any, root: str) -> dict[int, str]:
 
 
 def upload(newest: Path, url: str) -> bool:
-    """Copy a whole folder to ``url``, then remove older ones there; False where it was there before.
+    """Copy a complete folder to ``url``, then remove older ones there; False if it was there already.
 
-    A file of the right size is not sent again: what was interrupted goes on after it.
+    A file of the right size is not sent again, so an interrupted upload resumes.
     """
     system, root = fsspec.url_to_fs(url)
     target = f"{root}/{newest.name}"
@@ -53,7 +53,7 @@ def upload(newest: Path, url: str) -> bool:
 
 
 def newest_at(url: str) -> tuple[int, list[FileEntry]] | None:
-    """The step of the newest whole folder at ``url`` and its files; None where there is none."""
+    """The step and files of the newest complete folder at ``url``; None if there is none."""
     system, root = fsspec.url_to_fs(url)
     found = _steps(system, root)
     if not found:
@@ -63,7 +63,7 @@ def newest_at(url: str) -> tuple[int, list[FileEntry]] | None:
 
 
 def download(url: str, step: int, files: list[FileEntry], local: Path) -> None:
-    """Copy the files of a step at ``url`` to the folder ``local``; those of the right size are there already."""
+    """Copy the files of a step at ``url`` to the folder ``local``, except those already of the right size."""
     system, root = fsspec.url_to_fs(url)
     for file in files:
         here = local / file["file"]
@@ -73,7 +73,7 @@ def download(url: str, step: int, files: list[FileEntry], local: Path) -> None:
 
 
 def remove(url: str) -> None:
-    """Remove all that lies at ``url``."""
+    """Remove everything at ``url``."""
     system, root = fsspec.url_to_fs(url)
     if system.isdir(root):
         system.rm(root, recursive=True)

@@ -1,11 +1,12 @@
-"""A training's newest checkpoint in a place that outlives its host, brought there while it goes on.
+"""Copies a training's newest checkpoint off its host while the training runs.
 
-    <home>/<training>/step_N/   a folder that a training goes on from: checkpoints/step_N, its curve,
-                                the adapters of areas that are done; files.json names all of it
+    <home>/<training>/step_N/   all that a training resumes from: checkpoints/step_N, its metrics,
+                                the adapters of finished areas; files.json lists the files
 
-A folder has its name when all of it is here and like its digests; the one before is removed then. What
-is interrupted goes on in the middle of its file. From here it may go on to a URL (``checkpoint_urls``). As a program, with a request as JSON on standard
-input, it brings once, at a low priority here and there.
+A folder gets its final name once all files are here and match their digests; then the previous one is
+removed. An interrupted transfer resumes in the middle of a file. From here the folder may also go to a
+URL (``checkpoint_urls``). Run as a program, with a request as JSON on standard input, this module
+copies once, at low priority on both sides.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fastcpt.cluster import checkpoint_urls
 from fastcpt.cluster.checkpoint_urls import FILES
 from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask_through
 from fastcpt.cluster.transfer import differing, receive, send
+from fastcpt.exit_codes import STOPPED
 from fastcpt.files import flush, read_json, write_json
 from fastcpt.manifests import FileEntry
 
@@ -37,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 def newest_here(home: Path) -> Path | None:
-    """The newest whole folder under a training's ``home``; None where there is none."""
+    """The newest complete folder under a training's ``home``; None if there is none."""
     found = [path for path in home.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return max(found, key=_step, default=None)
 
@@ -47,11 +49,11 @@ def _step(folder: Path | None) -> int:
 
 
 def bring(remote: Remote, folder: str, home: Path) -> dict[str, Any] | None:
-    """Bring the newest checkpoint of the training in ``folder`` there to ``home``; None: it is here.
+    """Fetch the newest checkpoint of the training in the remote ``folder`` to ``home``; None if it is here.
 
-    Returns ``{step, bytes, seconds, from_its_beginning}``; the last is whether nothing of it was here
-    before. Raises ``ClusterError`` where this disk is too small, or another
-    process brings the same; ``ConnectionLost`` where the host does not answer.
+    Returns ``{step, bytes, seconds, from_its_beginning}``; the last is False if an interrupted transfer
+    was resumed. Raises ``ClusterError`` if this disk is too small or another process is fetching the
+    same training; ``ConnectionLost`` if the host does not answer.
     """
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _alone(home):
@@ -76,7 +78,7 @@ def bring(remote: Remote, folder: str, home: Path) -> dict[str, Any] | None:
         _complete(partial, home / name, files)
         if before:
             _remove(before)
-        # what was held there for this is let go
+        # releases the hard links that the host kept for this transfer
         ask_through(remote, "newest_checkpoint", folder=folder, beyond=state["step"])
         seconds = round(time.monotonic() - began, 2)
         return {
@@ -88,10 +90,10 @@ def bring(remote: Remote, folder: str, home: Path) -> dict[str, Any] | None:
 
 
 def send_back(remote: Remote, folder: str, home: Path, url: str | None = None) -> int | None:
-    """Put the newest checkpoint of ``home`` into a training's ``folder`` on a host that has none as new.
+    """Put the newest checkpoint of ``home`` into a training's ``folder`` if the host has none as new.
 
-    Where ``url`` has a newer one it is fetched from there first. The step it goes on from then; None where
-    nothing was to do. No job of the training may be running.
+    If ``url`` has a newer one, it is fetched first. Returns the step to resume from, or None if there
+    was nothing to do. No job of the training may be running.
     """
     if url:
         _fetch_newer(url, home)
@@ -107,7 +109,7 @@ def send_back(remote: Remote, folder: str, home: Path, url: str | None = None) -
 
 
 def _fetch_newer(url: str, home: Path) -> None:
-    """Bring what is newer at ``url`` than in ``home``, as this machine may be another one."""
+    """Download the checkpoint at ``url`` if it is newer than ``home``'s: Airflow's machine may be new."""
     found, before = checkpoint_urls.newest_at(url), newest_here(home)
     if found is None or found[0] <= _step(before):
         return
@@ -124,7 +126,7 @@ def _fetch_newer(url: str, home: Path) -> None:
 
 
 def forget(home: Path, url: str | None = None) -> None:
-    """Remove what was brought of a training whose model is in a place that stays."""
+    """Remove a training's copied checkpoints once its model is published."""
     shutil.rmtree(home, ignore_errors=True)
     if url:
         checkpoint_urls.remove(url)
@@ -132,7 +134,7 @@ def forget(home: Path, url: str | None = None) -> None:
 
 @contextmanager
 def _alone(home: Path) -> Iterator[None]:
-    """One process at a time brings a training's checkpoints: a killed triggerer's may go on."""
+    """Let one process at a time fetch: one that a killed triggerer started may still be running."""
     with (home / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,7 +144,7 @@ def _alone(home: Path) -> Iterator[None]:
 
 
 def _complete(partial: Path, target: Path, files: list[FileEntry]) -> None:
-    """Name a folder that has arrived when all of it is on the disk."""
+    """Flush an arrived folder to disk, then give it its final name."""
     for left in list(partial.rglob(".rsync-partial")):
         shutil.rmtree(left)
     write_json(partial / FILES, files)
@@ -163,10 +165,10 @@ def _size(folder: Path) -> int:
 
 
 def main() -> None:
-    """Bring once; the last line of what is printed is its answer, or why there is none."""
+    """Fetch once; the last line printed is the answer, or the reason why there is none."""
     os.nice(10)
-    # so that the rsyncs end with this process
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # exit through `finally`, so that the rsyncs end with this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     request = json.load(sys.stdin)
     home, url = Path(request["home"]), request["url"]
     try:

@@ -16,7 +16,7 @@ from fastcpt.recipe_sections import Cluster
 REQUIREMENTS = "requirements-cluster.txt"
 GPU_REQUIREMENTS = "requirements-cluster-gpu.txt"
 FLASH_REQUIREMENTS = "requirements-cluster-flash.txt"
-# training is shipped whole, with the modules that it shares with the other rooms
+# training goes as a whole, with the modules that it shares with other rooms
 SHIPPED = (
     "fastcpt/__init__.py",
     "fastcpt/exit_codes.py",
@@ -69,7 +69,7 @@ def pins(requirements: Path) -> dict[str, str]:
 
 
 def check_python(remote: Remote, cluster: Cluster, repository: Path) -> str:
-    """The absolute path of ``cluster.python``, its packages compared with the pinned ones."""
+    """The absolute path of ``cluster.python``; ``ClusterError`` if its packages are not the pinned ones."""
     answer = ask(remote, "versions", python=cluster.python, pins=pins(repository / REQUIREMENTS))
     if answer["wrong"]:
         raise ClusterError(
@@ -81,7 +81,7 @@ def check_python(remote: Remote, cluster: Cluster, repository: Path) -> str:
 
 
 def gpu_lists(recipe: Recipe) -> list[str]:
-    """What a recipe needs beside ``requirements-cluster.txt``: flash-attn only where it names it."""
+    """The lists to install after ``requirements-cluster.txt``: flash-attn only if the recipe names it."""
     if recipe.cluster.cpu_only:
         return []
     named = recipe.model.attn_implementation == "flash_attention_2"
@@ -89,13 +89,13 @@ def gpu_lists(recipe: Recipe) -> list[str]:
 
 
 def environment_folder(recipe: Recipe, root: str, repository: Path) -> str:
-    """Where the environment built from the pinned lists lies."""
+    """The folder of the environment built from the pinned lists."""
     digests = [sha256_of_file(repository / name) for name in (REQUIREMENTS, *gpu_lists(recipe))]
     return f"{root}/environments/{digest_of(digests)}"
 
 
 def build_commands(recipe: Recipe, root: str, code: str, folder: str) -> list[list[str]]:
-    """The command that builds the environment there; ``<folder>/complete`` is what it makes last."""
+    """The command that builds the environment on the host; it writes ``<folder>/complete`` last."""
     command = ["python3", f"{code}/include/scripts/build_environment.py", "--folder", folder]
     command += ["--wheels", f"{root}/wheels", "--requirements", f"{code}/{REQUIREMENTS}"]
     lists = [f"{code}/{name}" for name in gpu_lists(recipe)]

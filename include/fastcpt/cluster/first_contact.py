@@ -1,10 +1,10 @@
-"""The first contact with a host: what can be wrong with it, or with the way to it, told apart.
+"""The first contact with a host: tells apart what can be wrong with it or with the route to it.
 
-paramiko makes it, because its exceptions say what ``ssh`` says in English sentences alone. Where the
-host is, and which keys, files and jump hosts count, is ``ssh -G``'s answer; which lines of known_hosts
-are meant is ``ssh-keygen -F``'s: both are as OpenSSH reads them. Host keys are verified always. All
-later work is OpenSSH's, so what paramiko refuses OpenSSH is asked about too, and has the last word: it
-knows host certificates, FIDO keys and ciphers that paramiko lacks.
+paramiko is used because it raises typed exceptions where ``ssh`` prints sentences. Address, keys,
+files and jump hosts come from ``ssh -G``, lines of known_hosts from ``ssh-keygen -F``, so both are as
+OpenSSH reads them. Host keys are always verified. All later work uses OpenSSH, so OpenSSH has the last
+word: if paramiko fails, ``ssh`` tries too, as it knows host certificates, FIDO keys and ciphers that
+paramiko lacks.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from fastcpt.cluster.remote import (
 )
 from fastcpt.cluster.ssh_config import Config, config_of, expanded, text_of, where_of
 
-# What is run there: a shell that says more than this breaks rsync, one that says less is no shell.
+# A shell that prints more than this breaks rsync; a login that prints less has no usable shell.
 SAID = "fast-cpt-first-contact"
 COMMAND = f"echo {SAID} && cd / && echo {SAID}"
-# What a login prints is kept up to this many bytes.
+# Keep at most this many bytes of what a login prints.
 MOST_SAID = 64 * 1024
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ logging.getLogger("fastcpt.paramiko").setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True)
 class Answer:
-    """What the host made of ``COMMAND``."""
+    """The result of ``COMMAND`` on the host."""
 
     code: int
     output: str
@@ -51,10 +51,10 @@ class Answer:
 
 
 def first_contact(remote: Remote) -> None:
-    """Log in and run one command; returns when the host can be worked with from here.
+    """Log in and run one command; returns if the host is usable.
 
-    Raises ``ClusterError`` (``LoginRefused`` where it is the key) for what somebody has to correct,
-    and ``ConnectionLost`` for what may pass. The message says what is wrong, where, and what to do.
+    Raises ``ClusterError`` (``LoginRefused`` for a key) if somebody has to correct something, and
+    ``ConnectionLost`` if trying again may help. The message says what is wrong, where, and what to do.
     """
     try:
         answer = _by_paramiko(remote)
@@ -62,7 +62,7 @@ def first_contact(remote: Remote) -> None:
         answer = _by_openssh(remote)
         if answer.code == 255:
             if not isinstance(error, ClusterError | ConnectionLost):
-                # a mistake of paramiko's: only OpenSSH has judged
+                # a bug in paramiko: OpenSSH's error is the only one that means anything
                 raise connection_error(remote, answer.errors.strip()) from error
             words = answer.errors.strip().rpartition("\n")[2]
             raise type(error)(f"{error}\n(ssh says: {words})") from None
@@ -91,7 +91,7 @@ def _by_paramiko(remote: Remote) -> Answer:
 
 
 def _judge(remote: Remote, answer: Answer) -> None:
-    """Whether the login has a shell that rsync and our own program can work with."""
+    """Raise ``ClusterError`` if rsync or the agent cannot work with the login's shell."""
     _, *between = answer.output.split(f"{SAID}\n")
     said = answer.output.replace(f"{SAID}\n", "").strip()
     if not between:
@@ -109,15 +109,15 @@ def _judge(remote: Remote, answer: Answer) -> None:
         raise ClusterError(
             f"{remote.host} prints text where no person reads: {said[:500]!r}. rsync takes it for its own "
             "protocol and breaks. Let the login's start-up files there (~/.bashrc, ~/.zshenv, "
-            "/etc/profile.d) print for interactive shells alone: case $- in *i*) ;; *) return ;; esac"
+            "/etc/profile.d) print in interactive shells only: case $- in *i*) ;; *) return ;; esac"
         )
 
 
-# The way there
+# The connection
 
 
 def _connected(remote: Remote, config: Config, opened: ExitStack) -> paramiko.Transport:
-    """A connection that is verified and logged in; ``opened`` closes it."""
+    """A verified connection that is logged in; ``opened`` closes it."""
     where = where_of(remote, config)
     way = _way(remote, config, opened)
     transport = paramiko.Transport(way)
@@ -127,7 +127,7 @@ def _connected(remote: Remote, config: Config, opened: ExitStack) -> paramiko.Tr
     known = list(known_keys(remote, config))
     _restrict(transport.get_security_options(), config, known)
     try:
-        # longer than the wait for its first line, which has an exception of its own
+        # longer than banner_timeout, which raises an exception of its own
         transport.start_client(timeout=2 * CONNECT_TIMEOUT_S)
         key = transport.get_remote_server_key()
     except paramiko.ssh_exception.IncompatiblePeer as error:
@@ -137,8 +137,8 @@ def _connected(remote: Remote, config: Config, opened: ExitStack) -> paramiko.Tr
         ) from None
     except (paramiko.SSHException, EOFError, OSError) as error:
         raise ConnectionLost(
-            f"what answers at {where} does not begin to speak SSH ({error}): check the port; an SSH "
-            "server that turns everybody away (too many connections, going down) does that too"
+            f"what answers at {where} does not begin to speak SSH ({error}): check the port. An SSH "
+            "server with too many connections, or one that is shutting down, does that too"
         ) from None
     verify_host_key(key, known, remote, config)
     log_in(transport, remote, config)
@@ -148,7 +148,7 @@ def _connected(remote: Remote, config: Config, opened: ExitStack) -> paramiko.Tr
 def _restrict(
     options: paramiko.transport.SecurityOptions, config: Config, known: list[KnownKey]
 ) -> None:
-    """Only algorithms that OpenSSH would take, and of the host's keys first the kind that is known."""
+    """Offer only what OpenSSH would, and ask first for the kind of host key that known_hosts has."""
     for option, name in (
         ("ciphers", "ciphers"),
         ("digests", "macs"),
@@ -163,7 +163,7 @@ def _restrict(
 
 
 def _way(remote: Remote, config: Config, opened: ExitStack) -> socket.socket | paramiko.Channel:
-    """What the connection runs over: a socket, a proxy command, or a channel of the jump host."""
+    """The stream under the connection: a socket, a proxy command, or a channel of the jump host."""
     hostname, port = config["hostname"][0], int(config["port"][0])
     where = where_of(remote, config)
     if jump := config.get("proxyjump"):
@@ -195,7 +195,7 @@ def _way(remote: Remote, config: Config, opened: ExitStack) -> socket.socket | p
 
 
 def _through(jumps: str, hostname: str, port: int, opened: ExitStack) -> paramiko.Channel:
-    """A channel to ``hostname`` from the last of ``jumps``, which is reached by those before it."""
+    """A channel to ``hostname`` from the last of ``jumps``, reached through the earlier ones."""
     *before, last = jumps.split(",")
     parts = re.fullmatch(r"(?:ssh://)?(?:(.+)@)?(?:\[(.+)\]|([^:]+))(?::(\d+))?", last)
     if parts is None:
@@ -227,7 +227,7 @@ def _through(jumps: str, hostname: str, port: int, opened: ExitStack) -> paramik
 
 
 def _proxied(command: str, opened: ExitStack) -> socket.socket:
-    """The end of a socket pair whose other end is a proxy command's, as OpenSSH does it."""
+    """Our end of a socket pair; the proxy command has the other end, as in OpenSSH."""
     ours, theirs = socket.socketpair()
     shell = os.environ.get("SHELL") or "/bin/sh"
     process = subprocess.Popen(
@@ -251,7 +251,7 @@ def _proxied(command: str, opened: ExitStack) -> socket.socket:
 
 
 def _run(transport: paramiko.Transport, host: str) -> Answer:
-    """``COMMAND`` on the host, as OpenSSH would run it: without a terminal."""
+    """Run ``COMMAND`` on the host without a terminal, as OpenSSH would."""
     try:
         channel = transport.open_session(timeout=CONNECT_TIMEOUT_S)
         channel.settimeout(CONNECT_TIMEOUT_S)
@@ -267,7 +267,7 @@ def _run(transport: paramiko.Transport, host: str) -> Answer:
         code = channel.recv_exit_status()
     except TimeoutError:
         raise ClusterError(
-            f"{host} takes the login, and its shell does not end a command within {CONNECT_TIMEOUT_S} s: "
+            f"{host} takes the login, but its shell does not end a command within {CONNECT_TIMEOUT_S} s: "
             "see what the login's start-up files (~/.bashrc, ~/.zshenv) wait for"
         ) from None
     except (paramiko.SSHException, EOFError, OSError) as error:

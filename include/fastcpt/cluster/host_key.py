@@ -1,4 +1,4 @@
-"""Whether a host shows the key that known_hosts has of it (``ssh-keygen -F``)."""
+"""Compares a host's key with its entries in known_hosts (``ssh-keygen -F``)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastcpt.cluster.ssh_config import Config, text_of, where_of
 
 @dataclass(frozen=True)
 class KnownKey:
-    """A line of a known_hosts file that is about the host; ``marker`` is empty, CA or REVOKED."""
+    """A line of known_hosts that matches the host; ``marker`` is empty, CA or REVOKED."""
 
     place: str
     marker: str
@@ -39,7 +39,7 @@ def _known_hosts_files(remote: Remote, config: Config) -> list[Path]:
 
 
 def known_keys(remote: Remote, config: Config) -> Iterator[KnownKey]:
-    """The lines about the host, by ``ssh-keygen -F``: hashed names and patterns as OpenSSH reads them."""
+    """The lines that match the host, from ``ssh-keygen -F``, which reads hashed names and patterns."""
     hostname, port = config["hostname"][0], config["port"][0]
     names = {hostname: False}
     if alias := config.get("hostkeyalias"):
@@ -63,7 +63,7 @@ def known_keys(remote: Remote, config: Config) -> Iterator[KnownKey]:
 def verify_host_key(
     key: paramiko.PKey, known: list[KnownKey], remote: Remote, config: Config
 ) -> None:
-    """Raise where the host's key is not the one that is known."""
+    """Raise ``ClusterError`` if the host's key is unknown, revoked, or another than known_hosts has."""
     where, mine = where_of(remote, config), (key.get_name(), key.get_base64())
     shown = f"It shows {key.get_name()} {key.fingerprint}"
     compare = "Compare it with what the host's owner tells you (ssh-keygen -lf there)"

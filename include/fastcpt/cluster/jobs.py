@@ -1,7 +1,7 @@
-"""Jobs on the cluster that outlive the connection: started once, found again, ended for sure.
+"""Jobs on the cluster that outlive the connection: start once, find again, end for sure.
 
-The protocol is the agent's (``agent.jobs``): a folder a job with ``job.sh``, a lock, a status and a
-log. A job's name does not depend on the try, so that a retry finds the job of the try before.
+The agent (``agent.jobs``) keeps one folder per job, with ``job.sh``, a lock, a status and a log. A
+job's name does not depend on the try, so a retry finds the job of the previous try.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fastcpt.cluster.agent.job_folder import ACTIVE
 from fastcpt.cluster.remote import ClusterError, Remote, ask_through
 from fastcpt.exit_codes import CANNOT_HEAL
 from fastcpt.files import digest_of
 from fastcpt.recipe_sections import Cluster
 
-ACTIVE = ("starting", "waiting", "running")
 Alone = Literal["no", "root", "host"]
 
 
 class JobRefused(ValueError):
-    """The job says that its input is wrong; the same again would end the same."""
+    """The job says that its input is wrong; trying again would end the same way."""
 
 
 class JobCancelled(ValueError):
-    """Somebody ended the job on the cluster; it is not started again unasked."""
+    """Somebody ended the job on the cluster; it is not restarted automatically."""
 
 
 class JobFailed(RuntimeError):
-    """The job ended with an error; it goes on from its last checkpoint when it is tried again."""
+    """The job ended with an error; a retry resumes from its last checkpoint."""
 
 
 class JobLost(OSError):
-    """The job vanished without a word (a reboot); trying again goes on from its last checkpoint."""
+    """The job vanished without a final status (a reboot); a retry resumes from its last checkpoint."""
 
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What sbatch is told beyond the job itself; ``extra_lines`` are #SBATCH options as written."""
+    """Options for sbatch; ``extra_lines`` go into the batch file as #SBATCH lines, as written."""
 
     account: str | None = None
     partition: str | None = None
@@ -63,9 +63,9 @@ class SlurmOptions:
 class Job:
     """Commands to run one after another, until one fails.
 
-    ``result`` is the file whose presence means that all is done already. ``secrets`` become
-    environment variables by way of a 0600 file that is gone once the job has started. Jobs that
-    are ``alone`` run one after another: those under one root, or all of the login's on the host.
+    If the file ``result`` exists, the job is already done. ``secrets`` become environment variables
+    through a 0600 file that is removed once the job has started. ``alone`` jobs run one after
+    another: all under one root, or all of this login on the host.
     """
 
     name: str
@@ -89,12 +89,12 @@ class Job:
 
 
 def alone(cluster: Cluster) -> Alone:
-    """Beside what a training does not run: a host's GPUs are for one at a time, whatever its root."""
+    """Which jobs a training excludes: a host's GPUs take one job at a time, whatever its root."""
     return "root" if cluster.cpu_only else "host"
 
 
 def job_name(*parts: object) -> str:
-    """A folder name for a job from DAG, run, task and map index: readable, and unlike any other."""
+    """A readable, unique folder name for a job, from DAG, run, task and map index."""
     readable = "-".join(re.sub(r"[^A-Za-z0-9_]+", "-", str(part)) for part in parts)
     return f"{readable[:120]}-{digest_of(*map(str, parts))[:8]}"
 
@@ -102,11 +102,11 @@ def job_name(*parts: object) -> str:
 def watch(remote: Remote, root: str, rent: Mapping[str, Any]) -> None:
     """Have a rented host give itself back when nobody else does (``agent.rent.watch``).
 
-    ``rent``: ``deadline_unix`` (by this machine's clock) and ``orphan_hours``, None where there is none;
+    ``rent``: ``deadline_unix`` (by this machine's clock) and ``orphan_hours``, None for no limit;
     ``reserve_seconds`` before the deadline in which no job runs; ``release_command``, a list of words.
-    Asked again it renews them; without deadline and hours it ends the watch.
+    A second call replaces them; without deadline and hours it ends the watch.
     """
-    # the first may have had to wait for the host: the second compares the clocks
+    # the first request may have waited for the host, so only the second one's `now` is fresh
     for _ in range(2):
         ask_through(remote, "watch", root=root, rent=dict(rent), now=time.time())
 
@@ -114,7 +114,7 @@ def watch(remote: Remote, root: str, rent: Mapping[str, Any]) -> None:
 def submit(remote: Remote, root: str, job: Job, owner: str = "") -> str:
     """Start the job or find it: ``started``, ``running`` or ``complete``.
 
-    ``owner`` names the try that asks: it may end later what it started or found here.
+    ``owner`` names the try that asks; that try may later end the job.
     """
     if bad := [line for line in (job.slurm.extra_lines if job.slurm else ()) if "\n" in line]:
         raise ClusterError(f"cluster.slurm.extra_lines: {bad[0]!r} is more than one line")
@@ -136,13 +136,13 @@ def submit(remote: Remote, root: str, job: Job, owner: str = "") -> str:
 
 
 def runs(remote: Remote, root: str, name: str) -> bool:
-    """Whether the job is there and has not ended."""
+    """Whether the job exists and has not ended."""
     answer = ask_through(remote, "poll", root=root, jobs=[{"name": name, "seen": None}])
     return answer["jobs"][0].get("status", {}).get("state") in ACTIVE
 
 
 def stop(remote: Remote, root: str, name: str, owner: str | None = None) -> None:
-    """End the job and every process of it; ``ClusterError`` when one is left."""
+    """End the job and all its processes; ``ClusterError`` if one is left."""
     answer = ask_through(remote, "stop", root=root, name=name, owner=owner)
     if not answer["ended"]:
         raise ClusterError(f"{remote.host}: job {name} could not be ended; end it there by hand")
@@ -151,7 +151,7 @@ def stop(remote: Remote, root: str, name: str, owner: str | None = None) -> None
 def outcome(
     remote: Remote, name: str, status: Mapping[str, Any], last_lines: Sequence[str]
 ) -> None:
-    """Raise what a job's final status means; returns when it succeeded."""
+    """Turn a job's final status into an exception; return if it succeeded."""
     state = status["state"]
     if state == "succeeded":
         return
@@ -170,7 +170,7 @@ def outcome(
 
 
 def _reason(last_lines: Sequence[str]) -> str:
-    """The error a command printed last: ``<Something>Error: ...`` to its end."""
+    """The last error that a command printed: the text after ``<Something>Error: ``."""
     for position in range(len(last_lines) - 1, -1, -1):
         if re.match(r"^\S*(Error|error): ", last_lines[position]):
             return last_lines[position].partition(": ")[2]

@@ -1,4 +1,4 @@
-"""The login: the keys that OpenSSH would offer, in its order, and why a host takes none of them."""
+"""Logs in with the keys that OpenSSH would offer, in its order, or says why the host takes none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastcpt.cluster.ssh_config import Config, expanded, text_of, where_of
 
 
 def log_in(transport: paramiko.Transport, remote: Remote, config: Config) -> None:
-    """Offer what OpenSSH would, in its order, until the host is content."""
+    """Offer the keys until the host accepts one; ``LoginRefused`` if it accepts none."""
     where, user = where_of(remote, config), config["user"][0]
     offered: list[str] = []
     keys, unusable = _keys(remote, config)
@@ -33,7 +33,7 @@ def log_in(transport: paramiko.Transport, remote: Remote, config: Config) -> Non
     if "publickey" not in takes:
         raise LoginRefused(
             f"{where} takes no key for {user}, only: {', '.join(takes)}. Nobody is there to type a "
-            "password: have PubkeyAuthentication allowed in its sshd, or use another login"
+            "password: allow PubkeyAuthentication in its sshd, or use another login"
         )
     for name, key in keys:
         offered.append(f"{name}: refused")
@@ -51,7 +51,7 @@ def log_in(transport: paramiko.Transport, remote: Remote, config: Config) -> Non
                 return
             raise LoginRefused(
                 f"{where} takes {name} and asks {user} for more: {', '.join(further)}. Nobody is there "
-                "to answer: use a login that a key alone lets in"
+                "to answer: use a login that needs only a key"
             )
     lines = [f"- {line}" for line in [*offered, *unusable]]
     if not transport.is_active() and len(offered) < len(keys):
@@ -72,9 +72,9 @@ def log_in(transport: paramiko.Transport, remote: Remote, config: Config) -> Non
 
 
 def _keys(remote: Remote, config: Config) -> tuple[list[tuple[str, paramiko.PKey]], list[str]]:
-    """The keys to offer, named, in OpenSSH's order, and why files that were named cannot be used.
+    """The keys to offer with their names, in OpenSSH's order, and why other named files cannot be used.
 
-    The agent's keys that the configuration names come first, then its others (unless
+    First the keys of ssh-agent that the configuration names, then the agent's others (unless
     IdentitiesOnly), then files.
     """
     of_agent = {key.asbytes(): key for key in _agent_keys(config)}
@@ -97,7 +97,7 @@ def _keys(remote: Remote, config: Config) -> tuple[list[tuple[str, paramiko.PKey
 
 
 def _read_key(path: Path) -> tuple[bytes | None, paramiko.PKey | None, str]:
-    """A private key's public part and the key, or why it cannot be used (empty where there is none)."""
+    """A key file's public part and private key, or why it cannot be used (empty if there is no file)."""
     blob = None
     if (public := path.with_name(f"{path.name}.pub")).is_file():
         fields = public.read_text(errors="replace").split()
@@ -110,7 +110,7 @@ def _read_key(path: Path) -> tuple[bytes | None, paramiko.PKey | None, str]:
     try:
         key = paramiko.PKey.from_path(path)
     except TypeError:
-        # cryptography's word for it
+        # what cryptography raises for an encrypted key
         return blob, None, "it needs its passphrase, which nobody is there to type: ssh-add it"
     except OSError as error:
         return blob, None, str(error.strerror)
@@ -120,7 +120,7 @@ def _read_key(path: Path) -> tuple[bytes | None, paramiko.PKey | None, str]:
 
 
 class _Agent(AgentSSH):  # type: ignore[misc]
-    """The agent behind a socket; paramiko's own looks into the environment alone."""
+    """ssh-agent at a given socket; paramiko's own class only reads SSH_AUTH_SOCK."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class _Agent(AgentSSH):  # type: ignore[misc]
 
 
 def _agent_keys(config: Config) -> list[paramiko.AgentKey]:
-    """The keys of ssh-agent; it keeps its connection open for as long as a key is used."""
+    """The keys of ssh-agent; each holds the agent's connection open."""
     path = config.get("identityagent", ["SSH_AUTH_SOCK"])[0]
     if path == "SSH_AUTH_SOCK":
         path = os.environ.get("SSH_AUTH_SOCK", "")
@@ -140,4 +140,4 @@ def _agent_keys(config: Config) -> list[paramiko.AgentKey]:
     try:
         return list(_Agent(os.path.expanduser(path)).get_keys())
     except (paramiko.SSHException, OSError):
-        return []  # an agent that has gone, as OpenSSH takes it
+        return []  # OpenSSH ignores an agent that is gone, too

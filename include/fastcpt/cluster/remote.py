@@ -1,8 +1,8 @@
-"""One host by OpenSSH's own client: for commands, for polling, and for rsync.
+"""One host through OpenSSH's client: for commands, polls and rsync.
 
-Everything goes through ``ssh``: one known_hosts, one configuration, ``~/.ssh/config`` (jump hosts
-included) and ssh-agent as the user has them. Host keys are always verified. Connections are
-shared (ControlMaster), so that a poll every few seconds costs no new handshake.
+Everything uses the user's own ``ssh``: known_hosts, ``~/.ssh/config`` (jump hosts included) and
+ssh-agent. Host keys are always verified. Connections are shared (ControlMaster), so a poll every few
+seconds costs no new handshake.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from fastcpt.cluster.agent import program
 from fastcpt.files import digest_of
 
 CONNECT_TIMEOUT_S = 20
-# A silent connection is given up after 4 x 15 s, on commands and on transfers alike.
+# ssh gives up a silent connection after 4 x 15 s, for commands and transfers.
 ALIVE_INTERVAL_S = 15
 ALIVE_COUNT = 4
-# A poll is answered at once; a request that reads every byte of a corpus takes its time.
+# A poll is answered at once; hashing a whole corpus may take hours.
 ASK_TIMEOUT_S = {"poll": 60, "stop": 60, "watch": 60, "submit": 120, "check": 180}
 LONGEST_ASK_S = 6 * 3600
-# So long a task goes on asking a host that stopped answering, before it fails and is tried again.
+# How long a task keeps asking a host that stopped answering, before it fails and is retried.
 OUTAGE_S = 300.0
-# The same for a host that refuses a login which has worked before.
+# The same for a host that refuses a login that worked before.
 REFUSED_S = 1800.0
 
-# A socket's path has at most 104 bytes on macOS (108 on Linux), of which ssh takes 34 for the name
-# that it makes up, and ssh replaces some signs in it.
+# A socket's path has at most 104 bytes on macOS (108 on Linux). ssh needs 34 of them for a temporary
+# name, and expands some characters.
 SOCKETS = re.compile(r"[A-Za-z0-9_/.+-]{1,68}")
 
 FAST_CIPHERS = "aes128-gcm@openssh.com,aes256-gcm@openssh.com"
@@ -47,20 +47,20 @@ log = logging.getLogger(__name__)
 
 
 class ClusterError(ValueError):
-    """The cluster cannot be used as it is; trying again does not help, the message says what to do."""
+    """The cluster cannot be used as it is. Trying again does not help; the message says what to do."""
 
 
 class LoginRefused(ClusterError):
-    """The host does not take the key, or gives it no shell. Where it did before, that may pass."""
+    """The host refuses the key or gives it no shell. If the login worked before, this may pass."""
 
 
 class ConnectionLost(OSError):
-    """The cluster did not answer this time; trying again may help."""
+    """The cluster did not answer; trying again may help."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """How to reach a host. ``key_file`` None means ssh-agent or the user's own configuration."""
+    """How to reach a host. Without ``key_file``, ssh-agent or the user's configuration decides."""
 
     host: str
     user: str | None = None
@@ -95,7 +95,7 @@ class Remote:
             options["IdentitiesOnly"] = "yes"
         if shared:
             options["ControlMaster"] = "auto"
-            # a connection opened with one key or known_hosts is never reused for another
+            # a connection opened with one key or known_hosts must not serve another
             options["ControlPath"] = f"{_sockets()}/{digest_of(vars(self))}"
             options["ControlPersist"] = "60"
         command = ["ssh", "-T"]
@@ -111,10 +111,9 @@ class Remote:
 
 
 def _sockets() -> str:
-    """The folder of the control sockets, made where it is missing: this user's and nobody else's.
+    """The private folder of the control sockets, created if missing.
 
-    Raises ``ClusterError`` where something else lies in its place: whoever can write there could
-    answer for the host.
+    Raises ``ClusterError`` if anyone else could write there: they could answer for the host.
     """
     name = f"fast_cpt-{os.getuid()}"
     folder = Path(tempfile.gettempdir()) / name
@@ -144,10 +143,10 @@ def _request(do: str, values: dict[str, Any]) -> bytes:
 
 
 def ask(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
-    """One request to the agent (one of ``agent.main.REQUESTS``) and its answer.
+    """Send one request (of ``agent.main.REQUESTS``) to the agent and return its answer.
 
     Raises ``LoginRefused`` for a refused key or a login without a shell, ``ClusterError`` for a
-    wrong host key or what the agent says cannot be, ``ConnectionLost`` when it does not answer.
+    wrong host key or an error of the agent, ``ConnectionLost`` if there is no answer.
     """
     command = [*remote.ssh(), "--", remote.host, "exec python3 -"]
     patience = ASK_TIMEOUT_S.get(do, LONGEST_ASK_S)
@@ -161,7 +160,7 @@ def ask(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
 
 
 def ask_through(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
-    """``ask`` that outlives a broken line or a restarted sshd: asks again for its ``patience``."""
+    """``ask`` that survives a broken connection or a restarted sshd: it retries for ``patience``."""
     began = time.monotonic()
     while True:
         try:
@@ -174,7 +173,7 @@ def ask_through(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
 
 
 async def ask_async(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
-    """``ask`` for the triggerer: waits without holding a thread."""
+    """``ask`` for the triggerer: it holds no thread."""
     process = await asyncio.create_subprocess_exec(
         *remote.ssh(),
         "--",
@@ -192,7 +191,7 @@ async def ask_async(remote: Remote, do: str, **values: Any) -> dict[str, Any]:
         raise ConnectionLost(f"{remote.host} did not answer '{do}' in {patience} s") from None
     finally:
         if process.returncode is None:
-            # not waited for: its pipes are open in the shared connection until that ends, too
+            # do not wait: the shared connection also holds its pipes open
             process.kill()
     return _answer(remote, do, process.returncode or 0, output, errors)
 
@@ -203,7 +202,7 @@ def _answer(remote: Remote, do: str, code: int, output: bytes, errors: bytes) ->
         raise connection_error(remote, said)
     if code == 127:
         raise ClusterError(f"{remote.host} has no python3: install Python 3.8 or newer there")
-    # text that a login prints comes before the answer
+    # a login may print text before the answer
     last = output.decode(errors="replace").strip().rpartition("\n")[2]
     try:
         answer = json.loads(last)
@@ -212,7 +211,7 @@ def _answer(remote: Remote, do: str, code: int, output: bytes, errors: bytes) ->
         if code > 128:
             raise ConnectionLost(f"{remote.host}: '{do}' was killed there: {words}") from None
         raise LoginRefused(
-            f"{remote.host} takes the login and does not run our program ('{do}'); {words}. The login "
+            f"{remote.host} takes the login but does not run our program ('{do}'); {words}. The login "
             "needs a plain shell there, and Python 3.8 or newer as python3"
         ) from None
     if "unavailable" in answer:
@@ -224,15 +223,15 @@ def _answer(remote: Remote, do: str, code: int, output: bytes, errors: bytes) ->
 
 
 def _mark_of(remote: Remote) -> Path:
-    """A file that says: this login has worked from here."""
+    """A file that exists if this login has worked from here."""
     return Path(_sockets()) / f"worked-{digest_of(vars(remote))}"
 
 
 def patience(remote: Remote, error: ConnectionLost | LoginRefused) -> float:
-    """So many seconds a host may go on answering like this before the task fails.
+    """How many seconds to retry after ``error`` before the task fails.
 
-    A host that comes back refuses everybody for a while, before its users' homes are there: a login
-    that has worked is asked for again, one that never did is not.
+    A booting host refuses every login until the users' homes are mounted. So a login that has worked
+    before is retried, one that never has is not.
     """
     if isinstance(error, ConnectionLost):
         return OUTAGE_S
@@ -240,7 +239,7 @@ def patience(remote: Remote, error: ConnectionLost | LoginRefused) -> float:
 
 
 def connection_error(remote: Remote, said: str) -> Exception:
-    """What ssh's own words (exit code 255) mean for who has to do something about it."""
+    """The exception for an error message of ssh (exit code 255)."""
     where = remote.host + (f" port {remote.port}" if remote.port else "")
     known_hosts = remote.known_hosts or "~/.ssh/known_hosts"
     if "HOST IDENTIFICATION HAS CHANGED" in said or "Host key verification failed" in said:
@@ -248,7 +247,7 @@ def connection_error(remote: Remote, said: str) -> Exception:
             f"the host key of {where} is not the one in {known_hosts}: somebody else may be answering. "
             "Compare it with what the host's owner tells you (ssh-keygen -lf), then correct the file"
         )
-    # before the refusal that follows from it
+    # ssh prints "Permission denied" after these, so test them first
     if "Bad owner or permissions" in said or "UNPROTECTED PRIVATE KEY" in said:
         return ClusterError(f"ssh does not take the key file: {said}")
     if "Unable to negotiate" in said:
@@ -264,9 +263,9 @@ def connection_error(remote: Remote, said: str) -> Exception:
 
 
 def quoted_ssh(remote: Remote) -> str:
-    """The ssh command as rsync's ``-e`` takes it: connections of its own, one a process.
+    """The ssh command for rsync's ``-e``, with one connection per process.
 
-    AES-GCM comes first: the processor's own instructions make it faster than OpenSSH's default.
+    AES-GCM comes first: with the CPU's AES instructions it is faster than OpenSSH's default.
     """
     command = [*remote.ssh(shared=False), "-o", f"Ciphers=^{FAST_CIPHERS}"]
     return shlex.join(command)

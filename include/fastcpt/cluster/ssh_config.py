@@ -16,7 +16,7 @@ Config = Mapping[str, list[str]]
 
 
 def config_of(remote: Remote) -> dict[str, list[str]]:
-    """``ssh -G``: every option that OpenSSH would use, by name in small letters."""
+    """Every option that OpenSSH would use (``ssh -G``), by lower-case name."""
     command = [*remote.ssh(shared=False), "-G", "--", remote.host]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     if done.returncode:
@@ -38,7 +38,7 @@ def where_of(remote: Remote, config: Config) -> str:
 
 
 def expanded(text: str, remote: Remote, config: Config) -> str:
-    """ssh_config's tokens, as far as they name the host, the login and this user."""
+    """Expand ssh_config's tokens for the host, the login and this user; others stay."""
     tokens = {
         "%": "%",
         "d": str(Path.home()),

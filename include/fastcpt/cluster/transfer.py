@@ -1,10 +1,10 @@
-"""Files to the cluster and back: rsync moves them, digests decide.
+"""Files to the cluster and back: rsync moves them, digests decide which.
 
-What the other side has is told by SHA-256 alone: rsync's own quick check takes a damaged file of
-the right size for good. Only files that are absent or differ are sent, by several rsync side by
-side (one SSH stream is bound by one core), each with options that GNU rsync and Apple's have. The
-folder there is entered by the remote shell, quoted: rsyncs differ in what they make of a space in it. A
-READY file comes last. Interrupted transfers go on where they stopped (``--partial-dir``).
+Files are compared by SHA-256: rsync's quick check would accept a damaged file of the right size. Only
+files that are absent or differ are sent, by several rsync processes in parallel, as one SSH stream is
+limited by one core. The remote shell changes into the quoted target folder, as versions of rsync
+differ in how they treat a space in a path. A READY file comes last. Interrupted transfers resume
+(``--partial-dir``).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ASKED_EVERY_S = 60.0
 
 
 def files_of(folder: Path, names: Sequence[str] | None = None) -> list[FileEntry]:
-    """The files ``names`` of ``folder`` (all below it without) as ``{file, bytes, sha256}``."""
+    """The files ``names`` of ``folder``, or all files below it, as ``{file, bytes, sha256}``."""
     paths = sorted(folder.rglob("*")) if names is None else [folder / name for name in names]
     return [
         {
@@ -63,9 +63,9 @@ def files_of(folder: Path, names: Sequence[str] | None = None) -> list[FileEntry
 
 
 def send_base_model(remote: Remote, name: str | None, root: str) -> str | None:
-    """Bring a base model that was made here from a GGUF file to the cluster; its folder there.
+    """Send a base model that was converted here from a GGUF file; returns its folder on the cluster.
 
-    None for every other model: its ``name`` is a hub name or a folder on the cluster.
+    None for any other model: its ``name`` is a hub name or a folder on the cluster.
     """
     folder = Path(base_folder(name or ""))
     if not (folder / "gguf.json").is_file():
@@ -77,10 +77,10 @@ def send_base_model(remote: Remote, name: str | None, root: str) -> str | None:
 def send(
     remote: Remote, local: Path, folder: str, files: Sequence[FileEntry], streams: int = STREAMS
 ) -> dict[str, Any]:
-    """Bring ``files`` of ``local`` to ``folder`` on the cluster, digests verified there.
+    """Send ``files`` of ``local`` to ``folder`` on the cluster and verify their digests there.
 
-    Returns ``{path, sent, bytes, seconds, reused}``. Raises ``ClusterError`` where the disk there
-    is too small or a file keeps arriving damaged, ``ConnectionLost`` where the line breaks.
+    Returns ``{path, sent, bytes, seconds, reused}``. Raises ``ClusterError`` if the disk there is too
+    small or a file keeps arriving damaged, ``ConnectionLost`` if the connection stays broken.
     """
     began = time.monotonic()
     listed = [{key: file[key] for key in ("file", "bytes", "sha256")} for file in files]
@@ -119,7 +119,7 @@ def send(
 
 
 def fetch(remote: Remote, folder: str, local: Path, streams: int = STREAMS) -> dict[str, Any]:
-    """Bring a folder back from the cluster; the same promises as ``send``, digests verified here."""
+    """Fetch a folder from the cluster, with the same guarantees as ``send``; digests are verified here."""
     state = ask_through(remote, "listing", folder=folder)
     return receive(remote, state["path"], state["files"], local, streams)
 
@@ -132,7 +132,7 @@ def receive(
     streams: int = STREAMS,
     gently: bool = False,
 ) -> dict[str, Any]:
-    """Bring ``files`` of the folder ``there`` to ``local``; ``gently``: beside a training, one at a time."""
+    """Fetch ``files`` of the folder ``there`` to ``local``; ``gently``: one at a time, at low priority."""
     began = time.monotonic()
     local.mkdir(parents=True, exist_ok=True)
     differ = differing(local, files)
@@ -169,9 +169,9 @@ def _move(
     streams: int,
     still_differ: Callable[[Sequence[str]], list[str]],
 ) -> list[str]:
-    """Transfer the files ``differ`` until none does; returns those that arrive damaged each time.
+    """Transfer the files ``differ`` until none differs; returns those that are damaged every time.
 
-    A line that breaks is waited for (its ``patience`` without a file arriving), then it goes on.
+    After a broken connection it retries, for ``patience`` seconds without a new file.
     """
     rounds, moved_last = 0, time.monotonic()
     while differ and rounds < ROUNDS:
@@ -207,7 +207,7 @@ def differing(local: Path, files: Sequence[FileEntry]) -> list[str]:
 
 
 def _shares(names: Sequence[str], sizes: dict[str, int], streams: int) -> list[list[str]]:
-    """``names`` dealt to at most ``streams`` transfers of about equal bytes, the largest first."""
+    """Split ``names`` into at most ``streams`` transfers of about equal bytes, largest first."""
     shares: list[list[str]] = [[] for _ in range(min(streams, len(names)))]
     for name in sorted(names, key=lambda name: -sizes[name]):
         min(shares, key=lambda share: sum(sizes[one] for one in share)).append(name)
@@ -217,7 +217,7 @@ def _shares(names: Sequence[str], sizes: dict[str, int], streams: int) -> list[l
 def _send(
     remote: Remote, local: Path, there: str, shares: list[list[str]], sizes: dict[str, int]
 ) -> None:
-    """The files of ``shares`` from ``local`` to the folder ``there``, which exists."""
+    """Send the files of ``shares`` from ``local`` to the existing folder ``there``."""
     full = f"{remote.host}: the disk there is full; free some, then clear this task"
     _rsync(remote, there, [f"{local.absolute()}/", _place(remote)], shares, sizes, full)
 
@@ -230,14 +230,14 @@ def _fetch(
     shares: list[list[str]],
     sizes: dict[str, int],
 ) -> None:
-    """The files of ``shares`` from the folder ``there`` to ``local``."""
+    """Fetch the files of ``shares`` from the folder ``there`` to ``local``."""
     full = f"the disk of this machine is full, at {local}; free some, then clear this task"
     ends = [_place(remote), f"{local.absolute()}/"]
     _rsync(remote, there, ends, shares, sizes, full, "nice -n 19 rsync" if gently else "rsync")
 
 
 def _place(remote: Remote) -> str:
-    """The folder that the remote shell entered, as rsync names it: an IPv6 address in brackets."""
+    """The remote shell's current folder in rsync's notation; an IPv6 address needs brackets."""
     return f"[{remote.host}]:./" if ":" in remote.host else f"{remote.host}:./"
 
 
@@ -250,12 +250,12 @@ def _rsync(
     full: str,
     far: str = "rsync",
 ) -> None:
-    """Both ``ends`` are rsync's; ``full`` is what it means that the receiving disk is; ``far`` runs there."""
-    progress = _Progress(sum(sizes[name] for share in shares for name in share))
+    """Run one rsync per share between ``ends``; ``full`` is the error for a full disk, ``far`` the remote rsync."""
+    progress = _TransferProgress(sum(sizes[name] for share in shares for name in share))
     command = [
         *("rsync", "-tLI", f"--timeout={IDLE_TIMEOUT_S}", "--partial-dir=.rsync-partial"),
         *("--files-from=-", "-0", "--out-format=%n", "--progress"),
-        # what it makes there is its owner's alone
+        # files made there are readable by their owner only
         *("--rsync-path", f"umask 077 && cd {shlex.quote(there)} && {far}"),
         *("-e", quoted_ssh(remote), *ends),
     ]
@@ -263,11 +263,11 @@ def _rsync(
     def transfer(share: list[str], process: subprocess.Popen[str], complaints: IO[str]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
-        with suppress(BrokenPipeError):  # it has ended: its exit code says why
+        with suppress(BrokenPipeError):  # rsync has ended: its exit code says why
             process.stdin.write("".join(f"{_listed(name)}\0" for name in share))
             process.stdin.close()
         name = ""
-        # a name as its file begins, then, rewriting their line, the bytes of it so far
+        # rsync prints a file's name, then its bytes so far, again and again on one line
         for line in process.stdout:
             if line.strip() in sizes:
                 name = line.strip()
@@ -295,25 +295,25 @@ def _rsync(
                 if under_way:
                     _ask_for(remote)
         except BaseException:
-            # one failed, or the task is ended: the others go no further
+            # one failed, or the task is being ended: stop the others
             for process in running:
                 process.terminate()
             raise
 
 
 def _ask_for(remote: Remote) -> None:
-    """Let a rented host know that somebody wants it: rsync is no request to its agent."""
-    with suppress(ConnectionLost, ClusterError):  # the transfer itself tells what is wrong
+    """Tell a rented host that it is in use: rsync makes no request to its agent."""
+    with suppress(ConnectionLost, ClusterError):  # the transfer itself reports what is wrong
         ask(remote, "poll", root="", jobs=[])
 
 
 def _listed(name: str) -> str:
-    """A file's name in a list for rsync, which takes ``#x`` and ``;x`` for comments, with -0 too."""
+    """A file's name in rsync's list, which treats ``#x`` and ``;x`` as comments, even with -0."""
     return f"./{name}" if name.startswith(("#", ";")) else name
 
 
-class _Progress:
-    """What has arrived of all streams together: bytes, rate and time left."""
+class _TransferProgress:
+    """Logs bytes, rate and time left of all streams together."""
 
     def __init__(self, total: int) -> None:
         self.total, self.bytes_of = total, dict[str, int]()
@@ -342,9 +342,9 @@ def _rsync_error(remote: Remote, full: str, code: int, said: str) -> Exception:
     if code == 2:  # protocol incompatibility
         return ClusterError(
             f"rsync does not understand what {remote.host} answers: most often the login's start-up "
-            f"files there print text (let them do so for interactive shells alone). rsync says: {said.strip()}"
+            f"files there print text (let them do so in interactive shells only). rsync says: {said.strip()}"
         )
-    # ssh failed: rsync passes its code on, or sees a broken stream (12); (13) is a file's own error
+    # ssh failed: rsync passes on its 255, or sees a broken stream (12); "(13)" is a file's permission error
     if code in (12, 255) and "(13)" not in said:
         return connection_error(remote, said)
     last = said.strip().splitlines()[-1] if said.strip() else "no reason given"

@@ -1,9 +1,9 @@
-"""A training's checkpoints on their way to a place that stays, and back.
+"""The host's side of copying checkpoints away and back.
 
-Under the training's folder ``leaving/step_N`` holds the newest checkpoint while it is brought away, with what
-else a training goes on from: its curve, and the adapters of areas that are done. Its files are hard
-links: they stay whole when the training removes old checkpoints. ``returned`` is where such a
-folder arrives on another host.
+In the training's folder, ``leaving/step_N`` holds the newest checkpoint while it is copied, with all
+else that a training resumes from: its metrics and the adapters of finished areas. Its files are hard
+links, so they survive when the training removes old checkpoints. ``returned`` is where such a folder
+arrives on another host.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any, List
 from fastcpt.cluster.agent.files import Answer, expand, listing, read_json, write_whole
 
 STEP = re.compile(r"step_(\d+)")
-# A checkpoint's files with their sizes and digests (fastcpt.training.digests); the same of what leaves.
+# Files with sizes and digests: of a checkpoint (fastcpt.training.digests), and of a folder that leaves.
 DIGESTS, FILES = "digests.json", "files.json"
 CURVE, AREAS = "metrics.jsonl", "areas"
 
@@ -31,10 +31,10 @@ def steps(folder: str) -> List[int]:
 
 
 def newest_checkpoint(folder: str, beyond: int) -> Answer:
-    """The newest complete checkpoint of a training: ``{step, path, files}``; step None without any.
+    """The newest complete checkpoint of a training: ``{step, path, files}``; step None if there is none.
 
-    One later than the step ``beyond`` is held in ``path``, its ``files`` ({file, bytes, sha256}) below
-    it; of any other there are none. What was held before is let go.
+    If it is later than the step ``beyond``, it is linked into ``path`` and ``files`` ({file, bytes,
+    sha256}) lists it; otherwise ``files`` is empty. Folders linked before are removed.
     """
     folder = expand(folder)
     leaving = os.path.join(folder, "leaving")
@@ -54,7 +54,7 @@ def newest_checkpoint(folder: str, beyond: int) -> Answer:
 
 
 def hold(folder: str, name: str, held: str) -> List[Any]:
-    """Link what a training goes on from into ``held``; its files. ``OSError`` where it was removed just now."""
+    """Link all that a training resumes from into ``held``; its files. ``OSError`` if it was just removed."""
     checkpoint = os.path.join(folder, "checkpoints", name)
     digests = read_json(os.path.join(checkpoint, DIGESTS), dict)
     if digests is None:
@@ -62,10 +62,10 @@ def hold(folder: str, name: str, held: str) -> List[Any]:
     shutil.rmtree(held, ignore_errors=True)
     inside = os.path.join(held, "checkpoints", name)
     os.makedirs(inside, mode=0o700)
-    # the small ones first: only they are read for their digests
+    # the small files first: `listing` hashes these, the checkpoint's digests are known
     os.link(os.path.join(checkpoint, DIGESTS), os.path.join(inside, DIGESTS))
     curve = os.path.join(folder, CURVE)
-    if os.path.exists(curve):  # a copy, as it grows
+    if os.path.exists(curve):  # a copy, as the training appends to it
         shutil.copyfile(curve, os.path.join(held, CURVE))
     areas = os.path.join(folder, AREAS)
     if os.path.isdir(areas):
@@ -79,7 +79,7 @@ def hold(folder: str, name: str, held: str) -> List[Any]:
 
 
 def take_in(folder: str, step: int) -> Answer:
-    """Put what has arrived in ``returned/step_N`` into the training's folder, the checkpoint last."""
+    """Move what arrived in ``returned/step_N`` into the training's folder, the checkpoint last."""
     folder, name = expand(folder), f"step_{step}"
     returned, own = os.path.join(folder, "returned", name), os.path.join(folder, "checkpoints")
     os.makedirs(own, mode=0o700, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Files on the host: how they are written, and what a transfer asks about them."""
+"""Files on the host: writing them, and answers for transfers."""
 
 import contextlib
 import hashlib
@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, List
 
 Answer = Dict[str, Any]
-# Digests of several files at a time: hashing leaves the interpreter's lock.
+# Files hashed in parallel: hashlib releases the GIL.
 READERS = 8
 
 
 def expand(path: str) -> str:
-    """An absolute path; relative ones count from the login's home."""
+    """An absolute path; relative paths start at the login's home."""
     return os.path.join(os.path.expanduser("~"), os.path.expanduser(path))
 
 
@@ -32,7 +32,7 @@ def write_whole(path: str, text: str, mode: int = 0o600) -> None:
 
 
 def note(path: str, value: Any) -> bool:
-    """Write JSON where the disk has room: what ends or watches a job does not depend on it."""
+    """Write JSON if the disk has room; False if not. Watching and ending jobs must work on a full disk."""
     try:
         write_whole(path, json.dumps(value))
     except OSError:
@@ -46,7 +46,7 @@ def unlink(path: str) -> None:
 
 
 def read_json(path: str, kind: type) -> Any:
-    """What a file of JSON holds; None where there is none or it is damaged: not a ``kind``."""
+    """The content of a JSON file; None if it is missing, damaged or not a ``kind``."""
     try:
         with open(path, encoding="utf-8") as file:
             found = json.load(file)
@@ -83,7 +83,7 @@ def verify(folder: str, files: List[Answer]) -> Answer:
 
 
 def ready(folder: str, digest: str) -> Answer:
-    """Mark a folder as complete; written last."""
+    """Mark a folder as complete."""
     write_whole(os.path.join(expand(folder), "READY"), digest + "\n")
     return {}
 
@@ -108,7 +108,7 @@ def listing(folder: str) -> Answer:
 
 
 def read_files(paths: Dict[str, str]) -> Answer:
-    """The text of small files; None for those that are not there."""
+    """The text of small files; None for missing ones."""
     found: Answer = {}
     for name, path in paths.items():
         try:

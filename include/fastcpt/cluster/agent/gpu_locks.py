@@ -1,4 +1,4 @@
-"""Locks on the GPUs: jobs that must not run beside each other take turns."""
+"""Locks on the GPUs: jobs that exclude each other take turns."""
 
 import fcntl
 import os
@@ -20,15 +20,15 @@ from fastcpt.cluster.agent.processes import (
 
 
 def shared_locks(root: str, alone: str) -> List[str]:
-    """The locks that a job holds against others: of its root, and of all roots on this host."""
+    """The lock files that a job holds while it runs: for its root, and for all roots on this host."""
     of_root = os.path.join(os.path.realpath(expand(root)), "gpus.lock")
-    # a home may be shared by several hosts
+    # several hosts may share a home
     of_host = expand(f"~/.fast_cpt/gpus-{os.uname().nodename}.lock")
     return {"no": [], "root": [of_root], "host": [of_root, of_host]}[alone]
 
 
 def same_file(lock: int, path: str) -> bool:
-    """Whether a lock is still the one at its path: somebody may have removed the file."""
+    """Whether the lock's descriptor is the file at its path: somebody may have removed the file."""
     try:
         there = os.stat(path)
     except OSError:
@@ -37,7 +37,7 @@ def same_file(lock: int, path: str) -> bool:
 
 
 def write_holder(lock: int, name: str) -> None:
-    """For those that wait: whose turn it is. On a full disk they are not told."""
+    """Write the holder's name into the lock, for the jobs that wait; skipped on a full disk."""
     try:
         os.ftruncate(lock, 0)
         os.pwrite(lock, name.encode(), 0)
@@ -46,7 +46,7 @@ def write_holder(lock: int, name: str) -> None:
 
 
 def wait_for(path: str, folder: str, status: Answer, ending: List[float]) -> int:
-    """A shared lock's descriptor, once it is free or the job is asked to end."""
+    """Wait until a shared lock is taken or the job is asked to end; the lock's descriptor."""
     lock, told = -1, ""
     removed = Removed(folder)
     while not ending:
@@ -80,9 +80,9 @@ def wait_for(path: str, folder: str, status: Answer, ending: List[float]) -> int
 
 
 def other_holder(lock: str, folder: str) -> str:
-    """The folder of another job that works under a lock, whatever became of the lock's file.
+    """The folder of another job that runs under a lock, even if the lock's file was removed; or "".
 
-    What no supervisor watches any more is ended: nobody else would, and it has the GPUs.
+    A process without a supervisor is killed: it holds the GPUs and nobody else would end it.
     """
     for pid in processes():
         environment = environment_of(pid)

@@ -1,4 +1,4 @@
-"""What the host is and has."""
+"""Facts about the host."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from fastcpt.cluster.agent.processes import boot_id
 
 
 def check(root: str) -> Answer:
-    """What the host is and has: for ``check_cluster`` and the plan."""
+    """The host's programs, hardware and free space, for ``check_cluster`` and the plan."""
     root = expand(root)
-    # where jobs of several roots take turns on the GPUs
+    # the folder of the GPU locks that all roots share
     turns = expand("~/.fast_cpt")
     wrong = {folder: why_unwritable(folder) for folder in (root, turns)}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -39,7 +39,7 @@ def check(root: str) -> Answer:
 
 
 def why_unwritable(folder: str) -> str:
-    """Why no file can be made in a folder; empty where one can."""
+    """Why no file can be created in a folder; empty if one can."""
     trial = os.path.join(folder, f"written-by-check-{os.getpid()}")
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -70,7 +70,7 @@ def gpus() -> List[Answer]:
 
 
 def versions(python: str, pins: Dict[str, str]) -> Answer:
-    """The pins that an interpreter's packages do not meet, as text; None where it does not run."""
+    """The interpreter's path and the pinned packages that it lacks or has in another version."""
     program = (
         "import importlib.metadata as m, json, sys\n"
         "found = {}\n"
@@ -90,7 +90,7 @@ def versions(python: str, pins: Dict[str, str]) -> Answer:
     if done.returncode:
         return {"error": done.stderr.decode(errors="replace").strip()[-500:]}
     found = json.loads(done.stdout)
-    # a local build (2.13.0+cpu) is the same release
+    # a local version (2.13.0+cpu) is the same release
     wrong = [
         f"{name} {found[name] or 'missing'}, wanted {wanted}"
         for name, wanted in pins.items()

@@ -1,4 +1,4 @@
-"""Several hosts: one command on each, started over SSH or by srun, ended together."""
+"""Runs one command on several hosts, over SSH or by srun, and ends it on all together."""
 
 import json
 import os
@@ -14,22 +14,23 @@ from typing import List
 from fastcpt.cluster.agent.files import write_whole
 from fastcpt.cluster.agent.processes import HEARTBEAT_S, end_group, signal_quietly
 from fastcpt.cluster.agent.slurm import run_slurm
+from fastcpt.exit_codes import CANNOT_HEAL, STOPPED
 
-# A host of several ends its part when it has not heard of the first one for so long.
+# A node ends its part when it has not heard from the first host for this long.
 SILENCE_S = 60.0
 SSH = [
     *("ssh", "-T", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes"),
     *("-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4", "-o", "ConnectTimeout=20"),
-    # a connection of its own: ended with the job, it must not be one that the user shares
+    # a connection of its own: it ends with the job, so it must not be one that the user shares
     *("-o", "ControlMaster=no", "-o", "ControlPath=none"),
 ]
 
 
 def on_hosts(gpus: int, hosts: List[str], command: List[str]) -> int:
-    """Run ``command`` on this host and on ``hosts`` (a Slurm allocation's own, where there is one).
+    """Run ``command`` on this host and on ``hosts``; under Slurm, on the allocation's hosts instead.
 
-    ``{node_rank}``, ``{master_addr}`` and ``{hostfile}`` in the command are filled in; the host
-    file is DeepSpeed's. The hosts share the file system. The first that fails ends the others.
+    ``{node_rank}``, ``{master_addr}`` and ``{hostfile}`` in the command are filled in; the host file
+    is DeepSpeed's. The hosts share the file system. The first failure ends all of them.
     """
     inside_slurm = "SLURM_JOB_ID" in os.environ
     if inside_slurm:
@@ -40,7 +41,7 @@ def on_hosts(gpus: int, hosts: List[str], command: List[str]) -> int:
         names = [master, *hosts]
     if gpus % len(names):
         print(f"ValueError: cluster.gpus ({gpus}) must be a multiple of the {len(names)} hosts")
-        return 78
+        return CANNOT_HEAL
     hostfile = os.path.abspath("hostfile")
     slots = gpus // len(names)
     write_whole(hostfile, "".join(f"{name} slots={slots}\n" for name in names))
@@ -54,7 +55,7 @@ def on_hosts(gpus: int, hosts: List[str], command: List[str]) -> int:
 
 
 def start_node(rank: int, host: str, command: List[str]) -> "subprocess.Popen[bytes]":
-    """Start one host's part; this host's own where ``host`` is empty."""
+    """Start the command on ``host``, or on this host if ``host`` is empty."""
     program = os.path.abspath(sys.argv[0])
     far = f"exec python3 {shlex.quote(program)} node"
     words = [*SSH, "--", host, far] if host else [sys.executable, program, "node"]
@@ -66,14 +67,14 @@ def start_node(rank: int, host: str, command: List[str]) -> "subprocess.Popen[by
 
 
 def watch(nodes: "List[subprocess.Popen[bytes]]") -> int:
-    """The exit code of them all: the first that fails, or SIGTERM here, ends the others."""
+    """Wait for all nodes; their exit code. The first failure, or SIGTERM here, ends the others."""
     ending: List[float] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.monotonic()))
     beat, code, told = time.monotonic(), 0, False
     while None in [node.poll() for node in nodes]:
         failed = [node.returncode for node in nodes if node.returncode]
         if (failed or ending) and not told:
-            told, code = True, failed[0] if failed else 143
+            told, code = True, failed[0] if failed else STOPPED
             for node in nodes:
                 hang_up(node)
         elif time.monotonic() - beat > HEARTBEAT_S and not told:
@@ -90,7 +91,7 @@ def tell(node: "subprocess.Popen[bytes]", line: str) -> None:
         node.stdin.write(line.encode() + b"\n")
         node.stdin.flush()
     except OSError:
-        pass  # it has ended: its exit code says so
+        pass  # the node has ended: its exit code says why
 
 
 def hang_up(node: "subprocess.Popen[bytes]") -> None:
@@ -102,16 +103,16 @@ def hang_up(node: "subprocess.Popen[bytes]") -> None:
 
 
 def node(command: List[str]) -> int:
-    """One host's part of ``on_hosts``: ends with the connection, or when that falls silent.
+    """One host's part of ``on_hosts``: ends when the connection ends or is silent for ``SILENCE_S``.
 
-    srun gives the ``command`` itself, a connection the settings in its first line.
+    Under srun the command is ``command``; over SSH it comes as settings in the first line.
     """
     if "SLURM_NODEID" in os.environ:
         rank = os.environ["SLURM_NODEID"]
         command = [rank if word == "{node_rank}" else word for word in command]
         os.execvp(command[0], command)
     settings = json.loads(sys.stdin.buffer.readline())
-    # what says which host and login this is stays this host's own
+    # variables that describe the host and the login are not copied from the first host
     own = ("HOSTNAME", "SSH_CONNECTION", "SSH_CLIENT", "SSH_AUTH_SOCK", "SSH_TTY")
     environment = {key: value for key, value in settings["environment"].items() if key not in own}
     job = subprocess.Popen(
@@ -137,13 +138,13 @@ def node(command: List[str]) -> int:
             break
     if job.poll() is None:
         end_group(job)
-        return 143
+        return STOPPED
     signal_quietly(os.killpg, job.pid, signal.SIGKILL)
     return job.returncode if job.returncode >= 0 else 128 - job.returncode
 
 
 def address_towards(host: str) -> str:
-    """This host's address as ``host`` (a name of the SSH configuration) sees it."""
+    """This host's address on its route to ``host`` (a name of the SSH configuration)."""
     known = subprocess.run(["ssh", "-G", "--", host], stdout=subprocess.PIPE, check=True)
     pairs = [line.split(" ", 1) for line in known.stdout.decode().splitlines() if " " in line]
     place = dict(reversed(pairs))["hostname"]

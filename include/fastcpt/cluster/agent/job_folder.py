@@ -1,4 +1,4 @@
-"""A job's folder: its files, its locks, and which supervisor watches it."""
+"""A job's folder: its files, its locks and its supervisor."""
 
 import fcntl
 import json
@@ -11,9 +11,9 @@ from fastcpt.cluster.agent.files import Answer, expand, read_json, unlink, write
 from fastcpt.cluster.agent.processes import HOLDS, MARK, boot_id, environment_of, job_of, processes
 
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-# Given up when a job has ended on a full disk, so that its last status can be written.
+# Removed when a job ends, so that its last status can be written on a full disk.
 RESERVE = 64 * 1024
-# A folder that is not there for so long was removed, and is not just being mounted again.
+# A folder that is missing for longer than this was removed; a shorter gap may be a remount.
 GONE_S = 10.0
 ACTIVE = ("starting", "waiting", "running")
 
@@ -23,7 +23,7 @@ def job_folder(root: str, name: str) -> str:
 
 
 class Door:
-    """Held while a job is started or ended: two that come at once go in one after the other."""
+    """A lock held while a job is started or ended, so that two requests for it run one after the other."""
 
     def __init__(self, folder: str) -> None:
         self.folder, self.lock = folder, -1
@@ -32,7 +32,7 @@ class Door:
         try:
             self.lock = os.open(os.path.join(self.folder, "door"), os.O_RDWR | os.O_CREAT, 0o600)
         except OSError:
-            return  # a full or read-only disk, or no folder any more: a job can be ended all the same
+            return  # a full or read-only disk, or no folder: a job must still be endable
         fcntl.flock(self.lock, fcntl.LOCK_EX)
 
     def __exit__(self, *_: object) -> None:
@@ -41,7 +41,7 @@ class Door:
 
 
 def take_lock(folder: str) -> Optional[int]:
-    """The lock's descriptor, or None while the job's supervisor lives."""
+    """The job lock's descriptor, or None while a supervisor holds it."""
     lock = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,7 +52,7 @@ def take_lock(folder: str) -> Optional[int]:
 
 
 def lock_held(folder: str) -> bool:
-    """Whether a supervisor holds the job's lock; one that cannot be opened is nobody's."""
+    """Whether a supervisor holds the job's lock; False if the lock cannot be opened."""
     try:
         lock = take_lock(folder)
     except OSError:
@@ -65,7 +65,7 @@ def lock_held(folder: str) -> bool:
 def begin_folder(
     folder: str, owner: str, script: str, spec: Answer, secrets: Dict[str, str], waiting: bool
 ) -> None:
-    """A new start: the log begins again, and nobody has asked for its end."""
+    """Write the files of a new start: an empty log, and no request to stop."""
     log = os.path.join(folder, "job.log")
     if os.path.exists(log):
         os.replace(log, log + ".1")
@@ -93,13 +93,13 @@ def owners(folder: str) -> List[str]:
 
 
 def last_status(folder: str) -> Optional[Answer]:
-    """What the job's supervisor has last said; None where that is not there or damaged."""
+    """The last status that the job's supervisor wrote; None if it is missing or damaged."""
     status: Optional[Answer] = read_json(os.path.join(folder, "status.json"), dict)
     return status if status and isinstance(status.get("state"), str) else None
 
 
 def spec_of(folder: str) -> Answer:
-    """What the job was started as; empty where that is not there or damaged."""
+    """What the job was started with; empty if the file is missing or damaged."""
     return read_json(os.path.join(folder, "spec.json"), dict) or {}
 
 
@@ -108,7 +108,7 @@ def forget_secrets(folder: str) -> None:
 
 
 class Removed:
-    """Whether a job's folder was removed while it ran; one that is away for a moment was not."""
+    """Whether a running job's folder was removed, that is, missing for longer than ``GONE_S``."""
 
     def __init__(self, folder: str) -> None:
         self.spec, self.missed = os.path.join(folder, "spec.json"), 0.0
@@ -126,7 +126,7 @@ class Removed:
 
 
 def supervisors(folder: str) -> List[int]:
-    """A job's supervisor: what carries its folder and is no process of the job itself."""
+    """Pids of a job's supervisor: processes that carry its folder but no record of locks (``HOLDS``)."""
     if not os.path.isdir("/proc/self"):
         pid = (last_status(folder) or {}).get("supervisor")
         return [pid] if pid and lock_held(folder) else []
@@ -135,7 +135,7 @@ def supervisors(folder: str) -> List[int]:
 
 
 def supervisor_lives(folder: str, status: Answer) -> bool:
-    """Whether a job's supervisor is there; before it has said its pid, whether the lock is held."""
+    """Whether a job's supervisor is alive; until it has written its pid, whether the lock is held."""
     if status.get("boot_id") != boot_id():
         return False
     if status.get("supervisor") and os.path.isdir("/proc/self"):

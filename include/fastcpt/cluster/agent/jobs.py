@@ -1,4 +1,4 @@
-"""The requests about jobs: start or find one, ask how it is, end it."""
+"""The requests about jobs: start or find one, poll, end it."""
 
 import base64
 import os
@@ -62,12 +62,12 @@ def submit(
     slurm: Optional[List[str]] = None,
     extra_lines: Optional[List[str]] = None,
 ) -> Answer:
-    """Start a job, or find it: running, or complete by its result file.
+    """Start a job, or find it running, or complete by its result file.
 
-    ``digest`` names what the job does: a job that runs under the same name with another one is
-    ended first. ``alone`` (no, root, host) says beside which other jobs it does not run.
-    ``owner`` is the try that asks; it may later end what it started or found, and nothing else.
-    ``slurm`` are options of sbatch: with them Slurm runs the job and shares out the GPUs.
+    ``digest`` identifies what the job does: a running job of the same name with another digest is
+    ended first. ``alone`` (no, root, host) says which other jobs it excludes. ``owner`` is the try
+    that asks; it may later end what it started or found, and nothing else. ``slurm`` are options of
+    sbatch: with them Slurm runs the job and allocates the GPUs.
     """
     rent = rent_here()
     ends_in = jobs_end_in(rent) if rent else None
@@ -81,7 +81,7 @@ def submit(
             spec = spec_of(folder)
             if spec.get("digest") == digest:
                 if not note(os.path.join(folder, "owners.json"), [*owners(folder), owner]):
-                    return {"unavailable": f"no room in {folder} to note whose job {name} is"}
+                    return {"unavailable": f"no room in {folder} to note the owner of job {name}"}
                 return {"found": "running", "folder": folder}
         if status["state"] in ACTIVE or processes_of(folder):
             answer = end(folder, owner)
@@ -93,7 +93,7 @@ def submit(
             return {"found": "complete", "folder": folder}
         lock = take_lock(folder)
         if lock is None:
-            return {"error": f"something of job {name} lives and could not be ended"}
+            return {"error": f"a supervisor of job {name} is alive and could not be ended"}
         waiting = slurm is not None
         spec = {"name": name, "digest": digest, "locks": shared_locks(root, alone)}
         if ends_in is not None:
@@ -107,7 +107,7 @@ def submit(
 
 
 def start_supervisor(folder: str, lock: int) -> None:
-    """Start a job's supervisor in a session of its own; it holds the job's ``lock``."""
+    """Start a job's supervisor in its own session; it inherits the job's ``lock``."""
     complaints = os.open(os.path.join(folder, "supervisor.log"), LOG_FLAGS, 0o600)
     subprocess.Popen(
         [sys.executable, os.path.join(folder, "supervisor.py"), folder, str(lock)],
@@ -122,7 +122,7 @@ def start_supervisor(folder: str, lock: int) -> None:
 
 
 def state_of(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answer:
-    """The job's status as it is: what it says of itself, checked against what is there."""
+    """The job's status: what its supervisor wrote, checked against the processes that exist."""
     status = last_status(folder)
     spec = spec_of(folder)
     if spec.get("slurm_id"):
@@ -132,7 +132,7 @@ def state_of(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answ
             return {"state": "absent", "why": "there is no status of it any more"}
         status = {"state": "running", "why": "its status.json is damaged"}
     elif status["state"] in ACTIVE and not supervisor_lives(folder, status):
-        # it may have ended between the two looks
+        # it may have ended in between: read again
         status = last_status(folder) or status
         if status["state"] in ACTIVE:
             rebooted = status.get("boot_id") != boot_id()
@@ -148,11 +148,11 @@ def state_of(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answ
 
 
 def poll(root: str, jobs: List[Answer]) -> Answer:
-    """Status and next piece of log of each of ``jobs`` ({name, seen}); ``error`` where it has none.
+    """Status and next piece of log for each of ``jobs`` ({name, seen}); ``error`` for an unreadable one.
 
-    ``seen`` bytes of the log have arrived; None asks for what the reader before left. It is kept
-    here, so that a reader that was restarted goes on where the last one ended. ``cut`` tells that
-    the log has become shorter than what was seen of it: it is read from its beginning.
+    ``seen`` is how many bytes of the log the reader has. It is stored here, so a restarted reader
+    passes None and continues where the last one stopped. ``cut`` says that the log is now shorter
+    than ``seen``; it is then read from its start.
     """
     queue = lru_cache(maxsize=None)(squeue)
     answers: List[Answer] = []
@@ -160,11 +160,11 @@ def poll(root: str, jobs: List[Answer]) -> Answer:
     for job in jobs:
         folder = job_folder(root, job["name"])
         try:
-            # first the state, then the log: what a job wrote before it ended is there
+            # the state before the log: so the log of an ended job is complete
             status = state_of(folder, queue)
             answer = next_piece(folder, job["seen"], budget)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            # one job's damaged files are no matter of the others
+            # one job's damaged files must not hide the others
             answers.append({"error": f"{type(error).__name__} in {folder}: {error}"})
             continue
         piece = answer["log"]
@@ -194,10 +194,10 @@ def next_piece(folder: str, seen: Optional[int], most: int) -> Answer:
 
 
 def stop(root: str, name: str, owner: Optional[str] = None) -> Answer:
-    """End a job and all that is left of it; ``{ended, was}`` says whether, and its state before.
+    """End a job and all its processes: ``{ended, was}``, whether it ended and its state before.
 
-    A job that ``owner`` neither started nor found is left alone: it is a later try's. One whose
-    folder was removed is ended by what its processes carry.
+    A job that ``owner`` neither started nor found is left alone: it belongs to a later try. A job
+    without a folder is ended through its processes' environment.
     """
     folder = job_folder(root, name)
     with Door(folder):
@@ -207,7 +207,7 @@ def stop(root: str, name: str, owner: Optional[str] = None) -> Answer:
 
 
 def end(folder: str, owner: str) -> Answer:
-    """Signals first; what is to be noted is noted where the disk has room."""
+    """Signal first, then write notes if the disk has room."""
     status = state_of(folder)
     active = status["state"] in ACTIVE
     stopped = {"state": "cancelled", "stopped_for": owner}
@@ -235,7 +235,7 @@ def end(folder: str, owner: str) -> Answer:
                 told.append(pid)
         if told and not noted:
             noted = note(os.path.join(folder, "stopped.json"), stopped)
-        # held and nobody there: it has just been started
+        # a held lock without a supervisor: it is just starting
         if not there and not lock_held(folder):
             break
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Where a request, or a process that a job starts, comes in."""
+"""The agent's entry points: for requests, and for the processes that it starts."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ REQUESTS = {
     )
 }
 
-# What does not pass by itself, unlike what a file server does while it starts.
+# Errors that do not pass by themselves, unlike those of a file server that is starting.
 STAYS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -40,9 +40,9 @@ STAYS = {
 
 
 def answer(do: str, values: Answer) -> Answer:
-    """A request's answer; what stood in its way is one too (``unavailable`` where it may pass).
+    """A request's answer. A failure is an answer too: ``error``, or ``unavailable`` if it may pass.
 
-    A job that runs is watched and ended through whatever happens to the disk: that is asked again.
+    ``poll`` and ``stop`` are always retried: a running job is watched whatever happens to the disk.
     """
     try:
         if rent_here():
@@ -63,13 +63,13 @@ def answer(do: str, values: Answer) -> Answer:
 
 def respond(do: str, values: str) -> None:
     """Print the answer to a request."""
-    # what is made here is its owner's alone
+    # files made here are readable by their owner only
     os.umask(0o077)
     print(json.dumps(answer(do, json.loads(values))))
 
 
 def main() -> None:
-    """The program as a process of its own: a job's supervisor, a part of a job of several hosts, a watcher."""
+    """Run the program as a job's supervisor, a node of a job on several hosts, or a watcher."""
     os.umask(0o077)
     what, *rest = sys.argv[1:]
     if what == "on-hosts":

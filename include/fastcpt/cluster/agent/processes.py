@@ -1,7 +1,7 @@
-"""Processes of jobs, found by what they carry in their environment, and how they are ended.
+"""Finds a job's processes by their environment, and ends them.
 
-A job's own processes carry its folder, so they are found wherever they fled to; they are looked for
-in ``/proc``, and a host without it (no Linux) shows none.
+They carry the job's folder, so they are found even outside its process group. The search reads
+``/proc``; a host without it (not Linux) shows none.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ import time
 from typing import Callable, Dict, Iterator, List, Optional
 
 HEARTBEAT_S = 5.0
-# Training saves a checkpoint on SIGTERM; 20 s keep the promise that all has ended within 30.
+# Training saves a checkpoint on SIGTERM; with 20 s for it, everything has ended within 30.
 GRACE_S = 20.0
-# In the environment of what belongs to a job: its folder; of its own processes: who holds which locks.
+# Environment variables: a job's folder; in the job's own processes also who holds which locks.
 MARK = "FASTCPT_JOB"
 HOLDS = "FASTCPT_HOLDS"
-# In a job's environment: when its host's money is spent, seconds since the epoch there; a training ends before.
+# When the host's money is spent, in seconds since the epoch by its clock; a training ends before.
 DEADLINE = "FASTCPT_DEADLINE"
 
 
@@ -30,7 +30,7 @@ def boot_id() -> str:
 
 
 def processes() -> Iterator[int]:
-    """All but this one; none on a host without /proc."""
+    """All pids but this process's; none on a host without /proc."""
     if os.path.isdir("/proc/self"):
         for entry in os.listdir("/proc"):
             if entry.isdigit() and int(entry) != os.getpid():
@@ -38,7 +38,7 @@ def processes() -> Iterator[int]:
 
 
 def environment_of(pid: int) -> Dict[str, str]:
-    """A process's environment at its start; empty where it has ended or is somebody else's."""
+    """A process's environment at its start; empty if it has ended or belongs to another user."""
     try:
         with open(f"/proc/{pid:d}/environ", "rb") as file:
             entries = os.fsdecode(file.read()).split("\0")
@@ -49,9 +49,9 @@ def environment_of(pid: int) -> Dict[str, str]:
 
 
 def job_of(pid: int) -> str:
-    """The folder of the job that a process belongs to; empty for any other.
+    """The folder of the job that a process belongs to, or "".
 
-    Not its name: another orchestrator's job with another root may have the same one.
+    Not the job's name: another orchestrator with another root may use the same one.
     """
     return environment_of(pid).get(MARK, "")
 
@@ -61,7 +61,7 @@ def processes_of(folder: str) -> List[int]:
 
 
 def parent_of(pid: int) -> int:
-    """The parent's pid; 0 where the process has ended."""
+    """The parent's pid; 0 if the process has ended."""
     try:
         with open(f"/proc/{pid:d}/stat") as file:
             return int(file.read().rpartition(")")[2].split()[1])
@@ -70,7 +70,7 @@ def parent_of(pid: int) -> int:
 
 
 def ranks_of(folder: str) -> List[int]:
-    """The processes of a job's training that its launcher started; without their own children."""
+    """The training processes that the job's launcher started, without their children."""
     ranks = {pid for pid in processes_of(folder) if "RANK" in environment_of(pid)}
     return [pid for pid in ranks if parent_of(pid) not in ranks]
 
@@ -85,7 +85,7 @@ def stands_still(pid: Optional[int]) -> bool:
 
 
 def end_strays(folder: str) -> None:
-    """Kill every other process that carries the job's mark: what outlived its supervisor or it."""
+    """Kill every other process that carries the job's folder, such as those that outlived its supervisor."""
     for _ in range(50):
         alive = processes_of(folder)
         if not alive:
@@ -101,10 +101,10 @@ def signal_quietly(send: Callable[[int, int], None], target: int, number: int) -
 
 
 def end_group(job: "subprocess.Popen[bytes]") -> None:
-    """SIGTERM to a process group, SIGKILL to what is left of it after the grace."""
+    """Send SIGTERM to a process group, and SIGKILL to what is left of it after ``GRACE_S``."""
     until = time.monotonic() + GRACE_S
     signal_quietly(os.killpg, job.pid, signal.SIGTERM)
-    # the shell that leads the group ends at once, its training when it has saved
+    # the shell that leads the group ends at once, its training once it has saved
     while (job.poll() is None or group_lives(job.pid)) and time.monotonic() < until:
         time.sleep(0.1)
     signal_quietly(os.killpg, job.pid, signal.SIGKILL)
@@ -112,9 +112,9 @@ def end_group(job: "subprocess.Popen[bytes]") -> None:
 
 
 def group_lives(group: int) -> bool:
-    """Whether a process group whose leader has ended still has processes."""
+    """Whether a process group still has processes after its leader ended."""
     try:
-        # those that have become this process's children and have ended
+        # reap those that became this process's children
         while os.waitpid(-group, os.WNOHANG)[0]:
             pass
     except ChildProcessError:
@@ -123,6 +123,6 @@ def group_lives(group: int) -> bool:
         os.killpg(group, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # macOS, where only ended ones are left
+    except PermissionError:  # what macOS raises for zombies
         return False
     return True

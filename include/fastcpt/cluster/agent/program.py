@@ -1,4 +1,4 @@
-"""The agent as one program: what is sent with a request, and what a job's supervisor is."""
+"""The agent as one program, sent with each request and stored as a job's supervisor."""
 
 from functools import lru_cache
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ MODULES = (
 
 
 def source(module: str) -> str:
-    """A module's text: from its file here, from the program itself on the host."""
+    """A module's source: on this side from its file, on the host from the program itself."""
     spec = find_spec(module)
     assert spec is not None
     text: str = spec.loader.get_source(module)  # type: ignore[union-attr]
@@ -34,14 +34,15 @@ def source(module: str) -> str:
 
 @lru_cache(maxsize=None)
 def text(last: str) -> str:
-    """The program that can import all of the agent and ends with the lines ``last``."""
+    """A program that can import all of the agent and ends with the lines ``last``."""
     names = ["fastcpt", "fastcpt.cluster", PACKAGE, *(PACKAGE + "." + name for name in MODULES)]
+    names.append("fastcpt.exit_codes")
     sources = {name: source(name) for name in names}
     return f"{source(START)}\n\nstart({sources!r})\n{last}\n"
 
 
 def request(do: str, values: str) -> str:
-    """The program that answers one request; ``values`` are JSON."""
+    """The program that answers one request; ``values`` is JSON."""
     return text(f"from {PACKAGE}.main import respond") + f"respond({do!r}, {values!r})\n"
 
 

@@ -1,12 +1,12 @@
-"""What is known of a rented host on the host itself: until when it may run, and who asked for it last.
+"""A rented host's own record: until when it may run, and when it was last asked for.
 
     ~/.fast_cpt/rent-<host>/   rent.json, asked, lock, watcher.py, watch.log
 
 ``watch`` starts the watcher (``watcher``), which gives the host back when nobody else does. Every
-request notes that somebody asked, and starts the watcher again where it is gone.
+request updates ``asked`` and restarts the watcher if it is gone.
 
-Times are those of the clock since boot, which nobody sets; after a reboot the wall clock's. ``asked``
-is written over in place: that needs no room on the disk.
+Times use the monotonic clock, which nobody can set; after a reboot, the wall clock. ``asked`` is
+overwritten in place, which needs no free space.
 """
 
 import json
@@ -25,17 +25,17 @@ SPENT = "the money for this host is spent (budget.money)"
 
 
 def rent_folder() -> str:
-    # a home may be shared by several hosts
+    # several hosts may share a home
     return expand(f"~/.fast_cpt/rent-{os.uname().nodename}")
 
 
 def watch(root: str, rent: Answer, now: float) -> Answer:
-    """Watch this host, whose jobs lie under ``root``, as ``rent`` says; the last word counts.
+    """Watch this host, with its jobs under ``root``, as ``rent`` says; a later call replaces ``rent``.
 
-    ``deadline_unix`` is when its money is spent, by the clock of who asks, which shows ``now``. Jobs
-    are ended ``reserve_seconds`` before it; at it the host is given back. It is given back too when nobody
-    has asked for ``orphan_hours``, once its jobs have saved. ``release_command`` does that; without
-    one the jobs are ended and the host stays. Without deadline and hours the watch is over.
+    ``deadline_unix`` is when its money is spent, by the caller's clock, which shows ``now``. Jobs are
+    ended ``reserve_seconds`` earlier; at the deadline the host is given back. It is also given back if
+    nobody has asked for ``orphan_hours``, once its jobs have saved. ``release_command`` does that;
+    without one the jobs are ended and the host stays. Without deadline and hours the watch ends.
     """
     folder = rent_folder()
     deadline, hours = rent.get("deadline_unix"), rent.get("orphan_hours")
@@ -61,13 +61,13 @@ def watch(root: str, rent: Answer, now: float) -> Answer:
 
 
 def rent_here() -> Optional[Answer]:
-    """What ``watch`` was told of this host; None where it is not watched."""
+    """What ``watch`` recorded about this host; None if it is not watched."""
     kept: Optional[Answer] = read_json(os.path.join(rent_folder(), "rent.json"), dict)
     return kept
 
 
 def seconds_left(rent: Answer) -> Optional[float]:
-    """Until the host is given back for its money; None where it has no deadline."""
+    """Seconds until the host's money is spent; None if it has no deadline."""
     if rent["deadline"] is None:
         return None
     same_boot = rent["boot_id"] == boot_id()
@@ -78,17 +78,17 @@ def seconds_left(rent: Answer) -> Optional[float]:
 
 
 def jobs_end_in(rent: Answer) -> Optional[float]:
-    """Seconds until no job may run here any more; None where it has no deadline."""
+    """Seconds until no job may run here any more; None if the host has no deadline."""
     left = seconds_left(rent)
     return None if left is None else left - float(rent["reserve_s"])
 
 
 def note_asked() -> None:
-    """Somebody asks for this host now."""
+    """Record that somebody asks for this host now."""
     try:
         asked = os.open(os.path.join(rent_folder(), "asked"), os.O_WRONLY | os.O_CREAT, 0o600)
     except OSError:
-        return  # the file of before says how long ago: on a full disk it can be written to
+        return  # a full disk: an existing file can still be overwritten, only a new one cannot be created
     try:
         os.pwrite(asked, b"%032.3f" % time.monotonic(), 0)
     finally:
@@ -96,7 +96,7 @@ def note_asked() -> None:
 
 
 def silence() -> float:
-    """Seconds since somebody asked; 0 where that is not known."""
+    """Seconds since somebody asked; 0 if unknown."""
     try:
         with open(os.path.join(rent_folder(), "asked"), "rb") as file:
             return max(0.0, time.monotonic() - float(file.read()))
@@ -105,7 +105,7 @@ def silence() -> float:
 
 
 def keep_watched() -> None:
-    """Start the watcher of a watched host where it is gone."""
+    """Restart the watcher if this host is watched and the watcher is gone."""
     folder = rent_folder()
     if not os.path.exists(os.path.join(folder, "rent.json")):
         return
@@ -120,7 +120,7 @@ def keep_watched() -> None:
         stderr=complaints,
         start_new_session=True,
         pass_fds=[lock],
-        # it is no process of the job that may have started it
+        # the watcher must not count as a process of the job that started it
         env={key: value for key, value in os.environ.items() if key not in (MARK, HOLDS)},
         cwd="/",
     )

@@ -1,7 +1,4 @@
-"""Jobs that Slurm runs.
-
-The same supervisor runs inside the allocation; the queue tells what it cannot say itself.
-"""
+"""Jobs under Slurm: the same supervisor runs in the allocation, and the queue knows what it cannot."""
 
 import json
 import os
@@ -13,7 +10,7 @@ from fastcpt.cluster.agent.files import Answer, write_whole
 from fastcpt.cluster.agent.job_folder import forget_secrets
 from fastcpt.cluster.agent.processes import GRACE_S, MARK
 
-# Slurm's jobs (state and reason by id); None where its controller does not answer
+# State and reason of Slurm's jobs by id; None if its controller does not answer
 Queue = Optional[Dict[str, List[str]]]
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING")
@@ -29,7 +26,7 @@ NO_CONTROLLER = "Slurm's controller does not answer"
 
 
 def sbatch(folder: str, spec: Answer, options: List[str], extra_lines: List[str]) -> Answer:
-    # a singleton: Slurm itself runs one job of a name at a time
+    # singleton: Slurm runs one job of a name at a time
     fixed = [
         *("--parsable", "--requeue", "--open-mode=append", "--dependency=singleton"),
         *("--job-name=" + spec["name"], "--chdir=" + folder, "--output=slurm.log"),
@@ -97,9 +94,9 @@ def state_in_slurm(status: Answer, slurm_id: str, queue: Queue) -> Answer:
 
 
 def scancel(slurm_id: str) -> Optional[bool]:
-    """Wait for the end of a job that has its SIGTERM, and see to it after the grace.
+    """Wait for the end of a job that was sent SIGTERM; cancel it after ``GRACE_S``.
 
-    True when Slurm has nothing of the job left, None when its controller does not answer.
+    True if the job has left Slurm's queue, None if the controller does not answer.
     """
     asked = time.monotonic()
     while True:

@@ -1,6 +1,6 @@
-"""How the agent's modules are imported on the host: from the text of the program, without files.
+"""Imports the agent's modules on the host from the program's text.
 
-A request has to work on a full or read-only disk, so nothing of it is written there.
+No file is written, as a request has to work on a full or read-only disk.
 """
 
 import sys
@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional
 
 
 class Sent(MetaPathFinder, ExecutionLoader):
-    """Modules by name from their sources."""
+    """Imports modules from their sources, given by name."""
 
     def __init__(self, sources: Dict[str, str]) -> None:
         self.sources = sources
@@ -30,5 +30,5 @@ class Sent(MetaPathFinder, ExecutionLoader):
 
 
 def start(sources: Dict[str, str]) -> None:
-    # first: the host may have a fastcpt of its own, the training code of a job for one
+    # first in line: the host may have a fastcpt of its own, such as a job's training code
     sys.meta_path.insert(0, Sent(sources))

@@ -1,4 +1,4 @@
-"""The process that runs one job to its end and says how it ended."""
+"""The process that runs one job to its end and records how it ended."""
 
 import ctypes
 import os
@@ -27,9 +27,9 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def supervise(folder: str, lock: Optional[int]) -> None:
-    """Run job.sh to its end, and say how it ended when nothing of it lives any more.
+    """Run job.sh to its end, and write the final status once all its processes are gone.
 
-    Without a ``lock`` it is Slurm that runs this, and that may run it again (a requeue).
+    Without a ``lock`` it runs under Slurm, which may run it again (a requeue).
     """
     spec = read_json(os.path.join(folder, "spec.json"), dict)
     status: Answer = {"state": "starting", "started": (last_status(folder) or {}).get("started")}
@@ -40,7 +40,7 @@ def supervise(folder: str, lock: Optional[int]) -> None:
     if lock is not None:
         os.set_inheritable(lock, False)
     if sys.platform.startswith("linux"):
-        # orphans of the job become children of this process and end with it
+        # the job's orphans become children of this process, so it can reap them
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     locks = [wait_for(path, folder, status, ending) for path in spec["locks"]]
     began = time.monotonic()
@@ -57,7 +57,7 @@ def supervise(folder: str, lock: Optional[int]) -> None:
             os.close(shared)
     status.update(exit_code=code, ended=time.time(), seconds=round(time.monotonic() - began, 1))
     if code is None or (ending and code):
-        # `stop` says so in a file of its own; anything else may be a host going down
+        # `stop` writes a file of its own; anything else may be a host going down
         status["state"] = "lost"
     else:
         status["state"] = "succeeded" if code == 0 else "failed"
@@ -73,7 +73,7 @@ def supervise(folder: str, lock: Optional[int]) -> None:
 def run_job(
     folder: str, lock: Optional[int], spec: Answer, status: Answer, ending: List[float]
 ) -> Optional[int]:
-    """The exit code of job.sh; None where it was ended because this process was told to end."""
+    """The exit code of job.sh; None if it was ended because this process was asked to end."""
     environment = {**os.environ, HOLDS: "\n".join([boot_id(), str(os.getpid()), *spec["locks"]])}
     if "ends" in spec:
         environment[DEADLINE] = str(spec["ends"])
@@ -107,6 +107,6 @@ def run_job(
     code = job.poll()
     if code is None:
         end_group(job)
-    # whatever the job left behind in its group ends with it
+    # kill what the job left behind in its process group
     signal_quietly(os.killpg, job.pid, signal.SIGKILL)
     return code

@@ -1,7 +1,7 @@
 """The dead man's switch of a rented host: ends its jobs and gives it back when nobody else does.
 
-A process in a session of its own, started before any job: it outlives jobs, their supervisors, sshd
-and the request that started it. Of one host: Slurm's jobs are Slurm's to end.
+A process in its own session, started before any job: it outlives jobs, supervisors, sshd and the
+request that started it. It does not end Slurm's jobs.
 """
 
 import os
@@ -18,21 +18,21 @@ from fastcpt.cluster.agent.processes import processes_of, ranks_of, signal_quiet
 from fastcpt.cluster.agent.rent import SPENT, jobs_end_in, rent_here, seconds_left, silence
 
 TICK_S = 1.0
-# A job that was told to end may save for so long: 840 GB at 1 GB/s are 14 minutes.
+# How long a job may save after it was told to end: 840 GB at 1 GB/s take 14 minutes.
 PATIENCE_S = 1800.0
-# A host that is still there after its release command gets it again.
+# The release command is repeated after this time if the host is still there.
 AGAIN_S = 60.0
 COMMAND_S = 300.0
 
 
 def attend() -> None:
-    """Watch until the watch is ended, or the host is gone."""
+    """Watch until the watch ends or the host is gone."""
     rent = rent_here()
     while rent is not None:
         if why := due(rent, jobs_end_in(rent)):
             if ended := end_jobs(rent):
                 say(f"{why}: ended {', '.join(map(os.path.basename, ended))}")
-            # somebody may have asked, or paid for more, while the jobs saved
+            # somebody may have asked, or extended the deadline, while the jobs saved
             rent = rent_here()
             if rent and (why := due(rent, seconds_left(rent))):
                 give_back(rent, why)
@@ -41,7 +41,7 @@ def attend() -> None:
 
 
 def due(rent: Answer, left: Optional[float]) -> str:
-    """Why it is time, with so many seconds ``left`` of its money; empty while it is not."""
+    """Why the host is due, with ``left`` seconds to its deadline; "" while it is not."""
     if left is not None and left <= 0:
         return SPENT
     if rent["orphan_s"] is not None and silence() >= rent["orphan_s"]:
@@ -50,7 +50,7 @@ def due(rent: Answer, left: Optional[float]) -> str:
 
 
 def end_jobs(rent: Answer) -> List[str]:
-    """Have each job save and end; the folders of those that ran. At the deadline they are killed."""
+    """Have each job save and end; at the deadline, kill them. The folders of the jobs that ran."""
     found: List[str] = []
     told: Set[str] = set()
     until = time.monotonic() + PATIENCE_S
@@ -78,14 +78,14 @@ def active_jobs(rent: Answer) -> List[str]:
         folders = [os.path.join(jobs, name) for name in os.listdir(jobs)]
     except OSError:
         return []
-    # a training whose supervisor was killed goes on
+    # processes too: a training continues after its supervisor was killed
     return [one for one in folders if state_of(one)["state"] in ACTIVE or processes_of(one)]
 
 
 def tell_to_end(folder: str) -> bool:
-    """Have a job end as it does by itself; whether there was somebody to tell.
+    """Send SIGTERM to a job; whether there was a process to tell.
 
-    Ranks are told, and not what launched them: that would give them 30 s for their checkpoint.
+    It goes to the ranks, not to their launcher, which would give them only 30 s for a checkpoint.
     """
     told = ranks_of(folder) or supervisors(folder) or processes_of(folder)
     for pid in told:
@@ -94,7 +94,7 @@ def tell_to_end(folder: str) -> bool:
 
 
 def give_back(rent: Answer, why: str) -> None:
-    """Run the release command; the host is expected to go away with it."""
+    """Run the release command, which should end this host."""
     command: Optional[List[str]] = rent["command"]
     if command:
         say(f"{why}: giving this host back")
@@ -107,6 +107,6 @@ def give_back(rent: Answer, why: str) -> None:
 
 
 def say(line: str) -> None:
-    """To watch.log; on a full disk to nobody."""
+    """Print to watch.log; on a full disk, do nothing."""
     with suppress(OSError):
         print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
