@@ -428,7 +428,7 @@ def test_components_that_are_the_same_for_all_are_named(
     assert {"language", "in_force", "citations", "subject_matter"} <= set(selection["same_for_all"])
     assert "recency" not in selection["same_for_all"]
     told = explain(several[0]["id"], selection["path"], recipe)
-    assert "the same for all documents, and without a say: " in told
+    assert "the same for all documents, so without effect: " in told
 
 
 def test_the_ends_of_the_ranking_are_documents_that_were_taken(

@@ -1,4 +1,4 @@
-"""Which documents fit into a budget of tokens, the best first."""
+"""Chooses the best documents that fit into a budget of tokens."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastcpt.recipe import Recipe
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
-TOKENS_PER_PIECE = 1.15  # where there is no tokenizer yet
-SAMPLED = 512  # excerpts whose tokens are counted for the estimate
-# Documents beyond the estimated budget that are tokenized too, so that the counted budget is full
+TOKENS_PER_PIECE = 1.15  # if there is no tokenizer yet
+SAMPLED = 512  # excerpts tokenized for the estimate
+# Share tokenized beyond the estimated budget, so that the exact count can still fill it
 RESERVE, RESERVE_UNTRAINED = 0.05, 0.35
 
 
 def tokens_per_piece(tables: Sequence[ScoresFolder], tokenizer: CorpusTokenizer | None) -> float:
-    """Tokens a piece (``fingerprint``), counted on the excerpts in the score tables."""
+    """Tokens per piece (``fingerprint``), counted on the excerpts in the score tables."""
     if tokenizer is None:
         return TOKENS_PER_PIECE
     excerpts: list[tuple[int, str]] = []
@@ -49,16 +49,16 @@ def tokens_per_piece(tables: Sequence[ScoresFolder], tokenizer: CorpusTokenizer 
 
 
 class Filled(NamedTuple):
-    """What share and budget let through."""
+    """The documents within share and budget."""
 
     taken: Ints  # rows, the best first
     reserve: Ints  # rows beyond the budget, the best first
-    cut: int | None  # tokens of a document that are trained on at most; None: all
-    by_target: bool  # whether the cut is to fill target_tokens: the build counts it exactly
+    cut: int | None  # at most so many tokens of a document are trained on; None: all
+    by_target: bool  # whether target_tokens sets the cut: the build then recomputes it exactly
 
 
 def fill(corpus: ScoreColumns, recipe: Recipe, ratio: float, exact: bool) -> Filled:
-    """Fill share and budget with the best documents, or (``auto``) with the beginnings of all."""
+    """Fill share and budget with the best documents, or (``auto``) with the starts of all."""
     selection = recipe.selection
     rows = corpus.alive()
     rows = rows[np.argsort(corpus.rank[rows])]
@@ -66,7 +66,7 @@ def fill(corpus: ScoreColumns, recipe: Recipe, ratio: float, exact: bool) -> Fil
         return _beginnings(corpus, rows, recipe, ratio)
     cut = selection.max_document_tokens
     if selection.top_share is not None:
-        # in pieces, so that no estimate enters
+        # in pieces, which are exact, not in estimated tokens
         pieces = corpus.pieces[rows]
         if cut is not None:
             pieces = np.minimum(pieces, math.ceil(cut / ratio))
@@ -87,7 +87,7 @@ def fill(corpus: ScoreColumns, recipe: Recipe, ratio: float, exact: bool) -> Fil
 
 
 def _beginnings(corpus: ScoreColumns, rows: Ints, recipe: Recipe, ratio: float) -> Filled:
-    """All rows, and the cut at which they fill the share and the budget; None where all of them fit."""
+    """All rows, and the cut at which they fill the share and the budget; no cut if all of them fit."""
     selection, tokens = recipe.selection, corpus.tokens(ratio)[rows]
     longest = cut = int(tokens.max(initial=0))
     if selection.top_share is not None:
@@ -101,7 +101,7 @@ def _beginnings(corpus: ScoreColumns, rows: Ints, recipe: Recipe, ratio: float) 
 
 
 def _share_of_pieces(corpus: ScoreColumns, share: float) -> int:
-    """Pieces of a share of the corpus without its duplicates."""
+    """Pieces in a share of the corpus, duplicates not counted."""
     first_unwanted = REASONS.index("too_short")
     single = (corpus.reason == 0) | (corpus.reason >= first_unwanted)
     return math.floor(int(corpus.pieces[single].sum()) * share)
@@ -118,10 +118,9 @@ def cut_for(sizes: npt.NDArray[Any], budget: int) -> int:
 
 
 def take_within(sizes: npt.NDArray[Any], budget: int) -> Bools:
-    """Which items are taken, from the first on, when each is taken that still fits.
+    """A mask of the items taken greedily, in order: each one that still fits.
 
-    The sum of what is taken is at most ``budget``, and no item that was left out would fit into
-    what remains of it.
+    Their sum is at most ``budget``, and no other item would fit into the rest of it.
     """
     taken = np.zeros(len(sizes), dtype=bool)
     left = np.arange(len(sizes))

@@ -1,10 +1,10 @@
 """Selected documents -> shards of packed token sequences, ready for training.
 
-Steps, each of which a killed build finds done: the tokenizer (trained where the recipe says so),
-overlaps with held-out documents, token ids (``tokens``), the exact cut at the token budget, the
-packing plan, the shards, the validation sets, the check of the splits, and the manifest last.
-All of it is decided before the work is spread, so that the bytes do not depend on the number of
-processes; memory holds one row group a process, whatever the corpus's size.
+Steps: the tokenizer (trained if the recipe says so), overlaps with held-out documents, token ids
+(``tokens``), the exact cut at the token budget, the packing plan, the shards, the validation sets, the
+check of the splits, and the manifest last. A build that was killed finds the finished steps done.
+Everything is decided before the work is distributed, so the bytes do not depend on the number of
+processes. Memory holds one row group per process, whatever the corpus's size.
 """
 
 from __future__ import annotations
@@ -75,17 +75,17 @@ Ints = npt.NDArray[np.int64]
 
 FORMAT = 6
 MANIFEST = "corpus_manifest.json"
-SMALL = 4_000_000  # characters: less is done sooner than processes start and tokenizers compare
-PROBE_CHARACTERS = 300_000  # compared before tiktoken is trusted with the corpus
+SMALL = 4_000_000  # characters: below this, processes and tiktoken cost more than they save
+PROBE_CHARACTERS = 300_000  # encoded both ways before tiktoken is trusted with the corpus
 
 
 def build(selection: str, recipe: Recipe, home: Path, processes: int | None = None) -> CorpusFolder:
     """Build the corpus of a selection (the ``path`` that ``select`` returned).
 
-    Writes ``home/corpora/<digest>``: ``cpt_train_shard_NN.parquet`` (``input_ids``, ``lengths`` of
-    the documents' segments in them and each segment's ``areas``, null where it is general text),
-    ``validation/``, ``validation_newest/`` and, with replay, ``validation_general/`` (a row a
-    document), ``tokenizer/``, ``funnel.md``, ``README.md`` and ``corpus_manifest.json``.
+    Writes ``home/corpora/<digest>``: ``cpt_train_shard_NN.parquet`` (``input_ids``, the ``lengths`` of
+    the segments in them and each segment's ``areas``, null for general text), ``validation/``,
+    ``validation_newest/`` and, with replay, ``validation_general/`` (one row per document),
+    ``tokenizer/``, ``funnel.md``, ``README.md`` and ``corpus_manifest.json``.
     """
     chosen: SelectionManifest = read_json(Path(selection) / "manifest.json")
     documents = Selected.of_selection(Path(selection), chosen, recipe.documents.fields)
@@ -102,7 +102,7 @@ def build(selection: str, recipe: Recipe, home: Path, processes: int | None = No
     )
     folder = home / "corpora" / digest
     if (folder / MANIFEST).exists():
-        os.utime(folder)  # as of token ids: used
+        os.utime(folder)  # marks it as used, for the removal of unused results
         found: CorpusManifest = read_json(folder / MANIFEST)
         return {**found, "path": str(folder), "reused": True}
     current = comparison_digest(home, recipe.name)
@@ -130,9 +130,9 @@ def build(selection: str, recipe: Recipe, home: Path, processes: int | None = No
 
 
 def prepare_tokenizer(selection: str, recipe: Recipe, home: Path) -> None:
-    """Train the tokenizer where the recipe says so, and find out how to run it fastest.
+    """Train the tokenizer if the recipe says so, and find the fastest way to run it.
 
-    Done once before ``tokenize`` is spread over workers, so that each finds it done.
+    Runs once before ``tokenize`` is distributed over workers, so that they need not.
     """
     chosen: SelectionManifest = read_json(Path(selection) / "manifest.json")
     documents = Selected.of_selection(Path(selection), chosen, recipe.documents.fields)
@@ -146,9 +146,9 @@ def tokenize(
     home: Path,
     processes: int | None = None,
 ) -> Tokenized:
-    """Tokenize a selection's documents of some parts, which ``build`` then finds done.
+    """Tokenize a selection's documents of some parts, ahead of ``build``.
 
-    Mapped over groups of parts, this spreads the tokenizing over workers that share ``home``.
+    Mapped over groups of parts, this distributes tokenizing over workers that share ``home``.
     """
     chosen: SelectionManifest = read_json(Path(selection) / "manifest.json")
     documents = Selected.of_selection(Path(selection), chosen, recipe.documents.fields)
@@ -216,7 +216,7 @@ def _build_into(
         "shards": shards,
         "validation": validation,
         "funnel": funnel_of_build(chosen, documents, ids, general, cut_off, cut_short),
-        "files": [],  # as soon as the last of them is written
+        "files": [],  # filled in once the last of them is written
     }
 
 
@@ -266,7 +266,7 @@ def _compared(tokenizer: CorpusTokenizer, documents: Selected, home: Path) -> Co
 
 
 def _training_texts(documents: Selected, characters: int) -> Iterator[str]:
-    """A sample of the training documents, always the same, of so many characters."""
+    """A reproducible sample of the training documents, of about ``characters`` characters."""
     rows = documents.rows("train")
     rows = rows[np.argsort(spread(documents.rank[rows], seed=0))]
     enough = np.searchsorted(np.cumsum(documents.characters[rows]), characters)
@@ -274,10 +274,10 @@ def _training_texts(documents: Selected, characters: int) -> Iterator[str]:
 
 
 def _cut_at_budget(documents: Selected, ids: TokenIds, chosen: SelectionManifest) -> int | None:
-    """Fill the token budget by counted tokens, the held-out documents first.
+    """Fill the token budget by exact counts, after the held-out documents.
 
     Training documents and the reserve are taken from the best rank on, each that still fits; or all are
-    taken, cut where they fill it together. Returns the tokens of a document at most.
+    taken and cut at the length that fills the budget. Returns the most tokens per document, if limited.
     """
     rows = documents.rows("train", "reserve")
     budget, cut = chosen["target_tokens"], chosen.get("max_document_tokens")
@@ -306,7 +306,7 @@ def _cut_at_budget(documents: Selected, ids: TokenIds, chosen: SelectionManifest
 
 
 def _shorten(documents: Selected, ids: TokenIds, train: Ints, cut: int | None) -> CutOff:
-    """Set what is left of documents that are cut; returns what is cut off, characters by their share."""
+    """Set the lengths of documents that are cut; returns what is cut off (characters pro rata)."""
     length = ids.length[train]
     left = length if cut is None else np.minimum(length, cut)
     characters = documents.characters[train]
@@ -319,7 +319,7 @@ def _shorten(documents: Selected, ids: TokenIds, train: Ints, cut: int | None) -
 
 
 def _files(folder: Path, known: Sequence[FileEntry]) -> list[FileEntry]:
-    """Every file of the corpus but the manifest: what a transfer has to verify."""
+    """Every file of the corpus except the manifest, for a transfer to verify."""
     digests = {item["file"]: item["sha256"] for item in known}
     names = sorted(
         str(path.relative_to(folder))

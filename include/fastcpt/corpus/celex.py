@@ -17,7 +17,7 @@ _END = r"(?:_[A-Z]{3})?(?P<corrigendum>R\(\d+\))?(?:-(?P<version>\d{8}))?$"
 _FORMS = [
     re.compile(form + _END, re.ASCII)
     for form in (
-        # a treaty, and what of it
+        # a treaty, and its article or protocol
         r"^(?P<sector>1)(?P<year>\d{4})(?P<type>[A-Z]{1,2}?)(?P<number>)"
         r"(?P<part>\d[A-Z\d]*(?:\(\d\d\))?|(?:/[A-Z\d]+)+|)",
         r"^0(?P<sector>)(?P<year>\d{4})(?P<type>[A-Z]{1,2})(?P<number>)(?P<part>(?:/[A-Z\d]+)+)",
@@ -36,7 +36,7 @@ _FORMS = [
 class Celex(NamedTuple):
     """``base``: the work. ``version``: date of a consolidated version (yyyymmdd), else 0.
 
-    ``part``: what of a treaty, else empty.
+    ``part``: a treaty's article or protocol, else empty.
     """
 
     base: str
@@ -49,7 +49,7 @@ class Celex(NamedTuple):
 
 
 def parse_celex(celex: str | None) -> Celex | None:
-    """The parts of a CELEX number; None where it is none."""
+    """The parts of a CELEX number; None if ``celex`` is not one."""
     text = re.sub(r"^CELEX[:_ ]\s*", "", (celex or "").strip().upper())
     found = next(filter(None, (form.match(text) for form in _FORMS)), None)
     if not found:
@@ -78,7 +78,7 @@ _CITED = re.compile(
 
 
 def cited_works(text: str) -> set[str]:
-    """Base CELEX numbers of the EU acts that a text names by number, however often.
+    """Base CELEX numbers of the EU acts that a text names by number, each once.
 
     Acts named only in a list's second place ("Regulations (EC) No 1/2003 and (EC) No 2/2003") or
     by a short name ("the GDPR") are not found.
@@ -88,7 +88,7 @@ def cited_works(text: str) -> set[str]:
 
 def _cited_celex(kind: str, no: str, first: str, second: str) -> str:
     letter = {"regulation": "R", "directive": "L", "decision": "D"}[kind.lower()]
-    # "number/year" in regulations to 2014 and wherever "No" stands, else "year/number"
+    # "number/year" in regulations until 2014 and after "No", else "year/number"
     number_first = bool(no) or (letter == "R" and not _is_year(first))
     year, number = (second, first) if number_first else (first, second)
     if len(year) == 2:

@@ -1,9 +1,8 @@
-"""What a corpus has from those before it, and leaves to those after: what is held out, tokenizer.
+"""What all corpora of a recipe share: the frozen comparison set, the tokenizer, the ledger.
 
-Once a recipe has a champion, its models are compared on a frozen set, and a corpus is made beside it.
-The set's documents come from where they were frozen, not from the folder: there they may have been
-changed, repealed or come back under another id. They are held out like any others, so all that
-overlaps with them leaves training.
+Once a recipe has a champion, its models are compared on a frozen set. The set's documents come from
+their frozen copy, not from the documents' folder, where they may since have changed, been repealed or
+got another id. They are held out like any others, so all that overlaps with them leaves training.
 """
 
 from __future__ import annotations
@@ -33,10 +32,9 @@ from fastcpt.recipe_sections import Fields
 
 
 def add_comparison(documents: Selected, folder: Path, file: Path) -> None:
-    """Add the set's documents to a selection's as held out.
+    """Add the frozen set's documents to a selection, as held out.
 
-    They are written to ``file`` under the recipe's own fields: to the steps of the build they are
-    one more part of the documents.
+    They are written to ``file`` with the recipe's field names, so the build reads them as one more part.
     """
     table = pq.read_table(folder / "documents.parquet")
     count, part = len(table), len(documents.parts)
@@ -76,7 +74,7 @@ def _record(fields: Fields, name: str, text: str) -> dict[str, Any]:
 
 
 def note_in_ledger(corpus: str, documents: Selected, home: Path) -> None:
-    """Note what a corpus trains on and what it holds out, for good."""
+    """Record in the ledger what a corpus trains on and what it holds out."""
     rows, held_out = documents.rows("train", *HELD_OUT), documents.rows(*HELD_OUT)
     texts = [documents.content[rows], documents.work_hash[rows], pa.array(documents.split[rows])]
     about = documents.about.take(pa.array(held_out))
@@ -98,9 +96,9 @@ def note_in_ledger(corpus: str, documents: Selected, home: Path) -> None:
 def kept_tokenizer(
     found: CorpusTokenizer | None, recipe: Recipe, home: Path
 ) -> CorpusTokenizer | None:
-    """``found``, the recipe's tokenizer; once models are compared, the one that they have.
+    """The champion's tokenizer if the recipe has a champion, else ``found``, the recipe's own.
 
-    ``BuildError`` where the recipe means another by now: a model's tokens are its for good.
+    Raises ``BuildError`` if the recipe now names another one: losses per token would not compare.
     """
     if comparison_digest(home, recipe.name) is None:
         return found

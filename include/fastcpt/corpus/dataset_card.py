@@ -1,4 +1,4 @@
-"""The corpus as a dataset: the README.md by which Hugging Face's ``datasets`` opens its folder."""
+"""Writes the README.md with which Hugging Face's ``datasets`` opens a corpus's folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HELD_OUT = {
 def dataset_card(manifest: CorpusManifest) -> str:
     """README.md with a configuration for the training rows and one for each held-out set.
 
-    https://huggingface.co/docs/hub/datasets-manual-configuration has the form of ``configs``.
+    The format of ``configs``: https://huggingface.co/docs/hub/datasets-manual-configuration
     """
     folders = {PurePosixPath(shard["file"]).parent.name for shard in manifest["validation"]}
     sets = {name: f"{folder}/*.parquet" for folder, name in HELD_OUT.items() if folder in folders}

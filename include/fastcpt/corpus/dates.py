@@ -1,8 +1,8 @@
-"""The newest year of a corpus that is plausible: one wrong date must not make all others look old.
+"""The newest plausible year of a corpus: one wrong date must not make all other documents look old.
 
-This machine's clock is not used, so that a corpus is the same whenever it is built. A year is odd
-after 2100. It is odd too if few documents have it or a later one, and the gap to the next earlier
-year is more than five years and more than that year's distance from the median.
+The clock is not used, so a corpus is the same whenever it is built. A year is implausible after 2100.
+It is also implausible if few documents have it or a later one, and the gap to the next earlier year is
+more than five years and more than that year's distance from the median.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import numpy.typing as npt
 
 LATEST = 2100
 GAP_YEARS = 5
-FEW_SHARE = 0.01  # of the dated documents, and one in any case
-LEAST_DATED = 10  # of fewer documents nothing can be said
+FEW_SHARE = 0.01  # of the dated documents, and at least one
+LEAST_DATED = 10  # fewer documents show no outlier
 
 
 def newest_plausible(years: npt.NDArray[np.int16]) -> int:
-    """The corpus's newest year that is not odd; 0 where no year is known. Unknown years are 0."""
+    """The corpus's newest plausible year; 0 if none is known. Unknown years are 0."""
     known = years[(years > 0) & (years <= LATEST)].astype(np.int64)
     if not len(known):
         return 0
     distinct, counts = np.unique(known, return_counts=True)
-    # of each year: the documents of later years
+    # for each year, the number of documents of later years
     later = len(known) - np.cumsum(counts)
     few = later <= max(1, FEW_SHARE * len(known))
     usual = distinct - np.median(known)

@@ -1,7 +1,7 @@
-"""Decontamination: what is held out leaves training, as whole documents or as shared passages.
+"""Decontamination: removes held-out text from training, as whole documents or as shared passages.
 
-``leakage`` compares the texts. Here its findings are applied to the documents of a selection, and
-the result is checked once more before anything is written.
+``leakage`` compares the texts. This module applies its findings to a selection and checks the result
+before anything is written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastcpt.corpus.tokenizer import CorpusTokenizer
 
 Ints = npt.NDArray[np.int64]
 
-MOST_LOST = 0.2  # of a held-out set's tokens; with less left, its figures describe another set
+MOST_LOST = 0.2  # of a held-out set's tokens; after a larger loss its figures describe another set
 
 
 class LeakError(BuildError):
@@ -33,24 +33,24 @@ class LeakError(BuildError):
 
 
 class CutOff(NamedTuple):
-    """What was taken away from training documents that stay."""
+    """What was cut off documents that stay in training."""
 
     characters: int
     tokens: int
 
 
 class HeldOutOverlaps(NamedTuple):
-    """What is held out and in training documents too, counted from the texts."""
+    """Overlaps between training and held-out documents, counted from the texts."""
 
     pairs: list[tuple[int, int, float]]  # training row, held-out row, share of the former
-    formulas: list[tuple[int, float]]  # held-out row, the share of it that is formulas
-    spoiled: list[int]  # numbers of the held-out general documents that training ones overlap with
+    formulas: list[tuple[int, float]]  # held-out row, its share of boilerplate
+    spoiled: list[int]  # numbers of the held-out general documents that overlap with training ones
 
 
 def find_overlaps(
     documents: Selected, unseen: GeneralHeldOut, table: Path, processes: int | None
 ) -> HeldOutOverlaps:
-    """Compare all training documents with the held-out ones, whose sequences stay in ``table``."""
+    """Compare all training documents with the held-out ones; writes the latter's n-grams to ``table``."""
     held_out = documents.held_out
     found = [
         (part, documents.fields, positions)
@@ -82,10 +82,10 @@ def find_overlaps(
 
 
 def drop_overlapping(documents: Selected, overlaps: HeldOutOverlaps) -> None:
-    """Take out of the training set what is held out too.
+    """Remove held-out text from the training set.
 
-    A training document of which more than ``MAX_OVERLAP`` is held out goes. A larger one loses only
-    the passages. A held-out document made of formulas measures nothing, and goes itself.
+    A training document goes if more than ``MAX_OVERLAP`` of it is held out; a larger one loses only the
+    shared passages. A held-out document that is mostly boilerplate measures nothing and goes itself.
     """
     held_out = {split: documents.rows(split) for split in HELD_OUT}
     for row, share in overlaps.formulas:
@@ -108,7 +108,7 @@ def drop_overlapping(documents: Selected, overlaps: HeldOutOverlaps) -> None:
 
 
 def _check_loss(documents: Selected, split: str, rows: Ints) -> None:
-    """Fail where a held-out set has lost so much that its figures are those of another set."""
+    """Raise ``BuildError`` if a held-out set lost so much that its figures describe another set."""
     lost = rows[documents.split[rows] == "common_text"]
     share = documents.tokens[lost].sum() / max(1, documents.tokens[rows].sum())
     if share < MOST_LOST:
@@ -141,9 +141,9 @@ def cut_passages(
     tokenizer: CorpusTokenizer,
     processes: int | None,
 ) -> tuple[Stretches, CutOff]:
-    """Cut the passages of held-out documents out of those that stay in training without them.
+    """Cut passages of held-out documents out of training documents that stay.
 
-    Sets their lengths and characters to what is left; returns its place, and what was cut off.
+    Sets lengths and characters to what is left; returns where the rest's ids are, and what was cut off.
     """
     rows = np.array(sorted(documents.quoted), dtype=np.int64)
     held_out = {row: n for n, row in enumerate(documents.held_out.tolist())}
@@ -177,7 +177,7 @@ def cut_passages(
 
 
 def check_splits(documents: Selected, pairs: list[tuple[int, int, float]]) -> None:
-    """Fail where something held out is trained on: a version of the work, or most of its text."""
+    """Raise ``LeakError`` if training has a version of a held-out work, or most of its text."""
     ids, works = documents.about["id"], documents.about["work"]
     train, held_out = documents.rows("train"), documents.rows(*HELD_OUT)
     on_both_sides = pc.is_in(works.take(pa.array(train)), works.take(pa.array(held_out)))

@@ -1,11 +1,10 @@
-"""Documents as they come: JSON, JSONL (.gz, .zst) and Parquet, in a folder or behind a URL.
+"""Reads documents: JSON, JSONL (.gz, .zst) and Parquet, in a folder or at a URL.
 
-A *part* is one file. Parts are read as streams, a record at a time, so that memory depends on
-the longest document and not on the folder, and no record is longer than the recipe allows. What
-cannot be read comes out of the same stream as ``Unreadable`` with file, line and reason, and the
-rest goes on.
+A *part* is one file. Parts are streamed one record at a time, so memory depends on the longest record,
+which the recipe limits, and not on the folder. A record that cannot be read comes out of the same stream
+as ``Unreadable``, with file, line and reason, and reading continues.
 
-Any fsspec URL works where its file system's package is installed (``s3://`` wants s3fs).
+Any fsspec URL works if its file system's package is installed (``s3://`` needs s3fs).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 PACKED = ("", ".gz", ".zst")
-BATCH_CHARACTERS = 1 << 20  # handled in one call
+BATCH_CHARACTERS = 1 << 20  # of the documents handled in one call
 MAX_RECORD_MB: float = Documents.model_fields["max_record_mb"].default
 
 
@@ -60,17 +59,14 @@ class Document:
 
     @property
     def year(self) -> int | None:
-        """The year of ``date``; None where it is missing or no date."""
+        """The year of ``date``; None if it is missing or not a date."""
         found = re.match(r"(\d{4})(?!\d)", self.date or "", re.ASCII)
         return int(found[1]) if found else None
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """A record set aside. ``line`` counts from 1; None is the file itself.
-
-    In Parquet it counts rows, in a JSON list elements.
-    """
+    """A record set aside. ``line`` counts from 1 (Parquet: rows; JSON list: elements); None: the file."""
 
     file: str
     line: int | None
@@ -78,7 +74,7 @@ class Unreadable:
 
 
 def list_parts(documents: Documents) -> list[str]:
-    """Paths (or URLs) of the files to read, sorted; ``DocumentsError`` where there are none."""
+    """Paths (or URLs) of the files to read, sorted; ``DocumentsError`` if there are none."""
     if not documents.path:
         raise DocumentsError(
             "documents.path is empty: give the folder or URL of the documents in the recipe"
@@ -116,7 +112,7 @@ def files_under(path: str, key: str) -> list[str]:
 def located(part: str) -> tuple[Any, str]:
     """A part's file system, and its name there.
 
-    Only what has ``://`` is a URL: in the name of a local file ``::`` is no chain of fsspec's.
+    Only a part with ``://`` is a URL: a ``::`` in a local file's name must not become an fsspec chain.
     """
     if "://" in part:
         system, name = fsspec.url_to_fs(part)
@@ -126,17 +122,17 @@ def located(part: str) -> tuple[Any, str]:
 
 
 def _printable(name: str) -> str:
-    r"""A local file's name; one that is not UTF-8 with its odd bytes as ``\xe9``."""
+    r"""A local file's name, with bytes that are not UTF-8 written as ``\xe9``."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def spelled(part: str) -> str:
-    """A part's name as results are named by it: composed, also where a Mac's disk decomposes it."""
+    """A part's name as it goes into digests: NFC, as macOS may store it decomposed."""
     return unicodedata.normalize("NFC", part)
 
 
 def why_set_aside(part: str) -> str | None:
-    """Why a part is not opened at all; None where it is. ``DocumentsError`` where it is gone."""
+    """Why a part cannot be opened; None if it can. ``DocumentsError`` if it has disappeared."""
     system, name = located(part)
     if system.isfile(name):
         return None
@@ -160,7 +156,7 @@ def _is_local(system: Any) -> bool:
 
 
 def identity(part: str) -> str:
-    """What the part's content is known by: its SHA-256, or what an object store says of it."""
+    """An identity of the part's content: its SHA-256, or the object store's checksum."""
     if reason := why_set_aside(part):
         return f"{part}: {reason}"
     system, name = located(part)
@@ -171,7 +167,7 @@ def identity(part: str) -> str:
 
 
 def size_of(part: str) -> int:
-    """Bytes of a part, as it lies there (packed); 0 where its store does not say."""
+    """Stored (compressed) bytes of a part; 0 if its store does not say."""
     if why_set_aside(part):
         return 0
     system, name = located(part)
@@ -185,11 +181,10 @@ def read_documents(
     max_record_mb: float = MAX_RECORD_MB,
     wanted: Container[int] | None = None,
 ) -> Iterator[Document | Unreadable]:
-    """Every record of a part, in its order. ``OSError`` where the file itself cannot be opened.
+    """Every record of a part, in order. ``OSError`` if the file itself cannot be opened.
 
-    ``progress`` counts the bytes read, as they lie in the file. Records of more than
-    ``max_record_mb`` are set aside. ``wanted``: only the records at these positions, which were
-    read before; their length is not judged again.
+    ``progress`` counts stored bytes. Records of more than ``max_record_mb`` are set aside. ``wanted``
+    limits the result to these positions, without a limit on length: they were accepted before.
     """
     if reason := why_set_aside(part):
         yield Unreadable(part, None, reason)
@@ -220,7 +215,7 @@ def read_documents(
 
 
 def in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in their order, as many together as have ``BATCH_CHARACTERS``."""
+    """Documents in order, in batches of about ``BATCH_CHARACTERS``."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
@@ -233,11 +228,11 @@ def in_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-# Records: an object, ``_BLANK``, ``Unreadable``, or None where it is too long
+# Records: an object, ``_BLANK``, ``Unreadable``, or None for one that is too long
 
 
-_BLANK = object()  # an empty line: it counts as a line and is no record
-_NULL = object()  # what JSON calls null
+_BLANK = object()  # an empty line: counted as a line, not as a record
+_NULL = object()  # JSON's null
 
 
 class WrongFieldError(ValueError):
@@ -344,7 +339,7 @@ def _check_encodable(text: str, path: str) -> None:
 
 
 def value_at(record: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path; None where it is missing. A key may itself hold the dots."""
+    """The value at a dotted path; None if it is missing. A key may itself contain the dots."""
     value: Any = record
     for key in [path] if path in record else path.split("."):
         if value is None:
@@ -394,7 +389,7 @@ def _kind(value: object) -> str:
 
 
 def unreadable_message(unreadable: int, total: int, limit: float, first: Unreadable) -> str:
-    """Why a step that set too many records aside fails."""
+    """The error of a step that set too many records aside."""
     where = f"{first.file}:{first.line}" if first.line else first.file
     return (
         f"{unreadable} of {total} records ({unreadable / total:.1%}) cannot be read, more than "

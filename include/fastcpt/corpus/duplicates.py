@@ -1,9 +1,9 @@
-"""Groups of near-duplicates, from MinHash signatures.
+"""Finds groups of near-duplicates by MinHash LSH.
 
-Documents whose signatures agree in all entries of one of several bands are compared; pairs whose
-whole signatures agree in the threshold's share of entries are near-duplicates, and chains of
-them one group. Bands live on disk and are sorted one at a time, so that ten million documents
-need some hundred megabytes, and the order in which documents come does not matter.
+Documents are compared if their signatures agree in all entries of at least one band. A pair is a
+near-duplicate if the share of equal entries reaches the threshold; connected pairs form a group. Bands
+are on disk and sorted one at a time, so ten million documents need some hundred megabytes, and their
+order does not matter.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fastcpt.corpus.fingerprint import BINS, Hashes
 from fastcpt.corpus.processes import Progress
 
 Rows = npt.NDArray[np.int64]
-RECALL = 0.97  # of pairs exactly at the threshold; more of closer ones
+RECALL = 0.97  # for pairs exactly at the threshold; higher for closer ones
 _ROWS_AT_ONCE = 1 << 16
 
 
 def band_rows(threshold: float) -> int:
-    """Signature entries of a band: as many as still find ``RECALL`` of pairs at the threshold."""
+    """Signature entries per band: the most that still find ``RECALL`` of the pairs at the threshold."""
     for rows in range(16, 1, -1):
         if 1 - (1 - threshold**rows) ** (BINS // rows) >= RECALL:
             return rows
@@ -99,9 +99,9 @@ class SignatureStore:
 
 
 def _candidates(keys: Hashes) -> Hashes:
-    """Pairs of places whose keys are equal, each packed into 64 bits, the lesser place first.
+    """Pairs of indices with equal keys, each packed into 64 bits, the smaller index first.
 
-    Each member of a bucket is paired with the bucket's first and with the one before it.
+    Each member of a bucket is paired with the bucket's first member and with the one before it.
     """
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]

@@ -1,4 +1,4 @@
-"""Why a document has its score, and what became of it."""
+"""Explains a document's score and its outcome."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _one(row: dict[str, Any], selection: SelectionManifest, recipe: Recipe) -> s
         )
     lines += [f"{'score':<16}{row['score']:>26.2f}", ""]
     if same := selection.get("same_for_all"):
-        lines.append(f"the same for all documents, and without a say: {', '.join(same)}")
+        lines.append(f"the same for all documents, so without effect: {', '.join(same)}")
     lines.append(_outcome(row, selection.get("max_document_tokens")))
     return "\n".join(lines)
 
@@ -82,12 +82,12 @@ def _outcome(row: dict[str, Any], cut: int | None) -> str:
 def ends_of_ranking(selection: str, count: int = 5) -> dict[str, list[dict[str, Any]]]:
     """The ``best`` and the ``worst`` documents that were taken, each best first.
 
-    ``selection`` is the ``path`` that ``select`` returned. Empty where nothing was ranked.
+    ``selection`` is the ``path`` that ``select`` returned. Empty if nothing was ranked.
     """
     file, taken = Path(selection) / "documents.parquet", pc.field("split") == "train"
     ranks = pq.read_table(file, columns=["rank"], filters=taken & (pc.field("rank") >= 0))["rank"]
     ordered = np.sort(ranks.to_numpy())
-    worst = ordered[count:][-count:]  # no document stands at both ends
+    worst = ordered[count:][-count:]  # no document is in both lists
     parts = read_json(Path(selection) / "manifest.json")["parts"]
     return {
         "best": _with_titles(file, ordered[:count].tolist(), parts),

@@ -1,4 +1,4 @@
-"""The documents of a selection as files again, for whoever wants text and not tokens."""
+"""Exports the documents of a selection as text files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fastcpt.recipe_sections import Fields
 
 
 def export_documents(selection: str, fields: Fields, folder: Path) -> int:
-    """Write what a selection takes to ``folder``, a ``.jsonl.zst`` a part, and count it.
+    """Write a selection's documents to ``folder``, one ``.jsonl.zst`` per part; returns their number.
 
-    Records have the field names that a recipe expects when it gives no mapping. The reserve
-    beyond an estimated token budget is left out.
+    Records have the recipe's default field names. The reserve beyond an estimated token budget is left
+    out.
     """
     import zstandard
 

@@ -1,18 +1,17 @@
-"""What a text is made of, as arrays: words, pieces, hashed word n-grams, a MinHash signature.
+"""A text as arrays: words, pieces, hashed word n-grams, a MinHash signature.
 
-Everything here works on the text's code points as numpy arrays of some millions, so that a
-document costs a few passes over memory and no Python loop over its words (about 60 MB of text a
-second and core).
+All functions work on code points in numpy arrays, so a document costs a few passes over memory and no
+Python loop over its words (about 60 MB of text per second and core).
 
-*Words* are runs of letters and digits, compared in lower case. *Pieces* are what a byte-pair
-tokenizer's first split yields: runs of letters, groups of up to three digits, runs of signs. A
-text has about 1.1 tokens a piece, and figures and tables few characters a piece.
+*Words* are runs of letters and digits, compared in lower case. *Pieces* come from the first split of a
+byte-pair tokenizer: runs of letters, groups of up to three digits, runs of other characters. A text has
+about 1.1 tokens per piece; figures and tables have few characters per piece.
 
-The signature is one-permutation MinHash (Li, Owen, Zhang 2012) with the empty bins filled by
-rotation (Shrivastava, Li 2014): the share of equal entries estimates the Jaccard similarity of
-two texts' sets of 5-word sequences, with a standard error of at most 1 / (2 sqrt(128)) = 0.044.
-The sketch is every 128th of these sequences, by its hash: what share of the lesser sketch is in
-the greater estimates how much of a text is contained in another (FracMinHash; Irber et al. 2022).
+The signature is one-permutation MinHash (Li, Owen, Zhang 2012), with empty bins filled by rotation
+(Shrivastava, Li 2014). The share of equal entries estimates the Jaccard similarity of two texts' sets of
+word 5-grams, with a standard error of at most 1 / (2 sqrt(128)) = 0.044. The sketch keeps the 5-grams
+whose hash is divisible by 128; the share of the smaller sketch that is in the larger estimates
+containment (FracMinHash; Irber et al. 2022).
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint64]
 
-SHINGLE = 5  # words of a sequence that near-duplicates are compared by
-OVERLAP = 13  # words of a sequence that counts as copied (GPT-3's decontamination used 13)
+SHINGLE = 5  # words of an n-gram for near-duplicates
+OVERLAP = 13  # words of an n-gram that counts as copied (GPT-3's decontamination used 13)
 BINS = 128
 ONE_SKETCHED_IN = 128
-WINDOW = 1 << 22  # characters looked at together; each takes some 60 bytes
+WINDOW = 1 << 22  # characters processed together; each needs about 60 bytes
 _BITS_OF_BIN = 7
 _NOTHING, _LETTER, _DIGIT, _SIGN = 0, 1, 2, 3
 _NEWLINE = 10
@@ -58,7 +57,7 @@ def _mixed(values: Hashes) -> Hashes:
 
 
 def spread(numbers: npt.NDArray[np.int64], seed: int) -> Hashes:
-    """Numbers turned into evenly spread bits: an order drawn from the seed, the same everywhere."""
+    """Hash numbers to uniform bits: a pseudo-random order for the seed, the same on every machine."""
     turned = numbers.astype(np.uint64) + np.uint64(1)
     return _mixed(turned * _GOLDEN + np.uint64(seed * 0xD6E8FEB86659FD93 % (1 << 64)))
 
@@ -83,13 +82,13 @@ def _tables() -> tuple[npt.NDArray[np.uint8], Hashes]:
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:
     order = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
-    # beyond the basic plane there are no words of law; one sign stands for all of it
+    # legal text has no words beyond the basic plane; map it all to one character
     codes = np.frombuffer(text.encode(order), dtype=np.uint32)
     return np.minimum(codes, np.uint32(0xFFFD))
 
 
 def _windows(text: str) -> Iterator[str]:
-    """A text in pieces that no word, and if there are lines no line, goes over."""
+    """Split a text into windows at line ends, or else at spaces, so that no word is split."""
     begin = 0
     while len(text) - begin > WINDOW:
         ends = (text.rfind(sign, begin, begin + WINDOW) + 1 for sign in "\n ")
@@ -100,7 +99,7 @@ def _windows(text: str) -> Iterator[str]:
 
 
 def word_hashes(text: str) -> Hashes:
-    """One hash a word, in the text's order; equal words (in any case) have equal hashes."""
+    """One hash per word, in order; words that differ only in case have equal hashes."""
     kinds, values = _tables()
     codes = map(_code_points, _windows(text))
     return np.concatenate([_word_hashes(values[some], kinds[some]) for some in codes])
@@ -117,7 +116,7 @@ def word_spans(text: str) -> npt.NDArray[np.int64]:
 
 
 def _word_edges(kinds: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
-    """Begin and end of each word, one after another."""
+    """Start and end of each word, alternating."""
     in_word = (kinds == _LETTER) | (kinds == _DIGIT)
     return np.flatnonzero(np.diff(in_word, prepend=False, append=False))
 
@@ -127,7 +126,7 @@ def _word_hashes(values: Hashes, kinds: npt.NDArray[np.uint8]) -> Hashes:
     starts, ends = edges[::2], edges[1::2]
     if not len(starts):
         return np.empty(0, dtype=np.uint64)
-    # the sum of letter * base^place from the text's start, taken back to the word's start
+    # a polynomial hash from prefix sums, shifted back to the word's start
     powers = _powers(len(values))
     sums = np.concatenate([[np.uint64(0)], np.cumsum(values * powers[0, : len(values)])])
     return _mixed((sums[ends] - sums[starts]) * powers[1, starts])
@@ -137,7 +136,7 @@ _BASE = 0xD6E8FEB86659FD93  # odd, so that it has an inverse modulo 2^64
 
 
 class _Powers:
-    """Powers of the base and of its inverse, as long as the longest text so far."""
+    """A cache of powers of the base and its inverse, as long as the longest text so far."""
 
     table: Hashes = np.ones((2, 1), dtype=np.uint64)
 
@@ -154,7 +153,7 @@ def _powers(length: int) -> Hashes:
 
 
 def ngram_hashes(words: Hashes, length: int) -> Hashes:
-    """One hash for each run of ``length`` words; a shorter text is one run."""
+    """One hash per n-gram of ``length`` words; a shorter text is one n-gram."""
     if len(words) < length:
         length = max(1, len(words))
     count = len(words) - length + 1
@@ -168,7 +167,7 @@ def ngram_hashes(words: Hashes, length: int) -> Hashes:
 
 
 def signature_of(ngrams: Hashes) -> npt.NDArray[np.uint16]:
-    """MinHash signature, (128,) uint16, of a set of n-grams; all zeros where it is empty."""
+    """MinHash signature, (128,) uint16, of a set of n-grams; all zeros for an empty set."""
     signature = np.zeros(BINS, dtype=np.uint16)
     if not len(ngrams):
         return signature
@@ -177,10 +176,10 @@ def signature_of(ngrams: Hashes) -> npt.NDArray[np.uint16]:
     firsts = np.searchsorted(ordered, edges)
     ends = np.append(firsts[1:], len(ordered))
     full = firsts < ends
-    # 16 bits from the middle of the least hash: the high bits are small in every least hash
+    # the low 16 bits of the smallest hash: its high bits are always small
     signature[full] = (ordered[firsts[full]] & np.uint64(0xFFFF)).astype(np.uint16)
     if not full.all():
-        # an empty bin takes the next full one's entry, changed by how far it is away
+        # an empty bin takes the entry of the next full one, shifted by the distance
         filled = np.flatnonzero(full)
         empty = np.flatnonzero(~full)
         following = filled[np.searchsorted(filled, empty) % len(filled)]
@@ -191,7 +190,7 @@ def signature_of(ngrams: Hashes) -> npt.NDArray[np.uint16]:
 
 
 def fingerprint(text: str) -> Fingerprint:
-    """All of a text's figures in one pass over its code points."""
+    """All figures of a text in one pass over its code points."""
     class_of, value_of = _tables()
     words: list[Hashes] = []
     pieces = running = 0
@@ -204,7 +203,7 @@ def fingerprint(text: str) -> Fingerprint:
         running += _running_characters(codes, begins)
     hashes = np.concatenate(words)
     ngrams = ngram_hashes(hashes, SHINGLE)
-    # by bits that the signature does not look at
+    # by bits that the signature does not use
     sketched = (ngrams >> np.uint64(32)) % np.uint64(ONE_SKETCHED_IN) == 0
     return Fingerprint(
         signature=signature_of(ngrams),
@@ -216,7 +215,7 @@ def fingerprint(text: str) -> Fingerprint:
 
 
 def pieces_of(text: str) -> int:
-    """Pieces of a text: about its tokens over 1.1."""
+    """Pieces of a text, about its tokens divided by 1.1."""
     return int(np.count_nonzero(_piece_starts(_tables()[0][_code_points(text)])))
 
 
@@ -233,10 +232,10 @@ def _piece_starts(kinds: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
 
 
 def _running_characters(codes: npt.NDArray[np.uint32], begins: npt.NDArray[np.bool_]) -> int:
-    """Characters in lines of at least three characters a piece.
+    """Characters in lines with at least three characters per piece.
 
-    Running text has 4 to 5, a cell of figures about 2. A heading or a numbered point counts as
-    running text however short it is: lines of law are not judged by their length.
+    Running text has 4 to 5, a cell of figures about 2. Length does not count: a short heading or
+    numbered point is running text.
     """
     lines = np.flatnonzero(codes == _NEWLINE)
     starts = np.concatenate([[0], lines + 1])

@@ -1,4 +1,4 @@
-"""The funnel: documents, characters and tokens that each step leaves out, and what is kept."""
+"""The funnel: documents, characters and tokens that each step drops, and what is kept."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def funnel_of_build(
                 {
                     "stage": "build",
                     "reason": reason,
-                    "documents": 0,  # parts, of documents that are counted where they are kept
+                    "documents": 0,  # only parts of documents, which are counted as kept
                     "characters": cut.characters,
                     "tokens": cut.tokens,
                 }
             )
     funnel += [row("kept", split) for split in ("train", *HELD_OUT)]
-    # the whole is the sum of its parts: kept ones counted, the others as they were estimated
+    # the total is the sum of the rows: counted tokens of kept documents, estimates for the others
     everything = next(row for row in funnel if row["stage"] == "read" and not row["reason"])
     everything["tokens"] = sum(row["tokens"] for row in funnel if row["stage"] != "read")
     if len(general.ids.length):

@@ -1,7 +1,7 @@
 """Instructions for supervised fine-tuning: JSONL records -> prompts and responses, split by work.
 
-The held-out ones are for evaluation. All instructions on one act (its versions, translations) are
-on one side of the split. The split depends on the works alone, not on the order of the records.
+The held-out ones are for evaluation. All instructions about one work (versions, translations) are on
+one side of the split, which depends on the works alone, not on the order of the records.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ FORMAT = 1
 def build_instructions(recipe: Recipe, home: Path) -> InstructionsFolder | None:
     """Write ``train.jsonl`` and ``held_out.jsonl`` (``id``, ``prompt``, ``response``).
 
-    Into ``home/instructions/<digest>``, with a ``manifest.json`` that lists the files. None where
-    the recipe has no instructions. ``DocumentsError`` where the file is missing, holds too much that cannot be
-    read, or fewer works than are to be held out.
+    They go into ``home/instructions/<digest>`` with a ``manifest.json`` that lists them. None if the
+    recipe has no instructions. ``DocumentsError`` if the file is missing, has too many unreadable
+    records, or too few works to hold out.
     """
     settings = recipe.sft
     if settings.instructions is None:
@@ -100,7 +100,7 @@ def _read(settings: Sft, documents: Documents) -> tuple[list[dict[str, str]], in
         if isinstance(row, Unreadable):
             unreadable.append(row)
         else:
-            # the same instruction again counts once
+            # duplicates count once
             rows[digest_of(row["prompt"], row["response"])] = row
     if not total:
         raise DocumentsError(f"sft.instructions: '{file}' holds no records")
@@ -139,7 +139,7 @@ def _row(record: Any, settings: Sft) -> dict[str, str]:
 def _split(
     rows: list[dict[str, str]], held_out: int
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Whole works, in an order drawn from their names, until enough instructions are held out."""
+    """Hold out whole works, in the order of their names' digests, until there are enough instructions."""
     works: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         celex = parse_celex(row["id"])
@@ -151,7 +151,7 @@ def _split(
         out += works.pop(work)
     if not works or len(out) < held_out:
         raise DocumentsError(
-            f"sft.held_out: {held_out} instructions cannot be held out of {len(rows)} and any be "
-            "left to train on; give more instructions or hold out fewer"
+            f"sft.held_out: holding out {held_out} of {len(rows)} instructions leaves none "
+            "to train on; give more instructions or hold out fewer"
         )
     return [row for work in sorted(works) for row in works[work]], out

@@ -1,11 +1,11 @@
-"""Overlap of training documents with held-out ones, by the word sequences that they share.
+"""Overlap of training documents with held-out ones, by shared 13-grams of words.
 
-A training document and a held-out one overlap by the share of either's 13-word sequences that
-stand in the other. Formulas and citations make nearly all acts share some: among 140,000 pairs of
-EU acts 0.5 % overlap by more than 0.05, and 9 pairs by more than 0.3, all of them sister acts written
-from one draft. A sequence that stands in many documents is a formula and counts in no overlap.
-Everything is counted exactly, from the texts: ``write_table`` of what is held out, ``matches`` of
-each part, ``write_formulas`` once all parts are counted, then ``overlaps``.
+The overlap of a pair is the share of either document's 13-grams that are in the other. Boilerplate and
+citations make nearly all acts share some: among 140,000 pairs of EU acts 0.5 % overlap by more than
+0.05, and 9 pairs by more than 0.3, all of them sister acts written from one draft. An n-gram that is in
+many documents is a formula (boilerplate) and counts in no overlap. All counts are exact: call
+``write_table`` for the held-out documents, ``matches`` for each part, ``write_formulas`` once all parts
+are counted, then ``overlaps``.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ Floats = npt.NDArray[np.float64]
 Hashes = npt.NDArray[np.uint64]
 
 MAX_OVERLAP = 0.3
-FORMULA_DOCUMENTS = 20  # what stands in more documents, held-out ones among them, is a formula
-MAX_FORMULAS = 0.7  # of a held-out document's sequences: it has too little of its own to measure
-_PLACES = 16  # of the filter, for each held-out sequence: one in 16 others passes it
+FORMULA_DOCUMENTS = 20  # an n-gram in more documents, held-out ones included, is a formula
+MAX_FORMULAS = 0.7  # share of formulas above which a held-out document has too little of its own
+_PLACES = 16  # bits of the filter per held-out n-gram: one in 16 other n-grams passes it
 
 
 class Matches(NamedTuple):
-    """What of some documents stands in held-out ones; sequences by their place in the table.
+    """The n-grams (as indices into the table) that a part's documents share with held-out ones.
 
-    ``seen``: sequences, and in how many of the documents each stands (``documents``). Of documents
-    that may overlap (``position``, ``sequences`` of their own): ``begins[n]:begins[n + 1]`` are
-    document n's ``places``, each found ``times`` in it.
+    ``seen``: the n-grams; ``documents``: in how many of the part's documents each one is. For documents
+    that may overlap: their ``position``, number of n-grams (``sequences``), and, for the n-th of them,
+    the shared n-grams ``places[begins[n]:begins[n + 1]]``, each found ``times`` in it.
     """
 
     seen: Ints
@@ -51,9 +51,9 @@ class Matches(NamedTuple):
 
 
 class Overlaps(NamedTuple):
-    """Pairs that share more than ``MAX_OVERLAP``: a position of the part, a held-out number.
+    """Pairs that share more than ``MAX_OVERLAP``: a position in the part and a held-out number.
 
-    ``of_own``: the share of the part's document; ``of_held_out``: of the held-out one.
+    ``of_own``: the shared part of the training document; ``of_held_out``: of the held-out one.
     """
 
     position: Ints
@@ -63,7 +63,7 @@ class Overlaps(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """Sequence n, in order, stands in ``numbers[begins[n]:begins[n + 1]]`` held-out documents."""
+    """The n-th n-gram, in sorted order, is in the held-out documents ``numbers[begins[n]:begins[n + 1]]``."""
 
     hashes: Hashes
     begins: Ints
@@ -73,15 +73,15 @@ class _Table(NamedTuple):
 
     @classmethod
     def at(cls, folder: Path) -> _Table:
-        # mapped: the processes of a machine share one copy in memory
+        # memory-mapped: all processes share one copy
         return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in cls._fields))
 
     def places_of(self, sequences: Hashes) -> Ints:
-        """Places of those of the sequences that are held out, in their order; -1 for others."""
+        """Each n-gram's index in the table, in order; -1 if it is not held out."""
         found = np.full(len(sequences), -1, dtype=np.int64)
         bits = len(self.filter).bit_length() + 2
         leading = _leading(sequences, bits)
-        # nearly all end here
+        # the filter removes nearly all
         likely = np.flatnonzero((self.filter[leading >> 3] >> (leading & 7)) & 1 == 1)
         if len(self.hashes):
             places = np.searchsorted(self.hashes, sequences[likely])
@@ -91,13 +91,13 @@ class _Table(NamedTuple):
         return found
 
     def held_out_of(self, places: Ints) -> tuple[npt.NDArray[np.int32], Ints]:
-        """The held-out documents that sequences stand in, and how many each stands in."""
+        """The held-out documents that contain the n-grams, and how many contain each one."""
         spans = self.begins[places + 1] - self.begins[places]
         first = np.repeat(self.begins[places] - (np.cumsum(spans) - spans), spans)
         return self.numbers[first + np.arange(int(spans.sum()))], spans
 
     def shares(self, places: Ints, times: Ints, sequences: int) -> tuple[Floats, Floats]:
-        """What share of a document, and of each held-out one, some common sequences are."""
+        """The share of a document, and of each held-out one, that these common n-grams make."""
         numbers, spans = self.held_out_of(places)
         count = len(self.sizes)
         own = np.bincount(numbers, weights=np.repeat(times, spans), minlength=count)
@@ -106,7 +106,7 @@ class _Table(NamedTuple):
 
 
 def held_out_sequences(part: str, fields: Fields, positions: Ints) -> tuple[Ints, list[Hashes]]:
-    """Positions and hashed word sequences of a part's held-out documents."""
+    """Positions and hashed n-grams of a part's held-out documents."""
     found: list[int] = []
     sequences = []
     for document in read_documents(part, fields, wanted=set(positions.tolist())):
@@ -123,13 +123,13 @@ def _sequences(text: str) -> Hashes:
 
 
 def write_table(folder: Path, sequences: list[Hashes]) -> None:
-    """All held-out documents' sequences, sorted, with the numbers of the documents each is of."""
+    """Write the sorted n-grams of all held-out documents, with the numbers of their documents."""
     sizes = np.array([len(item) for item in sequences], dtype=np.int64)
     every = np.concatenate([*sequences, np.empty(0, dtype=np.uint64)])
     numbers = np.repeat(np.arange(len(sequences), dtype=np.int32), sizes)
     order = np.lexsort((numbers, every))
     hashes, counts = np.unique(every, return_counts=True)
-    # bit n of the filter is set where some sequence's leading bits are n
+    # bit n of the filter is set if some n-gram's leading bits are n
     bits = max(16, (len(every) * _PLACES).bit_length())
     places = _leading(hashes, bits)
     maybe = np.zeros((1 << bits) // 8, dtype=np.uint8)
@@ -147,7 +147,7 @@ def _write(path: Path, column: npt.NDArray[Any]) -> None:
 
 
 def matches(part: str, fields: Fields, positions: Ints, folder: Path) -> Matches:
-    """What a part's documents (by position) have in common with held-out ones."""
+    """The n-grams that a part's documents (by position) share with held-out ones."""
     table = _Table.at(folder)
     wanted = set(positions.tolist())
     progress = Progress(f"overlaps of {part.rsplit('/', 1)[-1]}", "documents", len(wanted))
@@ -159,7 +159,7 @@ def matches(part: str, fields: Fields, positions: Ints, folder: Path) -> Matches
             places = table.places_of(own)
             places, times = np.unique(places[places >= 0], return_counts=True)
             seen.append(places)
-            # without the formulas it can only be less
+            # an upper bound: formulas are removed later
             shares = table.shares(places, times, len(own))
             if max(float(share.max(initial=0.0)) for share in shares) > MAX_OVERLAP:
                 likely.append((document.position, len(own), places, times))
@@ -178,7 +178,7 @@ def matches(part: str, fields: Fields, positions: Ints, folder: Path) -> Matches
 
 
 def write_formulas(folder: Path, found: Sequence[Matches]) -> Floats:
-    """Mark what stands in many documents; the share of each held-out document that is formulas."""
+    """Mark n-grams in many documents as formulas; the share of formulas of each held-out document."""
     table = _Table.at(folder)
     documents = np.diff(table.begins)
     for item in found:
@@ -190,7 +190,7 @@ def write_formulas(folder: Path, found: Sequence[Matches]) -> Floats:
 
 
 def overlaps(found: Matches, folder: Path) -> Overlaps:
-    """Which documents overlap with held-out ones, by all that is no formula."""
+    """The documents that overlap with held-out ones, formulas not counted."""
     table = _Table.at(folder)
     formula = np.load(folder / "formula.npy", mmap_mode="r")
     pairs: list[tuple[int, int, float, float]] = []
@@ -214,10 +214,10 @@ def overlaps(found: Matches, folder: Path) -> Overlaps:
 
 
 def stretches_without(text: str, held_out: Sequence[int], folder: Path) -> list[str]:
-    """What of a text is left without the passages that some held-out documents have too.
+    """What is left of a text after removing passages that are in the given held-out documents.
 
-    A passage is a run of sequences that stand in one of them, formulas among them only where they
-    join others. Between two passages at least a sequence's words are left, or nothing is.
+    A passage is a run of shared n-grams; formulas count only between them. What is left between two
+    passages is dropped if it is shorter than an n-gram.
     """
     table = _Table.at(folder)
     formula = np.load(folder / "formula.npy", mmap_mode="r")

@@ -1,6 +1,6 @@
-"""What has come to a folder of documents since a run took it, told by names, sizes and times alone.
+"""Finds what was added to a documents folder since a run, by names, sizes and times.
 
-Nothing is read, so that looking costs seconds, however large the folder.
+No file is read, so it takes seconds however large the folder is.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from pathlib import Path
 
 from fastcpt.corpus.documents import located, why_set_aside
 
-# Bytes of text in a byte of file, about.
+# About how many bytes of text a byte of file holds.
 PACKED = {".gz": 4, ".zst": 6, ".parquet": 4}
-# What file systems call the change of a file: its time here, a tag or a time in an object store.
+# The keys that file systems use for a file's last change: a time, or an object store's tag.
 CHANGED = ("mtime", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "updated")
 
-# Of each part its bytes and what tells that it was changed; JSON keeps it.
+# For each part its bytes and its last change; stored as JSON.
 State = Mapping[str, tuple[int, str]]
 
 
 def state_of(parts: Iterable[str]) -> State:
-    """The documents as they are now; what is no file counts as empty."""
+    """The current state of the parts; a part that is not a file counts as empty."""
     state: dict[str, tuple[int, str]] = {}
     for part in parts:
         if why_set_aside(part):
@@ -34,14 +34,14 @@ def state_of(parts: Iterable[str]) -> State:
 
 
 def text_bytes(state: State) -> int:
-    """Bytes of text, about: for a plan before any document is read."""
+    """An estimate of the bytes of text, for a plan before any document is read."""
     return sum(size * PACKED.get(Path(part).suffix, 1) for part, (size, _) in state.items())
 
 
 def arrived(before: State, now: State) -> State:
-    """The parts that are new or changed, with the bytes that are new.
+    """The parts that are new or changed, with their new bytes.
 
-    Of a file that grew those it grew by: it was appended to. One that was changed otherwise is new.
+    A file that grew was appended to: only the growth is new. Any other changed file is all new.
     """
     found: dict[str, tuple[int, str]] = {}
     for part, (size, changed) in now.items():

@@ -1,9 +1,8 @@
-"""Documents of any length -> sequences of at most one length, nothing lost and hardly a gap.
+"""Packs documents of any length into sequences of a fixed size, without loss and with little padding.
 
-A document longer than a sequence is cut: whole sequences first, then the rest. The rests are
-packed best-fit, the longest first: each goes where the least room stays. Where too much room is
-still left over (many rests a little longer than half a sequence), the emptiest sequences are
-cut to fill the gaps of the others.
+A document longer than a sequence is cut into whole sequences and a rest. The rests are packed by
+best-fit decreasing. If too much padding is left (many rests a little longer than half a sequence), the
+emptiest sequences are cut up to fill the gaps of the others.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from fastcpt.best_fit import best_fit
 Ints = npt.NDArray[np.int64]
 
 MAX_PADDING = 0.004
-LEAST_CUT = 32  # tokens: no shorter segment is made only to fill a gap
+LEAST_CUT = 32  # tokens: a gap is not filled with a shorter segment
 
 
 class Packed(NamedTuple):
-    """Segments by row: segment n is ``length[n]`` tokens of ``document[n]`` from ``begin[n]`` on."""
+    """Segment n is ``length[n]`` tokens of ``document[n]`` from ``begin[n]`` on, placed in ``row[n]``."""
 
     row: Ints
     document: Ints
@@ -34,8 +33,8 @@ class Packed(NamedTuple):
 def pack(lengths: Ints, size: int) -> Packed:
     """Pack documents of the given lengths into rows of at most ``size`` tokens.
 
-    Every token of every document is in exactly one segment. Padding, ``1 - tokens / (rows * size)``,
-    stays under 0.5 % where there are more than a few hundred rows.
+    Every token is in exactly one segment. With more than a few hundred rows the padding,
+    ``1 - tokens / (rows * size)``, stays under 0.5 %.
     """
     whole = lengths // size
     rests = lengths % size
@@ -66,7 +65,7 @@ Segment = tuple[int, int, int]
 
 
 def _rows_of_rests(rests: Ints, size: int) -> list[list[Segment]]:
-    """Whole rests packed best-fit; the row that begins with the longest comes first."""
+    """The rests packed best-fit, uncut; rows are ordered by their longest rest."""
     document = np.flatnonzero(rests).tolist()
     length = rests[document].tolist()
     rows = best_fit(length, size)
@@ -77,9 +76,9 @@ def _rows_of_rests(rests: Ints, size: int) -> list[list[Segment]]:
 def _without_gaps(
     bins: list[list[Segment]], total: int, other_rows: int, size: int
 ) -> list[list[Segment]]:
-    """Where all rows together have too much padding, cut the emptiest into gaps of the others.
+    """If there is too much padding, cut up the emptiest rows to fill the gaps of the others.
 
-    ``total`` is the rests' tokens, ``other_rows`` the rows that are full already.
+    ``total`` is the rests' tokens, ``other_rows`` the number of full rows.
     """
     rows = int((total + other_rows * size) / ((1 - MAX_PADDING) * size)) - other_rows
     if len(bins) <= max(rows, 1):
@@ -87,7 +86,7 @@ def _without_gaps(
     fills = [sum(length for _, _, length in items) for items in bins]
     by_fill = sorted(range(len(bins)), key=lambda n: (-fills[n], n))
     kept = [bins[n] for n in by_fill[:rows]]
-    # the fullest have the narrowest gaps: fill from the widest on
+    # pop() takes the widest gap first
     gaps = [(row, size - fills[n]) for row, n in enumerate(by_fill[:rows])]
     gaps = [(row, gap) for row, gap in gaps if gap >= LEAST_CUT]
     for document, begin, length in (segment for n in by_fill[rows:] for segment in bins[n]):

@@ -1,8 +1,8 @@
-"""Rows of a Parquet file as records, a few in memory at a time.
+"""Reads the rows of a Parquet file as records, a few at a time.
 
-A column that is compressed, or stored once and named many times, can be far larger than its file:
-as many rows are taken at once as surely fit. One page is the least that can be read; the format
-allows it 2 GiB. A value that Python has no type for costs its field, not its row or its file.
+A compressed or dictionary-encoded column can be far larger than its file, so only as many rows are read
+at once as are sure to fit. One page is the minimum; the format allows 2 GiB. A value without a Python
+type makes only its field unreadable, not its row or its file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 from fastcpt.corpus.streams import CHUNK, Most
 
 MOST_ROWS = 64  # at once; some acts have 3 M characters
-AT_ONCE = 64_000_000  # bytes of rows at once, where a row is not more
+AT_ONCE = 64_000_000  # bytes of rows at once; a larger row is read alone
 
 
 class DamagedParquetError(Exception):
-    """The file cannot be read, or not further."""
+    """The file cannot be read, or not to its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Unconvertible:
 def read_rows(
     stream: Any, top: Container[str], most: Most
 ) -> Iterator[tuple[dict[str, Any] | None, float]]:
-    """Each row's columns of ``top`` (or with a dot in the name), and its share of the file.
+    """Each row's columns of ``top`` (or with a dot in the name), and the row's share of the file.
 
-    None in place of a row of more bytes than ``most`` allows.
+    A row with more bytes than ``most`` allows is None.
     """
     try:
         file = pq.ParquetFile(stream, buffer_size=CHUNK)
@@ -52,14 +52,14 @@ def read_rows(
                     yield row, 1 / file.metadata.num_rows
                 number += batch.num_rows
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
-        # what the package says of content has no number of an error of the system
+        # pyarrow's errors about the content are OSErrors without an errno
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise DamagedParquetError((str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 def _rows_at_once(group: pq.RowGroupMetaData) -> int:
-    # a row has no value that its column chunk does not have, but each row may have the same
+    # a row is at most as large as its column chunks, but dictionary encoding may repeat a value in each row
     sizes: list[int] = [group.column(n).total_uncompressed_size for n in range(group.num_columns)]
     return max(1, min(MOST_ROWS, AT_ONCE // max(1, *sizes)))
 
@@ -90,7 +90,7 @@ def _converted(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = batch.to_pylist()
     except _NOT_CONVERTED:
-        # one bad value must not take its neighbours along
+        # convert one by one: a bad value must not make its neighbours unreadable
         return [
             {name: _value(batch.column(name)[n]) for name in batch.schema.names}
             for n in range(batch.num_rows)

@@ -1,9 +1,8 @@
-"""Acts without the passages that a held-out document has too.
+"""Removes from training documents the passages that a held-out document also has.
 
-An amending act can quote as much of a large act as makes most of its own text. If it is held out,
-the passages leave training and not the large act: what stands before, between and after them is
-tokenized again, each stretch a segment of its own: text that did not
-stand together is not joined.
+An amending act may consist mostly of quotations from a large act. If it is held out, only those
+passages leave training, not the large act. The text before, between and after them is tokenized again,
+each stretch as its own segment, so that text is never joined across a gap.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass
 class Stretches:
-    """What is left of some documents, by their row: the ids' places in ``file``."""
+    """The stretches left of some documents: by row, where their ids are in ``file``."""
 
     file: Path
     offset: dict[int, Ints]
@@ -63,8 +62,8 @@ def ids_without(
 ) -> list[tuple[int, int, list[npt.NDArray[np.int32]]]]:
     """What is left of a part's documents: position, characters, the ids of each stretch.
 
-    ``quoted``: by position, the held-out documents (numbers in ``leakage``'s table) that have
-    passages of it. The first stretch begins as a document does, the last ends as one.
+    ``quoted``: by position, the held-out documents (numbers in ``leakage``'s table) that share passages.
+    The first stretch gets the BOS token, the last the end token.
     """
     encode = tokenizer.encoder()
     found = []

@@ -1,8 +1,8 @@
-"""The same function over many items, in one process a core.
+"""Maps a function over many items, in one process per core.
 
-Worker processes are started as commands of their own, not forked: a task of Airflow may not have
-children of multiprocessing's kind, and a fork of a process that has threads may hang. Calls and
-results go over pipes. A worker whose parent is gone reads the end of its input and ends.
+Workers are separate commands, not forks: Airflow's tasks are daemons and may not use multiprocessing,
+and forking a process with threads may hang. Calls and results go through pipes. When the parent is gone,
+a worker reads the end of its input and exits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
-LARGE = 8 << 20  # bytes or characters: less is not worth several processes
+LARGE = 8 << 20  # bytes or characters: less than this is not worth several processes
 
 
 class WorkerDiedError(OSError):
@@ -42,8 +42,8 @@ def in_processes(
 ) -> Iterator[tuple[int, Any]]:
     """``(index of the call, result)`` as calls end; the first error of a call is raised here.
 
-    ``function`` is one of a module's own, arguments and results can be pickled. Calls are taken
-    from the iterable as workers become free. One call, or one process, stays in this process.
+    ``function`` is defined at module level; arguments and results can be pickled. Calls are taken from
+    the iterable as workers become free. A single call, or ``processes`` of 1, runs in this process.
     """
     processes = processes or cores()
     if isinstance(calls, Sequence):
@@ -74,7 +74,7 @@ def in_processes(
     finally:
         waiting.ended = True
         for worker in workers:
-            # all results are here, or none is wanted any more
+            # all results are here, or the caller wants no more
             worker.kill()
         for thread in threads:
             thread.join()
@@ -103,10 +103,10 @@ def over_parts(
     sizes: Sequence[float],
     processes: int | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """``in_processes`` over files of very different sizes; ``function`` takes processes at last.
+    """``in_processes`` over files of very different sizes; ``function``'s last argument is processes.
 
-    A file that is more than one process's share gets all of them, the others one each; little
-    altogether stays in this process.
+    A file larger than one process's share gets all processes, the others get one each. If all files
+    together are small, they stay in this process.
     """
     processes = 1 if sum(sizes) < LARGE else processes or cores()
     share = max(LARGE, sum(sizes) / processes)
@@ -122,7 +122,7 @@ _NO_MORE = -1
 
 
 class _Waiting:
-    """Calls that no worker has taken yet, for several threads."""
+    """A thread-safe queue of calls that no worker has taken yet."""
 
     def __init__(self, calls: Iterable[tuple[Any, ...]]):
         self.calls = enumerate(calls)
@@ -142,7 +142,7 @@ def _start() -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
-        # one process a core: threads inside them would only wait for one another
+        # one process per core: more threads would only compete
         "RAYON_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
@@ -176,15 +176,15 @@ def _feed(
             error = WorkerDiedError(
                 f"a worker process ended during {function.__name__}; out of memory?"
             )
-        except Exception as failure:  # of what makes the calls
+        except Exception as failure:  # raised by the iterable of calls
             error = failure
         done.put((index, result, error))
 
 
 def _serve() -> None:
-    """The worker's side."""
+    """The worker's loop."""
     calls, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the results
+    os.dup2(2, 1)  # a library's prints must not mix with the results
     while True:
         try:
             module, name, arguments = pickle.load(calls)

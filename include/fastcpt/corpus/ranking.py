@@ -1,6 +1,6 @@
-"""The order of the documents: the score's components that depend on the whole corpus, then the sum.
+"""Ranks the documents: adds the score's components that depend on the whole corpus, then sorts.
 
-Equal scores: the newer document first, then the lesser hash of the id.
+Ties: the newer document first, then the smaller hash of the id.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def rank_by_score(corpus: ScoreColumns, tables: Sequence[ScoresFolder], recipe: 
     if recipe.score.method == "legal":
         weights = recipe.score.weights
         age = np.maximum(0, corpus.newest_year - corpus.year)
-        # no date, no judgement: the middle
+        # documents without a date get the middle value
         recency = np.where(corpus.year > 0, 0.5 ** (age / HALF_LIFE_YEARS), 0.5)
         corpus.recency = recency.astype(np.float32)
         corpus.citations = _citations(tables, corpus).astype(np.float32)
@@ -49,10 +49,10 @@ def rank_by_score(corpus: ScoreColumns, tables: Sequence[ScoresFolder], recipe: 
 def _citations(tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> Floats:
     """The citations component, 0..1: citations received from documents of the act's own topics.
 
-    A citation counts by the share of the citing document's subject matters that the cited act
-    has too, so that an act that everyone cites for its procedure gains little; the sum is set
-    against what the most cited twentieth of the act's topics receives. Duplicates cite nothing.
-    Sums are of integers: their order does not matter.
+    A citation counts by the share of the citing document's subject matters that the cited act also has,
+    so an act that everyone cites for its procedure gains little. The sum is compared with the 95th
+    percentile of the act's topics. Duplicates' citations do not count. Sums are of integers, so their
+    order does not matter.
     """
     works, work_of_row = np.unique(corpus.work, return_inverse=True)
     topics = _topics(tables)
@@ -73,7 +73,7 @@ def _citations(tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> Floats:
             place, of_citing = place[counted], topics[citing[counted]]
             shared = np.bitwise_count(of_citing & topics_of_work[place]).astype(np.int64)
             own = np.bitwise_count(of_citing).astype(np.int64)
-            # where the citing document names no topic, a quarter
+            # a quarter if the citing document names no topic
             value = np.where(own > 0, 1024 * shared // np.maximum(own, 1), 256)
             np.add.at(received, place, value)
             progress.add(batch.num_rows)
@@ -81,7 +81,7 @@ def _citations(tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> Floats:
 
 
 def _against_topic(received: Ints, topics: npt.NDArray[np.uint64]) -> Floats:
-    """log(1 + received) over that of the 95th percentile of the cited works of its topics."""
+    """log(1 + received), divided by that of the 95th percentile of the cited works of its topics."""
     citations = received / 1024
     cited = citations > 0
     if not cited.any():
@@ -100,7 +100,7 @@ def _against_topic(received: Ints, topics: npt.NDArray[np.uint64]) -> Floats:
 
 
 def _topics(tables: Sequence[ScoresFolder]) -> npt.NDArray[np.uint64]:
-    """Each document's subject matters as bits; the corpus's 64 most frequent ones have one."""
+    """Each document's subject matters as a bit set of the corpus's 64 most frequent ones."""
     seen: Counter[str] = Counter()
     for table in tables:
         for batch in batches_of(table, ["subjects"]):

@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 Ints = npt.NDArray[np.int64]
 
 GENERAL = "validation_general"  # of the replay's documents, where there is replay
-ONE_GENERAL_IN = 16  # by the hash of its id, is held out whatever the recipe
+ONE_GENERAL_IN = 16  # one document in 16, by the hash of its id, is never trained on
 MOST_GENERAL = 2_000_000  # characters held out, about 450,000 tokens
-MOST_CHARACTERS_A_TOKEN = 8  # above running text's, so that enough documents are tokenized
+MOST_CHARACTERS_A_TOKEN = 8  # more than running text has, so that enough documents are tokenized
 
 
 def replay_parts(recipe: Recipe) -> list[tuple[str, str]]:
-    """Files of the general documents with their identities, in an order drawn from them."""
+    """Files of the general documents with their identities, in the order of the identities' digests."""
     if recipe.documents.replay is None:
         return []
     parts = files_under(recipe.documents.replay.path, "documents.replay.path")
@@ -50,13 +50,13 @@ class GeneralHeldOut:
     """General documents that are held out, to measure what the model forgets."""
 
     parts: list[tuple[str, str, Ints]]  # path, content identity, positions
-    about: pa.Table  # a row a document: id, bytes, year, doc_type, areas
+    about: pa.Table  # a row per document: id, bytes, year, doc_type, areas
 
     @classmethod
     def drawn(
         cls, parts: Sequence[tuple[str, str]], documents: Selected, max_record_mb: float
     ) -> GeneralHeldOut:
-        """The first that the hash of their id holds out, as much text as ``validation`` has."""
+        """The first documents that their id's hash holds out, as much text as ``validation`` has."""
         left = min(MOST_GENERAL, int(documents.characters[documents.rows("validation")].sum()))
         found: list[tuple[str, str, Ints]] = []
         about: list[dict[str, Any]] = []
@@ -79,7 +79,7 @@ class GeneralHeldOut:
         return cls(found, pa.Table.from_pylist(about, schema=schema))
 
     def drop(self, numbers: Sequence[int]) -> None:
-        """Leave some documents out after all."""
+        """Remove some documents again."""
         kept = np.setdiff1d(np.arange(len(self.about)), numbers)
         self.about = self.about.take(pa.array(kept))
         begins = np.cumsum([0, *(len(positions) for _, _, positions in self.parts)])
@@ -108,7 +108,7 @@ class Replayed(NamedTuple):
     characters: int
 
     def facts(self, all_tokens: int) -> ReplayFacts:
-        """What the manifest says of them; ``all_tokens`` are the corpus's."""
+        """Facts for the manifest; ``all_tokens`` is the corpus's number of tokens."""
         tokens = int(self.ids.length.sum())
         return {
             "documents": len(self.ids.length),
@@ -126,9 +126,9 @@ def choose_replay(
     home: Path,
     processes: int | None,
 ) -> Replayed:
-    """General documents of the recipe's share of all training tokens, from as few files.
+    """Choose general documents for the recipe's share of training tokens, from as few files as possible.
 
-    Those that overlap with a held-out document, legal or general, are left out.
+    Documents that overlap with a held-out one, legal or general, are left out.
     """
     chosen = TokenIds([], *np.empty((3, 0), dtype=np.int64))
     characters = 0
@@ -162,10 +162,7 @@ def choose_replay(
 
 
 def _first_lengths(part: str, settings: Documents, characters: int) -> dict[int, int]:
-    """A part's first documents that may be trained on, as many as have so many characters.
-
-    Their positions, each with its own characters.
-    """
+    """Positions and characters of a part's first trainable documents, until ``characters`` is reached."""
     lengths: dict[int, int] = {}
     for document in read_documents(part, settings.fields, max_record_mb=settings.max_record_mb):
         if isinstance(document, Document) and not _is_held_out(document):
