@@ -1,9 +1,9 @@
-"""A synthetic legal corpus: real in form, invented in content, the same for the same seed.
+"""A synthetic legal corpus: realistic in form, invented in content, reproducible by its seed.
 
-It lets the whole pipeline run where no documents are at hand, and gives every step something to
-do. The acts read like those of an official journal (recitals, definitions, articles, annexes of
-figures) and cite one another. Some carry no date, some are short, some are consolidated versions,
-near-duplicates or exact duplicates of others, and a few records cannot be read at all.
+The whole pipeline can run on it, and every step has something to do. The acts read like those of an
+official journal (recitals, definitions, articles, annexes of figures) and cite one another. Some have no
+date, some are short, some are consolidated versions, near-duplicates or exact duplicates of others, and a
+few records cannot be read.
 
 An act is a list of lines drawn from a small grammar (``sample_grammar``).
 """
@@ -38,7 +38,7 @@ from fastcpt.files import whole_file
 Record = dict[str, Any]
 
 
-OF_SAMPLE = ("sample", "smollm2")  # the recipes that are for it
+OF_SAMPLE = ("sample", "smollm2")  # the recipes that train on it
 SAMPLE_DOCUMENTS = 400
 TYPE_LETTERS = {"regulation": "R", "directive": "L", "decision": "D"}
 KINDS = ("regulation", "regulation", "regulation", "directive", "directive", "decision")
@@ -47,7 +47,7 @@ FIRST_DAY, LAST_DAY = date(1990, 1, 8), date(2026, 6, 30)
 
 @dataclass(frozen=True)
 class Act:
-    """One act, or one version of it: its lines of text and what its record says of it."""
+    """One act, or one version of it: its lines of text and its metadata."""
 
     celex: str
     kind: str
@@ -59,7 +59,7 @@ class Act:
     head: tuple[str, ...]
     lines: tuple[str, ...]
     duty: str
-    framework: str | None  # the act of its area it builds on, as cited
+    framework: str | None  # the act of its area that it builds on, as cited
     eurovoc: tuple[str, ...]
 
     @property
@@ -67,7 +67,7 @@ class Act:
         return "\n".join((*self.head, *self.lines))
 
     def record(self, rng: random.Random) -> Record:
-        """The act as a parsed document; about a tenth of the records carry no date."""
+        """The act as a parsed document; about a tenth of the records have no date."""
         metadata: Record = {
             "celex": self.celex,
             "doc_type": self.kind,
@@ -99,7 +99,7 @@ class Act:
 
 
 class _Slots(dict[str, str]):
-    """The facts of an act; what is not among them is drawn anew at each use."""
+    """The facts of an act; any other slot is drawn anew at each use."""
 
     def __init__(self, facts: Mapping[str, str], earlier: Sequence[str], rng: random.Random):
         super().__init__(facts)
@@ -116,7 +116,7 @@ class _Slots(dict[str, str]):
 
 
 def sample_overrides(recipe: str, overrides: Mapping[str, Any], home: Path) -> dict[str, Any]:
-    """The overrides, and where a recipe of the sample names no documents the sample's own, made in ``home``."""
+    """Add the sample's paths to the overrides if a sample recipe names no documents; generates it in ``home``."""
     if recipe not in OF_SAMPLE or overrides.get("documents.path"):
         return dict(overrides)
     folder = home / "sample"
@@ -130,9 +130,9 @@ def sample_overrides(recipe: str, overrides: Mapping[str, Any], home: Path) -> d
 def generate_sample(folder: Path, documents: int = 400, seed: int = 0) -> None:
     """Write ``folder/parsed/`` (documents) and ``folder/instructions.jsonl`` (for fine-tuning).
 
-    ``documents`` readable records, all kinds of versions and duplicates counted, and on top one
-    that cannot be read for every 80 of them (at least one, at most five). About 5,000 characters
-    a record. The files are the same, byte for byte, for the same arguments.
+    ``documents`` readable records, versions and duplicates included, plus one unreadable record for every
+    80 of them (at least one, at most five). A record has about 5,000 characters. The same arguments give
+    the same files, byte for byte.
     """
     if documents < 20:
         raise ValueError(f"a sample needs at least 20 documents, not {documents}")
@@ -157,7 +157,7 @@ def generate_sample(folder: Path, documents: int = 400, seed: int = 0) -> None:
 def _works(count: int, rng: random.Random) -> list[Act]:
     """Different acts in order of their dates; each cites only earlier ones of its area."""
     span = (LAST_DAY - FIRST_DAY).days
-    # The square root makes recent years more frequent, as in life.
+    # the square root makes recent years more frequent, as in reality
     days = sorted(FIRST_DAY + timedelta(round(span * rng.random() ** 0.5)) for _ in range(count))
     matters = [
         (area, origin, adjective, thing)
@@ -172,7 +172,7 @@ def _works(count: int, rng: random.Random) -> list[Act]:
     for serial, day, matter in zip(serials, days, rng.sample(matters, count), strict=True):
         cited = earlier[matter[0]]
         act = _write_act(serial, day, matter, cited, rng)
-        # Earlier acts of an area stay the more cited: one in three becomes citable.
+        # only one act in three becomes citable, so an area's early acts are cited most
         if len(cited) < 2 or rng.random() < 0.33:
             cited.append(act.number)
         acts.append(act)
@@ -258,7 +258,7 @@ def _body(
     topics = list(ARTICLES)
     for topic in [topics[0], *_some(topics[1:], 2 * size, rng)]:
         templates = ARTICLES[topic]
-        # The first paragraph is always there: a summary may speak of it.
+        # always keep the first paragraph: a summary may refer to it
         chosen = [templates[0], *_some(templates[1:], len(templates) if size > 1 else 1, rng)]
         paragraphs = [f"{n}. {slots.fill(item)}" for n, item in enumerate(chosen, 1)]
         articles.append((slots.fill(topic), paragraphs))
@@ -279,7 +279,7 @@ def _some(items: Sequence[str], count: int, rng: random.Random) -> list[str]:
 
 
 def _annex(rows: int, slots: _Slots, rng: random.Random) -> list[str]:
-    """A table of figures, as annexes have; it costs more tokens a character than running text."""
+    """A table of figures, as in an annex; it has more tokens per character than running text."""
     table = [
         f"{row} | 0.{rng.randint(1, 9)} | {10 * rng.randint(1, 9)} | {slots['share']}"
         for row in range(1, rows + 1)
@@ -359,7 +359,7 @@ def _long(day: date) -> str:
 
 
 def _write_parts(parsed: Path, records: Sequence[Record], unreadable: int) -> None:
-    """The records over files of every format, with ``unreadable`` broken ones among them."""
+    """Write the records to files of every format, with ``unreadable`` broken ones among them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import zstandard

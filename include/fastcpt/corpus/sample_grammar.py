@@ -1,10 +1,9 @@
 """The words of the sample corpus: fields of law, and the sentences that acts are made of.
 
-An act is a list of lines drawn from a small grammar. Three things are traded against each other:
+The grammar is a compromise:
 
-* A tiny model must learn the grammar within a minute, so sentences are few and slots have few
-  fillers. Perplexity of a trained model is single-digit, that of an untrained one the
-  vocabulary's size.
+* A tiny model must learn it within a minute, so there are few sentences and few fillers per slot. A
+  trained model's perplexity has one digit, an untrained one's is the vocabulary's size.
 * Different acts must not look like duplicates, so nearly every sentence names what the act is
   about, and no two acts are about the same thing.
 * A summary must follow from the act and, as far as it can, from its title. So duties belong to
@@ -101,7 +100,7 @@ DUTIES = {
     "reporting": "report on {term} once a year",
 }
 
-# Each draw of such a slot is new, unlike the facts of an act.
+# Drawn anew at each use, unlike the facts of an act.
 VARIED: Mapping[str, Sequence[str]] = {
     "days": ("10 days", "14 days", "30 days", "60 days"),
     "months": ("three months", "six months", "12 months", "18 months"),

@@ -1,11 +1,11 @@
-"""Scores of documents: every component a column, kept apart from the documents.
+"""Scores documents: one column per component, in tables apart from the documents.
 
-``score_part`` reads one part and writes one table. A component of the ``legal`` score lies in
-0..1 and becomes points by its weight in the recipe, at selection: new weights score nothing
-again. Two components depend on the whole corpus (recency against its newest year, citations
-received) and are worked out at selection from this table's columns. docs/corpus.md defines all.
+``score_part`` reads one part and writes one table. A component of the ``legal`` score is in 0..1. The
+selection multiplies it by its weight in the recipe, so new weights need no new scoring. Two components
+depend on the whole corpus (recency relative to its newest year, citations received); the selection
+computes them from this table. docs/corpus.md defines all.
 
-The ``published`` score adds up the points of the published guide, exactly.
+The ``published`` score is the sum of the published guide's points.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from fastcpt.recipe_sections import Score, law_sets
 
 log = logging.getLogger(__name__)
 
-# Raised when a column's meaning changes: old tables are then scored again.
+# Increased when a column's meaning changes, so that old tables are scored again.
 FORMAT = 3
 ROW_GROUP = 4096
-SHOWN_UNREADABLE = 1000  # of a part, in its file; all are counted
+SHOWN_UNREADABLE = 1000  # unreadable records listed per part; all are counted
 EXCERPT = 2000  # characters
 
 LEGAL_COMPONENTS = (
@@ -64,14 +64,14 @@ _COLUMNS = {
     "id": pa.string(),
     "id_hash": pa.uint64(),
     "content": pa.uint64(),  # of the text: equal texts, equal values
-    "work": pa.string(),  # base CELEX, else the name that the document gives, else its id
-    "named": pa.bool_(),  # by either of the first two
+    "work": pa.string(),  # base CELEX, else the document's own name of its work, else its id
+    "named": pa.bool_(),  # whether `work` is one of the first two
     "work_hash": pa.uint64(),
     "version": pa.int32(),  # yyyymmdd of a consolidated version, else 0
     "version_of": pa.uint64(),  # versions of one act in one language share it
     "date": pa.int32(),  # yyyymmdd, 0 where missing
     "year": pa.int16(),  # of the date, else of the CELEX number, else 0
-    "act_year": pa.int16(),  # of the act itself, also in a later version
+    "act_year": pa.int16(),  # of the original act, for later versions too
     "doc_type": pa.string(),
     "title": pa.string(),
     "subjects": pa.list_(pa.string()),
@@ -85,7 +85,7 @@ _COLUMNS = {
     "cites": pa.list_(pa.uint64()),
     "signature": pa.binary(BINS * 2),
     "sketch": pa.list_(pa.uint64()),
-    "excerpt": pa.string(),  # of one document in sixteen: selection counts its tokens
+    "excerpt": pa.string(),  # for one document in sixteen: the selection counts its tokens
 }
 
 
@@ -97,12 +97,12 @@ def score_schema(method: str) -> pa.Schema:
 
 
 def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> ScoresFolder:
-    """Score every document of a part; a part scored before is returned at once.
+    """Score every document of a part, or return the result of an earlier run.
 
-    The folder ``home/scores/<digest>`` holds ``scores.parquet``, ``unreadable.json`` and
-    ``manifest.json``. Its digest depends on the part's content, the field mapping and what the
-    score is made of; not on weights, thresholds and other settings of the selection.
-    Unreadable records are counted here; ``select`` judges their share of the whole corpus.
+    The folder ``home/scores/<digest>`` has ``scores.parquet``, ``unreadable.json`` and
+    ``manifest.json``. Its digest covers the part's content, the field mapping and the score's settings,
+    but not weights, thresholds and other settings of the selection. Unreadable records are counted here;
+    ``select`` checks their share of the whole corpus.
     """
     settings = recipe.score
     source = identity(part)
@@ -141,7 +141,7 @@ def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> Sco
 
 
 def _kinds_in_name(settings: Score) -> list[Any]:
-    """The kinds where they are not the EU's: tables scored by these keep the names that they had."""
+    """The kinds, if they are not the EU's: the default must keep the digests of existing tables."""
     kinds = settings.kinds
     return [] if kinds == law_sets()["eu"]["kinds"] else [sorted(kinds.items())]
 
@@ -149,7 +149,7 @@ def _kinds_in_name(settings: Score) -> list[Any]:
 def score_parts(
     parts: Sequence[str], recipe: Recipe, home: Path, processes: int | None = None
 ) -> list[ScoresFolder]:
-    """``score_part`` of every part, one process a core; results in the parts' order."""
+    """``score_part`` of every part, one process per core; results in the parts' order."""
     progress = Progress("score", "parts", len(parts))
     results: dict[int, ScoresFolder] = {}
     calls = [(part, recipe, home) for part in parts]
@@ -161,7 +161,7 @@ def score_parts(
 
 
 def _score_into(folder: Path, part: str, recipe: Recipe, processes: int) -> tuple[int, int, int]:
-    """Write the scores; documents, records set aside and characters."""
+    """Write the scores; the numbers of documents, records set aside and characters."""
     schema = score_schema(recipe.score.method)
     unreadable: list[Unreadable] = []
     documents = set_aside = characters = 0
@@ -214,7 +214,7 @@ def score_document(document: Document, settings: Score) -> dict[str, Any]:
     date = _date_number(document.date)
     year = document.year or (celex.year if celex else 0)
     work = celex.base if celex else document.work or document.id
-    # a corrigendum is no version of the act: it stands alone, beside it in the splits
+    # a corrigendum is not a version of the act, but is in the same split by `work`
     version_of = document.id if celex is None or celex.corrigendum else work + celex.part
     language = (document.language or "").lower()
     row = {
@@ -230,7 +230,7 @@ def score_document(document: Document, settings: Score) -> dict[str, Any]:
         "date": date,
         "year": year,
         "act_year": celex.year if celex and celex.year else year,
-        "doc_type": _plain(document.doc_type),
+        "doc_type": _kind_name(document.doc_type),
         "title": document.title[:500],
         "subjects": list(document.subjects),
         "directory_code": document.directory_code,
@@ -264,7 +264,7 @@ def _date_number(date: str | None) -> int:
     return int("".join(found.groups())) if found else 0
 
 
-def _plain(kind: str) -> str:
+def _kind_name(kind: str) -> str:
     return re.sub(r"[\s_-]+", "_", kind.strip().lower())
 
 
@@ -272,9 +272,9 @@ def _plain(kind: str) -> str:
 
 
 def published_points(document: Document, year: int) -> dict[str, float]:
-    """The guide's points: their sum is the score. ``year`` is 0 where it is not known."""
+    """The guide's points; their sum is the score. ``year`` is 0 if unknown."""
     characters = len(document.text)
-    kind = _plain(document.doc_type)
+    kind = _kind_name(document.doc_type)
     subjects = " ".join(document.subjects).lower()
     named = ("data protection", "consumer", "environment", "digital")
     return {
@@ -285,13 +285,13 @@ def published_points(document: Document, year: int) -> dict[str, float]:
     }
 
 
-# The project's own
+# The legal score
 
 
 def legal_components(
     document: Document, celex: Celex | None, figures: Fingerprint, settings: Score
 ) -> dict[str, float]:
-    """The components that one document decides, each in 0..1."""
+    """The components that depend on one document alone, each in 0..1."""
     language = (document.language or "").lower()
     in_force = {True: 1.0, False: 0.0, None: 0.5}[document.in_force]
     return {
@@ -299,7 +299,7 @@ def legal_components(
         "subject_matter": max(
             (settings.subjects[area] for area in areas_of(document, settings)), default=0.0
         ),
-        # a notice of 50 words says nothing of the law; from 2,000 words on, length adds nothing
+        # a notice of 50 words has no legal content; beyond 2,000 words, length adds nothing
         "length": _ramp(math.log(max(figures.words, 1)), math.log(50), math.log(2000)),
         "running_text": figures.running / len(document.text),
         "boilerplate": 1.0 - _ramp(formula_share(document.text), 0.0, 0.1),
@@ -318,26 +318,26 @@ _KIND_OF_SECTOR = {"1": "treaty", "2": "agreement", "6": "judgment"}
 
 
 @lru_cache(maxsize=4096)
-def _kind(name: str) -> str:
-    return _without_accents(_plain(name))
+def _kind_key(name: str) -> str:
+    return _without_accents(_kind_name(name))
 
 
 def kind_of_act(document: Document, celex: Celex | None, kinds: Mapping[str, float]) -> float:
-    """Binding force and generality of the act, 0..1 (``score.kinds``), whatever its accents."""
-    values = {_kind(kind): value for kind, value in kinds.items()}
+    """Binding force and generality of the act, 0..1 (``score.kinds``); accents are ignored."""
+    values = {_kind_key(kind): value for kind, value in kinds.items()}
     if celex and celex.corrigendum:
         return values.get("corrigendum", 0.1)
-    kind = _kind(document.doc_type)
+    kind = _kind_key(document.doc_type)
     if kind not in values and celex:
         by_letter = _KIND_OF_LETTER.get(celex.type, "") if celex.sector in "03" else ""
         kind = by_letter or _KIND_OF_SECTOR.get(celex.sector, kind)
     value = values.get(kind, UNKNOWN_KIND)
-    # acts below the legislator's fill in details: lists, tariffs, single authorisations
+    # secondary acts fill in details: lists, tariffs, single authorisations
     title = document.title[:100].lower()
     return value * (0.7 if "implementing" in title else 0.85 if "delegated" in title else 1.0)
 
 
-# Chapters of the Directory of European Union legislation that say what an act is about.
+# Chapters of the Directory of European Union legislation, as words for an act's topic.
 _CHAPTERS = {
     "02": "customs union free movement of goods",
     "03": "agriculture",
@@ -370,24 +370,24 @@ def areas_of(document: Document, settings: Score) -> list[str]:
 
 
 def naming(subjects: Sequence[str], title: str, directory_code: str | None) -> str:
-    """What a document says that it is about, worded for ``named_in``."""
+    """A document's subject matters, chapter and title, normalised for ``named_in``."""
     code = directory_code or ""
     chapters = [_CHAPTERS[key] for key in _CHAPTERS if code.startswith(key)]
     return f" {' | '.join(map(wording, (*subjects, *chapters, title)))} "
 
 
 def named_in(named: str, subjects: Iterable[str]) -> list[str]:
-    """Those of ``subjects`` that a document names.
+    """The ``subjects`` that a document names.
 
-    Compared by whole words, whatever their case, with and without a plural's s: "consumer" is
-    named by "Consumers" and not by "consumerism".
+    Whole words are compared, without case and plural s: "Consumers" names "consumer", "consumerism" does
+    not.
     """
     return [subject for subject in subjects if f" {wording(subject)} " in named]
 
 
 @lru_cache(maxsize=65_536)
 def wording(text: str) -> str:
-    """Words in lower case without accents and plural s, one space between them."""
+    """Words in lower case without accents and plural s, separated by one space."""
     words = re.findall(r"[^\W_]+", _without_accents(text))
     return " ".join(
         word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
@@ -400,7 +400,7 @@ def _without_accents(text: str) -> str:
     return "".join(c for c in plain if not unicodedata.combining(c))
 
 
-# Formulas of acts and page furniture of EUR-Lex: they say nothing of the law at hand.
+# Formulas of acts and page furniture of EUR-Lex, without legal content.
 _FORMULAS = (
     "Important legal notice",
     "Avis juridique important",
@@ -427,5 +427,5 @@ _FORMULAS = (
 
 
 def formula_share(text: str) -> float:
-    """Share of a text's characters that stand in formulas and page furniture."""
+    """Share of a text's characters that are formulas and page furniture."""
     return sum(text.count(formula) * len(formula) for formula in _FORMULAS) / len(text)

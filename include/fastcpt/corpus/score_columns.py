@@ -1,4 +1,4 @@
-"""The score tables' columns that selection works on, one entry a document."""
+"""The columns of the score tables that the selection uses, one entry per document."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ _WANTED = ("doc_type", "signature", *NAMING)
 
 
 class ScoreColumns:
-    """The score tables' numbers as columns, one entry a document, parts in their names' order."""
+    """The score tables' numbers as columns, one entry per document, ordered by the parts' names."""
 
     def __init__(self, tables: Sequence[ScoresFolder], recipe: Recipe, store: SignatureStore):
         count = sum(table["documents"] for table in tables)
@@ -73,7 +73,7 @@ class ScoreColumns:
         self.of_wanted_kind = np.empty(count, dtype=bool)
         self.of_wanted_subject = np.empty(count, dtype=bool)
         self.score = np.empty(count, dtype=np.float64)
-        self.spread: dict[str, tuple[float, float]] = {}  # of each component: least and greatest
+        self.spread: dict[str, tuple[float, float]] = {}  # minimum and maximum of each component
         progress = Progress("read scores", "documents", count)
         row = 0
         for number, table in enumerate(tables):
@@ -105,10 +105,10 @@ class ScoreColumns:
         self.oddly_dated = self._forget_odd_dates()
 
     def _forget_odd_dates(self) -> Ints:
-        """Rows dated after the newest plausible year: they count as not dated."""
+        """Remove dates after the newest plausible year; returns their rows."""
         odd = np.flatnonzero(self.year > self.newest_year)
         self.date[odd] = 0
-        # a CELEX number says the act's year too
+        # a CELEX number also gives the act's year
         act_year = self.act_year[odd]
         self.act_year[odd] = np.where(act_year > self.newest_year, 0, act_year)
         self.year[odd] = self.act_year[odd]
@@ -121,7 +121,7 @@ class ScoreColumns:
             self.spread[component] = min(low, least), max(high, greatest)
 
     def same_for_all(self) -> list[str]:
-        """Components that have one value throughout: they say nothing of which document is better."""
+        """Components with the same value for all documents, which do not affect the order."""
         return [name for name, (low, high) in self.spread.items() if low == high]
 
     def alive(self) -> Ints:
@@ -129,14 +129,14 @@ class ScoreColumns:
         return np.flatnonzero(self.reason == 0)
 
     def drop(self, rows: Ints | Bools, reason: str) -> None:
-        """Give rows that are still alive a reason."""
+        """Drop rows for a reason; rows that were dropped before keep theirs."""
         if rows.dtype == bool:
             rows = np.flatnonzero(rows)
         rows = rows[self.reason[rows] == 0]
         self.reason[rows] = REASONS.index(reason)
 
     def tokens(self, ratio: float) -> Ints:
-        """Estimated tokens, BOS and end of text among them."""
+        """Estimated tokens, including BOS and end of text."""
         return np.ceil(self.pieces * ratio).astype(np.int64) + 2
 
 
@@ -166,7 +166,7 @@ def _signatures(batch: pa.RecordBatch) -> npt.NDArray[np.uint16]:
 def sketches_of(
     tables: Sequence[ScoresFolder], rows: Ints
 ) -> Iterator[tuple[Ints, npt.NDArray[np.uint64]]]:
-    """Of some rows (in order): places in ``rows``, each as often as its sketch has entries."""
+    """For sorted ``rows``, batch by batch: indices into ``rows`` and sketch entries, in parallel arrays."""
     row = 0
     for table in tables:
         for batch in batches_of(table, ["sketch"]):
@@ -178,7 +178,7 @@ def sketches_of(
 
 
 def _points(batch: pa.RecordBatch, recipe: Recipe) -> Floats:
-    """The score as far as one document alone decides it."""
+    """The part of the score that depends on one document alone."""
     total = np.zeros(batch.num_rows, dtype=np.float64)
     weights = recipe.score.weights.model_dump()
     for name in _components(recipe):
@@ -203,7 +203,7 @@ def _of_wanted_subject(batch: pa.RecordBatch, recipe: Recipe) -> Bools:
 
 
 def namings(batch: pa.RecordBatch) -> Iterator[str]:
-    """What each document of a batch says that it is about."""
+    """``naming`` of each document of a batch."""
     columns = (batch.column(name).to_pylist() for name in NAMING)
     for subjects, title, directory_code in zip(*columns, strict=True):
         yield naming(subjects, title, directory_code)

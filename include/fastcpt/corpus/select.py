@@ -1,17 +1,16 @@
-"""Which documents are taken, why the others are not, and which are held out.
+"""Selects documents, gives a reason for each one dropped, and holds some out.
 
-Works on the score tables alone, column by column, so that ten million documents fit on one
-machine. The order of steps, each with its reason for a document that ends there:
+It reads only the score tables, column by column, so ten million documents fit on one machine. The steps,
+with the reasons for dropping a document:
 
 1. duplicates: the same id again (``superseded``), the same text (``exact_duplicate``), an older
    version of an act (``older_version``), nearly the same text (``near_duplicate``)
-2. what the recipe does not want: ``too_short``, ``too_old``, ``other_kind``, ``other_subject``
-3. from the best score down: ``below_threshold``, ``outside_top_share``, ``over_budget``; or all of
-   them, each cut short (``selection.max_document_tokens``)
-4. splits, by work: those that their hash holds out, then the newest acts; the rest is for training
+2. what the recipe excludes: ``too_short``, ``too_old``, ``other_kind``, ``other_subject``
+3. from the best score down: ``below_threshold``, ``outside_top_share``, ``over_budget``; or all
+   documents are kept, each cut short (``selection.max_document_tokens``)
+4. splits, by work: works held out by their hash, then the newest acts; the rest is for training
 
-The outcome depends neither on the order of the files nor on processes. Equal scores: the newer
-document first, then the lesser hash of the id.
+The result depends neither on the order of the files nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -64,24 +63,25 @@ Ints = npt.NDArray[np.int64]
 
 
 class SelectionError(ValueError):
-    """Nothing can be selected; the message says what the documents failed at."""
+    """Nothing can be selected; the message says why documents were dropped."""
 
 
 def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder:
     """Select documents from score tables, given by their folders (``score_part``'s ``path``).
 
-    Writes ``home/selections/<digest>/documents.parquet`` (a row a document, with its reason or
-    its split) and ``manifest.json``. Raises
-    ``DocumentsError`` above ``documents.max_unreadable_share``, ``SelectionError`` where nothing
-    is left, ``TokenizerError`` where the recipe's tokenizer is missing, ``BuildError`` where it is
-    another than the champion's.
+    Writes ``home/selections/<digest>/documents.parquet`` (one row per document, with its reason or its
+    split) and ``manifest.json``. Raises ``DocumentsError`` above ``documents.max_unreadable_share``,
+    ``SelectionError`` if nothing is left, ``TokenizerError`` if the recipe's tokenizer is missing,
+    ``BuildError`` if it is not the champion's.
     """
     tables = sorted(map(_table, scores), key=lambda table: (spelled(table["part"]), table["part"]))
     _check_readable(tables, recipe.documents.max_unreadable_share)
     tokenizer, frozen = find_tokenizer(recipe), Frozen.of(home, recipe.name)
     digest = _name(tables, recipe, tokenizer)
     if frozen and comparison_selection(home, recipe.name) == digest:
-        frozen = None  # the selection that the set was held out of: it holds the very same out
+        frozen = (
+            None  # the set was frozen from this very selection, which holds out the same documents
+        )
     elif frozen:
         tokenizer = kept_tokenizer(tokenizer, recipe, home)
         digest = _name(tables, recipe, tokenizer, frozen.digest)
@@ -89,7 +89,7 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
     if (folder / "manifest.json").exists():
         found: SelectionManifest = read_json(folder / "manifest.json")
         os.utime(folder)  # used: see scripts/remove_unused.py
-        # the same names may be spelled another way by now
+        # the parts' names may be spelled differently now
         parts: list[SelectedPart] = [
             {**part, "part": table["part"]}
             for part, table in zip(found["parts"], tables, strict=True)
@@ -115,7 +115,7 @@ def _name(
     tokenizer: CorpusTokenizer | None,
     *frozen: str,
 ) -> str:
-    """The digest of all that a selection is made from."""
+    """The digest of everything that a selection depends on."""
     return digest_of(
         "select",
         FORMAT,
@@ -131,7 +131,7 @@ def _name(
 
 
 def _settings(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the selection depends on; those of EU law without a cut keep the names that they had."""
+    """The recipe's settings for the digest; defaults are left out so that older digests stay valid."""
     score, selection = recipe.score.model_dump(exclude={"law"}), recipe.selection.model_dump()
     if score["kinds"] == law_sets()["eu"]["kinds"]:
         del score["kinds"]
@@ -218,11 +218,11 @@ def _select_into(
 
 
 def _same_for_all(corpus: ScoreColumns) -> list[str]:
-    """Components of the score that tell no document from another."""
+    """Components of the score with one value for all documents."""
     same = corpus.same_for_all()
     if same and len(corpus.part) > 1:
         log.info(
-            "the same for all documents, and so without a say in their order: %s", ", ".join(same)
+            "the same for all documents, so without effect on their order: %s", ", ".join(same)
         )
     return same
 
@@ -231,7 +231,7 @@ def _warn_of_odd_dates(tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> 
     rows = corpus.oddly_dated
     if len(rows):
         log.warning(
-            "%d documents are dated after %d, the newest year that is believed of this corpus; "
+            "%d documents are dated after %d, the newest plausible year of this corpus; "
             "they count as not dated. The first: %s",
             len(rows),
             corpus.newest_year,
@@ -243,12 +243,12 @@ def _warn_of_odd_dates(tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> 
 
 
 def _drop_duplicates(corpus: ScoreColumns, store: SignatureStore) -> tuple[Ints, Ints]:
-    """Drop all but the best of each group.
+    """Drop all but the best of each group of duplicates.
 
-    Returns, for each row, the row it is a duplicate of (-1: none), and the near-duplicate pairs.
+    Returns for each row the row that it duplicates (-1: none), and the near-duplicate pairs.
     """
     duplicate_of = np.full(len(corpus.part), -1, dtype=np.int64)
-    # a record that comes again with the same id: the newer, else the one that was read last
+    # of records with one id keep the newest, else the one read last
     again = np.lexsort((-corpus.position, -corpus.part, -corpus.date.astype(np.int64)))
     _keep_first(corpus, corpus.id_hash, again, "superseded", duplicate_of)
     # the newest version, then the newest date, then the longest text
@@ -280,7 +280,7 @@ def _keep_first(
     reason: str,
     duplicate_of: Ints,
 ) -> None:
-    """Of the living rows with equal keys, keep the one that comes first in ``best_first``."""
+    """Of the remaining rows with equal keys, keep the one that comes first in ``best_first``."""
     rows = best_first[corpus.reason[best_first] == 0]
     if not len(rows):
         return

@@ -35,17 +35,17 @@ class Selected:
     fields: Fields
     part: Ints
     position: Ints
-    split: npt.NDArray[Any]  # names, of SPLITS or why the build drops it
+    split: npt.NDArray[Any]  # a name of SPLITS, or the build's reason for dropping it
     rank: Ints
     characters: Ints
     tokens: Ints  # estimated
     content: npt.NDArray[np.uint64]  # of the text
     work_hash: npt.NDArray[np.uint64]
     about: pa.Table  # id, work, bytes, year, doc_type, areas
-    # training documents with the held-out ones whose passages they go without, all by row
+    # row of a training document -> rows of held-out documents that share passages with it
     quoted: dict[int, list[int]] = field(default_factory=dict)
-    held_out: Ints = field(init=False)  # rows held out at first, some of which may be dropped
-    frozen: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # rows that stay
+    held_out: Ints = field(init=False)  # rows held out by the selection; some may be dropped later
+    frozen: Ints = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # never dropped
 
     def __post_init__(self) -> None:
         self.held_out = self.rows(*HELD_OUT)
@@ -79,14 +79,14 @@ class Selected:
         return rows
 
     def by_part(self, rows: Ints) -> Iterator[tuple[str, str, Ints]]:
-        """Part, its content's identity and the (sorted) rows' positions in it, if there are any."""
+        """For each part with some of the (sorted) rows: path, content identity and positions."""
         bounds = np.searchsorted(self.part[rows], np.arange(len(self.parts) + 1)).tolist()
         for (part, source), (begin, end) in zip(self.parts, pairwise(bounds), strict=True):
             if begin < end:
                 yield part, source, self.position[rows[begin:end]]
 
     def texts(self, rows: Ints) -> Iterator[str]:
-        """The (sorted) rows' texts, read again."""
+        """The texts of the (sorted) rows, read from the documents."""
         for part, _, positions in self.by_part(rows):
             wanted = set(positions.tolist())
             for document in read_documents(part, self.fields, wanted=wanted):

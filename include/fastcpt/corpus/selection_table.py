@@ -1,4 +1,4 @@
-"""The table of a selection: a row a document, with its reason or its split."""
+"""The table of a selection: one row per document, with its reason or its split."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def write_selection(
 
 
 def subjects_of_adapters(recipe: Recipe) -> list[str]:
-    """What ``lora.areas`` names beyond the score's own subjects."""
+    """The subjects in ``lora.areas`` that the score does not have."""
     areas = recipe.lora.areas.values() if recipe.lora else ()
     named = {subject for subjects in areas for subject in subjects}
     return sorted(named - recipe.score.subjects.keys())

@@ -1,4 +1,4 @@
-"""Training shards and validation sets: Parquet files of packed sequences, the same on any machine."""
+"""Writes training shards and validation sets: Parquet files, the same on any machine."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ VALIDATION_SCHEMA = pa.schema(
 
 @dataclass
 class DocumentAreas:
-    """The areas of the training documents: ``names[code[n]]`` are document n's."""
+    """The areas of the training documents: ``names[code[n]]`` for document n."""
 
     names: list[list[str] | None]
     code: Ints
 
     @classmethod
     def of(cls, documents: Selected, train: Ints, general: int) -> DocumentAreas:
-        """Those of the legal documents; None for the general ones after them."""
+        """The areas of the legal documents, then None for ``general`` general ones."""
         areas = documents.about["areas"]
         numbers: dict[tuple[str, ...], int] = {}
         code = np.empty(len(train) + general, dtype=np.int64)
@@ -67,7 +67,7 @@ class DocumentAreas:
 
 
 def check_adapters(areas: DocumentAreas, recipe: Recipe) -> None:
-    """Fail where an adapter of ``lora.areas`` has nothing to be trained on."""
+    """Raise ``BuildError`` if an adapter of ``lora.areas`` has no documents to train on."""
     there = {subject for names in areas.names for subject in names or ()}
     for adapter, subjects in recipe.lora.areas.items() if recipe.lora else ():
         if there.isdisjoint(subjects):
@@ -78,7 +78,7 @@ def check_adapters(areas: DocumentAreas, recipe: Recipe) -> None:
 
 
 def plan_rows(training: TokenIds, recipe: Recipe) -> Packed:
-    """The packing with row n in shard n modulo ``num_shards``, in an order drawn from the seed."""
+    """Pack the documents and shuffle the rows by the seed; row n goes to shard n modulo ``num_shards``."""
     size, shards = recipe.corpus.max_seq_length, recipe.corpus.num_shards
     plan = pack(training.length, size)
     if plan.rows < shards:
@@ -87,7 +87,7 @@ def plan_rows(training: TokenIds, recipe: Recipe) -> Packed:
             f"{shards} shards; take more documents, or lower corpus.num_shards or max_seq_length"
         )
     drawn = spread(np.arange(plan.rows), recipe.corpus.seed)
-    # dealt out from the fullest to the emptiest: shards differ by a row's tokens at most
+    # dealt round-robin from the fullest row on: shards differ by at most one row's tokens
     tokens = np.bincount(plan.row, weights=plan.length, minlength=plan.rows)
     shard = np.empty(plan.rows, dtype=np.int64)
     shard[np.lexsort((drawn, -tokens))] = np.arange(plan.rows) % shards
@@ -146,9 +146,7 @@ def write_shard(
 ) -> Shard:
     """Write one shard from segments of token files, in order; ``row`` groups them into sequences.
 
-    ``area`` is each segment's place in ``areas``.
-
-    A shard that is there is complete: only its figures are taken again.
+    ``area`` is each segment's index into ``areas``. An existing shard is complete and is not rewritten.
     """
     firsts = np.flatnonzero(np.diff(row, prepend=-1))
     names = pa.array(areas, AREAS)
@@ -198,12 +196,12 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
         compression="zstd",
         compression_level=6,
         use_dictionary=False,
-        data_page_size=4 << 20,  # a row group in one page, so that zstd sees all of it
+        data_page_size=4 << 20,  # one page per row group, so that zstd compresses it as a whole
     )
 
 
 def write_validation(folder: Path, split: str, about: pa.Table, ids: TokenIds) -> HeldOutShard:
-    """One set of held-out documents, a row each, in the order of their ids."""
+    """Write one set of held-out documents, one row each, ordered by id."""
     name = f"{split}/validation_shard_00.parquet"
     names = about["id"].to_pylist()
     order = np.array(sorted(range(len(names)), key=lambda row: names[row]))

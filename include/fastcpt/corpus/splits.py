@@ -1,4 +1,4 @@
-"""Which documents are held out: whole works, by their hash, and the newest acts."""
+"""Holds out documents: whole works by their hash, and the newest acts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Ints = npt.NDArray[np.int64]
 
 
 class Frozen(NamedTuple):
-    """What stands in the set that models are compared on."""
+    """Works and texts of the frozen set that models are compared on."""
 
     digest: str
     works: npt.NDArray[np.uint64]
@@ -27,7 +27,7 @@ class Frozen(NamedTuple):
 
     @classmethod
     def of(cls, home: Path, recipe: str) -> Frozen | None:
-        """The set of a recipe; None where none is frozen."""
+        """The set of a recipe; None if none is frozen."""
         digest = comparison_digest(home, recipe)
         if digest is None:
             return None
@@ -36,7 +36,7 @@ class Frozen(NamedTuple):
         return cls(digest, table["work_hash"].to_numpy(), table["content"].to_numpy())
 
     def holds(self, corpus: ScoreColumns, rows: Ints) -> npt.NDArray[np.bool_]:
-        """Which rows are of its works or have one of its texts."""
+        """Which rows belong to its works or have one of its texts."""
         same_work = np.isin(corpus.work[rows], self.works)
         return same_work | np.isin(corpus.content[rows], self.texts)
 
@@ -50,14 +50,14 @@ def split_by_work(
     recipe: Recipe,
     frozen: Frozen | None = None,
 ) -> None:
-    """Hold out whole works: those that their own hash holds out, then the newest acts.
+    """Hold out whole works: those chosen by their own hash, then the newest acts.
 
-    A work is an act with its versions, corrigenda and translations. Works of which any documents
-    are near-duplicates (dropped ones too), or one is contained in the other, are kin: kin of a
-    held-out work are neither trained on nor, unless their own hash says so, held out.
+    A work is an act with its versions, corrigenda and translations. Two works are kin if any of their
+    documents are near-duplicates (dropped ones too), or if one contains the other. Kin of a held-out work
+    are not trained on, and are held out only if their own hash says so.
 
-    Where models are compared on a ``frozen`` set, its works take the place of those drawn by hash,
-    which are not read then; nothing of its works and texts is taken from the folder.
+    With a ``frozen`` comparison set, its works replace those chosen by hash, which are then not used at
+    all; no document of the set's works or texts is taken from the folder.
     """
     settings = recipe.corpus
     most = settings.validation_tokens
@@ -98,9 +98,9 @@ def split_by_work(
 def _held_out_by_hash(
     works: npt.NDArray[np.uint64], share: float, seed: int, at_least_one: bool
 ) -> npt.NDArray[np.bool_]:
-    """Which works are held out: ``share`` of all that may come, whatever else is there.
+    """Which works are held out: about ``share``, each independently of the others in the corpus.
 
-    ``at_least_one``: a corpus so small that none would be holds out the first in the seed's order.
+    ``at_least_one``: if a small corpus would have none, hold out the first in the seed's order.
     """
     drawn = _drawn(works, seed)
     limit = np.uint64(share * 2**64)
@@ -108,7 +108,7 @@ def _held_out_by_hash(
 
 
 def _joined_works(corpus: ScoreColumns, pairs: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """Each row's work; works joined by near-duplicates share the least of their hashes."""
+    """Each row's work; works joined by ``pairs`` share the smallest of their hashes."""
     works = corpus.work.copy()
     if not len(pairs):
         return works
@@ -122,7 +122,7 @@ def _joined_works(corpus: ScoreColumns, pairs: npt.NDArray[np.int64]) -> npt.NDA
 
 
 def _act_day(corpus: ScoreColumns) -> Ints:
-    """When the act itself was made, yyyymmdd: a later version of it does not make it new."""
+    """The date of the original act, yyyymmdd: a later version does not make it new."""
     day = corpus.date.astype(np.int64)
     of_act = corpus.act_year.astype(np.int64) * 10_000
     return np.where((day // 10_000 == corpus.act_year) & (day > 0), day, of_act)
@@ -131,7 +131,7 @@ def _act_day(corpus: ScoreColumns) -> Ints:
 def _groups_in_order(
     works: npt.NDArray[np.uint64], seed: int, first: Ints | None = None
 ) -> npt.NDArray[np.uint64]:
-    """Works by the least ``first`` of their documents, then in an order drawn from the seed."""
+    """Works ordered by the smallest ``first`` of their documents, then at random by the seed."""
     names, index = np.unique(works, return_inverse=True)
     turned = _drawn(names, seed)
     if first is None:
@@ -142,7 +142,7 @@ def _groups_in_order(
 
 
 def _drawn(works: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
-    """A number for each work, uniform over 64 bits, of the work's hash and the seed alone."""
+    """A uniform 64-bit number for each work, from the work's hash and the seed alone."""
     turned = (works ^ np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))) * np.uint64(
         0xBF58476D1CE4E5B9
     )
@@ -159,8 +159,7 @@ def _first_groups(
 ) -> npt.NDArray[np.uint64]:
     """The first works of ``order`` that hold at least ``documents`` of the rows.
 
-    They end before ``most`` of the rows' ``tokens`` (estimated) are passed; one work is taken in
-    any case.
+    They stop before their (estimated) ``tokens`` exceed ``most``, but there is at least one work.
     """
     if documents <= 0 or not len(order):
         return order[:0]

@@ -1,7 +1,7 @@
-"""Bytes of a file -> its lines, or the elements of its JSON list, in bounded memory.
+"""Splits a file into lines, or into the elements of its JSON list, in bounded memory.
 
-A kilobyte of .gz or .zst can hold gigabytes, and one line can be all of them. Content is unpacked
-in small steps, and of a line or element that is too long nothing is kept but its place.
+A kilobyte of .gz or .zst can hold gigabytes, possibly in one line. Content is decompressed in small
+steps, and a line or element that is too long is not kept.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any, BinaryIO
 from fastcpt.corpus.processes import Progress
 
 CHUNK = 1 << 20
-# Of .zst: no four bytes unpack to more than a block of 128 KiB, so a step yields 64 MiB at most
+# Bytes of .zst per step: four bytes decompress to at most a block of 128 KiB, so a step yields 64 MiB at most
 ZSTD_STEP = 2048
 
-# How many bytes the record of this number (from 0) may have
+# The most bytes that the record of a number (from 0) may have
 Most = Callable[[int], float]
 
 
 class DamagedError(Exception):
-    """The packed content ends too early, or is not what it says."""
+    """The compressed content is truncated or damaged."""
 
 
 def unpacked(name: str, stream: Any, progress: Progress | None) -> Iterator[bytes]:
-    """The content of a stream by its file's name, a few megabytes at a time.
+    """The decompressed content of a stream, a few megabytes at a time; ``name`` tells the format.
 
-    ``progress`` counts the bytes read, as they lie in the file.
+    ``progress`` counts stored bytes.
     """
     if progress:
         stream = _Counted(stream, progress)
@@ -57,9 +57,9 @@ class _Counted:
 
 
 def _zstd_chunks(stream: Any) -> Iterator[bytes]:
-    """The frames of a .zst file, one after another.
+    """Decompress the frames of a .zst file.
 
-    The package's own stream reader takes the end of a truncated file for the end of the content.
+    The package's own stream reader does not notice a truncated file.
     """
     import zstandard
 
@@ -74,7 +74,7 @@ def _zstd_chunks(stream: Any) -> Iterator[bytes]:
             except zstandard.ZstdError as error:
                 raise DamagedError(str(error)) from error
             if frame.eof:
-                # what of the step belongs to the next frame, before the rest
+                # hand the unused bytes of this step to the next frame
                 unused = len(frame.unused_data)
                 done = len(content) - len(compressed) - unused
                 compressed = memoryview(content)[done:]
@@ -92,9 +92,9 @@ def _pieces(content: bytes) -> Iterator[bytes]:
 
 
 def lines(chunks: Iterable[bytes], most: Most) -> Iterator[bytes | None]:
-    """Lines of a stream of chunks; None in place of one that is longer than it may be.
+    """Lines of a stream of chunks; None for a line that is too long.
 
-    A line's pieces are joined once, however long it is.
+    A line's pieces are joined only once, so a long line takes linear time.
     """
     number = size = 0
     pieces: list[bytes] = []
@@ -124,11 +124,11 @@ _IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 
 
 def elements(chunks: Iterable[bytes], most: Most) -> Iterator[bytes | None]:
-    """The elements of a JSON list, each as it is written; None in place of one that is too long.
+    """The elements of a JSON list, as text; None for one that is too long.
 
-    A file that holds no list is one element. Where a list begins and ends is found by brackets
-    and quotes alone; whether an element is JSON shows when it is parsed, and a broken one does not
-    take the next along. ``DamagedError`` where the list has no end, or something follows it.
+    A file without a list is one element. Only brackets and quotes are scanned; elements are parsed
+    later, so a broken one does not affect the next. ``DamagedError`` if the list has no end, or if
+    something follows it.
     """
     reader = _Elements(most)
     for chunk in chunks:
@@ -137,7 +137,7 @@ def elements(chunks: Iterable[bytes], most: Most) -> Iterator[bytes | None]:
 
 
 class _Elements:
-    """Where in a JSON text we are, between one chunk and the next."""
+    """The state of the scan between two chunks of a JSON text."""
 
     def __init__(self, most: Most):
         self.most = most
@@ -146,7 +146,7 @@ class _Elements:
         self.depth = -1  # inside the list 0; -1 before it, -2 after it
         self.quoted = False
         self.is_list = True
-        self.kept = b""  # a backslash that the chunk before ended with
+        self.kept = b""  # a backslash at the end of the previous chunk
 
     def feed(self, chunk: bytes) -> Iterator[bytes | None]:
         chunk, self.kept = self.kept + chunk, b""
@@ -208,7 +208,7 @@ class _Elements:
     def _ended(self, last: bool) -> Iterator[bytes | None]:
         element = None if self.size > self.most(self.number) else b"".join(self.pieces)
         empty = element is not None and not element.strip(_BLANKS)
-        if not (last and empty and self.number == 0):  # of an empty list
+        if not (last and empty and self.number == 0):  # an empty list has no element
             yield element
         self.pieces, self.size = [], 0
         self.number += 1

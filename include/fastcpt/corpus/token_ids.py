@@ -1,4 +1,4 @@
-"""Where the token ids of a selection's documents are; what is not tokenized yet is."""
+"""Locates the token ids of a selection's documents, and tokenizes those that have none yet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass
 class TokenIds:
-    """Where token ids are: entry n is one document's."""
+    """Locations of token ids, one entry per document."""
 
     files: list[str]
     file: Ints
@@ -36,7 +36,7 @@ class TokenIds:
         return TokenIds(self.files, self.file[rows], self.offset[rows], self.length[rows])
 
     def in_segments(self, rows: Ints, stretches: Stretches) -> TokenIds:
-        """Those of rows that ``stretches`` has given as segments."""
+        """The ids of ``rows``, where documents in ``stretches`` come as several segments."""
         ids = self.of(rows)
         ids.files = [*ids.files, str(stretches.file)]
         for row, lengths in stretches.length.items():
@@ -47,7 +47,7 @@ class TokenIds:
         return ids
 
     def first_of_each(self, rows: Ints, most: int) -> tuple[Ints, TokenIds]:
-        """The first ``most`` tokens of each row, whose segments follow one another; rows and ids."""
+        """The first ``most`` tokens of each row over its consecutive segments; rows and ids."""
         before = np.cumsum(self.length) - self.length
         before -= before[np.searchsorted(rows, rows)]
         left = np.clip(most - before, 0, self.length)
@@ -70,7 +70,7 @@ def tokenize_rows(
     home: Path,
     processes: int | None,
 ) -> Tokenized:
-    """Tokenize what of some rows is not tokenized yet."""
+    """Tokenize the rows that are not tokenized yet."""
     parts = list(documents.by_part(rows))
     numbers = {path: number for number, (path, _) in enumerate(documents.parts)}
     progress = Progress("tokenize", "characters", float(documents.characters[rows].sum()))
@@ -94,13 +94,13 @@ def tokenize_rows(
 def ids_of_all(
     documents: Selected, tokenizer: CorpusTokenizer, home: Path, processes: int | None
 ) -> TokenIds:
-    """Where the ids of all documents that are still wanted are."""
+    """Tokenize all remaining documents if necessary; the locations of their ids."""
     rows = np.flatnonzero(~np.isin(documents.split, ["overlaps_held_out", "common_text"]))
     tokenize_rows(documents, rows, tokenizer, home, processes)
     found = find_ids(list(documents.by_part(rows)), documents.fields, tokenizer, home)
     nothing = np.zeros(len(documents.split), dtype=np.int64)
     ids = TokenIds(found.files, nothing.copy(), nothing.copy(), nothing.copy())
-    # rows are ordered by part and position, as the ids that were read are
+    # both rows and found ids are ordered by part and position
     ids.file[rows], ids.offset[rows], ids.length[rows] = found.file, found.offset, found.length
     return ids
 
@@ -108,7 +108,7 @@ def ids_of_all(
 def find_ids(
     parts: Sequence[tuple[str, str, Ints]], fields: Fields, tokenizer: CorpusTokenizer, home: Path
 ) -> TokenIds:
-    """Where the ids of some parts' documents (by position, which are tokenized) are."""
+    """Locations of the ids of some parts' tokenized documents, given by position."""
     ids = TokenIds([], *np.empty((3, 0), dtype=np.int64))
     for _, source, positions in parts:
         found = read_index(token_folder(source, fields, tokenizer, home))

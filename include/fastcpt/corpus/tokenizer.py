@@ -1,8 +1,8 @@
-"""The tokenizer of a corpus: found, trained on the corpus, or refused with what to do.
+"""Finds a corpus's tokenizer, trains one on the corpus, or says what is missing.
 
-A corpus's own folder gets ``tokenizer.json`` and ``tokenizer_config.json``, so that training
-needs nothing else. Documents begin with BOS where the tokenizer has one, and end with its
-end-of-text token; instruct models' end-of-turn tokens end no document.
+A corpus's folder gets ``tokenizer.json`` and ``tokenizer_config.json``, so training needs nothing else.
+Documents begin with BOS if the tokenizer has one, and end with its end-of-text token, not with an
+instruct model's end-of-turn token.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 BOS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>")
 END = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "<|eos|>")
 PAD = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|padding|>")
-ENCODER = 2  # raised when ``RankedEncoder`` learns: tokenizers are then compared again
-TRAINING_CHARACTERS = 20_000_000  # of the corpus that a tokenizer is trained on
+ENCODER = 2  # increased when ``RankedEncoder`` changes, so that tokenizers are compared again
+TRAINING_CHARACTERS = 20_000_000  # characters of the corpus that a tokenizer is trained on
 
-# Llama 3's first split: contractions, words with the sign before them, up to three digits, signs
+# Llama 3's pre-tokenizer: contractions, words with a preceding character, up to three digits, others
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,12 +46,12 @@ _SPLIT = (
 
 
 class TokenizerError(ValueError):
-    """There is no usable tokenizer; the message says where it was looked for."""
+    """There is no usable tokenizer; the message says where it was searched."""
 
 
 @dataclass(frozen=True)
 class CorpusTokenizer:
-    """``sha256`` is of ``tokenizer.json``. ``bos_id`` is None where documents begin without."""
+    """``sha256`` is that of ``tokenizer.json``. ``bos_id`` is None if documents begin without BOS."""
 
     file: Path
     sha256: str
@@ -59,10 +59,10 @@ class CorpusTokenizer:
     bos_id: int | None
     end_id: int
     pad_id: int
-    ranked: bool = False  # tiktoken yields the same ids: see ``faster``
+    ranked: bool = False  # whether tiktoken yields the same ids: see ``faster``
 
     def facts(self) -> TokenizerFacts:
-        """What the manifest of a corpus says of it."""
+        """Facts for a corpus's manifest."""
         return {
             "sha256": self.sha256,
             "vocab_size": self.vocab_size,
@@ -72,10 +72,10 @@ class CorpusTokenizer:
         }
 
     def encoder(self) -> Callable[[Sequence[str]], list[npt.NDArray[np.int32]]]:
-        """A function from texts to their ids, without BOS and end of text, on one core."""
+        """A single-core function from texts to ids, without BOS and end of text."""
 
         ranked = RankedEncoder.of(self.file) if self.ranked else None
-        tokenizer = cache(self.load)  # a second, which tiktoken rarely needs
+        tokenizer = cache(self.load)  # loading takes a second and is rarely needed beside tiktoken
 
         def by_library(texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
             encoded = tokenizer().encode_batch_fast(list(texts), add_special_tokens=False)
@@ -85,20 +85,20 @@ class CorpusTokenizer:
             assert ranked is not None
             try:
                 return ranked.encode(text)
-            except ValueError:  # its regular expressions give up at some 700,000 blanks in a row
+            except ValueError:  # tiktoken's regex engine fails at about 700,000 blanks in a row
                 return by_library([text])[0]
 
         return (lambda texts: [encoded(text) for text in texts]) if ranked else by_library
 
     def load(self) -> Tokenizer:
-        """The tokenizer; what looks like a special token in a document is ordinary text."""
+        """The tokenizer, set to treat the text of special tokens in documents as ordinary text."""
         tokenizer = _load(self.file)
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True
         reached = _reached_as_text(tokenizer)
         if reached:
-            # the model's own vocabulary has them as pieces: no piece goes over their first letter
+            # the vocabulary has them as pieces: split after their first letter so that none matches
             borders = "|".join(
                 f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in reached
             )
@@ -109,9 +109,9 @@ class CorpusTokenizer:
 
 
 def _reached_as_text(tokenizer: Tokenizer) -> list[str]:
-    """Special tokens that a text yields where it spells them, with no one having asked for it.
+    """Special tokens that ordinary text can still produce by spelling them.
 
-    A unigram model lists them among its pieces, with the best of scores.
+    A unigram model has them among its pieces, with the best scores.
     """
     unigram = type(tokenizer.model).__name__ == "Unigram"
 
@@ -129,10 +129,10 @@ def _reached_as_text(tokenizer: Tokenizer) -> list[str]:
 
 
 def find_tokenizer(recipe: Recipe) -> CorpusTokenizer | None:
-    """The recipe's tokenizer; None where the recipe trains one. ``TokenizerError`` otherwise.
+    """The recipe's tokenizer; None if the recipe trains one. ``TokenizerError`` if it is missing.
 
-    ``tokenizer.path`` is a folder or a ``tokenizer.json``; without it the folder, or the local
-    Hugging Face cache, of ``model.name_or_path`` is taken. Nothing is downloaded.
+    ``tokenizer.path`` is a folder or a ``tokenizer.json``. Without it, the folder of
+    ``model.name_or_path`` or its local Hugging Face cache is used. Nothing is downloaded.
     """
     if recipe.tokenizer.train_vocab_size:
         return None
@@ -183,12 +183,12 @@ def _load(file: Path) -> Tokenizer:
 
 
 def describe(file: Path) -> CorpusTokenizer:
-    """What the corpus needs to know of a ``tokenizer.json`` and the config beside it."""
+    """Read what a corpus needs from a ``tokenizer.json`` and the config beside it."""
     tokenizer = _load(file)
     config = _config(file.parent)
     adds_bos = bool(config.get("add_bos_token", True)) and not _is_named(config, "eos_token", BOS)
     bos = _first(tokenizer, (_named(config, "bos_token"), *BOS)) if adds_bos else None
-    # an instruct model's eos ends a turn; the base vocabulary's end of text comes first
+    # an instruct model's eos may end a turn, so look for the base vocabulary's end of text first
     end = _first(tokenizer, (*END, _named(config, "eos_token")))
     if end is None:
         raise TokenizerError(
@@ -237,11 +237,10 @@ def _first(tokenizer: Tokenizer, names: Iterable[str | None]) -> int | None:
 class RankedEncoder:
     """A byte-level BPE tokenizer run by tiktoken, three to five times as fast as ``tokenizers``.
 
-    tiktoken merges whichever pair makes the entry of the least id; a ``tokenizer.json`` lists its
-    merges. For vocabularies numbered in the order of their merges (Llama 3, OLMo, Qwen 2, GPT-2,
-    GPT-NeoX) that is the same, but nothing in the file promises it: ``faster`` compares. One
-    regular expression may split the text, and NFC go before it; what splits in several steps
-    (DeepSeek) is left to ``tokenizers``.
+    tiktoken merges the pair with the smallest resulting id; a ``tokenizer.json`` lists its merges. For
+    vocabularies numbered in merge order (Llama 3, OLMo, Qwen 2, GPT-2, GPT-NeoX) the result is the same,
+    but the file does not guarantee it, so ``faster`` compares. The pre-tokenizer may be one regular
+    expression, with NFC before it; one of several steps (DeepSeek) is left to ``tokenizers``.
     """
 
     def __init__(self, pattern: str, ranks: dict[bytes, int], added: _Added, composed: bool):
@@ -272,7 +271,7 @@ class RankedEncoder:
 
     @classmethod
     def of(cls, file: Path) -> RankedEncoder | None:
-        """The encoder of a ``tokenizer.json``; None where it is no plain byte-level BPE."""
+        """The encoder of a ``tokenizer.json``; None if it is not a plain byte-level BPE."""
         content = json.loads(file.read_text(encoding="utf-8"))
         model = content["model"]
         pattern = _pattern(content.get("pre_tokenizer"))
@@ -299,20 +298,19 @@ class RankedEncoder:
 
 @dataclass(frozen=True)
 class _Added:
-    """What was added to a vocabulary and stands for itself in a text; special tokens do not.
+    """Non-special added tokens, which are matched literally in a text.
 
-    ``raw`` finds what is looked for before the text is normalized, ``composed`` after it, both
-    the longest first.
+    ``raw`` matches those that apply before normalization, ``composed`` those after it, longest first.
     """
 
     ids: dict[str, int]
     raw: re.Pattern[str] | None
     composed: re.Pattern[str] | None
-    numbers: set[int]  # of the special ones too
+    numbers: set[int]  # ids of all added tokens, special ones too
 
     @classmethod
     def of(cls, added: Sequence[dict[str, Any]]) -> _Added | None:
-        """None where some of them take blanks along, or stand for whole words alone."""
+        """None if some of them strip blanks or match whole words only."""
         literal = [token for token in added if not token["special"]]
         if any(token[key] for token in literal for key in ("single_word", "lstrip", "rstrip")):
             return None
@@ -326,7 +324,7 @@ class _Added:
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str] | None:
     longest_first = sorted(words, key=lambda word: (-len(word), word))
-    # in brackets: splitting keeps what it splits at
+    # a capturing group: re.split keeps the separators
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
@@ -343,7 +341,7 @@ _UNUSUAL_BPE = (
 )
 
 
-# GPT-2's first split, which the package's ByteLevel step has built in
+# GPT-2's pre-tokenizer, built into the package's ByteLevel step
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -357,7 +355,7 @@ def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _pattern(first_split: dict[str, Any] | None) -> str | None:
-    """The one regular expression that a first split consists of, before it turns to bytes."""
+    """The regular expression of a pre-tokenizer that consists of one, followed by ByteLevel."""
     *splits, level = _steps(first_split, "pretokenizers") or [{}]
     if level.get("type") != "ByteLevel" or level.get("add_prefix_space"):
         return None
@@ -373,7 +371,7 @@ def _pattern(first_split: dict[str, Any] | None) -> str | None:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """The letter for each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable}
@@ -381,17 +379,17 @@ def _byte_letters() -> dict[int, str]:
 
 
 def faster(tokenizer: CorpusTokenizer, texts: Iterable[str], home: Path) -> CorpusTokenizer:
-    """The same tokenizer, run by tiktoken where that yields the same ids.
+    """The same tokenizer, run by tiktoken if that yields the same ids.
 
-    Compared on every code point of the scripts in use, on the vocabulary's own entries and on
-    ``texts`` of the corpus; the outcome is kept in ``home/tokenizers``.
+    Both are compared on every code point of the scripts in use, on the vocabulary's entries and on
+    ``texts`` of the corpus; the result is stored in ``home/tokenizers``.
     """
     outcome = home / "tokenizers" / f"{tokenizer.sha256[:16]}-{ENCODER}.json"
     if not outcome.exists():
         write_json(outcome, {"ranked": _same_ids(tokenizer, [*_PROBES, *texts])})
     ranked = bool(read_json(outcome)["ranked"])
     if not ranked:
-        log.info("this tokenizer is not one that tiktoken can run; tokenizing takes longer")
+        log.info("tiktoken cannot run this tokenizer; tokenizing takes longer")
     return replace(tokenizer, ranked=ranked)
 
 
@@ -416,11 +414,11 @@ def _same_ids(tokenizer: CorpusTokenizer, texts: Sequence[str]) -> bool:
     return True
 
 
-# The corpus's own
+# The corpus's copy
 
 
 def write_tokenizer(source: CorpusTokenizer, folder: Path) -> None:
-    """The corpus's copy of a tokenizer, which ``transformers.AutoTokenizer`` loads."""
+    """Write a copy of the tokenizer that ``transformers.AutoTokenizer`` can load."""
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "tokenizer.json") as aside:
         shutil.copyfile(source.file, aside)

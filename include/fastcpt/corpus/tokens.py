@@ -1,10 +1,9 @@
-"""Token ids of a part's documents, kept so that no document is tokenized twice.
+"""Token ids of a part's documents, stored so that no document is tokenized twice.
 
-``home/tokens/<digest>`` belongs to one part's content, its field mapping and one tokenizer. It
-holds any number of files of ids (documents one after another, each from BOS to end-of-text; the
-last digit of ``.ids2`` or ``.ids3`` is the bytes an id) with an index each; an index that is there
-is complete. Another selection adds the documents that are missing, and a killed run goes on after
-the last index written.
+``home/tokens/<digest>`` belongs to one part's content, its field mapping and one tokenizer. It has any
+number of files of ids (documents one after another, each from BOS to end-of-text; ``.ids2`` and ``.ids3``
+have two and three bytes per id), each with an index. An existing index is complete. Another selection
+adds missing documents, and a killed run continues after the last index.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from fastcpt.recipe_sections import Fields
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-FILE_TOKENS = 1 << 22  # ids of a file: what a killed run may lose
+FILE_TOKENS = 1 << 22  # ids per file: the most that a killed run loses
 
 Ints = npt.NDArray[np.int64]
 
 
 class TokenIndex(NamedTuple):
-    """Where documents' ids are: entry n of each array is one document."""
+    """Locations of documents' ids, one entry per document."""
 
     files: list[str]
     position: Ints
     file: Ints
     offset: Ints  # of the first id, in ids
-    length: Ints  # in ids, BOS and end of text among them
+    length: Ints  # in ids, including BOS and end of text
 
 
 def token_folder(source: str, fields: Fields, tokenizer: CorpusTokenizer, home: Path) -> Path:
@@ -52,7 +51,7 @@ def token_folder(source: str, fields: Fields, tokenizer: CorpusTokenizer, home: 
 
 
 def read_index(folder: Path) -> TokenIndex:
-    """What of a part is tokenized so far."""
+    """The documents of a part that are tokenized so far."""
     files: list[str] = []
     columns: list[Ints] = [np.empty((4, 0), dtype=np.int64)]
     for index in sorted(folder.glob("*.npy")):
@@ -71,11 +70,11 @@ def tokenize_part(
     home: Path,
     processes: int = 1,
 ) -> Tokenized:
-    """Tokenize those documents of a part (by position) that are not tokenized yet, and count them."""
+    """Tokenize the documents of a part (by position) that are not tokenized yet, and count them."""
     folder = token_folder(source, fields, tokenizer, home)
     missing = np.setdiff1d(positions, read_index(folder).position)
     if folder.is_dir():
-        os.utime(folder)  # what is not used for long may be removed (scripts/remove_unused.py)
+        os.utime(folder)  # marks it as used (scripts/remove_unused.py)
     documents = tokens = 0
     if len(missing):
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
@@ -106,11 +105,11 @@ def encode_documents(
 
 @lru_cache(maxsize=1)
 def _encoder(tokenizer: CorpusTokenizer) -> Callable[[Sequence[str]], Any]:
-    return tokenizer.encoder()  # a second to load, megabytes to keep
+    return tokenizer.encoder()  # takes a second to load
 
 
 def write_ids(path: Path, ids: Ids) -> Path:
-    """Write a file of ids, as small as they allow; the bytes an id end its name, ``path.ids2``."""
+    """Write a file of ids with the smallest width; the width ends its name: ``path.ids2``."""
     width = width_of(int(ids.max(initial=0)))
     file = path.with_name(f"{path.name}.ids{width}")
     with whole_file(file) as aside:
@@ -119,7 +118,7 @@ def write_ids(path: Path, ids: Ids) -> Path:
 
 
 class TokenFiles:
-    """Pieces of files of ids, read where they lie: nothing is mapped or kept."""
+    """Reads pieces of files of ids with pread, without mapping or caching."""
 
     def __init__(self, files: list[str]):
         self.files = files
@@ -150,7 +149,7 @@ class TokenFiles:
 
 
 class _OpenFile:
-    """Ids on their way to the next file of a folder."""
+    """Collects ids for the next file of a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -164,10 +163,10 @@ class _OpenFile:
         self.length += len(ids)
 
     def write(self) -> None:
-        """Write the ids, then their index: what a reader sees is complete."""
+        """Write the ids, then their index, so that a reader only sees complete files."""
         if not self.ids:
             return
-        # named by what it holds, so that two builds side by side do not overwrite each other
+        # named by its content, so that two builds at once do not overwrite each other
         name = digest_of(self.positions)
         write_ids(self.folder / name, np.concatenate(self.ids))
         lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)

@@ -1,9 +1,9 @@
-"""Documents that contain others; without a name of their work, both count as one work.
+"""Finds documents that contain others, to treat them as one work if their work is not named.
 
-An extract and its act, or an act with and without its annexes, have a low Jaccard similarity, but
-nearly all of the shorter stands in the longer. How much of it does is
-estimated from the sketches (``fingerprint``): every 128th sequence of five words. Shorter documents
-than some thousand words have too little of a sketch; the build compares what is held out exactly.
+An extract and its act, or an act with and without its annexes, have a low Jaccard similarity, but the
+longer contains nearly all of the shorter. Containment is estimated from the sketches (``fingerprint``).
+Documents shorter than about a thousand words have too small a sketch; the build later compares held-out
+documents exactly.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 Sketches = Callable[[], Iterable[tuple[Ints, Hashes]]]
 
-CONTAINED = 0.5  # of the lesser document's sequences stand in the greater
-LEAST = 8  # sequences of a sketch: of fewer nothing can be said
-FORMULA_DOCUMENTS = 20  # what stands in more documents is a formula, and says nothing
-AT_ONCE = 1 << 25  # sequences in memory
+CONTAINED = 0.5  # share of the smaller sketch that is in the larger one
+LEAST = 8  # n-grams: a smaller sketch gives no estimate
+FORMULA_DOCUMENTS = 20  # an n-gram in more documents is a formula and is ignored
+AT_ONCE = 1 << 25  # n-grams in memory
 
 
 def contained(rows: Ints, named: npt.NDArray[np.bool_], sketches: Sketches) -> Ints:
-    """Pairs of rows, (n, 2), of which one is mostly contained in the other.
+    """Pairs of rows, (n, 2), where one document mostly contains the other.
 
-    ``named``: which of the rows have a name of their work; of two that have, the names decide.
-    ``sketches`` yields, any number of times, places in ``rows`` and a sequence of each.
+    ``named``: which rows name their work; two such rows are not paired, as their names decide.
+    ``sketches`` can be iterated repeatedly and yields indices into ``rows`` with one n-gram each.
     """
     nothing = np.empty((0, 2), dtype=np.int64)
     if named.all():
         return nothing
     total = sum(len(sequences) for _, sequences in sketches())
-    # one range of the sequences after another
+    # the n-grams in several passes, to limit memory
     ranges = 1 << max(0, (total // AT_ONCE).bit_length())
     sizes = np.zeros(len(rows), dtype=np.int64)
     found, counts = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
@@ -61,9 +61,9 @@ def _in_range(sketches: Sketches, number: int, ranges: int) -> tuple[Ints, Hashe
 def _shared(
     places: Ints, sequences: Hashes, sizes: Ints, named: npt.NDArray[np.bool_]
 ) -> tuple[Hashes, Ints]:
-    """Pairs of places, packed into 64 bits, with how many sequences they share.
+    """Pairs of indices, packed into 64 bits, with the number of n-grams that they share.
 
-    Adds to ``sizes`` how many sequences of each place were looked at.
+    Adds to ``sizes`` the number of n-grams counted for each index.
     """
     order = np.lexsort((places, sequences))
     places, sequences = places[order], sequences[order]
@@ -90,6 +90,6 @@ def _shared(
 
 
 def _added(pairs: Hashes, counts: Ints) -> tuple[Hashes, Ints]:
-    """Equal pairs as one, with the sum of their counts."""
+    """Merge equal pairs and add up their counts."""
     unique, index = np.unique(pairs, return_inverse=True)
     return unique, np.bincount(index, weights=counts, minlength=len(unique)).astype(np.int64)
