@@ -28,13 +28,13 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastcpt.training.evaluation import figures_of
+from fastcpt.training.evaluation import loss_figures
 from fastcpt.training.generation import generate
 from fastcpt.training.inference import model_for_inference, ranks
 from fastcpt.training.model import choose_attention
 from fastcpt.training.ranks import rank, world_size
 from fastcpt.training.scoring import Scorer, document_losses
-from fastcpt.training.validation import Document
+from fastcpt.training.validation import HeldOutDocument
 from training import SHAPES, SIZE
 
 BATCHES = (SIZE, 4 * SIZE, 16 * SIZE)
@@ -54,13 +54,13 @@ class Chat:
     tokenizer, end_id = Words(), 1
 
 
-def documents(tokens: int, words: int) -> list[Document]:
+def documents(tokens: int, words: int) -> list[HeldOutDocument]:
     drawn = np.random.default_rng(0)
-    made: list[Document] = []
+    made: list[HeldOutDocument] = []
     while sum(len(one.input_ids) for one in made) < tokens:
         length = int(np.exp(drawn.uniform(np.log(200), np.log(20_000))))
         ids = drawn.integers(2, words, length).astype(np.int32)
-        made.append(Document(str(len(made)), ids, 4 * length, 2020, ()))
+        made.append(HeldOutDocument(str(len(made)), ids, 4 * length, 2020, ()))
     return made
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         document_losses(scorer, found[:2], SIZE, device)
         for batch in BATCHES:
             begin = time.monotonic()
-            figures = figures_of(found, document_losses(scorer, found, SIZE, device, batch, "it"))
+            figures = loss_figures(found, document_losses(scorer, found, SIZE, device, batch, "it"))
             seconds = time.monotonic() - begin
             line = {
                 "batch_tokens": batch,

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from selection_pool import Pool
 
-from fastcpt.corpus.budget import take_within
+from fastcpt.corpus.budget import cut_for, take_within
 from fastcpt.files import whole_file
 
 Ints = npt.NDArray[np.int64]
@@ -137,17 +137,6 @@ def spans_of(arm: str, seed: int, pool: Pool, budget: int, folder: Path) -> Ints
 def _whole(pool: Pool, order: Ints, budget: int) -> Ints:
     rows = order[take_within(pool.length[order], budget)]
     return np.stack([pool.begin[rows], pool.length[rows]], axis=1)
-
-
-def cut_for(lengths: Ints, budget: int) -> int:
-    """The greatest number of tokens at which all documents can be cut to stay within the budget."""
-    low, high = 0, int(lengths.max())
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (
-            (middle, high) if np.minimum(lengths, middle).sum() <= budget else (low, middle - 1)
-        )
-    return low
 
 
 def passages(pool: Pool) -> tuple[Ints, Ints, Ints]:

@@ -149,7 +149,7 @@ def train_and_evaluate(args: argparse.Namespace, arm: str, seed: int, out: Path)
     from fastcpt.training.model import initialise_model
     from fastcpt.training.scoring import Scorer, document_losses
     from fastcpt.training.trainer import train
-    from fastcpt.training.validation import read_documents, validation_files
+    from fastcpt.training.validation import read_held_out, validation_files
 
     begun = time.monotonic()
     recipe, folder = recipe_of(args, seed), args.work / "pool"
@@ -182,7 +182,7 @@ def train_and_evaluate(args: argparse.Namespace, arm: str, seed: int, out: Path)
     device = torch.device("cuda" if args.gpus else "cpu")
     scorer, _ = model_for_inference(model, "sdpa", args.dtype, device, wrap=Scorer)
     for name, files in validation_files(folder).items():
-        documents = read_documents(files)
+        documents = read_held_out(files)
         losses = document_losses(scorer, documents, args.sequence, device, what=name)
         result[name] = {
             "nats": losses.tolist(),

@@ -197,11 +197,13 @@ def fused_block_bytes(shape: Shape, lora: Lora | None, fp8: bool) -> tuple[int, 
     return attention, mlp
 
 
-def checkpoint_bytes(states: OptimizerStates) -> float:
+def checkpoint_bytes_per_weight(states: OptimizerStates) -> float:
     """Bytes of a checkpoint a trained weight: the weight as the optimizer has it, and its moments."""
     return STATE_BYTES[states] + (0 if states == "float32" else MODEL_BYTES)
 
 
 def training_disk_bytes(trained: int, save_total_limit: int, states: OptimizerStates) -> int:
     """Disk that a training takes: its checkpoints, one more than are kept, and its model."""
-    return math.ceil(trained * (checkpoint_bytes(states) * (save_total_limit + 1) + MODEL_BYTES))
+    return math.ceil(
+        trained * (checkpoint_bytes_per_weight(states) * (save_total_limit + 1) + MODEL_BYTES)
+    )

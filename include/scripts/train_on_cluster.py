@@ -113,12 +113,12 @@ def what_is_next(
     model, port = f"{output}/final", 29_500
     if decided["passed"]:
         then = "fine-tuning there, with DIR a folder of instructions (train.jsonl)"
-        command = commands.train_sft(
+        command = commands.train_sft_command(
             recipe, host, port, instructions="DIR", model=model, output=f"{output}-sft"
         )
     else:
         then = "stage 2 there"
-        command = commands.train_cpt(
+        command = commands.train_cpt_command(
             recipe,
             host,
             port,
@@ -172,10 +172,10 @@ def training_job(
     named = made_from.evaluation_name(recipe, base=of, corpus=manifest["digest"])
     evaluation = f"{output}/evaluation-{named}.json"
     port = 20_000 + int(name, 16) % 10_000
-    train = commands.train_cpt(
+    train = commands.train_cpt_command(
         recipe, host, port, corpus=corpus, model=base, output=output, stage="stage1"
     )
-    evaluate = commands.evaluate(
+    evaluate = commands.evaluate_command(
         recipe, host, port, corpus=corpus, model=f"{output}/final", base=base, output=evaluation
     )
     job = jobs.Job(

@@ -41,7 +41,9 @@ def publish(context: Context) -> RemoteJob:
         files_of(record, ["recipe.yaml", *facts]),
     )
     output = f"{places['root']}/published/{recipe.name}-{name}"
-    merge = commands.publish(host_of(places), model=model, record=sent["path"], output=output)
+    merge = commands.publish_command(
+        host_of(places), model=model, record=sent["path"], output=output
+    )
     return job_of_run(
         context, [merge], f"{output}/README.md", {"published": output, "digest": name}
     )

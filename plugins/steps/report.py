@@ -29,7 +29,7 @@ def report() -> Reported:
 
     ``RunFailed`` where the run did not succeed: this task's end is the run's.
     """
-    from fastcpt.planning.history import compare, record_run
+    from fastcpt.planning.history import compare_with_plan, record_run
     from fastcpt.reporting.record import add, add_cost, close_record, read, took
     from fastcpt.reporting.report import write_report
 
@@ -51,7 +51,7 @@ def report() -> Reported:
             seconds = read(record, evaluation).get("job_seconds")
             record_run(HOME, f"{run}/{training}", recipe, cluster, totals, seconds)
     add_cost(record, recipe.cluster.gpus, price_of(recipe, cluster))
-    compared = compare(read(record, "plan.json"), took(record, recipe.cluster.gpus))
+    compared = compare_with_plan(read(record, "plan.json"), took(record, recipe.cluster.gpus))
     add(record, "plan_and_actual.json", {"rows": compared})
     outcome = read(record, "run.json").get("marked") or _outcome(states)
     close_record(record, outcome)

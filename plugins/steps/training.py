@@ -117,7 +117,7 @@ def train_cpt(context: Context) -> RemoteJob:
     if recipe.model.config is not None:
         base = f"{folder}/{base}"
     output = f"{folder}/{name}"
-    train = commands.train_cpt(
+    train = commands.train_cpt_command(
         recipe,
         host,
         _port(output),
@@ -144,7 +144,7 @@ def train_cpt_stage2(context: Context) -> RemoteJob:
         deepspeed=CONFIGS,
     )
     output = f"{places['root']}/models/{name}"
-    train = commands.train_cpt(
+    train = commands.train_cpt_command(
         recipe,
         host_of(places),
         _port(output),
@@ -206,7 +206,7 @@ def _evaluate(context: Context, trained: Trained, base_evaluation: str | None = 
     of = base.removeprefix(f"{places['root']}/")
     name = made_from.evaluation_name(recipe, base=of, corpus=places["corpus_digest"])
     result = f"{Path(model).parent}/evaluation-{name}.json"
-    evaluate = commands.evaluate(
+    evaluate = commands.evaluate_command(
         recipe,
         host_of(places),
         _port(result),
@@ -246,7 +246,7 @@ def train_sft(context: Context) -> RemoteJob | Trained:
         deepspeed=CONFIGS,
     )
     output = f"{places['root']}/models/{name}"
-    train = commands.train_sft(
+    train = commands.train_sft_command(
         recipe,
         host_of(places),
         _port(output),
@@ -267,7 +267,7 @@ def evaluate_sft(context: Context) -> RemoteJob | Evaluated:
     model = trained_by(context, "train_sft")["model"]
     name = made_from.answers_name(recipe, instructions=places["instructions_digest"])
     result = f"{Path(model).parent}/evaluation_sft-{name}.json"
-    evaluate = commands.evaluate_sft(
+    evaluate = commands.evaluate_sft_command(
         recipe,
         host_of(places),
         _port(result),

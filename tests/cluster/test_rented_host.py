@@ -93,7 +93,7 @@ class Rented:
     def watcher(self) -> int | None:
         """The watcher's pid."""
         for pid in processes.processes():
-            its = processes.environment_of(pid)
+            its = processes.process_environment(pid)
             if its.get("HOME") == str(self.home):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 if b"watch" in words:
@@ -102,7 +102,7 @@ class Rented:
 
     def end(self) -> None:
         for pid in list(processes.processes()):
-            if processes.environment_of(pid).get("HOME") == str(self.home):
+            if processes.process_environment(pid).get("HOME") == str(self.home):
                 processes.signal_quietly(os.kill, pid, signal.SIGKILL)
         os.killpg(self.facts["pid"], signal.SIGKILL)
         os.waitpid(self.facts["pid"], 0)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from fastcpt.planning.history import FILE, compare, read_history, record_run
+from fastcpt.planning.history import FILE, compare_with_plan, read_history, record_run
 from fastcpt.planning.jobs import changed
 from fastcpt.planning.measured import measured_rows
 from fastcpt.planning.plan import plan
@@ -103,7 +103,7 @@ def test_plan_beside_actual(recipe):
         "memory_gb": 99.0,
         "cost": None,
     }
-    rows = {row["what"]: row for row in compare(content, took)}
+    rows = {row["what"]: row for row in compare_with_plan(content, took)}
     assert rows["hours on the GPUs, without stage 2"]["off"] == pytest.approx(0.1)
     assert rows["hours of training steps"]["off"] == 0
     assert rows["tokens/s, all GPUs"]["off"] == pytest.approx(-0.5)
@@ -118,7 +118,7 @@ def test_plan_beside_actual(recipe):
 
 def test_what_was_not_planned_is_shown_as_it_was():
     sample = plan(load_recipe("sample")).to_json()
-    (row,) = compare(sample, {"training_hours": 0.02})
+    (row,) = compare_with_plan(sample, {"training_hours": 0.02})
     assert (row["low"], row["high"], row["actual"], row["off"]) == (None, None, 0.02, None)
 
 
@@ -157,7 +157,7 @@ def test_replay_of_recorded_runs(job, hardware, facts, tmp_path):
         "training_hours": before.tokens / everyone / 3600,
         "memory_gb": facts["memory_gb"],
     }
-    rows = {row["what"]: row for row in compare(before.to_json(), took)}
+    rows = {row["what"]: row for row in compare_with_plan(before.to_json(), took)}
     frozen_in_bf16 = (
         job.lora and job.fp8 and not job.one_byte
     )  # when the row was measured; now they take one byte

@@ -97,14 +97,14 @@ def test_what_is_typed_into_the_form_is_data_or_refused(
     except RecipeError:
         return
     host = commands.Host("/e/bin/python", "/code", "/run/recipe.yaml")
-    train = commands.train_cpt(
+    train = commands.train_cpt_command(
         recipe, host, 29500, corpus="/c", model="/m", output="/o", stage="stage1"
     )
     initialise = commands.initialise(recipe, host, "/c", "/m")
     script = jobs.Job("j", [*initialise, train], commands.environment(recipe, host)).script
     # the commands are the same whatever is typed there: it travels in the recipe's file
     plain = load_recipe("sample")
-    expected = commands.train_cpt(
+    expected = commands.train_cpt_command(
         plain, host, 29500, corpus="/c", model="/m", output="/o", stage="stage1"
     )
     assert train == expected

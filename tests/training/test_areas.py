@@ -26,7 +26,7 @@ from fastcpt.training.exits import TrainingError, exit_code
 from fastcpt.training.model import load_model
 from fastcpt.training.publish import publish
 from fastcpt.training.schedule import phases_of
-from fastcpt.training.validation import Document
+from fastcpt.training.validation import HeldOutDocument
 from training.conftest import INCLUDE, launch, start, train_arguments, write_recipe, write_shards
 from training.test_evaluation import write_set
 from training.test_trainer import finish, metrics
@@ -105,9 +105,9 @@ def legal(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         areas.append([["up"], ["down"]])
     write_shards(folder, [rows], [[[30, 30]] * 60], [areas])
     held_out = [
-        Document("up", np.arange(20, 80, dtype=np.int32), 100, 2020, ("up",)),
-        Document("down", np.arange(240, 180, -1, dtype=np.int32), 100, 2021, ("down",)),
-        Document("other", np.arange(3, 63, 2, dtype=np.int32), 100, None, ()),
+        HeldOutDocument("up", np.arange(20, 80, dtype=np.int32), 100, 2020, ("up",)),
+        HeldOutDocument("down", np.arange(240, 180, -1, dtype=np.int32), 100, 2021, ("down",)),
+        HeldOutDocument("other", np.arange(3, 63, 2, dtype=np.int32), 100, None, ()),
     ]
     write_set(folder / "validation", held_out)
     return folder

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastcpt.training.citations import check, citations
+from fastcpt.training.citations import check_citations, citations
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_an_answer_is_right_where_its_reference_cites_the_same_acts() -> None:
     reference = "It repeals Directive 95/46/EC. See Regulation (EU) 2016/679 and Case C-131/12."
     answer = "32016R0679 repeals Directive 95/46/EC and Directive 95/46/EC, not Directive 97/66/EC."
     # three acts, two of them right; a citation that is repeated counts once
-    assert check(answer, reference) == (3, 2)
-    assert check("It repeals nothing.", reference) == (0, 0)
-    assert check(answer, "No act is named.") == (3, 0)
+    assert check_citations(answer, reference) == (3, 2)
+    assert check_citations("It repeals nothing.", reference) == (0, 0)
+    assert check_citations(answer, "No act is named.") == (3, 0)
 
 
 def test_what_the_prompt_names_can_be_left_out() -> None:
     prompt = "Summarise Regulation (EU) 2016/679"
     reference = "Regulation (EU) 2016/679 repeals Directive 95/46/EC."
     answer = "Regulation (EU) 2016/679 repeals Directive 97/66/EC."
-    assert check(answer, reference) == (2, 1)
-    assert check(answer, reference, given=prompt) == (1, 0)
+    assert check_citations(answer, reference) == (2, 1)
+    assert check_citations(answer, reference, given=prompt) == (1, 0)

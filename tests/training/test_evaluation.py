@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fastcpt.recipe import load_recipe
 from fastcpt.training import evaluation, scoring
-from fastcpt.training.evaluation import evaluate, figures_of
+from fastcpt.training.evaluation import evaluate, loss_figures
 from fastcpt.training.exits import exit_code
 from fastcpt.training.model import ModelError
 from fastcpt.training.scoring import Scorer, document_losses
 from fastcpt.training.validation import (
-    Document,
     EvaluationError,
+    HeldOutDocument,
     Window,
     validation_files,
     windows_of,
@@ -41,10 +41,10 @@ SIZE = 64
 
 def document(
     name: str, length: int, year: int | None = None, areas: tuple[str, ...] = (), seed: int = 0
-) -> Document:
+) -> HeldOutDocument:
     """BOS, random bytes, END: ``length`` tokens in all."""
     text = np.random.default_rng([seed, length]).integers(0, 256, length - 2)
-    return Document(name, np.array([BOS, *text, END], np.int32), length - 2, year, areas)
+    return HeldOutDocument(name, np.array([BOS, *text, END], np.int32), length - 2, year, areas)
 
 
 DOCUMENTS = [
@@ -56,7 +56,7 @@ DOCUMENTS = [
 NEWEST = [document("new", 40, 2026, ("digital",), seed=1)]
 
 
-def write_set(folder: Path, documents: list[Document]) -> None:
+def write_set(folder: Path, documents: list[HeldOutDocument]) -> None:
     folder.mkdir(parents=True)
     table = {
         "id": pa.array([one.id for one in documents]),
@@ -145,7 +145,7 @@ def test_the_figure_is_that_of_one_token_at_a_time() -> None:
 def test_a_model_that_knows_nothing_is_as_perplexed_as_it_has_words() -> None:
     model = llama()
     nn.init.zeros_(model.lm_head.weight)
-    figures = figures_of(DOCUMENTS, document_losses(Scorer(model), DOCUMENTS, SIZE, CPU))
+    figures = loss_figures(DOCUMENTS, document_losses(Scorer(model), DOCUMENTS, SIZE, CPU))
     lengths = [101, 5, 64, 65]
     tokens, size = sum(lengths) - 4, sum(lengths) - 8
     assert figures["tokens"] == tokens
@@ -177,7 +177,7 @@ def test_batches_hold_no_more_tokens_than_asked() -> None:
 
 def test_figures_by_area_and_year_are_those_of_their_documents() -> None:
     nats = np.array([100 * math.log(8), 4 * math.log(2), 63 * math.log(4), 64 * math.log(4)])
-    figures = figures_of(DOCUMENTS, nats)
+    figures = loss_figures(DOCUMENTS, nats)
     # 100 x 3 + 4 x 1 + 63 x 2 + 64 x 2 = 558 bits over 231 tokens and 227 bytes
     assert figures["perplexity"] == pytest.approx(2 ** (558 / 231))
     assert figures["bits_per_byte"] == pytest.approx(558 / 227)
@@ -199,7 +199,7 @@ def test_figures_by_area_and_year_are_those_of_their_documents() -> None:
 @pytest.mark.parametrize("broken", [math.nan, math.inf, 1e9])
 def test_a_broken_model_has_no_figure(broken: float) -> None:
     with pytest.raises(EvaluationError, match="weights are broken"):
-        figures_of(DOCUMENTS, np.array([broken, 1.0, 1.0, 1.0]))
+        loss_figures(DOCUMENTS, np.array([broken, 1.0, 1.0, 1.0]))
 
 
 # The whole evaluation
@@ -269,7 +269,7 @@ def acts(tmp_path_factory: pytest.TempPathFactory, trained: Path) -> Path:
             f"until {1 + number} March {2005 + number} to pay {3120 + 7 * number} euro. {keep}"
         )
         ids = np.array([BOS, *words(text, add_special_tokens=False)["input_ids"], END], np.int32)
-        held_out.append(Document(f"act-{number}", ids, len(text.encode()), 2001, ("trade",)))
+        held_out.append(HeldOutDocument(f"act-{number}", ids, len(text.encode()), 2001, ("trade",)))
     write_set(folder / "validation", held_out)
     return folder
 

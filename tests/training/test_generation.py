@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 from fastcpt.intervals import ratio
 from fastcpt.recipe import load_recipe
 from fastcpt.training import generation
-from fastcpt.training.generation import evaluate_sft, figures_of, generate
+from fastcpt.training.generation import answer_figures, evaluate_sft, generate
 from fastcpt.training.sft import Chat, Instruction
 from training.conftest import launch, write_recipe
 from training.tiny import END, model_folder
@@ -94,7 +94,7 @@ def test_an_answer_ends_where_its_turn_does(model: Path) -> None:
 def test_rouge_is_the_f_measure_of_the_longest_common_subsequence() -> None:
     # "the cat sat on the mat" and "the dog sat on a mat": the, sat, on, mat are common, in order
     asked = [Instruction("1", "?", "The cat sat on the mat."), Instruction("2", "?", "One two.")]
-    figures = figures_of(asked, ["the dog sat on a mat", "two one three"])
+    figures = answer_figures(asked, ["the dog sat on a mat", "two one three"])
     # 4 of 6 and 4 of 6 words; then 1 of 2 and 1 of 3: F = 2 x 1/2 x 1/3 / (5/6) = 2/5
     assert figures["rouge_l"]["value"] == pytest.approx((4 / 6 + 2 / 5) / 2)
     assert figures["examples"] == 2
@@ -110,7 +110,7 @@ def test_citations_are_counted_over_all_answers() -> None:
         Instruction("3", "Which act?", "None."),
     ]
     answers = ["Directive 95/46/EC, Directive 97/66/EC", "", "Regulation (EU) 2016/679"]
-    accuracy = figures_of(asked, answers)["citation_accuracy"]
+    accuracy = answer_figures(asked, answers)["citation_accuracy"]
     # cited: 95/46, 97/66, 2016/679; only the first is in its reference
     assert accuracy["value"] == pytest.approx(1 / 3)
     assert accuracy["counted"] == 3
@@ -123,7 +123,7 @@ def test_citations_are_counted_over_all_answers() -> None:
 
 
 def test_without_citations_there_is_no_accuracy() -> None:
-    accuracy = figures_of([Instruction("1", "?", "Article 5.")], ["Article 6."])[
+    accuracy = answer_figures([Instruction("1", "?", "Article 5.")], ["Article 6."])[
         "citation_accuracy"
     ]
     assert (accuracy["value"], accuracy["low"], accuracy["high"]) == (None, None, None)

@@ -19,7 +19,7 @@ from fastcpt.training.questions import (
     table_of,
     texts_of,
 )
-from fastcpt.training.validation import Document
+from fastcpt.training.validation import HeldOutDocument
 
 SUBJECTS = ["ships", "honey", "toys", "lifts", "fuels", "seeds", "banks", "trains"]
 
@@ -41,8 +41,8 @@ def act(number: int, subject: str) -> str:
 ACTS = [(f"act-{n}", act(n, subject)) for n, subject in enumerate(SUBJECTS)]
 
 
-def documents(texts: list[tuple[str, str]]) -> list[Document]:
-    return [Document(name, np.zeros(2, np.int32), 0, None, ()) for name, _ in texts]
+def documents(texts: list[tuple[str, str]]) -> list[HeldOutDocument]:
+    return [HeldOutDocument(name, np.zeros(2, np.int32), 0, None, ()) for name, _ in texts]
 
 
 def made(texts: list[tuple[str, str]], most: int = 100) -> list[Question]:

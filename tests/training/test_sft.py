@@ -17,7 +17,7 @@ from fastcpt.training.sft import (
     Instruction,
     InstructionError,
     example,
-    pack,
+    pack_examples,
     read_instructions,
     save_tokenizer,
     sft_rows,
@@ -139,14 +139,14 @@ def piece(length: int) -> Row:
 
 
 def test_the_longest_go_first_each_into_the_fullest_row_with_room() -> None:
-    rows = pack([piece(length) for length in (2, 3, 4, 6, 7)], 10)
+    rows = pack_examples([piece(length) for length in (2, 3, 4, 6, 7)], 10)
     # 7 and 6 open rows; 4 fills 6's, 3 fills 7's, 2 needs a new one
     assert sorted(sorted(row.lengths.tolist()) for row in rows) == [[2], [3, 7], [4, 6]]
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
 def test_packing_keeps_every_conversation_whole(lengths: list[int]) -> None:
-    rows = pack([piece(length) for length in lengths], 20)
+    rows = pack_examples([piece(length) for length in lengths], 20)
     assert sorted(int(n) for row in rows for n in row.lengths) == sorted(lengths)
     for row in rows:
         assert len(row.input_ids) == row.lengths.sum() <= 20

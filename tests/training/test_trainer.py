@@ -22,7 +22,7 @@ from fastcpt.recipe_sections import CONFIGS
 from fastcpt.training.data import Order
 from fastcpt.training.made_from import training_name
 from fastcpt.training.model import ModelError, load_model
-from fastcpt.training.validation import Document
+from fastcpt.training.validation import HeldOutDocument
 from training.conftest import INCLUDE, launch, start, train_arguments, write_recipe, write_shards
 from training.test_evaluation import write_set
 
@@ -300,7 +300,8 @@ def test_a_time_budget_ends_decayed_and_evaluated(
     folder = tmp_path / "corpus"
     shutil.copytree(corpus, folder)
     held_out = [
-        Document(f"d{n}", np.arange(3, 200, dtype=np.int32), 400, 2020, ()) for n in range(20)
+        HeldOutDocument(f"d{n}", np.arange(3, 200, dtype=np.int32), 400, 2020, ())
+        for n in range(20)
     ]
     write_set(folder / "validation", held_out)
     recipe = write_recipe(

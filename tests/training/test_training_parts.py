@@ -17,7 +17,7 @@ from fastcpt.training.data import DataError, Order, Row, decode_corpus, make_bat
 from fastcpt.training.exits import TrainingError, exit_code
 from fastcpt.training.guard import Guard
 from fastcpt.training.model import ChunkedLoss, ModelError, load_model, packed_inputs
-from fastcpt.training.preflight import Gpu, check_disk, what_is_wrong
+from fastcpt.training.preflight import TriedGpu, check_disk, what_is_wrong
 from fastcpt.training.schedule import Clock, learning_rate
 
 
@@ -142,7 +142,7 @@ def test_only_many_skipped_steps_close_together_end_the_training() -> None:
 
 
 def test_gpus_that_cannot_train_together_are_named() -> None:
-    good = Gpu("one", "H100", 85 * 10**9, True, 700e12)
+    good = TriedGpu("one", "H100", 85 * 10**9, True, 700e12)
     assert what_is_wrong([good, good._replace(host="two", flops=600e12)]) is None
     wrong = what_is_wrong([good, good._replace(right=False)])
     assert wrong == "rank 1, H100 on one, computes wrong: take it out of service"

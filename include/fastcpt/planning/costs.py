@@ -295,7 +295,7 @@ def host_bytes(job: Job) -> float:
 
 def checkpoint_bytes(job: Job) -> float:
     """Disk of one checkpoint: weights and two moments of what is trained, as the optimizer has them."""
-    return step_memory.checkpoint_bytes(job.states) * job.trained
+    return step_memory.checkpoint_bytes_per_weight(job.states) * job.trained
 
 
 # Seconds

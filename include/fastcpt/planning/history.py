@@ -206,7 +206,9 @@ COMPARED = (
 )
 
 
-def compare(plan: Mapping[str, Any], took: Mapping[str, float | None]) -> list[dict[str, Any]]:
+def compare_with_plan(
+    plan: Mapping[str, Any], took: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
     """A plan beside what the run took, a row a figure that either of them knows.
 
     ``plan`` is ``plan.json``; ``took`` has measured figures under the keys of ``COMPARED``. A row:

@@ -1,12 +1,12 @@
 """Checkpoints that are complete or absent, and the final model.
 
-A checkpoint holds what the optimizer knows: the float32 weights and Adam's two moments (12 bytes a
-trained weight; frozen ones come from the base model again), or what it has in their place
-(``rounded_adamw``). Each rank writes its own slices under the weights' names, and reads those it needs
-from whichever files have them: a training goes on with another number of ranks. Ranks write into ``.step_N.partial``, which gets its name when all of it is
-on the disk, ``digests.json`` last. A checkpoint whose files differ from their digests is not used.
-On hosts that share no file system a checkpoint cannot be renamed for all at once: the output folder
-has to be shared.
+A checkpoint holds the optimizer's state: the float32 weights and Adam's two moments (12 bytes per
+trained weight; frozen weights are loaded from the base model), or their low-precision versions
+(``rounded_adamw``). Each rank writes its own slices under the weights' names and reads those it needs
+from any rank's file, so a training can resume on another number of ranks. Ranks write into
+``.step_N.partial``, which is renamed once everything is on disk, ``digests.json`` last. A checkpoint with
+a wrong digest is not used. The output folder has to be shared by all hosts, as one rename completes the
+checkpoint for all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint does not fit this training, or none of several is whole."""
+    """A checkpoint does not match this training, or all checkpoints are damaged."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -75,11 +75,11 @@ def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int)
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written; None where there is none at all.
+    """The newest undamaged checkpoint; None if there are no checkpoints.
 
-    Called by every rank; each looks at its share of the files. A damaged one is named in the log and set
-    aside. ``CheckpointError`` where all are damaged. ``OSError`` on every rank where a file could not
-    be read: a retry may read it, so no checkpoint is set aside for that.
+    Called by every rank; each verifies its share of the files. A damaged checkpoint is logged and set
+    aside. ``CheckpointError`` if all are damaged. ``OSError`` on every rank if a file could not be read: a
+    retry may succeed, so no checkpoint is set aside.
     """
     found = checkpoints(folder)
     damaged: list[str] = []
@@ -113,9 +113,9 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
-    """Put the newest whole checkpoint into the engine; returns its state, None without any.
+    """Load the newest undamaged checkpoint into the engine; its state, or None if there is none.
 
-    Called once before the first step, also where there is no checkpoint: it makes Adam's moments.
+    Called once before the first step, even without checkpoints, as it creates Adam's moments.
     """
     _make_moments(engine)
     newest = newest_whole(folder)
@@ -153,7 +153,7 @@ def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
 
 
 def begin_again(engine: Any, weights: dict[str, torch.Tensor]) -> None:
-    """Give the trained weights these values (whole tensors, by name) and forget the moments."""
+    """Set the trained weights to these values (full tensors, by name) and zero the moments."""
     with torch.no_grad():
         for flat, places in _flats(engine):
             for place in places:
@@ -165,7 +165,7 @@ def begin_again(engine: Any, weights: dict[str, torch.Tensor]) -> None:
 
 
 def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
-    """The trained weights by name, whole, on the CPU of every rank: for adapters, which are small."""
+    """The full trained weights by name, on every rank's CPU; only for adapters, which are small."""
     import deepspeed
 
     whole = {}
@@ -179,7 +179,7 @@ def trained_weights(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def adapter_weights(engine: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of an adapter's folder by this engine's names."""
+    """The weights in an adapter's folder, under this engine's names."""
     stored = load_file(folder / "adapter_model.safetensors")
     weights = {}
     for name, _ in _trained(engine):
@@ -191,14 +191,14 @@ def adapter_weights(engine: Any, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _forget_gathered(engine: Any) -> None:
-    """Drop ZeRO-3's gathered copies: the next use gathers the new values."""
+    """Drop ZeRO-3's gathered copies, so that the next use gathers the new values."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() == 3 and zero.persistent_parameters:
         zero.persistent_parameters[0].partition(zero.persistent_parameters)
 
 
 def _make_moments(engine: Any) -> None:
-    """Adam's state as its first step would make it, so that there is something to fill."""
+    """Create Adam's state as its first step would, so that a checkpoint can be loaded into it."""
     optimizer = engine.optimizer.optimizer
     for flat, _ in _flats(engine):
         optimizer.state[flat] = optimizer.fresh_state(flat)
@@ -209,18 +209,18 @@ def _trained(engine: Any) -> list[tuple[str, Any]]:
 
 
 class Place(NamedTuple):
-    """Where this rank's slice of a weight lies in a flat tensor of the optimizer."""
+    """The location of this rank's slice of a weight in a flat tensor of the optimizer."""
 
     name: str
     parameter: Any
     begin: int
-    size: int  # on a single rank (stage 1) all of it
+    size: int  # the whole weight on a single rank (stage 1)
 
 
 def _flats(engine: Any) -> Iterator[tuple[torch.Tensor, list[Place]]]:
-    """The optimizer's flat tensors themselves, also where they are offloaded, and what lies in each.
+    """The optimizer's flat tensors themselves, even if offloaded, and the weights in each.
 
-    DeepSpeed's ``get_local_fp32_param`` answers with a copy on the GPU where they are not there.
+    DeepSpeed's ``get_local_fp32_param`` would return a GPU copy of offloaded ones.
     """
     zero = engine.optimizer
     names = {id(parameter): name for name, parameter in _trained(engine)}
@@ -249,7 +249,7 @@ def _places(
 
 
 def _own_state(engine: Any) -> dict[str, Any]:
-    """This rank's slices of every trained weight, flat: of the optimizer's weights, of both moments."""
+    """This rank's flat slices of every trained weight and its two moments."""
     states = engine.optimizer.optimizer.state
     return {
         "slices": {
@@ -265,7 +265,7 @@ def _own_state(engine: Any) -> dict[str, Any]:
 
 
 def _stored(state: dict[str, torch.Tensor], moment: str, place: Place) -> Any:
-    """A moment's slice as it is; of 8 bits with the scales of the blocks that it lies in."""
+    """A moment's slice; for 8 bits, with the scales of its blocks."""
     values, scales = state[moment], state.get(f"{moment}_scale")
     if scales is None:
         return values.narrow(0, place.begin, place.size)
@@ -273,12 +273,13 @@ def _stored(state: dict[str, torch.Tensor], moment: str, place: Place) -> Any:
     return {
         "codes": values.narrow(0, place.begin, place.size),
         "scales": scales[first : -(-end // MOMENTS_BLOCK)],
-        "before": place.begin % MOMENTS_BLOCK,  # codes of the first block that are another weight's
+        "before": place.begin
+        % MOMENTS_BLOCK,  # codes in the first block that belong to another weight
     }
 
 
 def _values(stored: Any, moment: str) -> torch.Tensor:
-    """What ``_stored`` wrote, as numbers."""
+    """Decode what ``_stored`` wrote."""
     if isinstance(stored, torch.Tensor):
         return stored
     codes, before = stored["codes"], stored["before"]
@@ -288,7 +289,7 @@ def _values(stored: Any, moment: str) -> torch.Tensor:
 
 
 def _quantize(values: torch.Tensor, moment: str, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """Fill 8-bit ``codes`` and their ``scales``; values that were dequantized get their codes back."""
+    """Fill 8-bit ``codes`` and their ``scales``; dequantized values get exactly their old codes."""
     for begin in range(0, len(values), SLICE):
         part = slice(begin, begin + SLICE)
         blocks = slice(begin // MOMENTS_BLOCK, (begin + SLICE) // MOMENTS_BLOCK)
@@ -297,7 +298,7 @@ def _quantize(values: torch.Tensor, moment: str, codes: torch.Tensor, scales: to
 
 
 def _fill_weights(flat: torch.Tensor, place: Place, slices: list[torch.Tensor]) -> None:
-    """Fill this rank's slice of a weight, for the optimizer and for the model."""
+    """Fill this rank's slice of a weight, in the optimizer and in the model."""
     own, parameter = flat.narrow(0, place.begin, place.size), place.parameter
     _fill(own, slices)
     model = parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter
@@ -305,7 +306,7 @@ def _fill_weights(flat: torch.Tensor, place: Place, slices: list[torch.Tensor]) 
 
 
 def _fill(own: torch.Tensor, slices: list[torch.Tensor]) -> None:
-    """Fill this rank's slice from those of the checkpoint's ranks; the last may be padded."""
+    """Fill this rank's slice from the slices of the checkpoint's ranks; the last may be padded."""
     begin = dist.get_rank() * len(own)
     for n, piece in enumerate(slices):
         offset = n * len(slices[0])
@@ -317,9 +318,9 @@ def _fill(own: torch.Tensor, slices: list[torch.Tensor]) -> None:
 def save_final(
     engine: Any, target: Path, tokenizer: Path, base: str, before: Path | None = None
 ) -> None:
-    """Write the folder that transformers (or peft, for adapters) loads; whole or not at all.
+    """Write the folder that transformers (or peft, for adapters) loads, atomically.
 
-    Areas' adapters in ``before``, the model that was trained, are copied.
+    The areas' adapters of ``before``, the model that training started from, are copied.
     """
     trainee: Trainee = engine.module
     adapters = _has_frozen(engine)
@@ -337,7 +338,7 @@ def save_final(
         named = {name.removeprefix("model."): value for name, value in weights.items()}
         if trainee.packing is not None:
             named = plain_weights(named, trainee.causal.config)
-        if adapters:  # a folder is named so that it is found from anywhere
+        if adapters:  # an absolute path, so that the base is found from anywhere
             base = str(Path(base).resolve()) if Path(base).is_dir() else base
             for settings in trainee.model.peft_config.values():
                 settings.base_model_name_or_path = base
@@ -355,10 +356,10 @@ def save_final(
 
 
 def save_mean(adapters: dict[str, Path], subjects: dict[str, list[str]], target: Path) -> None:
-    """Write the mean of several adapters as one, with each of them under ``areas``.
+    """Write the mean of n adapters as one adapter, with the single ones under ``areas``.
 
-    ``subjects`` are each area's. Adapters of rank r, concatenated, are one adapter of rank n r that adds
-    the sum of what they add, exactly. Its scaling, alpha / (n r), makes the sum a mean.
+    ``subjects``: the subjects of each area. Concatenating adapters of rank r gives one of rank n r whose
+    update is exactly their sum; its scaling, alpha / (n r), turns the sum into the mean.
     """
     if dist.get_rank() == 0:
         partial = target.with_name(f".{target.name}.partial")
@@ -382,7 +383,7 @@ def save_mean(adapters: dict[str, Path], subjects: dict[str, list[str]], target:
 
 
 def put_in_place(partial: Path, target: Path) -> None:
-    """Rename a finished folder when all of it is on the disk; one with that name gives way to it."""
+    """Flush a finished folder to disk and rename it to ``target``, replacing an older one."""
     for path in [*partial.rglob("*"), partial]:
         flush(path)
     old = target.with_name(f".{target.name}.old.partial")

@@ -49,12 +49,12 @@ _COURT = {"C": "CJ", "T": "TJ", "F": "FJ"}  # judgments of the Court, General Co
 
 def citations(text: str) -> set[str]:
     """The base CELEX numbers of the acts and judgments that ``text`` cites."""
-    text = re.sub(r"\s+", " ", text)  # no-break spaces and line ends among them
+    text = re.sub(r"\s+", " ", text)  # also no-break spaces and line ends
     found = {_base(match) for match in _CELEX.finditer(text)}
     for acts in _ACTS.finditer(text):
         kind = _LETTER[acts["kind"].lower()]
         for one in _ONE.finditer(acts["numbers"]):
-            # those on police and justice before 1999 have the framework decisions' letter
+            # joint actions on police and justice before 1999 have the letter of framework decisions
             justice = kind == "E" and len(one["first"]) == 2 and "JHA" in one["bodies"].upper()
             letter = "F" if justice else kind
             found.add(_act(letter, bool(one["no"]), one["first"], one["second"]))
@@ -72,11 +72,11 @@ def _base(match: re.Match[str]) -> str:
 
 
 def _act(letter: str, no: bool, first: str, second: str) -> str:
-    """The CELEX number of "first/second"; empty where neither part can be a year.
+    """The CELEX number of "first/second"; empty if neither part can be a year.
 
-    Since 2015 every act is year/number. Before, regulations were number/year, and so was whatever
-    stands after "No"; directives and others year/number, with two digits until 1998. A part that
-    can be no year is none, whatever the rule: "Decision No 87/209/EEC" is of 1987.
+    Since 2015 every act is year/number. Before, regulations and anything after "No" were number/year,
+    directives and others year/number, with two-digit years until 1998. If the part that should be the
+    year cannot be one, the other part is: "Decision No 87/209/EEC" is of 1987.
     """
     years = (_year(first), _year(second))
     number_first = no or (letter == "R" and not (len(first) == 4 and 2015 <= int(first) < 2100))
@@ -89,22 +89,22 @@ def _act(letter: str, no: bool, first: str, second: str) -> str:
 
 
 def _year(digits: str) -> int | None:
-    """The year that two (until 1999) or four digits stand for; None where they cannot."""
+    """The year written with two (until 1999) or four digits; None if it cannot be a year."""
     year = int(digits) + (1900 if len(digits) == 2 else 0)
     return year if 1952 <= year < 2100 else None
 
 
-class Checked(NamedTuple):
+class CheckedCitations(NamedTuple):
     """Citations of one answer: how many there are, and how many of them are right."""
 
     counted: int
     right: int
 
 
-def check(answer: str, reference: str, given: str = "") -> Checked:
+def check_citations(answer: str, reference: str, given: str = "") -> CheckedCitations:
     """Check an answer's citations, each counted once, against those of the reference answer.
 
-    What the text ``given`` cites (the prompt) is left out: to repeat it takes no knowledge.
+    Citations in the text ``given`` (the prompt) are left out: repeating them takes no knowledge.
     """
     named = citations(answer) - citations(given)
-    return Checked(len(named), len(named & citations(reference)))
+    return CheckedCitations(len(named), len(named & citations(reference)))

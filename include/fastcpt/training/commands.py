@@ -1,6 +1,6 @@
-"""What each job on the cluster runs: commands as lists of words, never as text for a shell.
+"""The command of each job on the cluster, as a list of words, never as text for a shell.
 
-Pure functions of the recipe and of paths there; no torch. ``Host`` says where things are.
+Pure functions of the recipe and of paths on the cluster (``Host``); no torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Literal
 from fastcpt.recipe import Recipe
 
 Command = list[str]
-PRICE = "FASTCPT_PRICE_PER_GPU_HOUR"  # read by the trainer
-# The same; a rented host sets it (cluster.agent.processes): when its money is spent, seconds since the epoch.
+# Environment variables that the trainer reads. DEADLINE is set by a rented host's agent
+# (cluster.agent.processes): when its money is spent, in seconds since the epoch.
+PRICE = "FASTCPT_PRICE_PER_GPU_HOUR"
 DEADLINE = "FASTCPT_DEADLINE"
 
 
@@ -29,7 +30,7 @@ class Host:
 
 
 def environment(recipe: Recipe, host: Host, price: float | None = None) -> dict[str, str]:
-    """Environment variables of every job; ``price`` in USD for a GPU hour, where it is known."""
+    """Environment variables of every job; ``price`` in USD per GPU hour, if known."""
     values = {
         "PYTHONPATH": f"{host.code}/include",
         "PYTHONUNBUFFERED": "1",
@@ -40,16 +41,17 @@ def environment(recipe: Recipe, host: Host, price: float | None = None) -> dict[
     if price is not None:
         values[PRICE] = str(price)
     if recipe.model.config is not None:
-        values["HF_HUB_OFFLINE"] = "1"  # nothing of such a run is on a hub
+        values["HF_HUB_OFFLINE"] = "1"  # such a run needs nothing from a hub
     if recipe.cluster.cpu_only:
         values |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return values
 
 
 def launch(recipe: Recipe, host: Host, port: int) -> Command:
-    """DeepSpeed's launcher over the recipe's GPUs: of one host, or started on each of several.
+    """DeepSpeed's launcher over the recipe's GPUs, on one host or on each of several.
 
-    Several hosts, and Slurm's, are the agent's ``on-hosts`` (``cluster.agent.hosts``): it fills in the words in braces.
+    Several hosts, and Slurm's, are started by the agent's ``on-hosts`` (``cluster.agent.hosts``), which
+    fills in the words in braces.
     """
     deepspeed = [host.python, f"{host.python.rpartition('/')[0]}/deepspeed"]
     cluster = recipe.cluster
@@ -65,14 +67,14 @@ def launch(recipe: Recipe, host: Host, port: int) -> Command:
 
 
 def initialise(recipe: Recipe, host: Host, corpus: str, base: str) -> list[Command]:
-    """Make the base model where the recipe has a ``model.config``; nothing to do otherwise."""
+    """Commands that create the base model if the recipe has a ``model.config``; else none."""
     if recipe.model.config is None:
         return []
     script = [host.python, host.script("initialise_model.py"), "--config", host.recipe]
     return [[*script, "--tokenizer", f"{corpus}/tokenizer", "--output_dir", base]]
 
 
-def train_cpt(
+def train_cpt_command(
     recipe: Recipe,
     host: Host,
     port: int,
@@ -96,7 +98,7 @@ def train_cpt(
     return [*command, "--use_fp8"] if training.use_fp8 else command
 
 
-def evaluate(
+def evaluate_command(
     recipe: Recipe,
     host: Host,
     port: int,
@@ -107,7 +109,7 @@ def evaluate(
     output: str,
     base_evaluation: str | None = None,
 ) -> Command:
-    """``base_evaluation`` is an earlier evaluation that has the base model's figures already."""
+    """``base_evaluation``: an earlier evaluation, to reuse the base model's figures."""
     known = ["--base_evaluation", base_evaluation] if base_evaluation else []
     return [
         *_on_gpus(recipe, host, port),
@@ -121,7 +123,7 @@ def evaluate(
     ]
 
 
-def train_sft(
+def train_sft_command(
     recipe: Recipe, host: Host, port: int, *, instructions: str, model: str, output: str
 ) -> Command:
     training = recipe.sft.training
@@ -137,7 +139,7 @@ def train_sft(
     return [*command, "--use_fp8"] if training.use_fp8 else command
 
 
-def evaluate_sft(
+def evaluate_sft_command(
     recipe: Recipe, host: Host, port: int, *, instructions: str, model: str, output: str
 ) -> Command:
     return [
@@ -150,7 +152,7 @@ def evaluate_sft(
     ]
 
 
-def publish(host: Host, *, model: str, record: str, output: str) -> Command:
+def publish_command(host: Host, *, model: str, record: str, output: str) -> Command:
     return [
         host.python,
         host.script("publish_model.py"),
@@ -162,5 +164,5 @@ def publish(host: Host, *, model: str, record: str, output: str) -> Command:
 
 
 def _on_gpus(recipe: Recipe, host: Host, port: int) -> Command:
-    # on CPUs one process starts sooner than two, and the models are tiny
+    # on CPUs the models are tiny, and one process starts faster than several
     return [host.python] if recipe.cluster.cpu_only else launch(recipe, host, port)

@@ -1,15 +1,14 @@
-"""Packed rows -> micro-batches, in an order that only the seed decides.
+"""Turns packed rows into micro-batches, in an order that depends only on the seed.
 
-A row holds segments: whole documents or parts of them, packed one after another. Positions begin anew at every segment, no segment attends to
-another, and no token has the first token of the next segment as its target.
+A row consists of segments: whole documents or parts of them. Positions restart at every segment, no
+segment attends to another, and no token has the first token of the next segment as its target.
 
-The shards are decoded once a host, a row group at a time, into one flat file of tokens. Every rank
-reads its own rows from it, a step ahead. Shuffling the whole corpus then needs no memory and no reader
-processes. Of the other ranks' rows a rank needs the lengths alone. The n-th sample of a training is a
-function of the seed and of n, so the order is the same for any number of ranks, and a resumed training
-goes on where it stopped.
+Each host decodes the shards once, one row group at a time, into a flat file of tokens. Every rank reads
+its own rows from it, one step ahead, so shuffling the whole corpus needs neither memory nor reader
+processes. Of other ranks' rows it reads only the lengths. The n-th sample is a function of the seed and
+n, so the order is the same for any number of ranks, and a resumed training continues where it stopped.
 
-The adapter of a legal area is trained on the segments of its area, packed into rows of their own.
+The adapter of a legal area is trained on that area's segments, packed into rows of their own.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from fastcpt.ids import read_ids, to_bytes, width_of
 from fastcpt.manifests import CorpusManifest, FileEntry
 
 Ints = npt.NDArray[np.int32]
-IGNORE_INDEX = -100  # the label of a token without loss: the loss mask
+IGNORE_INDEX = -100  # the label that masks a token out of the loss
 FORMAT = 2  # of decoded corpora
 
 
@@ -40,7 +39,7 @@ class DataError(ValueError):
 
 
 class Row(NamedTuple):
-    """One packed sequence; ``labels`` are not shifted: -100 where the loss mask is off, None where all tokens count."""
+    """One packed sequence. ``labels`` are not shifted; -100 masks a token, None means all tokens count."""
 
     input_ids: Ints
     lengths: Ints  # of the segments; their sum is the number of tokens
@@ -58,7 +57,7 @@ class Rows(Protocol):
         """The lengths of a row's segments, without reading its tokens."""
 
     def targets_in(self, number: int) -> int:
-        """How many of a row's targets count in the loss: those of ``targets_of`` that are not -100."""
+        """How many of a row's targets count in the loss (not -100 in ``targets_of``)."""
 
 
 class ListRows:
@@ -83,7 +82,7 @@ class ListRows:
 class CorpusRows:
     """The rows of a corpus folder, read from one flat file in ``scratch``.
 
-    The files are decoded by ``decode_corpus`` before. ``size`` is the recipe's ``max_seq_length``.
+    ``decode_corpus`` writes it. ``size`` is the recipe's ``max_seq_length``.
     """
 
     def __init__(self, scratch: Path, size: int) -> None:
@@ -106,7 +105,7 @@ class CorpusRows:
 
     def targets_in(self, number: int) -> int:
         lengths = self.lengths_of(number)
-        return int(lengths.sum()) - len(lengths)  # all but each segment's first
+        return int(lengths.sum()) - len(lengths)  # all tokens except each segment's first
 
 
 class AreaRows(CorpusRows):
@@ -141,11 +140,11 @@ def decode_corpus(
 ) -> Path:
     """Verify a corpus folder's shards and decode them to flat files; returns their folder.
 
-    Run by one process of each host. Costs 2 or 3 bytes a token under ``scratch`` (``fastcpt.ids``),
-    the memory of one row group and 4 bytes a segment, and nothing when it was done before. ``areas``
-    maps an area to the subjects of its segments, for ``AreaRows``. Raises ``DataError`` for a missing
-    or altered shard, rows that are longer than ``size`` tokens or whose segments do not add up, or an
-    area without segments.
+    Run by one process per host. Needs 2 or 3 bytes per token under ``scratch`` (``fastcpt.ids``), the
+    memory of one row group and 4 bytes per segment; a finished folder is reused. ``areas`` maps an area
+    to the subjects of its segments, for ``AreaRows``. Raises ``DataError`` for a missing or altered
+    shard, a row that is longer than ``size`` tokens or does not match its segments, or an area without
+    segments.
     """
     shards = _shards(corpus)
     made_from = [FORMAT, [digest for _, digest in shards], size, areas or None]
@@ -180,7 +179,7 @@ def decode_corpus(
 
 
 def _shards(corpus: Path) -> list[tuple[Path, str]]:
-    """The shards of a corpus folder, each as its manifest has it, with its digest."""
+    """The verified shards of a corpus folder with their digests."""
     manifest_file = corpus / "corpus_manifest.json"
     if not manifest_file.is_file():
         raise DataError(f"{manifest_file} is missing: --data_dir must be a built corpus folder")
@@ -199,7 +198,7 @@ def _shards(corpus: Path) -> list[tuple[Path, str]]:
 
 
 def _width(shard: Path, areas: Mapping[str, Sequence[str]] | None) -> int:
-    """Bytes an id of a shard needs, by its own statistics; its columns are looked at too."""
+    """Bytes per id that a shard needs, from its Parquet statistics; also checks its columns."""
     metadata = parquet.read_metadata(shard)
     if areas and "areas" not in metadata.schema.to_arrow_schema().names:
         raise DataError(f"{shard}: no column areas, which lora.areas needs; build the corpus again")
@@ -224,7 +223,7 @@ class _RowGroup(NamedTuple):
 def _row_groups(
     shard: Path, size: int, areas: Mapping[str, Sequence[str]] | None
 ) -> Iterator[_RowGroup]:
-    """A shard's row groups, decoded and checked one after another."""
+    """Decode and check a shard's row groups one by one."""
     columns = ["input_ids", "lengths", *(["areas"] if areas else [])]
     before = 0  # rows
     with parquet.ParquetFile(shard) as file:
@@ -251,7 +250,7 @@ def _save(file: Path, content: npt.NDArray[Any]) -> None:
 
 
 def _of_areas(segments: Any, areas: Mapping[str, Sequence[str]]) -> npt.NDArray[np.bool_]:
-    """[segments, areas]: whether a segment names one of the area's subjects; general text names none."""
+    """[segments, areas]: whether a segment has one of the area's subjects; general text has none."""
     values = segments.flatten().to_pylist()
     owner = np.repeat(np.arange(len(segments)), segments.value_lengths().fill_null(0).to_numpy())
     chosen = np.zeros((len(segments), len(areas)), np.bool_)
@@ -286,7 +285,7 @@ def _check_rows(shard: Path, before: int, group: _RowGroup, size: int) -> None:
 
 
 class Order:
-    """The row of the n-th sample: every epoch a new permutation drawn from the seed."""
+    """The row of the n-th sample: every epoch is a new permutation from the seed."""
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed = rows, seed
@@ -302,12 +301,12 @@ class Order:
 
 
 class Batch(NamedTuple):
-    """A micro-batch of B rows, padded to S tokens; padding is a segment of its own, without loss."""
+    """A micro-batch of B rows, padded to S tokens; padding is a separate segment without loss."""
 
     input_ids: torch.Tensor  # [B, S] int64
     targets: torch.Tensor  # [B, S] int64: the next token of the same segment, or -100
     position_ids: torch.Tensor  # [B, S] int64, from 0 at every segment
-    lengths: list[int]  # of all segments, row after row, with the padding: their sum is B * S
+    lengths: list[int]  # of all segments, row by row, padding included: their sum is B * S
 
 
 def targets_of(row: Row) -> Ints:
@@ -320,7 +319,7 @@ def targets_of(row: Row) -> Ints:
 
 
 def make_batch(rows: list[Row], size: int) -> Batch:
-    """Pad rows to ``size`` tokens and stack them. Padding is token 0, whatever that is."""
+    """Pad rows to ``size`` tokens and stack them. Padding is token 0, in a segment of its own."""
     shape = (len(rows), size)
     input_ids = np.zeros(shape, np.int64)
     targets = np.full(shape, IGNORE_INDEX, np.int64)
@@ -337,17 +336,17 @@ def make_batch(rows: list[Row], size: int) -> Batch:
 
 
 class Step(NamedTuple):
-    """What a rank needs for one step: its own micro-batches, and what all ranks' rows have."""
+    """A rank's data for one step: its own micro-batches, and facts about all ranks' rows."""
 
     batches: list[Batch]
-    lengths: list[Ints]  # of the segments of each row of the step, of all ranks
-    targets: int  # of all ranks
+    lengths: list[Ints]  # the segments' lengths of each row of the step, over all ranks
+    targets: int  # over all ranks
 
 
 class Reader:
-    """A rank's part of every step, read by a thread while the step before is computed.
+    """Reads a rank's part of every step in a thread, while the previous step is computed.
 
-    ``batch`` rows make a step; the rank takes those of its turn in each micro-batch of ``micro``.
+    In each of ``accumulation`` turns every rank takes its ``micro`` rows of the step's samples.
     """
 
     def __init__(
@@ -359,7 +358,7 @@ class Reader:
         self.ahead: tuple[int, Future[Step]] | None = None
 
     def step(self, number: int) -> Step:
-        """The step of this number (from 0); the next one is read from now on."""
+        """The step of this number (from 0); starts reading the next one."""
         if self.ahead is None or self.ahead[0] != number:
             self.ahead = number, self.thread.submit(self._read, number)
         step = self.ahead[1].result()

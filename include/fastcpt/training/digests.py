@@ -1,8 +1,8 @@
-"""What a checkpoint's files were when they were written, and what is wrong with them now.
+"""Digests of a checkpoint's files, to detect damage by the disk or the network.
 
-Digests are computed while the bytes are written, so nothing is read twice, and damage by the disk or
-the network shows later. All files are compared before a checkpoint is used. Of one of 112 GB each of
-eight ranks compares 14 GB: eleven seconds of SHA-256, and loading reads them anyway.
+Digests are computed while the files are written, so nothing is read twice. All files are verified before
+a checkpoint is used. For a checkpoint of 112 GB each of eight ranks verifies 14 GB, which takes eleven
+seconds of SHA-256; loading has to read the files anyway.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Digest = dict[str, Any]
 
 
 class _Digesting:
-    """A file that is written once from its beginning to its end."""
+    """A file object that hashes what is written to it, sequentially."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -38,7 +38,7 @@ class _Digesting:
 
 
 def save_tensors(content: Any, path: Path) -> Digest:
-    """``torch.save`` to a new file; returns when it is on the disk."""
+    """``torch.save`` to a new file, flushed to disk; its digest."""
     with path.open("xb") as file:
         digesting = _Digesting(file)
         torch.save(content, digesting)
@@ -52,16 +52,16 @@ def digest_of_file(path: Path) -> Digest:
 
 
 def write_digests(folder: Path, digests: Mapping[str, Digest]) -> None:
-    """Complete a folder: its files are on the disk, and from now on their digests are known."""
+    """Complete a folder whose files are on disk."""
     write_json(folder / DIGESTS, digests)
     flush(folder)
 
 
 def what_is_damaged(folder: Path, rank: int, ranks: int) -> str | None:
-    """What is wrong with this rank's share of a folder's files; None where they are whole.
+    """What is wrong with this rank's share of a folder's files; None if they are undamaged.
 
-    Sizes are compared first: that is fast and finds most damage. ``OSError`` where the disk does not
-    answer: that may pass, and does not mean that the files are damaged.
+    Sizes are compared first: that is fast and finds most damage. ``OSError`` if the disk does not answer,
+    which may pass and does not mean damage.
     """
     try:
         digests: dict[str, Digest] = read_json(folder / DIGESTS)

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine: the model with what is recomputed, its optimizer, ZeRO's settings."""
+"""Builds DeepSpeed's engine: the model with activation checkpointing, the optimizer, ZeRO's settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fastcpt.training.model import (
 )
 from fastcpt.training.rounded_adamw import RoundedAdamW
 
-UPDATED_AT_ONCE = 300_000_000  # weights of one group of the optimizer on a single rank
+UPDATED_AT_ONCE = 300_000_000  # weights per optimizer group on a single rank
 
 
 def build_engine(
@@ -45,7 +45,7 @@ def build_engine(
     device: torch.device,
 ) -> tuple[Any, dict[str, Any]]:
     """DeepSpeed's engine around the model, and what was chosen for it (for training.json)."""
-    # one long function: each choice rests on the ones before it
+    # one long function, as each choice depends on the earlier ones
     base = base_of(path)
     shape = shape_from_config(load_config(base).to_dict(), base)
     world, model = dist.get_world_size(), recipe.model
@@ -61,7 +61,7 @@ def build_engine(
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 10**12
     if device.type == "cuda":
         _use_liger(shape.model_type)
-    # while it lives, from_pretrained loads only a part
+    # while this object exists, from_pretrained loads only this rank's partition
     partitioned = HfDeepSpeedConfig(config) if world > 1 else None
     causal, attention, read = _load(recipe, training, path, device, one_by_one)
     packing = None
@@ -72,7 +72,7 @@ def build_engine(
         zero3 = config if world > 1 else None
         packing = _fuse(causal, size, attention, use_fp8, memory, zero3, device, accumulate, read)
     elif memory.kind != "none":
-        # transformers' layers are recomputed whole, all of them or none
+        # transformers recomputes whole layers, all of them or none
         memory = replace(memory, kind="full", layers=memory.total)
         causal.gradient_checkpointing_enable({"use_reentrant": False})
     causal.train()
@@ -119,7 +119,7 @@ def _checkpointing(
     use_fp8: bool,
     offload: bool,
 ) -> ActivationCheckpointing:
-    """What is recomputed: as the recipe says, or as little as fits; on CPUs nothing by itself."""
+    """What to recompute: as the recipe says, or as little as fits; on CPUs nothing by default."""
     wanted, layers = training.gradient_checkpointing, shape.num_hidden_layers
     if device.type == "cpu":
         return ActivationCheckpointing(
@@ -141,8 +141,8 @@ def _checkpointing(
 def _load(
     recipe: Recipe, training: Training, path: str, device: torch.device, one_by_one: bool
 ) -> tuple[Any, str, ReadLayer | None]:
-    """The model, with gradients on for what is trained, the name of its attention, and what reads its
-    layers, where that is done ``one_by_one``."""
+    """The model with gradients on for what is trained, the name of its attention, and, if layers are
+    read ``one_by_one``, the function that reads one."""
     torch.manual_seed(training.seed)
     place = device if device.type == "cuda" and dist.get_world_size() == 1 else None
     model, read = recipe.model, None
@@ -172,7 +172,7 @@ def _fuse(
     accumulate: bool,
     read: ReadLayer | None,
 ) -> Packing:
-    """The model's layers replaced by fused blocks, each with its recomputation."""
+    """Replace the model's layers by fused blocks and set what each recomputes."""
     inside = causal.get_base_model() if hasattr(causal, "get_base_model") else causal
     keep, one_byte = memory.keep_fp8, memory.one_byte
     packing = with_fused_blocks(
@@ -191,10 +191,9 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """The DeepSpeed file with its "auto" values filled in from the recipe.
 
-    ``block`` is the number of weights of one layer: the next one is fetched while one computes. A
-    value that the file fixes must agree with the recipe: ``TrainingError`` otherwise. A single rank
-    has nothing to partition, and ZeRO-3's copies would only cost: it runs stage 1, and gradients stay
-    where they are.
+    ``block`` is the number of weights of one layer: the next layer is fetched while one computes. Raises
+    ``TrainingError`` if a fixed value of the file contradicts the recipe. A single rank runs stage 1: it
+    has nothing to partition, and ZeRO-3's copies would only cost memory and time.
     """
     try:
         config: dict[str, Any] = read_json(file)
@@ -223,7 +222,7 @@ def deepspeed_config(
             )
     if world == 1:
         zero["stage"] = 1
-        if "offload_optimizer" not in zero:  # which goes through their buffers
+        if "offload_optimizer" not in zero:  # offloading needs these buffers
             zero |= {"overlap_comm": False, "contiguous_gradients": False}
     states = training.optimizer_states
     if states != "float32":
@@ -231,7 +230,7 @@ def deepspeed_config(
             raise TrainingError(
                 f"{file}: optimizer_states {states} cannot be offloaded; take float32"
             )
-        # what DeepSpeed hands the optimizer, and the gradients it makes for it, are bf16
+        # have DeepSpeed hand the optimizer bf16 weights and gradients
         config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     config["steps_per_print"] = 10**9
     config["zero_allow_untested_optimizer"] = True  # GuardedAdamW, RoundedAdamW
@@ -239,7 +238,7 @@ def deepspeed_config(
 
 
 def _use_liger(model_type: str) -> None:
-    """Liger's fused norms, rotary embeddings and activations, where it is installed."""
+    """Use Liger's fused norms, rotary embeddings and activations if it is installed."""
     try:
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel
     except ImportError:
@@ -250,8 +249,8 @@ def _use_liger(model_type: str) -> None:
 def _optimizer(trainee: Trainee, training: Training, world: int) -> GuardedAdamW | RoundedAdamW:
     """AdamW without weight decay on norms and biases.
 
-    A single rank's groups are cut to ``UPDATED_AT_ONCE`` weights: DeepSpeed's stage 1 makes the
-    gradients of one group at a time, once more and in the optimizer's type.
+    On a single rank, groups have at most about ``UPDATED_AT_ONCE`` weights: DeepSpeed's stage 1 copies
+    the gradients of one group at a time into the optimizer's type.
     """
     vectors: list[torch.nn.Parameter] = []
     matrices: list[list[torch.nn.Parameter]] = []
@@ -270,7 +269,7 @@ def _optimizer(trainee: Trainee, training: Training, world: int) -> GuardedAdamW
     groups = [{"params": group, "weight_decay": training.weight_decay} for group in matrices]
     if vectors:
         groups.append({"params": vectors, "weight_decay": 0.0})
-    # DeepSpeed makes an empty first step; the loop sets the rate of every other
+    # DeepSpeed makes an empty first step; the loop sets the rate of all others
     settings: dict[str, Any] = {
         "lr": 0.0,
         "betas": (training.adam_beta1, training.adam_beta2),
@@ -284,7 +283,7 @@ def _optimizer(trainee: Trainee, training: Training, world: int) -> GuardedAdamW
 
 
 def _update_weights_themselves(engine: Any) -> None:
-    """Give the optimizer the model's own bf16 weights, in place of the copies that DeepSpeed made of them."""
+    """Make the optimizer update the model's own bf16 weights instead of DeepSpeed's copies of them."""
     zero = engine.optimizer
     if engine.zero_optimization_stage() == 3:
         for copy, weights in zip(
@@ -304,7 +303,7 @@ def _update_weights_themselves(engine: Any) -> None:
 
 
 def parameters(module: torch.nn.Module, trained: bool = False) -> int:
-    """Weights of all ranks together; where ``trained``, of those that have gradients."""
+    """Number of weights over all ranks; with ``trained``, only those with gradients."""
     return sum(
         int(getattr(p, "ds_numel", p.numel()))
         for p in module.parameters()
@@ -313,7 +312,7 @@ def parameters(module: torch.nn.Module, trained: bool = False) -> int:
 
 
 def begin_step(engine: Any) -> None:
-    """Tell fused blocks that weights have changed, and empty the gradients they add up themselves."""
+    """Tell fused blocks that the weights changed, and zero the gradients that they accumulate themselves."""
     if engine.module.packing is not None:
         engine.module.packing.weights_changed = True
     for weight in engine.module.parameters():

@@ -1,8 +1,8 @@
 """Perplexity and bits per byte of a model on the held-out documents (docs/evaluation.md).
 
-Every token but a document's first is predicted once. A document longer than the window is read in
-windows that begin half a window apart; a window counts only the tokens that the one before has not
-counted, so all but the first have at least half a window of context.
+Every token except a document's first is predicted once. A long document is read in windows that start
+half a window apart. A window counts only tokens that the previous one did not, so after the first window
+every token has at least half a window of context.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastcpt.recipe_sections import Model
 from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
 from fastcpt.training.made_from import EVALUATION_FORMAT
 from fastcpt.training.model import ModelError, base_of
-from fastcpt.training.progress import Progress
+from fastcpt.training.progress import ProgressLines
 from fastcpt.training.questions import (
     Question,
     answered,
@@ -39,16 +39,16 @@ from fastcpt.training.questions import (
 from fastcpt.training.ranks import rank
 from fastcpt.training.scoring import Scorer, document_losses
 from fastcpt.training.validation import (
-    Document,
     EvaluationError,
-    read_documents,
+    HeldOutDocument,
+    read_held_out,
     sequence_length,
     validation_files,
 )
 
 ADAPTER = "adapter "  # before an area's name
-QUESTIONS = "questions"  # among the sets: the texts whose likelihoods answer them
-# Of each (set, label): the summed loss (nats) of each of its documents.
+QUESTIONS = "questions"  # the set of texts whose likelihoods answer the questions
+# For each (set, label): the summed loss (nats) of each document.
 Losses = dict[tuple[str, str], npt.NDArray[np.float64]]
 
 
@@ -65,17 +65,19 @@ def evaluate(
 ) -> dict[str, Any]:
     """Write ``output`` (evaluation.json) and return its content; called by every rank.
 
-    ``checkpoint`` and ``base`` are folders or hub names (adapters too; a training's output folder
-    stands for its final model), ``validation`` is the folder of a corpus or of one validation set.
+    ``checkpoint`` and ``base`` are folders or hub names, also of adapters; a training's output folder
+    means its final model. ``validation`` is the folder of a corpus or of one validation set.
+
     For each set (``random``, ``newest``) and each of ``model`` and ``base``: ``perplexity``,
-    ``bits_per_byte``, ``loss`` (nats a token), ``tokens``, ``documents``, the same ``by_area`` and
-    ``by_year``, and ``by_document`` each one's ``id``, ``bytes`` and summed loss (nats) of both, to
-    compare models in pairs. Where ``checkpoint`` holds adapters of areas, ``adapters`` has for each,
-    on its area's documents, ``adapter``, ``model`` (the mean of all) and ``base``. ``questions`` has
-    for ``model`` and ``base`` what ``questions.table_of`` gives, on the gate's set. Without a recipe
-    nothing is asked, the window is the corpus's sequence length, weights are bfloat16. An evaluation
-    of the same inputs is not done again; of an earlier one, ``base_evaluation``, the figures of the
-    same base on the same documents are taken. Raises ``EvaluationError``.
+    ``bits_per_byte``, ``loss`` (nats per token), ``tokens``, ``documents``, the same ``by_area`` and
+    ``by_year``. ``by_document``: each document's ``id``, ``bytes`` and summed loss (nats) of both, for
+    paired comparisons. If ``checkpoint`` has adapters of areas, ``adapters`` has for each of them, on its
+    area's documents, ``adapter``, ``model`` (the mean of all) and ``base``. ``questions`` has for
+    ``model`` and ``base`` the result of ``questions.table_of`` on the gate's set.
+
+    Without a recipe there are no questions, the window is the corpus's sequence length and weights are
+    bfloat16. An evaluation of the same inputs is not repeated. From ``base_evaluation``, an earlier one,
+    the base's figures are reused if base and documents are the same. Raises ``EvaluationError``.
     """
     checkpoint = final_of(checkpoint)
     asked, areas = _Asked.of(validation, recipe), _areas_of(checkpoint)
@@ -87,7 +89,7 @@ def evaluate(
     subjects = {label: sorted(area.subjects) for label, area in areas.items()}
     base_made_from = asked.digest(base_identity, subjects) if base else None
     known = _base_figures(base_evaluation, base_made_from)
-    sets = {name: read_documents(files) for name, files in asked.files.items()}
+    sets = {name: read_held_out(files) for name, files in asked.files.items()}
     questions, texts = _questions(checkpoint, sets[asked.gate_set], asked.questions)
     scored = {**sets, QUESTIONS: texts} if texts else sets
     losses: Losses = {}
@@ -101,7 +103,7 @@ def evaluate(
             )
             del scorer
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # the next model takes its place
+                torch.cuda.empty_cache()  # for the next model
         result: dict[str, Any] = {
             name: _figures_of_set(name, documents, areas, losses, known.get(name))
             for name, documents in sets.items()
@@ -115,7 +117,7 @@ def evaluate(
 
 
 class _Asked(NamedTuple):
-    """What is evaluated, whatever the model: documents, window, precision, questions."""
+    """The settings of an evaluation apart from the model: documents, window, precision, questions."""
 
     files: dict[str, list[Path]]
     contents: dict[str, list[str]]  # the digests of the files
@@ -142,10 +144,10 @@ class _Asked(NamedTuple):
             recipe.evaluation.questions if recipe else 0,
         )
 
-    def digest(self, *whose: Any) -> str:
-        """What tells an evaluation of these models from every other."""
+    def digest(self, *models: Any) -> str:
+        """The digest that identifies an evaluation of these models."""
         asked = self.contents, self.window, self.model.dtype, self.questions
-        return digest_of(*whose, self.gate_set, EVALUATION_FORMAT, *asked)
+        return digest_of(*models, self.gate_set, EVALUATION_FORMAT, *asked)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -160,12 +162,12 @@ def _losses_of(
     labels: list[str],
     areas: dict[str, _Area],
     plain: bool,
-    sets: dict[str, list[Document]],
+    sets: dict[str, list[HeldOutDocument]],
     window: int,
     device: torch.device,
     batch_tokens: int | None,
 ) -> Losses:
-    """The losses of a loaded model under each of its labels; of an area, on the area's documents."""
+    """The losses of a loaded model under each of its labels; an area's adapter reads its own documents."""
     losses: Losses = {}
     for label, (name, documents) in product(labels, sets.items()):
         begin = time.monotonic()
@@ -176,8 +178,8 @@ def _losses_of(
             what = f"{label}, {name}"
             found = document_losses(scorer, asked, window, device, batch_tokens, what)
         losses[name, label] = found
-        figures = figures_of(asked, found, f"{label} on the {name} validation set")
-        Progress().say(
+        figures = loss_figures(asked, found, f"{label} on the {name} validation set")
+        ProgressLines().say(
             f"evaluated {label}, {name}: perplexity {figures['perplexity']:.4f}, "
             f"{figures['bits_per_byte']:.4f} bits a byte, {figures['tokens']:,} tokens "
             f"in {time.monotonic() - begin:.1f} s",
@@ -188,18 +190,18 @@ def _losses_of(
 
 def _figures_of_set(
     name: str,
-    documents: list[Document],
+    documents: list[HeldOutDocument],
     areas: dict[str, _Area],
     losses: Losses,
     known: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """A set's figures: of model and base, and of each area's adapter beside them.
+    """A set's figures: of model, base and each area's adapter.
 
-    ``known`` are the set's figures of an earlier evaluation, whose base's are taken.
+    ``known``: the set's figures in an earlier evaluation, from which the base's are reused.
     """
     beside = {who: losses[name, who] for who in ("model", "base") if (name, who) in losses}
     result: dict[str, Any] = {
-        who: figures_of(documents, found, f"{who} on the {name} validation set")
+        who: loss_figures(documents, found, f"{who} on the {name} validation set")
         for who, found in beside.items()
     }
     tables = {
@@ -223,8 +225,8 @@ def _figures_of_set(
 
 
 def _questions(
-    model: str, documents: list[Document], most: int
-) -> tuple[list[Question], list[Document]]:
+    model: str, documents: list[HeldOutDocument], most: int
+) -> tuple[list[Question], list[HeldOutDocument]]:
     """Questions about held-out documents, and the texts whose losses answer them."""
     if not most:
         return [], []
@@ -236,7 +238,7 @@ def _questions(
             f"nothing): {error}"
         ) from error
     texts = [tokenizer.decode(one.input_ids, skip_special_tokens=True) for one in documents]
-    # a text begins as the corpus's documents do
+    # a text begins with BOS if the corpus's documents do
     first = int(documents[0].input_ids[0])
     begin = [first] if first == tokenizer.bos_token_id else []
     questions = questions_of(documents, texts, most)
@@ -248,7 +250,7 @@ def _questions(
 def _figures_of_questions(
     questions: list[Question], losses: Losses, known: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What model and base answered; ``known`` are the answers of an earlier evaluation."""
+    """The answers of model and base; ``known``: the answers in an earlier evaluation."""
     right = {
         who: answered(questions, losses[QUESTIONS, who])
         for who in ("model", "base")
@@ -263,7 +265,7 @@ def _figures_of_questions(
 
 
 def _base_figures(earlier: Path | None, made_from: str | None) -> dict[str, Any]:
-    """An earlier evaluation whose base model's figures hold here too; empty where there is none."""
+    """An earlier evaluation of the same base on the same documents; empty if there is none."""
     if earlier is None or made_from is None or not earlier.is_file():
         return {}
     found: dict[str, Any] = read_json(earlier)
@@ -279,31 +281,31 @@ class _Area(NamedTuple):
     folder: Path
     subjects: frozenset[str]
 
-    def documents(self, documents: list[Document]) -> list[Document]:
+    def documents(self, documents: list[HeldOutDocument]) -> list[HeldOutDocument]:
         return [one for one in documents if self.subjects & set(one.areas)]
 
     def figures(
         self,
-        documents: list[Document],
+        documents: list[HeldOutDocument],
         own: npt.NDArray[np.float64],
         beside: dict[str, npt.NDArray[np.float64]],
     ) -> dict[str, Any]:
-        """The adapter's figures on its area's documents, and others' on the same.
+        """The adapter's figures on its area's documents, and the other models' on the same ones.
 
-        ``own`` are the losses of these documents, ``beside`` of all ``documents``.
+        ``own``: the adapter's losses on the area's documents; ``beside``: others' losses on all ``documents``.
         """
         its = [bool(self.subjects & set(one.areas)) for one in documents]
         by = {"adapter": own} | {who: losses[its] for who, losses in beside.items()}
         chosen = self.documents(documents)
         tables = {
-            who: figures_of(chosen, losses, f"{who} on an area") for who, losses in by.items()
+            who: loss_figures(chosen, losses, f"{who} on an area") for who, losses in by.items()
         }
         kept = ("perplexity", "bits_per_byte", "loss", "tokens", "documents")
         return {who: {key: table[key] for key in kept} for who, table in tables.items()}
 
 
 def _areas_of(checkpoint: str) -> dict[str, _Area]:
-    """The areas that a model has adapters of, by label; empty for most models."""
+    """The areas that a model has adapters for, by label; empty for most models."""
     listed = Path(checkpoint) / "areas.json"
     if not listed.is_file():
         return {}
@@ -325,7 +327,7 @@ def _loaded(
 
 
 def _scorer(areas: dict[str, _Area], model: Any) -> Scorer:
-    """A scorer whose model has the areas' adapters beside its own."""
+    """A scorer of the model with the areas' adapters loaded."""
     for n, area in enumerate(areas.values()):
         model.load_adapter(str(area.folder), adapter_name=f"area{n}")
     return Scorer(model)
@@ -333,7 +335,7 @@ def _scorer(areas: dict[str, _Area], model: Any) -> Scorer:
 
 @contextmanager
 def _switched(model: Any, label: str, areas: dict[str, _Area], plain: bool) -> Iterator[None]:
-    """The model with an area's adapter switched on, with its own, or (``plain``) with none."""
+    """Switch the model to an area's adapter, to its own, or (``plain``) to none."""
     if label in areas:
         model.set_adapter(f"area{list(areas).index(label)}")
         yield
@@ -344,19 +346,19 @@ def _switched(model: Any, label: str, areas: dict[str, _Area], plain: bool) -> I
 
 
 def _to_load(checkpoint: str, base: str | None) -> list[tuple[str, list[str]]]:
-    """The models to load, each with its labels; an adapter is also its base, with the adapter switched off."""
+    """The models to load, each with its labels; an adapter's model also serves as its base."""
     if base is not None and base == base_of(checkpoint) != checkpoint:
         return [(checkpoint, ["model", "base"])]
     return [(checkpoint, ["model"])] + ([(base, ["base"])] if base is not None else [])
 
 
-def figures_of(
-    documents: list[Document], losses: npt.NDArray[np.float64], what: str = "model"
+def loss_figures(
+    documents: list[HeldOutDocument], losses: npt.NDArray[np.float64], what: str = "model"
 ) -> dict[str, Any]:
     """Figures over all documents, ``by_area`` and ``by_year``, from each document's summed loss.
 
-    A document of several areas counts in each, one without area or year in none. Raises
-    ``EvaluationError`` for a loss that is no number, or that no perplexity can be written for.
+    A document with several areas counts in each, one without area or year in none. Raises
+    ``EvaluationError`` for a loss that is not finite or too large for a perplexity.
     """
     if not np.isfinite(losses).all():
         wrong = documents[int(np.flatnonzero(~np.isfinite(losses))[0])]
@@ -384,7 +386,7 @@ def figures_of(
             "documents": len(chosen),
         }
 
-    def grouped(keys: Callable[[Document], Iterable[Any]]) -> dict[str, Any]:
+    def grouped(keys: Callable[[HeldOutDocument], Iterable[Any]]) -> dict[str, Any]:
         groups: dict[str, list[int]] = {}
         for number, document in enumerate(documents):
             for key in keys(document):

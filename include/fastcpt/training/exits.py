@@ -1,4 +1,4 @@
-"""How a training script ends: exit codes that tell whether running it again can help."""
+"""Ends a training script with an exit code that tells whether a retry can help."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def exit_code(main: Callable[[], Any]) -> int:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             # The launcher passes on the code of the first rank that ends, and ends the others.
-            # Rank 0 tells the cause, also where other ranks only see that it is gone.
+            # So let rank 0 report the cause; other ranks may only see that it is gone.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         if isinstance(error, Stopped):
@@ -47,10 +47,10 @@ def exit_code(main: Callable[[], Any]) -> int:
 
 
 def end(main: Callable[[], Any]) -> NoReturn:
-    """End this process as ``exit_code`` says, without the interpreter's shutdown.
+    """End this process with ``exit_code``, without the interpreter's shutdown.
 
-    A thread of gloo or NCCL that is still running then aborts the process now and
-    then ("terminate called without an active exception"), after all work is done and on disk.
+    During the shutdown a thread of gloo or NCCL sometimes aborts the process ("terminate called without an
+    active exception"), after all work is done and on disk.
     """
     code = exit_code(main)
     sys.stdout.flush()

@@ -1,8 +1,8 @@
-"""Answers to the held-out instructions, by greedy decoding, and how good they are.
+"""Answers the held-out instructions by greedy decoding, and measures the answers.
 
 ROUGE-L and citation accuracy, each with a 95 % bootstrap interval over the instructions
-(docs/evaluation.md says what they measure and what not). Prompts are sorted by length and decoded
-in batches, padded at their beginning; with several ranks each takes its share of the batches.
+(docs/evaluation.md says what they measure and what not). Prompts are sorted by length and decoded in
+left-padded batches, which the ranks share.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
 from fastcpt.intervals import ratio
 from fastcpt.recipe import Recipe
-from fastcpt.training.citations import check
+from fastcpt.training.citations import check_citations
 from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
 from fastcpt.training.made_from import ANSWERS_FORMAT
-from fastcpt.training.progress import Progress
+from fastcpt.training.progress import ProgressLines
 from fastcpt.training.ranks import rank, world_size
 from fastcpt.training.sft import Chat, Instruction, InstructionError, read_instructions
 
@@ -42,10 +42,11 @@ def evaluate_sft(
 ) -> dict[str, Any]:
     """Write ``output`` (evaluation_sft.json) and return its content; called by every rank.
 
-    ``rouge_l``: mean F-measure; ``citation_accuracy``: share of the citations in the answers that
-    the reference answers have too, ``beyond_prompt`` the same without citations that the prompt
-    itself names, ``recall`` the share of the references' citations that the answers have. Each
-    ``value`` (None where nothing is counted) with ``low`` and ``high``. An evaluation of the same inputs is not done again. Raises ``ValueError`` kinds.
+    ``rouge_l``: mean F-measure. ``citation_accuracy``: share of the answers' citations that are also in
+    the reference answers; ``beyond_prompt``: the same without citations in the prompt; ``recall``: share
+    of the references' citations that the answers have. Each has a ``value`` (None if nothing is counted)
+    with ``low`` and ``high``. An evaluation of the same inputs is not repeated. Raises kinds of
+    ``ValueError``.
     """
     model = final_of(model)
     held_out = instructions / "held_out.jsonl"
@@ -76,7 +77,7 @@ def evaluate_sft(
         answers = generate(
             causal, chat, prompts, recipe.sft.max_new_tokens, device, batch, in_parts
         )
-        result = {**figures_of(asked, answers), "made_from": made_from}
+        result = {**answer_figures(asked, answers), "made_from": made_from}
         if rank() == 0:
             write_json(output, result)
             accuracy = result["citation_accuracy"]
@@ -97,12 +98,12 @@ def generate(
     batch: int = BATCH,
     in_parts: bool = False,
 ) -> list[str]:
-    """The answer to each prompt (token ids), in their order; every rank gets all of them."""
+    """The answers to the prompts (token ids), in order; every rank gets all of them."""
     by_length = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
     batches = [by_length[begin : begin + batch] for begin in range(0, len(prompts), batch)]
     mine = batches[rank() :: world_size()]
     if in_parts and len(mine) * world_size() < len(batches):
-        mine.append(batches[0])  # of a model in parts all ranks have to take part as often
+        mine.append(batches[0])  # a partitioned model needs the same number of calls on all ranks
     padding = chat.tokenizer.pad_token_id
     config = GenerationConfig(
         do_sample=False,
@@ -111,9 +112,9 @@ def generate(
         eos_token_id=sorted({chat.end_id, chat.tokenizer.eos_token_id}),
         pad_token_id=chat.tokenizer.eos_token_id if padding is None else padding,
     )
-    # transformers fills what a configuration leaves open from the model's own, which may sample
+    # transformers fills unset fields from the model's own configuration, which may sample
     model.generation_config = config
-    progress, done = Progress(), 0
+    progress, done = ProgressLines(), 0
     begin = time.monotonic()
     answers: dict[int, str] = {}
     for numbers in mine:
@@ -146,9 +147,9 @@ def generate(
 
 
 class _SignOfLife(StoppingCriteria):  # type: ignore[misc]
-    """Never stops anything; prints how far a long batch has come."""
+    """Prints the progress of a long batch; never stops it."""
 
-    def __init__(self, progress: Progress, longest: int, done: int, total: int) -> None:
+    def __init__(self, progress: ProgressLines, longest: int, done: int, total: int) -> None:
         self.progress, self.longest, self.done, self.total = progress, longest, done, total
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -159,16 +160,18 @@ class _SignOfLife(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def figures_of(asked: Sequence[Instruction], answers: Sequence[str]) -> dict[str, Any]:
+def answer_figures(asked: Sequence[Instruction], answers: Sequence[str]) -> dict[str, Any]:
     """ROUGE-L, citation accuracy and a few samples of the answers to instructions."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     pairs = list(zip(asked, answers, strict=True))
     rouge = np.array([scorer.score(one.response, text)["rougeL"].fmeasure for one, text in pairs])
-    checked = np.array([check(text, one.response) for one, text in pairs])
-    recalled = np.array([check(one.response, text) for one, text in pairs])
-    beyond = np.array([check(text, one.response, given=one.prompt) for one, text in pairs])
+    checked = np.array([check_citations(text, one.response) for one, text in pairs])
+    recalled = np.array([check_citations(one.response, text) for one, text in pairs])
+    beyond = np.array(
+        [check_citations(text, one.response, given=one.prompt) for one, text in pairs]
+    )
     return {
         "rouge_l": ratio(rouge, np.ones(len(rouge))),
         "citation_accuracy": {

@@ -1,4 +1,4 @@
-"""Skipping of bad steps: the weights stay as they were."""
+"""Skips bad steps, so that they do not change the weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from fastcpt.recipe_sections import Training
 from fastcpt.training.exits import TrainingError
 
-WINDOW = 128  # steps that the guard remembers; it judges from half of them on
+WINDOW = 128  # steps that the guard remembers; it starts to judge after half of them
 
 
 class Guard:
-    """Skips a step whose loss or gradient norm is not finite or far above the recent ones.
+    """Skips a step if its loss or gradient norm is not finite or far above the recent ones.
 
-    Far above: more than mean + ``skip_sigmas`` standard deviations of the last 128 steps
-    (OLMo-core's rule, with 6), once 64 are known. Finite values are remembered even where they
-    were skipped: what stays becomes the new normal.
+    Far above: more than mean + ``skip_sigmas`` standard deviations of the last 128 steps (OLMo-core's
+    rule, with 6), once 64 are known. Finite values of skipped steps are remembered too, so a lasting
+    change becomes the new normal.
     """
 
     def __init__(self, training: Training) -> None:
@@ -31,20 +31,20 @@ class Guard:
         self.norms: deque[float] = deque(maxlen=WINDOW)
 
     def refuses(self, value: float, recent: deque[float]) -> bool:
-        """Whether ``value`` is out of bounds; it is remembered where it is finite."""
+        """Whether ``value`` is out of bounds; a finite value is remembered."""
         if not math.isfinite(value):
             return True
         out = False
         if len(recent) >= WINDOW // 2:
             mean = sum(recent) / len(recent)
             deviation = math.sqrt(sum((x - mean) ** 2 for x in recent) / len(recent))
-            # a curve without noise has no deviation worth the name
+            # a curve without noise has almost no deviation: use at least 0.1 % of the mean
             out = value > mean + self.sigmas * max(deviation, 1e-3 * abs(mean))
         recent.append(value)
         return out
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint remembers of it."""
+        """The state for a checkpoint."""
         return {
             "skipped_steps": self.skipped,
             "skipped_at": self.skipped_at,
@@ -58,12 +58,12 @@ class Guard:
         self.norms.extend(state["norms"])
 
     def forget(self) -> None:
-        """Begin anew with what is normal; the skipped steps stay counted."""
+        """Forget the recent losses and norms; skipped steps stay counted."""
         self.losses.clear()
         self.norms.clear()
 
     def count(self, step: int, loss: float, norm: float) -> None:
-        """Count one skipped step; ``TrainingError`` where too many are close together."""
+        """Count one skipped step; ``TrainingError`` if too many are close together."""
         self.skipped += 1
         self.skipped_at = [n for n in self.skipped_at if n > step - WINDOW] + [step]
         if len(self.skipped_at) > self.most:
@@ -76,16 +76,16 @@ class Guard:
 
 
 class GuardedAdamW(torch.optim.AdamW):  # type: ignore[misc]
-    """AdamW whose step can be refused.
+    """AdamW with a hook, ``allowed``, that can refuse a step.
 
-    ZeRO-3 knows the gradient norm only inside its own step, and then calls this one: ``allowed`` is the
-    last moment to decide, before weights or moments change.
+    ZeRO-3 knows the gradient norm only inside its own step, which then calls this one: the last moment to
+    decide before weights or moments change.
     """
 
     allowed: Callable[[], bool] = staticmethod(lambda: True)
 
     def fresh_state(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Adam's state as its first step would make it."""
+        """Adam's state as its first step would create it."""
         return {
             "step": torch.zeros((), dtype=torch.float32, device=weights.device),
             "exp_avg": torch.zeros_like(weights),

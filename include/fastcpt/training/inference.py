@@ -1,8 +1,8 @@
-"""What evaluation, generation and publishing share: ranks, and models without an optimizer.
+"""Ranks and models without an optimizer, for evaluation, generation and publishing.
 
-A script runs as one process, or as several started by DeepSpeed's launcher. A model that fits one
-GPU stands whole on each; one that does not is partitioned over all of them by ZeRO-3, whose ranks
-have to make the same calls in the same order.
+A script runs as one process, or as several started by DeepSpeed's launcher. A model that fits one GPU is
+loaded whole on each; a larger one is partitioned over all of them by ZeRO-3, where all ranks have to make
+the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fastcpt.files import digest_of, sha256_of_file
 from fastcpt.training.model import ModelError, base_of, load_config, load_model
 from fastcpt.training.ranks import start_ranks, world_size
 
-ROOM = 0.8  # of a GPU's memory that weights may take; the rest is for activations
-SMALL = 10**6  # bytes; larger files of a model are known by size and time alone
+ROOM = 0.8  # the share of a GPU's memory for weights; the rest is for activations
+SMALL = 10**6  # bytes; larger files of a model are identified by size and time alone
 
 
 @contextmanager
 def ranks() -> Iterator[torch.device]:
-    """This process's device; inside, the ranks of a launcher (if any) can talk to each other."""
+    """Set up this process's device and, under a launcher, the process group."""
     logging.disable_progress_bar()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
@@ -54,17 +54,17 @@ def model_for_inference(
     wrap: Callable[[Any], torch.nn.Module] | None = None,
     in_parts: bool | None = None,
 ) -> tuple[Any, bool]:
-    """The model of ``load_model`` on ``device``, without dropout, and whether it is in parts.
+    """The model of ``load_model`` on ``device`` in eval mode, and whether it is partitioned.
 
-    ``wrap`` puts a module around it first, which is then what is returned. ``in_parts`` None
-    partitions only what does not fit one GPU. Raises ``ModelError`` where there is no such model,
-    or the GPUs of all ranks cannot hold it.
+    ``wrap`` puts a module around it, which is then returned. ``in_parts`` None partitions only a model
+    that does not fit one GPU. Raises ``ModelError`` if there is no such model, or if the GPUs of all ranks
+    cannot hold it.
     """
     if in_parts is None:
         in_parts = not _fits(str(path), dtype, device)
     if in_parts:
         return _partitioned(path, attention, dtype, wrap), True
-    with device:  # weights are read straight to where they are used
+    with device:  # load the weights directly onto the device
         model, _ = load_model(path, attention, dtype)
     module = wrap(model) if wrap else model
     return module.to(device).eval(), False
@@ -102,8 +102,8 @@ def _partitioned(
         "zero_optimization": {"stage": 3},
         "steps_per_print": 10**9,
     }
-    start_ranks()  # takes the process group that is there
-    partitioned = HfDeepSpeedConfig(config)  # while it lives, from_pretrained loads only a part
+    start_ranks()  # uses the existing process group
+    partitioned = HfDeepSpeedConfig(config)  # from_pretrained loads only this rank's partition
     model, _ = load_model(path, attention, dtype)
     engine, *_ = deepspeed.initialize(model=wrap(model) if wrap else model, config=config)
     del partitioned
@@ -111,7 +111,7 @@ def _partitioned(
 
 
 def final_of(path: str | Path) -> str:
-    """``path``, or the ``final`` folder in it where it is the output folder of a training."""
+    """The ``final`` folder in ``path`` if that is the output folder of a training, else ``path``."""
     if (Path(path) / "final").is_dir():
         return str(Path(path) / "final")
     if (Path(path) / "state.json").is_file():
@@ -125,8 +125,8 @@ def final_of(path: str | Path) -> str:
 def model_identity(model: str | Path) -> Any:
     """A JSON value that changes when the model does.
 
-    A hub name stands for itself. In a folder small files count by their bytes, weights (too large
-    to read again each time) by size and time of change; the base of an adapter counts too.
+    A hub name is its own identity. In a folder small files count by their content, weights (too large to
+    read each time) by size and modification time; an adapter's base counts too.
     """
     folder = Path(model)
     if not folder.is_dir():

@@ -1,32 +1,31 @@
-"""Blocks of transformer-engine's fused layers for Llama and its kin, in bf16 and FP8.
+"""Transformer blocks of transformer-engine's fused layers, for Llama and similar models, in bf16 and FP8.
 
-A block keeps the four matrix products of such a layer apart no further than it must: one for
-queries, keys and values, one after attention, and the feed-forward network as one fused module.
-The RMSNorms run inside the products that follow them. Qwen 2's biases are the first product's own; Qwen 3
-has a norm of each head's queries and keys before they are rotated. Weights are laid one after another
-(``FUSED``), never rounded or permuted, so that ``plain_weights`` gives transformers' own back bit
-for bit.
+A block fuses the matrix products of a layer: one for queries, keys and values, one after attention, and
+the feed-forward network as one module. RMSNorms are fused into the products that follow them. Qwen 2's
+biases belong to the first product; Qwen 3 normalizes each head's queries and keys before the rotary
+embedding. Fused weights are concatenated (``FUSED``), never rounded or permuted, so ``plain_weights``
+returns transformers' weights bit for bit.
 
-**ZeRO-3.** A block is one unit (a "leaf") to DeepSpeed: its weights are gathered before its
-forward and before its backward as a whole. Recomputation of activations happens inside the block,
-between those two moments, and so finds its weights there; around the layers it would not.
+**ZeRO-3.** A block is one unit (a "leaf") to DeepSpeed: its weights are gathered as a whole before its
+forward and before its backward. Activation checkpointing is inside the block, so the recomputation finds
+the gathered weights; around the layers it would not.
 
-**LoRA.** The adapters are peft's, with its names, so that they are saved by it. Base products see
-the frozen, fused weights; adapters of products that share an input share one pair of small
-products, and their sum needs no pass of its own (``addmm``). Under frozen weights the feed-forward network
-is two products and the activation between them: adapters find their inputs there, and its backward does not
-lay gradients out for products with weights' gradients, which are not made.
+**LoRA.** The adapters are peft's, under peft's names, so that peft can save them. Base products use the
+frozen, fused weights. Adapters of products that share an input share one pair of small products, whose
+sum with the base needs no extra pass (``addmm``). With frozen weights the feed-forward network is two
+products with the activation between them: the adapters get their inputs there, and its backward does not
+prepare weight gradients, which are not needed.
 
-**FP8.** Per-tensor scaling; the weights are quantized once a step, not once a micro-batch.
+**FP8.** Per-tensor scaling; the weights are quantized once per step, not once per micro-batch.
 
-**Frozen weights in one byte.** What LoRA never changes is quantized once, as it is read; its bfloat16
-is let go. Hopper's products want a weight turned both ways: the transposed copy stays where memory
-allows it, else a block's backward makes it and drops it. Same bytes, same products: logits and gradients are
-those of weights quantized every step. They are no parameters: DeepSpeed, which would cast, move and
-partition them, does not see them, and each rank holds them whole.
+**Frozen weights in one byte.** Weights that LoRA does not change are quantized once, as they are read, and
+their bfloat16 copies are freed. Hopper's products need a weight in both layouts: the transposed copy is
+kept if memory allows, else a block's backward makes and drops it. Logits and gradients equal those of
+weights quantized every step. These weights are not parameters, so that DeepSpeed does not cast, move or
+partition them; each rank holds all of them.
 
-**One rank.** Nothing waits for a micro-batch's own gradients: the products add to those of the step
-(``accumulate``), which spares writing, reading and adding them.
+**One rank.** No micro-batch's own gradient is needed: the products add to the step's gradients directly
+(``accumulate``), which saves writing, reading and adding them.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from fastcpt.families import cannot_fuse, head_width
 from fastcpt.training.data import Batch
 
 QKV = ("q_proj", "k_proj", "v_proj")
-# a fused weight: transformers' weights in it, first rows first
+# a fused weight: transformers' weights in it, in the order of rows
 FUSED = {
     "qkv.layer_norm_weight": ["input_layernorm.weight"],
     "qkv.weight": [f"self_attn.{name}.weight" for name in QKV],
@@ -55,17 +54,17 @@ FUSED = {
     "mlp.layer_norm_weight": ["post_attention_layernorm.weight"],
     "mlp.fc1_weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.fc2_weight": ["mlp.down_proj.weight"],
-    # the feed-forward network under frozen weights
+    # the feed-forward network with frozen weights
     "fc1.layer_norm_weight": ["post_attention_layernorm.weight"],
     "fc1.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "fc2.weight": ["mlp.down_proj.weight"],
 }
-# reads a layer's weights: by its number, under the names they have in transformers' layer
+# reads the weights of the layer of a number, under their names in transformers' layer
 ReadLayer = Callable[[int], Mapping[str, torch.Tensor]]
 
 
 class DropTransposed(torch.autograd.Function):  # type: ignore[misc]
-    """A block's input as it is; its backward, a block's last, drops the transposed copies of weights."""
+    """Passes a block's input through; its backward, the last of the block, drops transposed weight copies."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weights: list[Any]) -> torch.Tensor:
@@ -80,33 +79,33 @@ class DropTransposed(torch.autograd.Function):  # type: ignore[misc]
 
 
 class HostCopy:
-    """A block's input that waits for the backward in the host's memory."""
+    """A block's input, kept in host memory until the backward."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.hidden, self.device = hidden, hidden.device
 
     def send(self) -> None:
-        """Let the GPU's copy go; the host's is in pages that the GPU reads itself."""
+        """Replace the GPU's copy by one in pinned host memory."""
         pinned = self.device.type == "cuda"
         host = torch.empty_like(self.hidden, device="cpu", pin_memory=pinned, requires_grad=False)
         self.hidden = host.copy_(self.hidden.detach(), non_blocking=True)
 
     def fetch(self) -> torch.Tensor:
-        """The input on its device; once sent a copy, that asks for a gradient as the first did."""
+        """The input on its device; after ``send``, a new copy that requires a gradient, as the original did."""
         if self.hidden.requires_grad:
             return self.hidden
         return self.hidden.to(self.device, non_blocking=True).requires_grad_()
 
 
 class Packing:
-    """What all blocks have to know of the micro-batch that is on its way."""
+    """The current micro-batch's layout, shared by all blocks."""
 
     def __init__(self, frequencies: torch.Tensor, fp8: Any | None, keep_fp8_weights: bool) -> None:
-        """``frequencies`` [S, D / 2] float32: the rotary angle of each position; S the longest row.
+        """``frequencies`` [S, D / 2] float32: the rotary angle of each position; S is the longest row.
 
-        ``fp8`` is transformer-engine's recipe or None. ``keep_fp8_weights``: quantized weights stay
-        for all micro-batches of a step (2 bytes a weight); of those in one byte, the transposed
-        copies stay (1 byte more).
+        ``fp8`` is transformer-engine's recipe or None. ``keep_fp8_weights``: keep quantized weights for
+        all micro-batches of a step (2 bytes per weight); for frozen weights in one byte, keep the
+        transposed copies (1 more byte).
         """
         self.size = len(frequencies)
         self.angles = torch.cat([frequencies, frequencies], dim=-1)[:, None, None, :].contiguous()
@@ -115,8 +114,8 @@ class Packing:
         self.cu_seqlens = torch.empty(0, dtype=torch.int32)  # [segments + 1]
 
     def set_batch(self, batch: Batch, device: torch.device) -> None:
-        """Begin a micro-batch: the cumulative lengths of its segments, seen as one long row."""
-        # a multiple of 32 segments, the last ones empty: kernels are not planned anew for each count
+        """Set ``cu_seqlens`` for a micro-batch, taken as one long row."""
+        # pad to a multiple of 32 segments (empty ones), so that kernels are not replanned for each count
         cu_seqlens = torch.zeros(-(-len(batch.lengths) // 32) * 32 + 1, dtype=torch.int32)
         cu_seqlens[1 : len(batch.lengths) + 1] = torch.tensor(
             batch.lengths, dtype=torch.int32
@@ -131,7 +130,7 @@ class Packing:
 
 
 class Block(nn.Module):  # type: ignore[misc]
-    """A layer of a Llama or its kin; built from transformers' own, whose weights it takes."""
+    """A fused transformer layer, built from transformers' layer and its weights."""
 
     def __init__(
         self,
@@ -143,11 +142,11 @@ class Block(nn.Module):  # type: ignore[misc]
         accumulate: bool = False,
         one_byte: bool = False,
     ) -> None:
-        """``layer`` may carry peft's adapters on its linear layers.
+        """``layer`` may have peft's adapters on its linear layers.
 
-        ``weights`` are its own, by transformers' names. ``accumulate``: a matrix' gradient is not given
-        to autograd, but added to its ``main_grad`` by the very product that computes it. ``one_byte``:
-        the matrices are frozen, and kept in FP8 alone.
+        ``weights``: its weights under transformers' names. ``accumulate``: a matrix's gradient is not
+        returned to autograd but added to its ``main_grad`` by the product that computes it. ``one_byte``:
+        the matrices are frozen and kept only in FP8.
         """
         super().__init__()
         import transformer_engine.pytorch as te
@@ -193,7 +192,7 @@ class Block(nn.Module):  # type: ignore[misc]
     def _make_feed_forward(
         self, plain: nn.Module, sides: tuple[int, int], made: dict[str, Any], normed: dict[str, Any]
     ) -> None:
-        """Its modules, empty: of frozen weights two products, else one module of both."""
+        """Create its modules without weights: two products for frozen weights, else one module for both."""
         import transformer_engine.pytorch as te
 
         hidden, inner = sides
@@ -207,7 +206,7 @@ class Block(nn.Module):  # type: ignore[misc]
         self.fc2 = te.Linear(inner, hidden, **made)
 
     def _take(self, weights: Mapping[str, torch.Tensor], accumulate: bool, one_byte: bool) -> None:
-        """Fill the fused weights; adapters keep theirs, and no base layer of their own."""
+        """Fill the fused weights; adapters keep their own weights but lose their base layer."""
         names = {name for name, _ in self.named_parameters()}
         for name, parts in FUSED.items():
             if name not in names:
@@ -227,7 +226,7 @@ class Block(nn.Module):  # type: ignore[misc]
                 linear.base_layer = nn.Identity()
 
     def _freeze(self, name: str, parts: list[torch.Tensor]) -> None:
-        """Give a module its frozen weight: a matrix in one byte and no parameter, a norm as it is."""
+        """Set a module's frozen weight: a matrix in FP8, not as a parameter; a norm unchanged."""
         place, _, attribute = name.rpartition(".")
         module = self.get_submodule(place)
         whole = torch.cat([part.detach() for part in parts])
@@ -235,13 +234,13 @@ class Block(nn.Module):  # type: ignore[misc]
             setattr(module, attribute, nn.Parameter(whole, requires_grad=False))
             return
         delattr(module, attribute)
-        setattr(module, attribute, quantized(whole, self.packing.keep_fp8_weights))
+        setattr(module, attribute, fp8_weight(whole, self.packing.keep_fp8_weights))
         self.one_byte.append(getattr(module, attribute))
 
     def recompute(self, what: Literal["full", "mlp", "none"], input_on_host: bool = False) -> None:
-        """What the backward computes again instead of keeping it.
+        """Set what the backward recomputes: the whole layer, the feed-forward network or nothing.
 
-        ``input_on_host``: what a whole layer is computed again from waits in the host's memory.
+        ``input_on_host``: keep the input of a recomputed layer in host memory.
         """
         self.recomputed, self.input_on_host = what == "full", input_on_host
         if self.frozen:
@@ -250,7 +249,7 @@ class Block(nn.Module):  # type: ignore[misc]
             self.mlp.checkpoint = what == "mlp"
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[T, H] -> [T, H]: T tokens of a whole micro-batch."""
+        """[T, H] -> [T, H] for the T tokens of a whole micro-batch."""
         if not (self.recomputed and torch.is_grad_enabled()):
             return self._forward(hidden)
         import transformer_engine.pytorch as te
@@ -327,7 +326,7 @@ class Block(nn.Module):  # type: ignore[misc]
 
 
 def adapters_of(part: nn.Module) -> nn.Module:
-    """peft's adapters of attention or feed-forward network, under their names; base weights are fused."""
+    """peft's adapters of attention or the feed-forward network, under their names."""
     adapted = nn.Module()
     for name, linear in list(part.named_children()):
         if hasattr(linear, "base_layer"):
@@ -342,13 +341,13 @@ def adapt(
     names: Sequence[str],
     widths: Sequence[int],
 ) -> torch.Tensor:
-    """``base`` [T, sum(widths)] plus what the adapters of ``names`` make of ``inputs``."""
+    """``base`` [T, sum(widths)] plus the outputs of the adapters ``names`` for ``inputs``."""
     present = adapted._modules
     found = [present[name] for name in names if name in present]
     if not found:
         return base
     (adapter,) = found[0].active_adapters
-    dropped = found[0].lora_dropout[adapter](inputs)  # the same for adapters side by side
+    dropped = found[0].lora_dropout[adapter](inputs)  # one mask for all adapters of this input
     down = [linear.lora_A[adapter].weight for linear in found]
     small = dropped @ (torch.cat(down) if len(down) > 1 else down[0]).T
     up = [
@@ -372,13 +371,11 @@ def with_fused_blocks(
     one_byte: bool = False,
     read: ReadLayer | None = None,
 ) -> Packing:
-    """Replace a model's layers by ``Block``s, in place; returns what they share.
+    """Replace a model's layers by ``Block``s, in place; returns their shared ``Packing``.
 
-    ``size`` is the length of the longest row; ``accumulate`` and ``one_byte`` as in ``Block``.
-
-    ``zero3`` is DeepSpeed's configuration where weights are partitioned: each layer is gathered,
-    fused and partitioned again before the next one. ``read`` gives the weights of layers that have none
-    yet, one layer at a time.
+    ``size`` is the length of the longest row; ``accumulate`` and ``one_byte`` as in ``Block``. ``zero3``
+    is DeepSpeed's configuration if weights are partitioned: each layer is gathered, fused and partitioned
+    again before the next one. ``read`` reads a layer's weights if the layers are placeholders.
     """
     config = causal.config
     rotary = causal.model.rotary_emb
@@ -394,7 +391,7 @@ def with_fused_blocks(
         del weights
         layers[n] = block
         kept = {id(parameter) for parameter in block.parameters()}
-        for parameter in before:  # DeepSpeed's own references would hold them
+        for parameter in before:  # free the storage: DeepSpeed still references the parameters
             if id(parameter) not in kept:
                 whole = parameter if zero3 is None else parameter.ds_tensor
                 whole.data = whole.data.new_empty(0)
@@ -406,7 +403,7 @@ def with_fused_blocks(
 
 
 def can_fuse(config: Mapping[str, Any], dtype: str, attention: str, size: int) -> bool:
-    """Whether fused blocks can be made of a model (by ``read_config``) on this host."""
+    """Whether a model (its ``read_config``) can use fused blocks on this host."""
     return (
         importlib.util.find_spec("transformer_engine") is not None
         and torch.cuda.is_available()
@@ -416,7 +413,7 @@ def can_fuse(config: Mapping[str, Any], dtype: str, attention: str, size: int) -
 
 
 def own_weights(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """A layer's weights, by transformers' names also where peft has wrapped them."""
+    """A layer's weights under transformers' names, even if peft has wrapped them."""
     return {name.replace(".base_layer.", "."): p for name, p in layer.named_parameters()}
 
 
@@ -432,16 +429,16 @@ def _whole(parameters: list[Any], zero3: Any | None) -> Iterator[None]:
 
 
 def fp8_recipe() -> Any:
-    """Scales from the largest value of the tensor itself: nothing to remember between steps."""
+    """Scales from each tensor's own maximum, without state between steps."""
     from transformer_engine.common.recipe import Float8CurrentScaling
 
     return Float8CurrentScaling()
 
 
-def quantized(weight: torch.Tensor, transposed: bool) -> Any:
+def fp8_weight(weight: torch.Tensor, transposed: bool) -> Any:
     """transformer-engine's FP8 tensor of a matrix [out, in], scaled as its layers scale their weights.
 
-    ``transposed``: with the copy that the backward needs, in one more byte.
+    ``transposed``: with the transposed copy for the backward, in one more byte.
     """
     import transformer_engine.pytorch as te
     from transformer_engine.common.recipe import Float8CurrentScaling
@@ -460,7 +457,7 @@ def quantized(weight: torch.Tensor, transposed: bool) -> Any:
 
 
 def autocast(fp8: Any | None) -> Any:
-    """transformer-engine's FP8 context for a recipe; does nothing without one."""
+    """transformer-engine's FP8 context for a recipe; a null context without one."""
     if fp8 is None:
         return nullcontext()
     import transformer_engine.pytorch as te
@@ -469,7 +466,7 @@ def autocast(fp8: Any | None) -> Any:
 
 
 def plain_weights(weights: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
-    """Fused weights under transformers' names again; other weights as they are. Exact."""
+    """Split fused weights back into transformers' weights, exactly; others stay as they are."""
     width = head_width(config)
     qkv = [config.num_attention_heads * width] + 2 * [config.num_key_value_heads * width]
     gated = 2 * [config.intermediate_size]

@@ -1,7 +1,7 @@
-"""A causal model whose layers are read one at a time, so that its bfloat16 weights are never there at once.
+"""Loads a model's layers one at a time, so that all of its bfloat16 weights are never in memory at once.
 
-Layers begin as placeholders: parameters of the right shape, type and device that take no memory. peft puts its
-adapters on them as on any layer. Each one's weights are read when it is made into a fused block.
+Layers start as placeholders: parameters of the right shape, type and device that need no memory. peft adds
+its adapters to them as to any layer. Each layer's weights are read when it becomes a fused block.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ LAYERS = "model.layers."
 def load_layerwise(
     path: str | Path, attention: str, dtype: str, device: torch.device
 ) -> tuple[Any, str, ReadLayer]:
-    """What ``model.load_model`` gives, with placeholders for layers, and what reads a layer's weights.
+    """As ``model.load_model``, but with placeholder layers; also returns the function that reads one.
 
-    All else is on ``device``. ``ModelError`` where the weights are not in safetensors files.
+    All other weights are loaded on ``device``. ``ModelError`` if the weights are not in safetensors files.
     """
     attention, base = choose_attention(attention), base_of(path)
     files = weight_files(base)
@@ -59,7 +59,7 @@ def load_layerwise(
 
 
 def without_layers(config: Any, attention: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A model with uninitialised weights on ``device``; its layers' are placeholders."""
+    """A model with uninitialised weights on ``device`` and placeholders in its layers."""
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.config.use_cache = False
@@ -75,7 +75,7 @@ def without_layers(config: Any, attention: str, dtype: torch.dtype, device: torc
 
 
 def weight_files(base: str) -> dict[str, Path]:
-    """The safetensors file of each weight of a folder or hub name."""
+    """The safetensors file of each weight of a model, given by folder or hub name."""
     folder = Path(base)
     if not folder.is_dir():
         try:
@@ -96,7 +96,7 @@ def read_tensors(
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
-    """Weights by name; ``ModelError`` for one that no file has."""
+    """Read weights by name; ``ModelError`` for one that no file has."""
     missing = sorted(names - files.keys())
     if missing:
         raise ModelError(

@@ -1,15 +1,15 @@
 """The steps of a training.
 
-What a step does (``Loop.one_step``):
+A step (``Loop.one_step``):
 
 1. every rank takes its micro-batches of the step's samples (``data.Order``);
-2. the loss is divided by the number of targets of the *whole* step, so that every token counts
-   the same wherever it lies, and the curve does not depend on the number of ranks;
-3. one small all-reduce sums the loss and tells all ranks of rank 0's clock and of a SIGTERM;
-4. ``Guard`` judges loss and gradient norm, and only then do weights and moments change.
+2. the loss is divided by the number of targets of the *whole* step, so that every token has the same
+   weight and the curve does not depend on the number of ranks;
+3. one small all-reduce sums the loss and shares rank 0's clock and any rank's SIGTERM;
+4. ``Guard`` checks loss and gradient norm before weights and moments change.
 
-The learning rate is a function of progress alone: the larger of steps done and, with
-``time_budget_hours``, of the time used. A resumed training continues both.
+The learning rate depends only on progress: the larger of the share of steps done and, with
+``time_budget_hours``, the share of time used. A resumed training continues both.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ import torch
 import torch.distributed as dist
 
 from fastcpt.recipe_sections import Training
-from fastcpt.step_memory import MODEL_BYTES, checkpoint_bytes, training_disk_bytes
+from fastcpt.step_memory import MODEL_BYTES, checkpoint_bytes_per_weight, training_disk_bytes
 from fastcpt.training import checkpoints
 from fastcpt.training.data import Order, Reader
 from fastcpt.training.engine import begin_step, parameters
 from fastcpt.training.exits import Stopped, TrainingError
 from fastcpt.training.guard import Guard
-from fastcpt.training.metrics import MetricsLog, Work, duration, peak_memory_gb
-from fastcpt.training.progress import Progress
+from fastcpt.training.metrics import MetricsLog, Work, hours_minutes_seconds, peak_memory_gb
+from fastcpt.training.progress import ProgressLines
 from fastcpt.training.ranks import StopSignal
 from fastcpt.training.schedule import Clock, Phase, learning_rate
 
-LAUNCHER = 5.0  # seconds before this process began: the launcher's own imports
-SAVING = 1e9  # bytes/s of a first checkpoint; the next are measured
+LAUNCHER = 5.0  # seconds of the launcher's imports, before this process began
+SAVING = 1e9  # bytes/s assumed for the first checkpoint; later ones are measured
 
 
 class Loop:
-    """The steps of one training, and the state that a checkpoint keeps of them."""
+    """The steps of one training, and their state for checkpoints."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Loop:
         price: float | None = None,
         ends: float | None = None,
     ) -> None:
-        """``price`` of a GPU hour in USD; ``ends`` as ``Clock`` has it; a training that was stopped goes on from its checkpoint."""
+        """Resumes from the newest checkpoint. ``price``: USD per GPU hour; ``ends``: as in ``Clock``."""
         self.price, self.work = price, Work(engine.module, device)
         self.training, self.phases, self.engine = training, phases, engine
         self.folder = output / "checkpoints"
@@ -64,10 +64,10 @@ class Loop:
         self.guard, self.clock = Guard(training), Clock(training.time_budget_hours, ends)
         self.step = self.tokens = 0
         self.number = self.begun = 0  # the phase, and the step it began with
-        self.areas: dict[str, Any] = {}  # what became of those that are done
+        self.areas: dict[str, Any] = {}  # results of the finished areas
         self.seconds = self.loss = self.norm = 0.0
         self.peak_gb = 0.0
-        self.progress_lines = Progress()
+        self.progress_lines = ProgressLines()
         state = checkpoints.load_newest(engine, self.folder)
         if state:
             self._resume(state)
@@ -86,7 +86,7 @@ class Loop:
         self._say(f"going on from checkpoints/step_{self.step}")
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint remembers beside the weights; JSON."""
+        """The state for a checkpoint, apart from the weights; JSON."""
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -102,7 +102,7 @@ class Loop:
         }
 
     def result(self) -> dict[str, Any]:
-        """The figures of a training that has ended, for training.json."""
+        """The figures of a finished training, for training.json."""
         rate = self.tokens / max(self.seconds, 1e-9) / self.world
         return {
             "steps": self.step,
@@ -123,9 +123,9 @@ class Loop:
         self.reader = Reader(rows, order, micro, self.accumulation, self.rank, self.world)
 
     def start_clock(self, evaluated_tokens: int) -> None:
-        """Time until now was the start-up, from now on it is training.
+        """Count the time until now as start-up, from now on as training.
 
-        ``TrainingError`` where the time budget is too small for a single step.
+        ``TrainingError`` if the time budget is too small for a single step.
         """
         age = LAUNCHER + time.time() - psutil.Process().create_time()
         started = torch.tensor([age if self.rank == 0 else 0.0], device=self.device)
@@ -144,13 +144,13 @@ class Loop:
             )
 
     def _start_counting(self) -> None:
-        """The seconds and the pace of steps are counted from here."""
+        """Start to count the seconds and the rate of steps."""
         self.first, self.seconds_before = self.step, self.seconds
         self.began = time.monotonic()
         self.logged = self.tokens, self.began, self.work.flop  # with the last line of metrics.jsonl
 
     def progress(self) -> float:
-        """How much of the training is behind it, 0..1, by steps or by the clock."""
+        """The share of the training that is done, 0..1, by steps or by the clock."""
         return max(self.step / self.training.max_steps, self.clock.used)
 
     def run(
@@ -158,7 +158,7 @@ class Loop:
         begin_area: Callable[[str], None] = lambda _: None,
         end_area: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """All steps that are left, with their checkpoints.
+        """Run all remaining steps, with checkpoints.
 
         ``begin_area`` is called before the first step of a phase, ``end_area`` after its last.
         Raises ``Stopped`` after SIGTERM and a checkpoint.
@@ -190,14 +190,14 @@ class Loop:
         """One optimizer step at this learning rate; returns whether some rank was told to stop."""
         step = self.reader.step(self.step - self.begun)
         targets = max(1, step.targets)
-        # dropout of a step is the same after a resume
+        # a resumed step draws the same dropout
         torch.manual_seed(hash((self.training.seed, self.step, self.rank)))
         begin_step(self.engine)
         summed = torch.zeros((), device=self.device)
         for turn, batch in enumerate(step.batches):
             loss = self.engine(batch, self.device)
             summed += loss.detach()
-            # DeepSpeed takes the mean over ranks and micro-batches: undone here
+            # undo DeepSpeed's mean over ranks and micro-batches
             self.engine.backward(loss * (self.world * self.accumulation / targets))
             if turn < self.accumulation - 1:
                 self.engine.step()
@@ -211,9 +211,9 @@ class Loop:
         return stopping
 
     def _share(self, summed: torch.Tensor) -> tuple[float, bool]:
-        """The loss summed over all ranks, and whether one of them is to stop.
+        """The loss summed over all ranks, and whether any of them was told to stop.
 
-        All ranks get rank 0's seconds and clock, so that all end at the same step.
+        All ranks get rank 0's seconds and clock, so that they end at the same step.
         """
         shared = torch.tensor([0.0, 0.0, 0.0, float(self.stop.came)], dtype=torch.float64)
         shared[0] = summed.double()
@@ -229,13 +229,13 @@ class Loop:
         return total, stopping > 0
 
     def _update(self, rate: float) -> None:
-        """Let the optimizer step, unless the guard objects to the loss or the gradient norm."""
+        """Run the optimizer's step, unless the guard refuses the loss or the gradient norm."""
         zero = self.engine.optimizer
         loss_refused = self.guard.refuses(self.loss, self.guard.losses)
         asked: list[bool] = []
 
         def allowed() -> bool:
-            if not asked:  # the optimizer asks once a group of parameters
+            if not asked:  # the optimizer asks once per parameter group
                 self.norm = float(zero._global_grad_norm)
                 if self.norm < 0:  # how DeepSpeed says "not finite"
                     self.norm = math.nan
@@ -256,7 +256,7 @@ class Loop:
             )
 
     def _report(self, rate: float, due: bool) -> None:
-        """A line of progress, and of metrics.jsonl where it is ``due``; by rank 0."""
+        """On rank 0, print a line of progress and, if ``due``, write one to metrics.jsonl."""
         now = due or self.step == self.first + 1
         if self.rank != 0 or not (now or self.progress_lines.due):
             return
@@ -271,7 +271,7 @@ class Loop:
         self._say(
             f"step {self.step}/{self.training.max_steps} loss {self.loss:.4f} "
             f"lr {rate:.3g} grad_norm {self.norm:.3g} "
-            f"{per_gpu * self.world:,.0f} tokens/s {duration(left)} left"
+            f"{per_gpu * self.world:,.0f} tokens/s {hours_minutes_seconds(left)} left"
         )
         if due and self.log:
             metrics = self._metrics(rate, per_gpu, left, (self.work.flop - flop) / a_gpu)
@@ -279,7 +279,7 @@ class Loop:
             self.logged = self.tokens, here, self.work.flop
 
     def _metrics(self, rate: float, per_gpu: float, left: float, flop: float) -> dict[str, Any]:
-        """``per_gpu`` tokens/s, ``left`` seconds, ``flop`` FLOP/s of a GPU."""
+        """``per_gpu`` tokens/s, ``left`` seconds, ``flop`` FLOP/s per GPU."""
         known: dict[str, Any] = {}
         if self.work.peak:
             known["mfu"] = round(flop / self.work.peak, 4)
@@ -301,7 +301,7 @@ class Loop:
         }
 
     def _end_phase(self, end_area: Callable[[str], None], last: bool) -> None:
-        """Save an area's adapter and turn to the next; the checkpoint after it remembers that."""
+        """Save an area's adapter and switch to the next area; the following checkpoint records it."""
         if self.phase.area:
             end_area(self.phase.area)
             self.areas[self.phase.area] = {"steps": self.step - self.begun, "loss": self.loss}
@@ -317,7 +317,7 @@ class Loop:
             self.engine, self.folder, self.state(), self.training.save_total_limit
         )
         spent = time.monotonic() - begin
-        model = MODEL_BYTES / checkpoint_bytes(self.training.optimizer_states)
+        model = MODEL_BYTES / checkpoint_bytes_per_weight(self.training.optimizer_states)
         self.clock.saving = max(self.clock.saving, spent * (1 + model))
         if not last:
             self._say(f"saved checkpoints/step_{self.step} in {spent:.1f} s")

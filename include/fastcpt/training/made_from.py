@@ -1,8 +1,8 @@
-"""What each result on the cluster is made from: the names under which it is found again. No torch.
+"""The names of results on the cluster, by which a later run finds them. No torch.
 
-A name is a digest of all that the result depends on, and of nothing else. Of a recipe's section only fields
-that are not at their defaults count: a new field whose default means "as before" changes no name. If you
-change a default, or what is made from the same inputs, raise the format number of that result.
+A name is a digest of everything that the result depends on, and of nothing else. Only fields of a recipe
+that differ from their defaults count, so a new field whose default means "as before" changes no name. If
+you change a default, or the result for the same inputs, increase that result's format number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TRAINING_FORMAT = 1
 EVALUATION_FORMAT = 3
 ANSWERS_FORMAT = 1
 PUBLICATION_FORMAT = 1
-# What may change when a training goes on (docs/training.md), and what can only end it.
+# Settings that may change when a training resumes (docs/training.md), or that can only end it.
 MAY_CHANGE = frozenset(
     {
         "per_device_train_batch_size",
@@ -36,9 +36,9 @@ MAY_CHANGE = frozenset(
 
 
 def base_name(recipe: Recipe, tokenizer: str) -> str:
-    """The recipe's base model: its hub name or folder, or ``base-<digest>`` of one that is initialised.
+    """The recipe's base model: its hub name or folder, or ``base-<digest>`` if it is initialised here.
 
-    ``tokenizer`` is the digest of the tokenizer that the vocabulary is taken from.
+    ``tokenizer`` is the digest of the tokenizer that gives the vocabulary.
     """
     if recipe.model.name_or_path is not None:
         return recipe.model.name_or_path
@@ -60,11 +60,11 @@ def training_name(
     data: Mapping[str, str],
     deepspeed: Path,
 ) -> str:
-    """A training: the digest of what its weights depend on.
+    """The name of a training: a digest of everything that its weights depend on.
 
-    ``model`` is the name of the model it begins with, ``data`` the digests of what it is trained on,
-    ``deepspeed`` the folder of its DeepSpeed file, of which the content counts. Micro-batch, accumulation
-    and GPUs count as the batch that they make together. Raises ``RecipeError`` without that file.
+    ``model`` is the name of the initial model, ``data`` the digests of the training data, ``deepspeed``
+    the folder of its DeepSpeed file, which counts by content. Micro-batch, accumulation and GPUs count
+    only through their product, the global batch. Raises ``RecipeError`` without the DeepSpeed file.
     """
     settings = _settings(training)
     file = deepspeed / training.deepspeed
@@ -87,24 +87,24 @@ def training_name(
 
 
 def evaluation_name(recipe: Recipe, *, base: str, corpus: str) -> str:
-    """An evaluation of perplexity, among those of one model: by base model, corpus and settings."""
+    """The name of a perplexity evaluation among those of one model: base model, corpus and settings."""
     asked = recipe.gate.validation_set, recipe.evaluation.questions
     settings = recipe.corpus.max_seq_length, recipe.model.dtype, *asked
     return digest_of("evaluation", EVALUATION_FORMAT, base, corpus, *settings)
 
 
 def answers_name(recipe: Recipe, *, instructions: str) -> str:
-    """An evaluation of answers, among those of one model: by instructions and settings."""
+    """The name of an evaluation of answers among those of one model: instructions and settings."""
     settings = recipe.corpus.max_seq_length, recipe.model.dtype, recipe.sft.max_new_tokens
     return digest_of("answers", ANSWERS_FORMAT, instructions, *settings)
 
 
 def publication_name(recipe: Recipe, facts: Mapping[str, Any], model: Any) -> str:
-    """A published model: by the model, and by the text of its card, which has all else that counts."""
+    """The name of a published model: the model and the text of its card, which has all else that counts."""
     card = model_card(recipe, facts, name="", parameters=0)
     return digest_of("publication", PUBLICATION_FORMAT, model, recipe.model.dtype, card)
 
 
 def _settings(section: Section, without: set[str] | None = None) -> dict[str, Any]:
-    """The fields of a section that are not at their defaults."""
+    """The fields of a section that differ from their defaults."""
     return section.model_dump(mode="json", exclude_defaults=True, exclude=without)

@@ -1,4 +1,4 @@
-"""What a training reports: metrics.jsonl, TensorBoard, operations, memory."""
+"""A training's metrics: metrics.jsonl, TensorBoard, operations, memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from fastcpt.families import head_width
 from fastcpt.gpus import HardwareError, find_gpu
 from fastcpt.shapes import shape_from_config
 from fastcpt.training.data import Ints
-from fastcpt.training.model import (
-    Trainee,
-)
+from fastcpt.training.model import Trainee
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard. A step that is there already is not written again: a resumed training
-    repeats some."""
+    """metrics.jsonl and TensorBoard. A resumed training repeats some steps; they are not written again."""
 
     def __init__(self, output: Path, step: int) -> None:
         self.file = output / "metrics.jsonl"
@@ -31,7 +28,7 @@ class MetricsLog:
         if self.file.is_file():
             content = self.file.read_bytes()
             whole = content[: content.rfind(b"\n") + 1]
-            if len(whole) < len(content):  # killed while it wrote a line
+            if len(whole) < len(content):  # killed while writing a line
                 os.truncate(self.file, len(whole))
             if whole:
                 self.last = json.loads(whole.splitlines()[-1])["step"]
@@ -56,10 +53,10 @@ class MetricsLog:
 
 
 class Work:
-    """FLOP of the model's own mathematics, for the share of the GPU's peak (MFU) it reaches.
+    """FLOP of the model itself, without recomputation, for the MFU (share of the GPU's peak).
 
-    Per token 6 for each weight of a matrix product (4 where it is frozen: no gradient of its own)
-    and for each document 6 x layers x heads x width x length squared: attention, its causal half.
+    Per token 6 for each weight of a matrix product (4 if frozen: no weight gradient), and per document
+    6 x layers x heads x width x length squared for the causal half of attention.
     """
 
     def __init__(self, trainee: Trainee, device: torch.device) -> None:
@@ -79,14 +76,14 @@ class Work:
         self.flop = 0.0
 
     def add(self, lengths: list[Ints]) -> None:
-        """Count rows; ``lengths`` of each row's segments."""
+        """Count rows; ``lengths``: those of each row's segments."""
         for of_row in lengths:
             wide = of_row.astype(float)
             self.flop += self.per_token * wide.sum() + self.attention * (wide**2).sum()
 
 
 def _peak(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its name; None where ``gpus.yaml`` does not know it, and on CPUs."""
+    """Dense bf16 FLOP/s of a GPU by name; None on CPUs and for a GPU that is not in ``gpus.yaml``."""
     try:
         return find_gpu(name).peak(fp8=False)
     except HardwareError:
@@ -94,13 +91,13 @@ def _peak(name: str) -> float | None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory (10^9 bytes) this rank has used: of the GPU, or of the process on a CPU."""
+    """This rank's peak memory (10^9 bytes): of the GPU, or of the process on a CPU."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return float(torch.cuda.max_memory_allocated(device)) / 1e9
 
 
-def duration(seconds: float) -> str:
+def hours_minutes_seconds(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"

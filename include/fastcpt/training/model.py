@@ -1,12 +1,11 @@
 """Causal language models for training: loading, attention over packed rows, chunked loss.
 
-**Attention.** With flash-attn installed a micro-batch is one long row whose documents are told
-apart by their cumulative lengths (``cu_seqlens``): no mask, and no work across documents. Otherwise rows stay
-apart and get a block-diagonal causal mask.
+**Attention.** With flash-attn a micro-batch is one long row whose segments are given by ``cu_seqlens``:
+no mask, and no work across segments. Otherwise rows stay separate and get a block-diagonal causal mask.
 
-**Loss.** Logits of a whole row take more memory than anything else (6 bytes x vocabulary x
+**Loss.** The logits of a whole row would need more memory than anything else (6 bytes x vocabulary x
 tokens). ``LossHead`` computes loss and gradients together, some thousand tokens at a time, inside the
-output layer's own forward: under ZeRO-3 its weight is then gathered once a micro-batch.
+output layer's forward; so ZeRO-3 gathers its weight once per micro-batch.
 """
 
 from __future__ import annotations
@@ -49,10 +48,9 @@ def load_model(
 ) -> tuple[Any, str]:
     """A causal language model and the name of the attention it uses.
 
-    ``path`` is a folder that transformers loads, a hub name, or the ``final`` folder of a LoRA
-    training (its base is then loaded and the adapter put on it). Raises ``ModelError`` where
-    there is no model, or the asked-for attention is not installed. Weights are read straight to
-    ``device`` where one is given.
+    ``path`` is a folder that transformers can load, a hub name, or the ``final`` folder of a LoRA training
+    (its base is loaded, then the adapter). Weights are loaded directly to ``device`` if it is given.
+    Raises ``ModelError`` if there is no model or the wanted attention is not installed.
     """
     attention = choose_attention(attention)
     base = base_of(path)
@@ -79,9 +77,9 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def base_of(path: str | Path) -> str:
-    """The folder or hub name with the whole weights: of an adapter its base, else ``path`` itself.
+    """The folder or hub name of the full weights: an adapter's base, else ``path`` itself.
 
-    ``ModelError`` where it is a folder without a model.
+    ``ModelError`` if it is a folder without a model.
     """
     base = str(read_json(Path(path) / BASE)["base"]) if is_adapter(path) else str(path)
     if base.startswith(("/", ".", "~")) and not (Path(base) / "config.json").is_file():
@@ -90,7 +88,7 @@ def base_of(path: str | Path) -> str:
 
 
 def load_config(base: str) -> Any:
-    """transformers' configuration of a model; ``ModelError`` where there is none."""
+    """transformers' configuration of a model; ``ModelError`` if there is none."""
     try:
         return AutoConfig.from_pretrained(base)
     except (ValueError, OSError) as error:
@@ -98,10 +96,10 @@ def load_config(base: str) -> Any:
 
 
 def initialise_model(recipe: Recipe, tokenizer: Path, target: Path) -> None:
-    """Write a Llama of the recipe's ``model.config`` with random weights; whole or not at all.
+    """Write a Llama of the recipe's ``model.config`` with random weights, atomically.
 
-    The vocabulary and its special tokens are the tokenizer's, the seed is ``training.seed``. The
-    output layer is rounded up to 64 words: products over odd sizes take several times as long.
+    Vocabulary and special tokens come from the tokenizer, the seed is ``training.seed``. The vocabulary
+    size is rounded up to a multiple of 64, as products over odd sizes are several times slower.
     """
     if recipe.model.config is None:
         raise ModelError("the recipe has a base model (model.name_or_path): nothing to initialise")
@@ -126,9 +124,9 @@ def initialise_model(recipe: Recipe, tokenizer: Path, target: Path) -> None:
 
 
 def choose_attention(wanted: str) -> str:
-    """The fastest attention installed for ``auto``; ``ModelError`` where ``wanted`` is missing.
+    """The fastest installed attention for ``auto``; ``ModelError`` if ``wanted`` is not installed.
 
-    Checked here because transformers would otherwise try to download a kernel.
+    Checked here because transformers would try to download a kernel.
     """
     flash = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
     if wanted == "auto":
@@ -173,9 +171,9 @@ def require_fp8() -> None:
 
 
 class HostEmbedding(nn.Module):  # type: ignore[misc]
-    """A frozen embedding that stays in the host's memory; the rows of a micro-batch are sent.
+    """A frozen embedding in host memory; only a micro-batch's rows go to the GPU.
 
-    Its weight is no parameter: DeepSpeed would move it to the GPU.
+    Its weight is not a parameter, as DeepSpeed would move it to the GPU.
     """
 
     def __init__(self, embedding: nn.Embedding) -> None:
@@ -191,8 +189,8 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
     """Summed cross entropy of ``hidden [T, H] @ weight.T [H, V]`` against ``targets [T]``, with the
     logits of ``at_once`` tokens at a time.
 
-    The gradient of a softmax cross entropy is ``softmax - one_hot``: known as soon as a chunk's
-    logits are, so they are dropped at once and the forward leaves finished gradients.
+    The logits gradient, ``softmax - one_hot``, is known as soon as a chunk's logits are. So the forward
+    computes the gradients of hidden and weight too, and drops each chunk's logits.
     """
 
     @staticmethod
@@ -210,7 +208,7 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
             loss += part_loss
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[part])
-            if grad_weight is not None:  # added up inside the product
+            if grad_weight is not None:  # accumulated by the product itself
                 beta = 1.0 if begin else 0.0
                 torch.addmm(grad_weight, grad_logits.T, hidden[part], beta=beta, out=grad_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -230,7 +228,7 @@ class ChunkedLoss(torch.autograd.Function):  # type: ignore[misc]
 def _loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss of ``logits [T, V]`` and its gradient with respect to them, in their type."""
+    """Summed loss of ``logits [T, V]`` and the logits gradient, in the logits' type."""
     wide = logits.float()
     mask = targets != IGNORE_INDEX
     index = targets.clamp(min=0)[:, None]
@@ -243,12 +241,12 @@ def _loss_and_gradient(
 
 @functools.cache
 def _compiled_loss() -> Any:
-    """Two passes over the logits instead of ten."""
+    """Compiled: two passes over the logits instead of ten."""
     return torch.compile(_loss_and_gradient, dynamic=False)
 
 
 class LossHead(nn.Linear):  # type: ignore[misc]
-    """An output layer that, given targets, answers with the summed loss instead of logits."""
+    """An output layer that returns the summed loss instead of logits if it gets targets."""
 
     at_once = LOGITS_AT_ONCE
 
@@ -261,14 +259,14 @@ class LossHead(nn.Linear):  # type: ignore[misc]
 
 
 class Trainee(nn.Module):  # type: ignore[misc]
-    """What DeepSpeed trains: a batch in, the sum of its targets' negative log likelihoods out."""
+    """The module that DeepSpeed trains: from a batch to the summed negative log likelihood of its targets."""
 
     def __init__(self, model: Any, attention: str, packing: Packing | None) -> None:
         """``packing`` is what fused blocks share; None for transformers' own layers."""
         super().__init__()
         self.model = model
         self.attention, self.packing = attention, packing
-        # the same parameter and name, another forward: saved models know nothing of it
+        # same parameter and name, only another forward: saved models are unaffected
         self.causal.lm_head.__class__ = LossHead
 
     @property
@@ -288,7 +286,7 @@ class Trainee(nn.Module):  # type: ignore[misc]
             if not isinstance(embedding, HostEmbedding):
                 words = words.to(device, non_blocking=True)
             hidden = embedding(words).to(device, non_blocking=True)
-            if not hidden.requires_grad:  # DeepSpeed's hooks wait for a gradient of the input
+            if not hidden.requires_grad:  # DeepSpeed's hooks need a gradient of the input
                 hidden.requires_grad_()
             with autocast(self.packing.fp8):
                 for block in causal.model.layers:

@@ -27,13 +27,13 @@ from fastcpt.training.model import (
     require_fp8,
 )
 
-SLOW = 0.75  # of the fastest GPU's products: one below it is throttled or broken
+SLOW = 0.75  # of the fastest GPU's rate: a GPU below it is throttled or broken
 
 
 def check_model(recipe: Recipe, path: str, use_fp8: bool) -> None:
-    """``ValueError`` kinds where this host cannot train the model as the recipe says.
+    """Raise a kind of ``ValueError`` if this host cannot train the model as the recipe says.
 
-    Called before ranks meet and before weights are loaded.
+    Called before the process group is created and before weights are loaded.
     """
     base = base_of(path)
     config = read_config(load_config(base).to_dict(), base)
@@ -45,8 +45,8 @@ def check_model(recipe: Recipe, path: str, use_fp8: bool) -> None:
         require_fp8()
 
 
-class Gpu(NamedTuple):
-    """One rank's GPU: ``flops`` of a product of bf16 matrices, and whether its result was right."""
+class TriedGpu(NamedTuple):
+    """One rank's GPU: ``flops`` of a product of bf16 matrices, and whether the result was right."""
 
     host: str
     name: str
@@ -56,7 +56,7 @@ class Gpu(NamedTuple):
 
 
 def check_gpus(device: torch.device) -> None:
-    """Multiply matrices on every rank; ``TrainingError`` where one is wrong or slow, or the GPUs differ."""
+    """Multiply matrices on every rank; ``TrainingError`` if one is wrong or slow, or if the GPUs differ."""
     if device.type == "cpu":
         name, memory, side = "CPU", 0, 256
     else:
@@ -68,7 +68,7 @@ def check_gpus(device: torch.device) -> None:
     times = []
     for _ in range(5):
         product = narrow[0] @ narrow[1]
-        product[0, 0].item()  # waits
+        product[0, 0].item()  # synchronizes
         begin = time.monotonic()
         for _ in range(4):
             torch.mm(*narrow, out=product)
@@ -76,7 +76,7 @@ def check_gpus(device: torch.device) -> None:
         times.append(time.monotonic() - begin)
     wide = narrow[0].float() @ narrow[1].float()
     off = float((product.float() - wide).norm() / wide.norm())  # bf16 rounds to 8 bits
-    own = Gpu(socket.gethostname(), name, memory, off < 0.01, 4 * 2 * side**3 / min(times))
+    own = TriedGpu(socket.gethostname(), name, memory, off < 0.01, 4 * 2 * side**3 / min(times))
     del left, right, narrow, product, wide
     gpus: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gpus, own)
@@ -85,8 +85,8 @@ def check_gpus(device: torch.device) -> None:
         raise TrainingError(wrong)
 
 
-def what_is_wrong(gpus: list[Gpu]) -> str | None:
-    """Why these GPUs (one a rank) cannot train together; None where they can."""
+def what_is_wrong(gpus: list[TriedGpu]) -> str | None:
+    """Why these GPUs (one per rank) cannot train together; None if they can."""
     for rank, gpu in enumerate(gpus):
         if not gpu.right:
             return f"rank {rank}, {gpu.name} on {gpu.host}, computes wrong: take it out of service"
@@ -95,7 +95,7 @@ def what_is_wrong(gpus: list[Gpu]) -> str | None:
         return f"the GPUs are not the same: {seen}; leave the odd one out"
     fastest = max(gpu.flops for gpu in gpus)
     for rank, gpu in enumerate(gpus):
-        if gpu.memory and gpu.flops < SLOW * fastest:  # cores of a CPU are shared
+        if gpu.memory and gpu.flops < SLOW * fastest:  # not on CPUs, whose cores are shared
             return (
                 f"rank {rank}, {gpu.name} on {gpu.host}, reaches {gpu.flops / 1e12:.0f} TFLOP/s, "
                 f"the fastest {fastest / 1e12:.0f}: it is too hot, broken or in use; leave it out"
@@ -104,7 +104,7 @@ def what_is_wrong(gpus: list[Gpu]) -> str | None:
 
 
 def check_shared(output: Path) -> None:
-    """``TrainingError`` unless all ranks see what the first one writes: checkpoints are one folder."""
+    """``TrainingError`` unless all ranks see what rank 0 writes: a checkpoint is one shared folder."""
     name: list[Any] = [f".seen_by_all_{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name)
     marker = output / name[0]
@@ -125,7 +125,7 @@ def check_shared(output: Path) -> None:
 
 
 def check_disk(trainee: torch.nn.Module, training: Training, output: Path) -> None:
-    """``TrainingError`` unless the checkpoints (12 bytes a trained weight, or less) and the model fit."""
+    """``TrainingError`` unless checkpoints (at most 12 bytes per trained weight) and the model fit the disk."""
     trained = parameters(trainee, trained=True)
     needed = training_disk_bytes(trained, training.save_total_limit, training.optimizer_states)
     output.mkdir(parents=True, exist_ok=True)
@@ -142,13 +142,13 @@ def check_disk(trainee: torch.nn.Module, training: Training, output: Path) -> No
 def try_one_step(
     engine: Any, rows: Rows, micro: int, accumulation: int, device: torch.device
 ) -> None:
-    """Run the last micro-batches of a step at the real shape, and the optimizer without its update.
+    """Run a step's last micro-batches at the real shape, and the optimizer without its update.
 
-    ``TrainingError`` where the memory does not suffice.
+    ``TrainingError`` if there is not enough memory.
     """
     batch = make_batch([rows[n % len(rows)] for n in range(micro)], rows.size)
     engine.optimizer.optimizer.allowed = lambda: False
-    # two: the second one's activations stand beside the first one's gradients
+    # two micro-batches: the second needs memory for its activations and the first one's gradients
     engine.micro_steps = max(0, accumulation - 2)
     try:
         begin_step(engine)

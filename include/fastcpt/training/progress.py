@@ -1,4 +1,4 @@
-"""Lines of progress, by rank 0 alone and never far apart."""
+"""Progress lines, printed by rank 0 at regular intervals."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastcpt.training.ranks import rank
 SILENCE = 20.0  # seconds without a line
 
 
-class Progress:
-    """Prints a line when ``SILENCE`` seconds have passed since the last one; on rank 0 alone."""
+class ProgressLines:
+    """Prints a line if ``SILENCE`` seconds have passed since the last one, on rank 0 only."""
 
     def __init__(self) -> None:
         self.said = time.monotonic()
@@ -23,7 +23,7 @@ class Progress:
         return rank() == 0 and time.monotonic() - self.said > SILENCE
 
     def say(self, line: str, now: bool = False) -> None:
-        """Print ``line`` where one is due, or ``now``."""
+        """Print ``line`` if one is due, or ``now``."""
         if rank() == 0 and (now or self.due):
             print(line, flush=True)
             self.said = time.monotonic()
@@ -31,7 +31,7 @@ class Progress:
 
 @contextmanager
 def signs_of_life(what: str) -> Iterator[None]:
-    """Print that ``what`` begins and, every ``SILENCE`` seconds of one long call, that it goes on."""
+    """Print ``what`` at the start of a long call, and again with the time every ``SILENCE`` seconds."""
     ended, begin = threading.Event(), time.monotonic()
 
     def speak() -> None:

@@ -1,11 +1,11 @@
-"""A trained model -> a folder to hand on: safetensors, tokenizer, model card.
+"""Publishes a trained model as a folder: safetensors, tokenizer, model card.
 
-Adapters are merged into the plain weights of their base model, whatever precision they were
-trained beside: each sum is taken in 32-bit floats and rounded once to the recipe's type. The folder
-is complete or absent; published again from the same inputs it is left as it is.
+Adapters are merged into the unquantized weights of their base model, even after FP8 training: each sum is
+computed in float32 and rounded once to the recipe's type. The folder is complete or absent; publishing
+again from the same inputs changes nothing.
 
-A run with an adapter a legal area is published as one model, the mean of its adapters merged, with
-each of them in ``adapters/`` for peft: what a server of several adapters on one base loads.
+A run with one adapter per legal area is published as one model, with the mean of its adapters merged. The
+single adapters are in ``adapters/`` for peft, or for a server of several adapters on one base.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class PublishError(ValueError):
 def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str, Any]:
     """Write the folder ``output``; returns what its ``publication.json`` holds.
 
-    ``model`` is a training's ``final`` folder, ``record`` the run's record (or what of it there
-    is). ``publication.json``: ``made_from`` (a digest of all inputs), ``version`` (of Fast CPT),
-    ``base`` (its hub name or None), ``parameters`` and ``merged`` (whether there were adapters). Raises ``PublishError``,
-    ``ModelError`` where the model cannot be loaded, ``InstructionError`` for its tokenizer.
+    ``model`` is a training's ``final`` folder, ``record`` the run's record, which may be incomplete.
+    ``publication.json``: ``made_from`` (a digest of all inputs), ``version`` (of Fast CPT), ``base`` (its
+    hub name or None), ``parameters`` and ``merged`` (whether there were adapters). Raises
+    ``PublishError``, ``ModelError`` if the model cannot be loaded, ``InstructionError`` for its tokenizer.
     """
     if not model.is_dir():
         raise PublishError(f"--model {model}: no such folder")
@@ -86,16 +86,16 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
 
 
 def merge_lora(model: Path, dtype: str) -> tuple[Any, bool]:
-    """A model, its adapters (if any) merged into the plain weights, and whether there were some.
+    """Load a model and merge its adapters, if any; the model, and whether there were adapters.
 
-    ``PublishError`` where weights are not finite, ``ModelError`` where there is no model.
+    ``PublishError`` if weights are not finite, ``ModelError`` if there is no model.
     """
     with signs_of_life(f"loading {model.name}"):
         causal, _ = load_model(model, "sdpa", dtype)
     merged = hasattr(causal, "merge_and_unload")
     if merged:
         with signs_of_life("merging the adapter into its base model"):
-            # not safe_merge, which would round the product before it is added
+            # not safe_merge, which rounds the product before adding it
             causal = causal.merge_and_unload()
     _check_finite(causal)
     causal.config.use_cache = True  # training turns it off
@@ -103,7 +103,7 @@ def merge_lora(model: Path, dtype: str) -> tuple[Any, bool]:
 
 
 def _copy_adapters(model: Path, output: Path, base: str | None) -> list[str]:
-    """Each area's adapter, as peft loads it, naming the base model by its hub name or not at all."""
+    """Copy each area's adapter for peft, with the base's hub name or none; the areas."""
     folders = sorted((model / "areas").glob("*/"))
     for folder in folders:
         target = output / "adapters" / folder.name

@@ -1,15 +1,15 @@
-"""Questions made from held-out documents, without a person (docs/evaluation.md).
+"""Multiple-choice questions generated from held-out documents (docs/evaluation.md).
 
-Each has four answers, of which a model chooses the one that it finds likeliest, so that a guess is
-right once in four times. A document is asked about:
+Each question has four answers; the model chooses the one with the highest likelihood, so guessing is right
+one time in four. The kinds:
 
-- ``citation``, ``date``, ``number``: which act, date or number stands here, after what stands before;
-- ``title``: which title belongs to this text;
-- ``sentence``: which sentence goes on here.
+- ``citation``, ``date``, ``number``: which act, date or number comes next in the text;
+- ``title``: which title belongs to a text;
+- ``sentence``: which sentence comes next.
 
-Nothing is asked whose answer could be copied: no answer stands in what is given. Wrong answers are
-of the same form, from anywhere in the set, so that form and length tell nothing. What is asked is
-drawn by hashes: the same documents give the same questions on every machine.
+No answer can be copied, as none appears in the given text. Wrong answers have the same form and come from
+anywhere in the set, so form and length give no hint. Questions are drawn by hashes: the same documents
+give the same questions on every machine.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ import numpy.typing as npt
 
 from fastcpt.files import hash_of
 from fastcpt.intervals import ratio
-from fastcpt.training.validation import Document
+from fastcpt.training.validation import HeldOutDocument
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
 ANSWERS = 4
-BEFORE, LEAST_BEFORE, AFTER = 600, 200, 24  # characters given around what is asked
-BODY = 800  # characters of the text whose title is asked
-TITLE, LEAST_WORDS, HEAD = 400, 5, 12  # characters and words of a title, in these first lines
+BEFORE, LEAST_BEFORE, AFTER = 600, 200, 24  # characters of context before and after the answer
+BODY = 800  # characters of text given with a title
+TITLE, LEAST_WORDS, HEAD = 400, 5, 12  # most characters and fewest words of a title; lines searched
 FIRST_PAGES = 5_000  # characters
 SENTENCE = (60, 300)
-A_DOCUMENT = 2  # questions of a kind about one document: long acts are not most of a set
-READ = 60_000  # characters of a document in which questions are looked for
+A_DOCUMENT = 2  # most questions of a kind about one document, so that long acts do not dominate
+READ = 60_000  # characters of a document that are searched for questions
 
-# In this order: what is part of a citation or a date is no number.
+# In this order: part of a citation or date is not a number.
 _FORMS = {
     "citation": re.compile(r"(?<![\w/])(?:[A-Z]-)?\d{1,4}/\d{2,4}(?:/[A-Z]{2,8})?(?![\w/])"),
     "date": re.compile(
@@ -47,7 +47,7 @@ _FORMS = {
     ),
     "number": re.compile(r"(?<![\w/.,-])\d{2,}(?:[ .,\u00a0\u202f]\d+)*(?![\w/-])"),
 }
-_ACT = re.compile(r"\d+/\d+|\d{5,}")  # what would be found in both, not understood
+_ACT = re.compile(r"\d+/\d+|\d{5,}")  # a number in both title and text would give the answer away
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _END = re.compile(r"(?<=[.;:!?])\s+(?=[^\W\d_a-z]|[(\d])")
 
@@ -55,12 +55,14 @@ _END = re.compile(r"(?<=[.;:!?])\s+(?=[^\W\d_a-z]|[(\d])")
 class Question(NamedTuple):
     kind: str
     document: str  # id of the document that it is about
-    given: list[str]  # a text for each answer: the answer in its place
-    alone: list[str]  # what of it says nothing of the answer's place; empty where all are alike
+    given: list[str]  # for each answer, the text with that answer
+    alone: list[str]  # for each answer, the answer without context; empty if the forms are alike
     right: int
 
 
-def questions_of(documents: Sequence[Document], texts: Sequence[str], most: int) -> list[Question]:
+def questions_of(
+    documents: Sequence[HeldOutDocument], texts: Sequence[str], most: int
+) -> list[Question]:
     """At most ``most`` questions of each kind about documents with these texts."""
     asked: list[Question] = []
     about = [(document.id, text[:READ]) for document, text in zip(documents, texts, strict=True)]
@@ -84,7 +86,7 @@ class _Candidate(NamedTuple):
     form: str  # of a citation, date or number
     before: str
     after: str
-    order: int  # drawn from what it is
+    order: int  # pseudo-random, from the content
 
 
 def _candidates(about: Sequence[tuple[str, str]]) -> dict[str, list[_Candidate]]:
@@ -107,21 +109,21 @@ def _places(text: str) -> Iterator[tuple[str, str, str, str]]:
         for match in form.finditer(text):
             begin, end = match.span()
             before = text[max(0, begin - BEFORE) : begin]
-            counts = kind == "number" and before.endswith("(")  # the next of (1), (2), (3)
+            counts = kind == "number" and before.endswith("(")  # an item of (1), (2), (3)
             if not taken[begin:end].any() and len(before) >= LEAST_BEFORE and not counts:
                 yield kind, match[0], before, text[end : end + AFTER]
             taken[begin:end] = True
 
 
 def _titles(about: Sequence[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, str, str, str]]]:
-    """The first line of each document that no other one begins with, and the text behind it."""
+    """For each document its first line that is not in another document's head, and the text after it."""
     heads = {document: [line.strip() for line in _head(text)] for document, text in about}
     often = Counter(line for lines in heads.values() for line in set(lines))
     for document, text in about:
         title = next((line for line in heads[document] if _is_title(line, often)), None)
         if title is None:
             continue
-        # publishers print it twice: the text begins behind the last of the first pages
+        # publishers print the title twice: the text begins after its last occurrence on the first pages
         begin = text.rfind(title, 0, FIRST_PAGES) + len(title)
         body = text[begin:].strip()[:BODY]
         numbered = any(number in body for number in _ACT.findall(title))
@@ -149,7 +151,7 @@ def _sentences(text: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def _question(kind: str, one: _Candidate, candidates: Sequence[_Candidate]) -> Question | None:
-    """A question about this place, or None where there are no three wrong answers of its form."""
+    """A question for this candidate; None if the set has no three wrong answers of the same form."""
     given = one.before + one.after
     if one.answer in given:
         return None
@@ -172,14 +174,14 @@ def _question(kind: str, one: _Candidate, candidates: Sequence[_Candidate]) -> Q
         kind,
         one.document,
         [f"{begins}{answer}{one.after}" for answer in answers],
-        # a rare title is not held against its text, nor a rare sentence against its place
+        # scored relative to the answer alone, so that a rare title or sentence is no disadvantage
         [f"\n{answer}" for answer in answers] if kind in ("title", "sentence") else [],
         right,
     )
 
 
 def _alike(kind: str, one: _Candidate, other: _Candidate) -> bool:
-    """Whether the other's answer could stand in this one's place, by its form or its length."""
+    """Whether the other's answer could replace this one, by form or length."""
     if kind in _FORMS:
         return other.form == one.form
     if other.document == one.document:
@@ -188,16 +190,16 @@ def _alike(kind: str, one: _Candidate, other: _Candidate) -> bool:
 
 
 def _form(answer: str) -> str:
-    """``2016/679`` and ``1999/468`` are alike, ``95/46/EC`` is not; months are."""
+    """The form of an answer: ``2016/679`` and ``1999/468`` have the same, ``95/46/EC`` another; months are alike."""
     return re.sub(r"[^\W\d_]{3,}", "a", re.sub(r"\d", "0", answer))
 
 
 def texts_of(
     questions: Sequence[Question], tokenize: Callable[[str], Sequence[int]]
-) -> list[Document]:
-    """The texts whose losses answer the questions, in the order that ``answered`` takes."""
+) -> list[HeldOutDocument]:
+    """The texts whose losses answer the questions, in the order that ``answered`` expects."""
     return [
-        Document(
+        HeldOutDocument(
             question.document, np.array(tokenize(text), np.int32), len(text.encode()), None, ()
         )
         for question in questions
@@ -206,10 +208,10 @@ def texts_of(
 
 
 def answered(questions: Sequence[Question], losses: Floats) -> Bools:
-    """Which questions are answered rightly; of equally likely answers none is chosen.
+    """Which questions are answered correctly; a tie counts as wrong.
 
-    ``losses`` are the summed negative log likelihoods of the tokens but the first of each of
-    ``texts_of``; the first token is the same for all answers of a question.
+    ``losses``: the summed negative log likelihoods of each of ``texts_of``, without the first token, which
+    is the same for all answers of a question.
     """
     found = iter(losses.tolist())
     right = []
@@ -225,11 +227,11 @@ def answered(questions: Sequence[Question], losses: Floats) -> Bools:
 def table_of(
     questions: Sequence[Question], right: Bools, base: Bools | None = None
 ) -> dict[str, Any]:
-    """For each kind and for ``all``: the share of ``right`` answers, and what it is beside the base's.
+    """For each kind and for ``all``, the share of ``right`` answers, and its gain over the base's.
 
-    ``value``, ``low``, ``high`` (95 %, documents drawn) and the number ``asked``; with a base also
-    ``gain``, the same of the difference on the same questions. ``right`` has a digit a question,
-    in order, so that another model can be compared later.
+    Each row has ``value``, ``low``, ``high`` (95 %, bootstrap over documents) and the number ``asked``;
+    with a base also ``gain``, the same for the difference on the same questions. ``right`` has one digit
+    per question, in order, so that another model can be compared later.
     """
     kinds = np.array([question.kind for question in questions])
     documents = np.unique([question.document for question in questions], return_inverse=True)[1]
@@ -249,5 +251,5 @@ def table_of(
 
 
 def read_right(table: Mapping[str, Any]) -> Bools:
-    """``right`` of an earlier ``table_of``."""
+    """Read ``right`` of an earlier ``table_of``."""
     return np.array([letter == "1" for letter in table["right"]], dtype=np.bool_)

@@ -1,4 +1,4 @@
-"""The ranks of a training: how they begin, work that one of a host does for all, and SIGTERM."""
+"""The ranks of a training: process group, work done once per host, and SIGTERM."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from fastcpt.training.exits import TrainingError
 
 
 def start_ranks() -> torch.device:
-    """Join the process group the launcher prepared; returns this rank's device."""
-    import deepspeed  # slow to import, and not needed by one process that evaluates or publishes
+    """Join the launcher's process group; returns this rank's device."""
+    import deepspeed  # slow to import, and not needed to evaluate or publish in one process
     from deepspeed.accelerator import get_accelerator
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        # DeepSpeed would compile a shared-memory all-reduce: a compiler and minutes, for nothing
+        # DeepSpeed would compile a shared-memory all-reduce, which takes minutes and needs a compiler
         deepspeed.ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
         deepspeed.init_distributed("gloo", verbose=False)
         return torch.device("cpu")
     accelerator.set_device(local_rank)
-    # the step's large buffers and the activations use the same memory in turn
+    # so that the step's large buffers can reuse the activations' memory
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     deepspeed.init_distributed(verbose=False)
     return torch.device(accelerator.device_name(local_rank))
 
 
 def once_a_host(work: Callable[[], Any]) -> Any:
-    """``work``'s result on every rank; it runs on the first rank of each host alone.
+    """Run ``work`` on the first rank of each host; every rank gets its host's result, which must be JSON.
 
-    Its result must be JSON. A ``ValueError`` there is raised everywhere, so that all ranks end.
+    A ``ValueError`` is raised on all ranks as ``TrainingError``, so that all of them end.
     """
     answer: list[Any] = [None]
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
@@ -54,7 +54,7 @@ def once_a_host(work: Callable[[], Any]) -> Any:
 
 
 def rank() -> int:
-    """This process's rank; 0 where there are no others."""
+    """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -63,7 +63,7 @@ def world_size() -> int:
 
 
 class StopSignal:
-    """Set by SIGTERM; looked at after every step."""
+    """Set by SIGTERM; checked after every step."""
 
     def __init__(self) -> None:
         self.came = False

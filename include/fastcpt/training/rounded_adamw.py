@@ -1,15 +1,16 @@
-"""AdamW without a float32 copy of the weights: stochastic rounding in its place.
+"""AdamW with stochastic rounding instead of a float32 copy of the weights.
 
-Weights are bf16, Adam's moments bf16 or 8 bits: with bf16 gradients 8 or 6.03 bytes a weight
-instead of 16. A step is often smaller than half the distance to a weight's next bf16 value: rounding to
-the nearest would lose it. Here it is rounded up or down at random, in proportion, so that what is stored
-is right on average (arXiv 2502.20566). Moments are rounded so too, since what a step adds to them is as small.
+Weights are bf16, Adam's moments bf16 or 8 bits: with bf16 gradients 8 or 6.03 bytes per weight instead of
+16. An update is often smaller than half the distance to the next bf16 value, so rounding to nearest would
+lose it. Stochastic rounding goes up or down with a probability in proportion, so stored values are right on
+average (arXiv 2502.20566). Moments are rounded in the same way, as their updates are equally small.
 
-**8 bits.** Blocks of ``BLOCK`` moments share one float32 scale, their largest value. A code stands for its
-square (first moment) or fourth power (second: the square of its root): fine where moments are small, as most are.
+**8 bits.** Blocks of ``BLOCK`` moments share one float32 scale, their largest absolute value. A code's
+value is its square (first moment) or fourth power (second moment), which gives fine steps for small
+moments, where most are.
 
-**Memory.** ``SLICE`` weights are updated at a time, on GPUs in one compiled pass: no float32 temporary of
-all weights exists. Random bits are drawn anew for each step from seed, step and rank, so a resumed training
+**Memory.** ``SLICE`` weights are updated at a time, on GPUs in one compiled pass, so no float32 temporary
+of all weights exists. The random bits of a step depend on seed, step and rank alone, so a resumed training
 draws the same ones.
 """
 
@@ -25,12 +26,12 @@ from fastcpt.recipe_sections import OptimizerStates
 from fastcpt.step_memory import MOMENTS_BLOCK as BLOCK
 
 SLICE = 1 << 24  # weights
-# what stores a moment: its type, the largest code, the power of the code that is its value
+# of each 8-bit moment: type, largest code, and the power of the code that gives its value
 CODES = {"exp_avg": (torch.int8, 127, 2), "exp_avg_sq": (torch.uint8, 255, 4)}
 
 
 class RoundedAdamW(torch.optim.Optimizer):  # type: ignore[misc]
-    """``GuardedAdamW`` on bf16 weights: ``allowed`` may refuse a step before anything changes."""
+    """Updates bf16 weights; as in ``GuardedAdamW``, ``allowed`` can refuse a step before anything changes."""
 
     allowed: Callable[[], bool] = staticmethod(lambda: True)
 
@@ -45,14 +46,14 @@ class RoundedAdamW(torch.optim.Optimizer):  # type: ignore[misc]
         seed: int,
         rank: int,
     ) -> None:
-        """``groups`` hold flat bf16 tensors when it steps; ``seed`` and ``rank`` seed the rounding."""
+        """``groups`` have flat bf16 tensors by the time of a step; ``seed`` and ``rank`` seed the rounding."""
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.eight_bits, self.seed, self.rank = states == "int8", seed, rank
-        self.drawn_for = -1  # the step whose random bits the generator gives
+        self.drawn_for = -1  # the step that the generator is seeded for
         self.generator: torch.Generator | None = None
 
     def fresh_state(self, weights: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Adam's state before the first step of ``weights`` [N]: whole blocks, the last one padded."""
+        """Adam's state before the first step of ``weights`` [N], padded to whole blocks."""
         blocks = -(-len(weights) // BLOCK)
         state = {"step": torch.zeros((), dtype=torch.float32)}
         for moment, (kind, _, _) in CODES.items():
@@ -105,10 +106,10 @@ class RoundedAdamW(torch.optim.Optimizer):  # type: ignore[misc]
                 weights.detach()[begin:end] = part[: end - begin]
 
     def random_bits(self, size: int, device: torch.device, step: int) -> torch.Tensor:
-        """[size] int32: 16 bits for a weight, 8 for each of its moments."""
+        """[size] int32: 16 bits for each weight and 8 for each of its two moments."""
         if self.generator is None:
             self.generator = torch.Generator(device)
-        if step != self.drawn_for:  # groups are updated one after another, always in the same order
+        if step != self.drawn_for:  # groups are always updated in the same order
             self.generator.manual_seed(hash((self.seed, step, self.rank)))
             self.drawn_for = step
         bits = torch.empty(size, dtype=torch.int32, device=device)
@@ -125,10 +126,10 @@ def adamw(
     beta2: float,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The step in float32: weights and moments after it (Loshchilov 2019, as torch computes it).
+    """One step in float32; the new weights and moments (Loshchilov 2019, as torch computes it).
 
-    ``rates``: rate over the first moment's bias correction, what weight decay leaves, and one over the
-    second moment's correction.
+    ``rates``: learning rate over the first moment's bias correction, the factor of weight decay, and one
+    over the second moment's bias correction.
     """
     first = beta1 * first + (1 - beta1) * gradient
     second = beta2 * second + (1 - beta2) * gradient * gradient
@@ -137,7 +138,7 @@ def adamw(
 
 
 def rounded(values: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """float32 to bf16, away from zero where ``bits`` (0..65535) and the 16 bits that go make 65536."""
+    """float32 to bf16: rounds away from zero if ``bits`` (0..65535) plus the dropped 16 bits reach 65536."""
     return ((values.view(torch.int32) + bits) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
@@ -146,9 +147,9 @@ def quantized(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of ``values`` [blocks * BLOCK] and the scales [blocks] of their blocks.
 
-    A value between those of two codes gets the upper one where its share of the way is above ``chance``:
-    0.5 rounds to the nearest, a uniform chance keeps the mean. A second moment above zero never becomes zero:
-    a step divides by its root.
+    A value between two codes gets the upper one if its relative position exceeds ``chance``: 0.5 rounds to
+    nearest, a uniform chance preserves the mean. A second moment above zero never becomes zero, as a step
+    divides by its root.
     """
     kind, most, power = CODES[moment]
     blocks = values.view(-1, BLOCK)
@@ -164,7 +165,7 @@ def quantized(
 
 
 def dequantized(codes: torch.Tensor, scales: torch.Tensor, moment: str) -> torch.Tensor:
-    """float32 values of codes [blocks * BLOCK] with the scales [blocks] of their blocks."""
+    """float32 values of codes [blocks * BLOCK] with their blocks' scales [blocks]."""
     _, most, power = CODES[moment]
     share = codes.float() / most
     size = share * share.abs() if power == 2 else share**power
@@ -180,10 +181,10 @@ def _update_bfloat16(
     rates: torch.Tensor,
     *settings: float,
 ) -> None:
-    """One slice in place, moments in bf16."""
+    """Update one slice in place, with moments in bf16."""
     new = adamw(weights.float(), gradient.float(), first.float(), second.float(), rates, *settings)
     weights.copy_(rounded(new[0], bits & 0xFFFF))
-    # 8 random bits of 16, in the middle of their range
+    # 8 random bits as the upper half of 16, centred
     first.copy_(rounded(new[1], (bits >> 8 & 0xFF00) | 0x80))
     second.copy_(rounded(new[2], (bits >> 16 & 0xFF00) | 0x80))
 
@@ -199,7 +200,7 @@ def _update_int8(
     rates: torch.Tensor,
     *settings: float,
 ) -> None:
-    """One slice in place, moments in 8 bits."""
+    """Update one slice in place, with moments in 8 bits."""
     new = adamw(
         weights.float(),
         gradient.float(),
@@ -225,5 +226,5 @@ def _updates(eight_bits: bool) -> Callable[..., None]:
 
 @functools.cache
 def _compiled(eight_bits: bool) -> Any:
-    """One pass over a slice, without temporaries of its size."""
+    """Compiled: one pass over a slice, without temporaries of its size."""
     return torch.compile(_updates(eight_bits), dynamic=False)

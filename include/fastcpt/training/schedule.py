@@ -1,4 +1,4 @@
-"""How far a training is: phases, learning rate, micro-batches of a step, and the time budget."""
+"""A training's schedule: phases, learning rate, micro-batches per step, and the time budget."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MARGIN = 0.02  # of time_budget_hours left unused
 
 
 def learning_rate(training: Training, step: int, progress: float) -> float:
-    """The rate of a step (from 0) when ``progress`` (0..1) of the training is behind it.
+    """The learning rate of a step (from 0) at ``progress`` (0..1) of the training.
 
-    Linear warm-up over ``warmup_steps``, then the schedule's curve down to 0 at the end:
-    warmup_stable_decay is flat, then falls linearly over the last fifth.
+    Linear warm-up over ``warmup_steps``, then the schedule's curve to 0 at the end; warmup_stable_decay is
+    flat and falls linearly over the last fifth.
     """
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
@@ -35,7 +35,7 @@ def learning_rate(training: Training, step: int, progress: float) -> float:
 
 
 class Phase(NamedTuple):
-    """One of the parts trained one after another: everything, or the adapter of one legal area."""
+    """A part of the training: everything, or the adapter of one legal area."""
 
     area: str  # empty: everything
     rows: Rows
@@ -70,7 +70,7 @@ def phases_of(training: Training, data: Rows | dict[str, Rows]) -> list[Phase]:
 
 
 def accumulation_steps(recipe: Recipe, training: Training, world: int) -> int:
-    """Micro-batches a step so that the global batch is the recipe's on any number of ranks."""
+    """Micro-batches per step that give the recipe's global batch on any number of ranks."""
     micro = training.per_device_train_batch_size
     batch = micro * training.gradient_accumulation_steps * recipe.cluster.gpus
     if batch % (micro * world):
@@ -85,21 +85,21 @@ def accumulation_steps(recipe: Recipe, training: Training, world: int) -> int:
 class Clock:
     """The seconds of a training, and what ``time_budget_hours`` leaves for steps.
 
-    Kept back are the time to save, and the time to evaluate: a start like this one, and a token read
-    as slowly as one is trained (a forward alone is faster, but need not be as optimised).
+    It reserves time to save and to evaluate: another start-up, and per token the time of a training token
+    (a forward alone is faster, but may be less optimised).
     """
 
     def __init__(self, hours: float | None, ends: float | None = None) -> None:
         """``ends``: when the host's money is spent, seconds since the epoch; it shortens the budget."""
         self.hours = hours
         self.ends = None if ends is None else time.monotonic() + ends - time.time()
-        self.startup = self.startups = 0.0  # seconds of this start, of all before
+        self.startup = self.startups = 0.0  # seconds of this start-up, and of all earlier ones
         self.saving = 0.0  # seconds to save the last checkpoint and the model
         self.evaluated_tokens = 0  # read by the evaluation that follows
         self.used = 0.0  # share of the budget, 0..1
 
     def seconds_left(self, seconds: float, tokens: int) -> float:
-        """What the budget leaves for steps after ``seconds`` of them on ``tokens``; negative: too much."""
+        """Seconds left for steps after ``seconds`` of steps on ``tokens``; negative if the budget is exceeded."""
         assert self.hours
         budget = (1.0 - MARGIN) * 3600 * self.hours
         evaluation = self.startup + self.evaluated_tokens * seconds / max(tokens, 1)
@@ -109,7 +109,7 @@ class Clock:
         return left - self.saving - evaluation
 
     def progress(self, seconds: float, tokens: int, a_step: float) -> float:
-        """Progress by time, 0..1: 1 where no further step of ``a_step`` seconds fits; 0 without a budget."""
+        """Progress by time, 0..1; 1 if no further step of ``a_step`` seconds fits, 0 without a budget."""
         if not self.hours:
             return 0.0
         whole = seconds + self.seconds_left(seconds, tokens) - a_step

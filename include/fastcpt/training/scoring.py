@@ -1,9 +1,8 @@
-"""The losses of documents: windows read in batches, which the ranks share.
+"""Computes the losses of documents in batches of windows, which the ranks share.
 
-Windows are sorted by length, put into batches, and the batches dealt out to the ranks. A window's loss
-depends on its own tokens alone: attention is causal and padding stands behind them. Sums are kept for
-each document, in double precision. So the result does not depend on the batch size or the number of
-ranks.
+Windows are sorted by length, batched, and the batches distributed over the ranks. A window's loss depends
+only on its own tokens, as attention is causal and padding comes last. Losses are summed per document in
+double precision. So the result does not depend on the batch size or the number of ranks.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastcpt.training.progress import Progress
+from fastcpt.training.progress import ProgressLines
 from fastcpt.training.ranks import rank, world_size
-from fastcpt.training.validation import Document, EvaluationError, Window, windows_of
+from fastcpt.training.validation import EvaluationError, HeldOutDocument, Window, windows_of
 
-# Tokens of a batch, padding included: enough to keep a GPU busy; what a CPU's caches hold.
+# Tokens per batch, padding included: enough to keep a GPU busy; what fits a CPU's caches.
 GPU_BATCH, CPU_BATCH = 16_384, 2_048
-SCORED_AT_ONCE = 2048  # tokens whose logits exist at one time: here in float32, and twice
+SCORED_AT_ONCE = 2048  # tokens whose logits exist at the same time, here as two float32 copies
 
 
 class Scorer(nn.Module):  # type: ignore[misc]
@@ -39,13 +38,13 @@ class Scorer(nn.Module):  # type: ignore[misc]
     ) -> torch.Tensor:
         """The loss (float64 ``[T]``) of each token ``input_ids[row, place]`` of ``[B, S]``.
 
-        Rows are padded at their end: causal attention never sees what stands behind a token. The
-        output layer is called ``chunks`` times, so that no more than a part's logits exist.
+        Rows are padded at the end, which causal attention never sees. The output layer is called
+        ``chunks`` times, to limit the memory for logits.
         """
         causal = self.model
         causal = causal.get_base_model() if hasattr(causal, "get_base_model") else causal
         hidden = causal.model(input_ids=input_ids, use_cache=False)[0]  # [B, S, H]
-        # the state before a token predicts it
+        # a token is predicted from the hidden state before it
         wanted, targets_T = hidden[row_T, place_T - 1], input_ids[row_T, place_T]
         del hidden
         losses = [
@@ -59,16 +58,15 @@ class Scorer(nn.Module):  # type: ignore[misc]
 
 def document_losses(
     scorer: Scorer,
-    documents: list[Document],
+    documents: list[HeldOutDocument],
     size: int,
     device: torch.device,
     batch_tokens: int | None = None,
     what: str = "",
 ) -> npt.NDArray[np.float64]:
-    """The summed negative log likelihood (nats) of each document's tokens but the first.
+    """The summed negative log likelihood (nats) of each document's tokens, without the first.
 
-    Every rank gets the whole answer. ``EvaluationError`` where the model's vocabulary or context
-    is too small.
+    Every rank gets all sums. ``EvaluationError`` if the model's vocabulary or context is too small.
     """
     _check_fit(scorer.model, documents, size)
     windows = windows_of([len(document.input_ids) for document in documents], size)
@@ -76,11 +74,11 @@ def document_losses(
     fast = GPU_BATCH if device.type == "cuda" else CPU_BATCH
     batches = list(_batches(windows, batch_tokens or fast))
     sums = torch.zeros(len(documents), dtype=torch.float64, device=device)
-    progress = Progress()
+    progress = ProgressLines()
     done = 0
     for start in range(0, len(batches), world_size()):
-        # A batch a rank. Of a model in parts all ranks call all layers, the output layer as often
-        # as the largest batch needs, also those that have no batch left.
+        # One batch per rank. A partitioned model needs the same calls on all ranks, so each calls the
+        # output layer as often as the largest batch needs, even if it has no batch left.
         together = batches[start : start + world_size()]
         most = max(sum(window.end - window.first for window in batch) for batch in together)
         batch = together[rank()] if rank() < len(together) else []
@@ -106,12 +104,12 @@ def _batches(windows: list[Window], batch_tokens: int) -> Iterable[list[Window]]
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _losses(
     scorer: Scorer,
-    documents: list[Document],
+    documents: list[HeldOutDocument],
     batch: list[Window],
     chunks: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """What a batch of windows (the longest first) adds to each document's sum, float64."""
+    """What a batch of windows (longest first) adds to each document's sum, float64."""
     longest = batch[0].end - batch[0].begin if batch else 1
     input_ids = np.zeros((max(1, len(batch)), longest), np.int64)
     rows, places, owners = ([np.empty(0, np.int64)] for _ in range(3))
@@ -130,7 +128,7 @@ def _losses(
     return sums.index_add_(0, owner_T, losses)
 
 
-def _check_fit(model: Any, documents: list[Document], size: int) -> None:
+def _check_fit(model: Any, documents: list[HeldOutDocument], size: int) -> None:
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
     for document in documents:
         if len(document.input_ids) and int(document.input_ids.max()) >= vocabulary:

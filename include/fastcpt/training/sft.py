@@ -1,9 +1,9 @@
-"""Instructions -> packed rows for the trainer, with loss on the answers alone.
+"""Packs instructions into rows for the trainer, with loss on the answers only.
 
-A conversation is written out by the tokenizer's chat template; a tokenizer without one gets
-``PLAIN_TEMPLATE``, which is saved with the model. Prompt and answer are tokenized apart, exactly
-as a prompt is tokenized for generation, and the answer ends with the token that ends a turn: it is
-what generation stops at. Conversations are packed into rows; the trainer keeps them apart.
+A conversation is formatted by the tokenizer's chat template; a tokenizer without one gets
+``PLAIN_TEMPLATE``, which is saved with the model. Prompt and answer are tokenized separately, so that the
+prompt is tokenized exactly as for generation. The answer ends with the end-of-turn token, at which
+generation stops. In a row each conversation is a segment.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Instruction(NamedTuple):
 
 
 def read_instructions(file: Path) -> list[Instruction]:
-    """The instructions of a JSONL file; ``InstructionError`` names the line that is none."""
+    """The instructions of a JSONL file; ``InstructionError`` names an invalid line."""
     if not file.is_file():
         raise InstructionError(f"{file} is missing; --instructions is a folder that `build` wrote")
     found = []
@@ -64,7 +64,7 @@ def read_instructions(file: Path) -> list[Instruction]:
 
 
 class Chat:
-    """A tokenizer that writes conversations of one prompt and one answer."""
+    """A tokenizer that formats conversations of one prompt and one answer."""
 
     def __init__(self, folder: str | Path) -> None:
         try:
@@ -80,7 +80,7 @@ class Chat:
             self.end_id = self.tokenizer.eos_token_id
 
     def prompt_ids(self, prompt: str, room: int) -> list[int]:
-        """What the model is given; the prompt's end is cut off where it needs more tokens."""
+        """The prompt's token ids; its end is cut off if it needs more than ``room`` tokens."""
         text = prompt
         ids = self._ids(self._prompt_text(text))
         while len(ids) > room:
@@ -89,13 +89,13 @@ class Chat:
                     f"the chat template alone takes {len(ids)} tokens, there is room for {room}; "
                     "raise corpus.max_seq_length or lower sft.max_new_tokens"
                 )
-            # never by less than a character, by a little more than what is too long
+            # cut at least one character, and slightly more than the excess
             text = text[: min(len(text) - 1, int(len(text) * 0.98 * room / len(ids)))]
             ids = self._ids(self._prompt_text(text))
         return ids
 
     def answer_ids(self, prompt: str, response: str, room: int) -> list[int]:
-        """What the model is to write, the token that ends its turn last; cut off at ``room``."""
+        """The answer's token ids with the end-of-turn token, cut off at ``room``."""
         ids = self._ids(self._answer_text(prompt, response))
         if self.end_id in ids:
             ids = ids[: len(ids) - ids[::-1].index(self.end_id)]
@@ -128,9 +128,9 @@ class Chat:
 
 
 def example(chat: Chat, instruction: Instruction, size: int) -> Row:
-    """One conversation of at most ``size`` tokens, labelled with -100 on the prompt.
+    """One conversation of at most ``size`` tokens, with -100 labels on the prompt.
 
-    Where both are too long, the prompt keeps half of ``size``; the answer gets what it leaves.
+    If both are too long, the prompt keeps half of ``size`` and the answer gets the rest.
     """
     answer = chat.answer_ids(instruction.prompt, instruction.response, size)
     prompt = chat.prompt_ids(instruction.prompt, max(size // 2, size - len(answer)))
@@ -141,8 +141,8 @@ def example(chat: Chat, instruction: Instruction, size: int) -> Row:
     return Row(ids, np.array([len(ids)], np.int32), labels)
 
 
-def pack(examples: list[Row], size: int) -> list[Row]:
-    """Conversations packed into rows of at most ``size`` tokens (``best_fit``)."""
+def pack_examples(examples: list[Row], size: int) -> list[Row]:
+    """Pack conversations into rows of at most ``size`` tokens (``best_fit``)."""
     return [
         Row(
             np.concatenate([examples[n].input_ids for n in row]),
@@ -156,7 +156,7 @@ def pack(examples: list[Row], size: int) -> list[Row]:
 def sft_rows(instructions: Path, chat: Chat, size: int) -> ListRows:
     """The training rows of an instructions folder (``train.jsonl``)."""
     found = read_instructions(instructions / "train.jsonl")
-    rows = pack([example(chat, instruction, size) for instruction in found], size)
+    rows = pack_examples([example(chat, instruction, size) for instruction in found], size)
     asked = sum(int((row.labels != IGNORE_INDEX).sum()) for row in rows if row.labels is not None)
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"{len(found):,} answers of {asked:,} tokens in {len(rows):,} rows", flush=True)
@@ -164,7 +164,7 @@ def sft_rows(instructions: Path, chat: Chat, size: int) -> ListRows:
 
 
 def save_tokenizer(chat: Chat, folder: Path) -> Path:
-    """Write the tokenizer with its chat template; whole or not at all. Called by every rank."""
+    """Write the tokenizer with its chat template, atomically. Called by every rank."""
     if (not dist.is_initialized() or dist.get_rank() == 0) and not folder.is_dir():
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

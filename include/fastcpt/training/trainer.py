@@ -1,7 +1,7 @@
-"""A training from its beginning to its final model: continued pre-training and fine-tuning alike.
+"""Runs a training up to its final model: continued pre-training or fine-tuning.
 
-They differ in their rows alone. Before the first step the GPUs are checked against each other, and one step is
-run at the real shape without an update, to see that the memory suffices (``preflight``).
+They differ only in their rows. Before the first step the GPUs are compared with each other, and one step
+without an update is run at the real shape to check that memory suffices (``preflight``).
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def train(
 ) -> dict[str, Any]:
     """Train ``model`` on ``rows`` and write everything under ``output``; the content of training.json.
 
-    Called by every rank. ``rows`` is called when the process group exists; where it answers with the
-    rows of several areas, each gets an adapter of its own, one after another. A training that was
-    stopped goes on from its newest checkpoint; a complete one is returned at once. A time budget
-    leaves enough to evaluate ``evaluated_tokens``. Raises ``ValueError`` kinds for what a retry
-    cannot heal, ``Stopped`` after SIGTERM and a checkpoint.
+    Called by every rank. ``rows`` is called once the process group exists. If it returns rows of several
+    areas, each area gets its own adapter, one after another. A stopped training resumes from its newest
+    checkpoint; a complete one returns at once. A time budget leaves enough to evaluate
+    ``evaluated_tokens``. Raises kinds of ``ValueError`` for what a retry cannot heal, and ``Stopped``
+    after SIGTERM and a checkpoint.
     """
-    # one long function: the order of a training, from its checks to its final model
+    # one long function, in the order of a training from its checks to its final model
     done = output / "training.json"
     if done.is_file():
         result: dict[str, Any] = read_json(done)
@@ -67,7 +67,7 @@ def train(
     stop = StopSignal()
     use_fp8 = use_fp8 or training.use_fp8
     check_model(recipe, model, use_fp8)
-    # deepspeed's calls of older torch names; bars that would break the progress lines
+    # DeepSpeed uses deprecated torch names, and progress bars would break the progress lines
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.disable_progress_bar()
     device = start_ranks()
@@ -77,7 +77,7 @@ def train(
     accumulation = accumulation_steps(recipe, training, world)
     data = rows()
     phases = phases_of(training, data)
-    several = isinstance(data, dict)  # adapters of areas, which begin anew
+    several = isinstance(data, dict)  # one adapter per area, each starting from the base model
     engine, chosen = build_engine(
         recipe,
         training,
@@ -90,7 +90,7 @@ def train(
     fresh = checkpoints.trained_weights(engine) if several else {}
     if dist.get_rank() == 0:
         check_disk(engine.module, training, output)
-    known = os.environ.get(PRICE)  # the plan's, by the kind of GPU
+    known = os.environ.get(PRICE)  # the plan's price for this kind of GPU
     price = float(known) if known else recipe.budget.price_per_gpu_hour
     deadline = os.environ.get(DEADLINE)
     ends = float(deadline) if deadline else None
@@ -126,7 +126,7 @@ def _train_areas(
 ) -> None:
     """Train the adapter of each area, and write their mean as the final model.
 
-    An adapter begins with the area's own in ``before``, or with the ``fresh`` weights.
+    An adapter starts from the area's adapter in ``before``, or from the ``fresh`` weights.
     """
     engine = loop.engine
     adapters = {phase.area: output / "areas" / phase.area for phase in loop.phases}

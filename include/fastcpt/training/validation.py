@@ -1,4 +1,4 @@
-"""The held-out documents of a corpus, and the windows in which a model reads them."""
+"""Reads a corpus's held-out documents, and splits them into windows for a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EvaluationError(ValueError):
     """The evaluation cannot be done as asked; the message says what to change."""
 
 
-class Document(NamedTuple):
+class HeldOutDocument(NamedTuple):
     id: str
     input_ids: npt.NDArray[np.int32]
     bytes: int  # of its text in UTF-8
@@ -30,7 +30,7 @@ class Document(NamedTuple):
 
 
 class Window(NamedTuple):
-    """``input_ids[begin:end]`` of a document; predicted are the tokens from ``first`` on."""
+    """``input_ids[begin:end]`` of a document; tokens from ``first`` on are predicted."""
 
     document: int
     begin: int
@@ -41,7 +41,7 @@ class Window(NamedTuple):
 def validation_files(folder: Path) -> dict[str, list[Path]]:
     """The files of each validation set: ``random`` (validation/), ``newest`` (validation_newest/).
 
-    Given the folder of a set itself, that set alone. ``EvaluationError`` where there is none.
+    For the folder of a single set, only that set. ``EvaluationError`` if there is none.
     """
 
     def shards(place: Path) -> list[Path]:
@@ -64,7 +64,7 @@ def validation_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def sequence_length(validation: Path) -> int:
-    """The tokens of a sequence of the corpus that a validation folder is, or lies in."""
+    """The sequence length of the corpus that a validation folder is or belongs to."""
     for folder in (validation, validation.parent):
         manifest = folder / "corpus_manifest.json"
         if manifest.is_file():
@@ -76,8 +76,8 @@ def sequence_length(validation: Path) -> int:
     )
 
 
-def read_documents(files: Iterable[Path]) -> list[Document]:
-    """The documents of validation shards. ``EvaluationError`` for another kind of file."""
+def read_held_out(files: Iterable[Path]) -> list[HeldOutDocument]:
+    """The documents of validation shards. ``EvaluationError`` for any other kind of file."""
     documents = []
     for file in files:
         try:
@@ -92,16 +92,16 @@ def read_documents(files: Iterable[Path]) -> list[Document]:
         ends = ids.value_lengths().to_numpy().cumsum()
         tokens = np.split(ids.flatten().to_numpy().astype(np.int32, copy=False), ends[:-1])
         for row, (name, size, year, areas) in enumerate(zip(*columns, strict=True)):
-            documents.append(Document(name, tokens[row], size, year, tuple(areas or ())))
+            documents.append(HeldOutDocument(name, tokens[row], size, year, tuple(areas or ())))
     if not any(len(document.input_ids) > 1 for document in documents):
         raise EvaluationError(f"{', '.join(map(str, files))}: no document of two tokens or more")
     return documents
 
 
 def tokens_read(validation: Path, size: int) -> int:
-    """The tokens that a model reads to be evaluated on all sets of a corpus, in windows of ``size``.
+    """Tokens that a model reads to evaluate all sets of a corpus in windows of ``size``.
 
-    Tokens that two windows share count twice.
+    Tokens in two windows count twice.
     """
     lengths = [
         length
@@ -116,11 +116,11 @@ def tokens_read(validation: Path, size: int) -> int:
 
 
 def windows_of(lengths: Iterable[int], size: int) -> list[Window]:
-    """Windows of ``size`` tokens, half of it apart, over documents of these lengths."""
+    """Windows of ``size`` tokens with a stride of half a window, over documents of these lengths."""
     stride = size // 2
     windows = []
     for document, length in enumerate(lengths):
-        first, begin = 1, 0  # nothing predicts a document's first token
+        first, begin = 1, 0  # a document's first token is not predicted
         while first < length:
             end = min(begin + size, length)
             windows.append(Window(document, begin, first, end))

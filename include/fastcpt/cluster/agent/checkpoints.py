@@ -13,7 +13,7 @@ import shutil
 from contextlib import suppress
 from typing import Any, List
 
-from fastcpt.cluster.agent.files import Answer, expand, listing, read_json, write_whole
+from fastcpt.cluster.agent.files import Answer, expand, json_or_none, listing, write_whole
 
 STEP = re.compile(r"step_(\d+)")
 # Files with sizes and digests: of a checkpoint (fastcpt.training.digests), and of a folder that leaves.
@@ -49,14 +49,14 @@ def newest_checkpoint(folder: str, beyond: int) -> Answer:
             os.rmdir(leaving)
         return {"step": step, "path": None, "files": []}
     held = os.path.join(leaving, f"step_{step}")
-    files = read_json(os.path.join(held, FILES), list) or hold(folder, f"step_{step}", held)
+    files = json_or_none(os.path.join(held, FILES), list) or hold(folder, f"step_{step}", held)
     return {"step": step, "path": held, "files": files}
 
 
 def hold(folder: str, name: str, held: str) -> List[Any]:
     """Link all that a training resumes from into ``held``; its files. ``OSError`` if it was just removed."""
     checkpoint = os.path.join(folder, "checkpoints", name)
-    digests = read_json(os.path.join(checkpoint, DIGESTS), dict)
+    digests = json_or_none(os.path.join(checkpoint, DIGESTS), dict)
     if digests is None:
         raise OSError(f"{checkpoint} has no {DIGESTS}: it was removed just now")
     shutil.rmtree(held, ignore_errors=True)

@@ -31,7 +31,7 @@ def write_whole(path: str, text: str, mode: int = 0o600) -> None:
         raise
 
 
-def note(path: str, value: Any) -> bool:
+def write_if_room(path: str, value: Any) -> bool:
     """Write JSON if the disk has room; False if not. Watching and ending jobs must work on a full disk."""
     try:
         write_whole(path, json.dumps(value))
@@ -45,7 +45,7 @@ def unlink(path: str) -> None:
         os.unlink(path)
 
 
-def read_json(path: str, kind: type) -> Any:
+def json_or_none(path: str, kind: type) -> Any:
     """The content of a JSON file; None if it is missing, damaged or not a ``kind``."""
     try:
         with open(path, encoding="utf-8") as file:

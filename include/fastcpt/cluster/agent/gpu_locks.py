@@ -6,14 +6,14 @@ import signal
 import time
 from typing import List
 
-from fastcpt.cluster.agent.files import Answer, expand, note
+from fastcpt.cluster.agent.files import Answer, expand, write_if_room
 from fastcpt.cluster.agent.job_folder import Removed
 from fastcpt.cluster.agent.processes import (
     HOLDS,
     MARK,
     boot_id,
-    environment_of,
     job_of,
+    process_environment,
     processes,
     signal_quietly,
 )
@@ -70,7 +70,7 @@ def wait_for(path: str, folder: str, status: Answer, ending: List[float]) -> int
         except OSError as error:
             why = str(error)
         status.update(state="waiting", why=why)
-        if why != told and note(os.path.join(folder, "status.json"), status):
+        if why != told and write_if_room(os.path.join(folder, "status.json"), status):
             told = why
         if removed():
             ending.append(time.monotonic())
@@ -85,7 +85,7 @@ def other_holder(lock: str, folder: str) -> str:
     A process without a supervisor is killed: it holds the GPUs and nobody else would end it.
     """
     for pid in processes():
-        environment = environment_of(pid)
+        environment = process_environment(pid)
         boot, supervisor, *locks = environment.get(HOLDS, "\n").split("\n")
         other = environment.get(MARK, "")
         if lock in locks and other != folder:

@@ -51,7 +51,9 @@ def on_hosts(gpus: int, hosts: List[str], command: List[str]) -> int:
     if inside_slurm:
         srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=1", f"--ntasks={len(names)}"]
         return subprocess.call([*srun, *here, *command])
-    return watch([start_node(rank, host, command) for rank, host in enumerate(["", *hosts])])
+    return wait_for_nodes(
+        [start_node(rank, host, command) for rank, host in enumerate(["", *hosts])]
+    )
 
 
 def start_node(rank: int, host: str, command: List[str]) -> "subprocess.Popen[bytes]":
@@ -66,7 +68,7 @@ def start_node(rank: int, host: str, command: List[str]) -> "subprocess.Popen[by
     return node
 
 
-def watch(nodes: "List[subprocess.Popen[bytes]]") -> int:
+def wait_for_nodes(nodes: "List[subprocess.Popen[bytes]]") -> int:
     """Wait for all nodes; their exit code. The first failure, or SIGTERM here, ends the others."""
     ending: List[float] = []
     signal.signal(signal.SIGTERM, lambda number, frame: ending.append(time.monotonic()))

@@ -7,8 +7,15 @@ import time
 from typing import Dict, List, Optional
 
 from fastcpt.cluster.agent import program
-from fastcpt.cluster.agent.files import Answer, expand, read_json, unlink, write_whole
-from fastcpt.cluster.agent.processes import HOLDS, MARK, boot_id, environment_of, job_of, processes
+from fastcpt.cluster.agent.files import Answer, expand, json_or_none, unlink, write_whole
+from fastcpt.cluster.agent.processes import (
+    HOLDS,
+    MARK,
+    boot_id,
+    job_of,
+    process_environment,
+    processes,
+)
 
 LOG_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 # Removed when a job ends, so that its last status can be written on a full disk.
@@ -89,18 +96,18 @@ def begin_folder(
 
 
 def owners(folder: str) -> List[str]:
-    return read_json(os.path.join(folder, "owners.json"), list) or []
+    return json_or_none(os.path.join(folder, "owners.json"), list) or []
 
 
 def last_status(folder: str) -> Optional[Answer]:
     """The last status that the job's supervisor wrote; None if it is missing or damaged."""
-    status: Optional[Answer] = read_json(os.path.join(folder, "status.json"), dict)
+    status: Optional[Answer] = json_or_none(os.path.join(folder, "status.json"), dict)
     return status if status and isinstance(status.get("state"), str) else None
 
 
 def spec_of(folder: str) -> Answer:
     """What the job was started with; empty if the file is missing or damaged."""
-    return read_json(os.path.join(folder, "spec.json"), dict) or {}
+    return json_or_none(os.path.join(folder, "spec.json"), dict) or {}
 
 
 def forget_secrets(folder: str) -> None:
@@ -130,7 +137,7 @@ def supervisors(folder: str) -> List[int]:
     if not os.path.isdir("/proc/self"):
         pid = (last_status(folder) or {}).get("supervisor")
         return [pid] if pid and lock_held(folder) else []
-    found = [(pid, environment_of(pid)) for pid in processes()]
+    found = [(pid, process_environment(pid)) for pid in processes()]
     return [pid for pid, its in found if its.get(MARK) == folder and HOLDS not in its]
 
 

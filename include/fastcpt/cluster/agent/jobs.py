@@ -9,7 +9,7 @@ import time
 from functools import lru_cache
 from typing import Callable, Dict, List, Optional
 
-from fastcpt.cluster.agent.files import Answer, expand, note, read_json
+from fastcpt.cluster.agent.files import Answer, expand, json_or_none, write_if_room
 from fastcpt.cluster.agent.gpu_locks import shared_locks
 from fastcpt.cluster.agent.job_folder import (
     ACTIVE,
@@ -76,15 +76,15 @@ def submit(
     folder = job_folder(root, name)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     with Door(folder):
-        status = state_of(folder)
+        status = job_state(folder)
         if status["state"] in ACTIVE:
             spec = spec_of(folder)
             if spec.get("digest") == digest:
-                if not note(os.path.join(folder, "owners.json"), [*owners(folder), owner]):
+                if not write_if_room(os.path.join(folder, "owners.json"), [*owners(folder), owner]):
                     return {"unavailable": f"no room in {folder} to note the owner of job {name}"}
                 return {"found": "running", "folder": folder}
         if status["state"] in ACTIVE or processes_of(folder):
-            answer = end(folder, owner)
+            answer = end_job(folder, owner)
             if "unavailable" in answer:
                 return answer
             if not answer["ended"]:
@@ -121,7 +121,7 @@ def start_supervisor(folder: str, lock: int) -> None:
     )
 
 
-def state_of(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answer:
+def job_state(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answer:
     """The job's status: what its supervisor wrote, checked against the processes that exist."""
     status = last_status(folder)
     spec = spec_of(folder)
@@ -141,7 +141,7 @@ def state_of(folder: str, queue: Callable[[], Queue] = lambda: squeue()) -> Answ
     elif status["state"] in ACTIVE and stands_still(status.get("supervisor")):
         again = f"kill -CONT {status['supervisor']:d}"
         status["why"] = "its supervisor is stopped and sees nothing; go on with: " + again
-    stopped = read_json(os.path.join(folder, "stopped.json"), dict)
+    stopped = json_or_none(os.path.join(folder, "stopped.json"), dict)
     if stopped and status["state"] in ("lost", "cancelled"):
         status.update(stopped)
     return status
@@ -161,7 +161,7 @@ def poll(root: str, jobs: List[Answer]) -> Answer:
         folder = job_folder(root, job["name"])
         try:
             # the state before the log: so the log of an ended job is complete
-            status = state_of(folder, queue)
+            status = job_state(folder, queue)
             answer = next_piece(folder, job["seen"], budget)
         except (OSError, ValueError, TypeError, KeyError) as error:
             # one job's damaged files must not hide the others
@@ -176,7 +176,7 @@ def poll(root: str, jobs: List[Answer]) -> Answer:
 def next_piece(folder: str, seen: Optional[int], most: int) -> Answer:
     """The next bytes of a job's log, at most ``most``, as ``{log, seen, size}``."""
     kept, log = os.path.join(folder, "seen"), os.path.join(folder, "job.log")
-    before = max(0, read_json(kept, int) or 0)
+    before = max(0, json_or_none(kept, int) or 0)
     if seen is None:
         seen = before
     size = os.path.getsize(log) if os.path.exists(log) else 0
@@ -184,7 +184,7 @@ def next_piece(folder: str, seen: Optional[int], most: int) -> Answer:
     if size < seen:
         answer["cut"], seen = seen, 0
     if seen != before and os.path.isdir(folder):
-        note(kept, seen)
+        write_if_room(kept, seen)
     piece = b""
     if size:
         with open(log, "rb") as file:
@@ -203,19 +203,19 @@ def stop(root: str, name: str, owner: Optional[str] = None) -> Answer:
     with Door(folder):
         if owner is not None and os.path.isdir(folder) and owner not in owners(folder):
             return {"ended": True, "left_alone": True}
-        return end(folder, owner or "")
+        return end_job(folder, owner or "")
 
 
-def end(folder: str, owner: str) -> Answer:
+def end_job(folder: str, owner: str) -> Answer:
     """Signal first, then write notes if the disk has room."""
-    status = state_of(folder)
+    status = job_state(folder)
     active = status["state"] in ACTIVE
     stopped = {"state": "cancelled", "stopped_for": owner}
     spec = spec_of(folder)
     if spec.get("slurm_id"):
         run_slurm(["scancel", "--batch", "--signal=TERM", spec["slurm_id"]], {})
         if active and squeue() is not None:
-            note(os.path.join(folder, "stopped.json"), stopped)
+            write_if_room(os.path.join(folder, "stopped.json"), stopped)
         gone = scancel(spec["slurm_id"])
         if gone is None:
             return {"unavailable": NO_CONTROLLER}
@@ -234,7 +234,7 @@ def end(folder: str, owner: str) -> Answer:
                 signal_quietly(os.kill, pid, signal.SIGCONT)
                 told.append(pid)
         if told and not noted:
-            noted = note(os.path.join(folder, "stopped.json"), stopped)
+            noted = write_if_room(os.path.join(folder, "stopped.json"), stopped)
         # a held lock without a supervisor: it is just starting
         if not there and not lock_held(folder):
             break
@@ -244,8 +244,8 @@ def end(folder: str, owner: str) -> Answer:
         return {"ended": False, "was": status["state"]}
     forget_secrets(folder)
     if not noted:
-        note(os.path.join(folder, "stopped.json"), stopped)
+        write_if_room(os.path.join(folder, "stopped.json"), stopped)
     left = last_status(folder)
     if active and left and left["state"] in ACTIVE:
-        note(os.path.join(folder, "status.json"), {**left, **stopped})
+        write_if_room(os.path.join(folder, "status.json"), {**left, **stopped})
     return {"ended": True, "was": status["state"]}

@@ -37,7 +37,7 @@ def processes() -> Iterator[int]:
                 yield int(entry)
 
 
-def environment_of(pid: int) -> Dict[str, str]:
+def process_environment(pid: int) -> Dict[str, str]:
     """A process's environment at its start; empty if it has ended or belongs to another user."""
     try:
         with open(f"/proc/{pid:d}/environ", "rb") as file:
@@ -53,7 +53,7 @@ def job_of(pid: int) -> str:
 
     Not the job's name: another orchestrator with another root may use the same one.
     """
-    return environment_of(pid).get(MARK, "")
+    return process_environment(pid).get(MARK, "")
 
 
 def processes_of(folder: str) -> List[int]:
@@ -71,7 +71,7 @@ def parent_of(pid: int) -> int:
 
 def ranks_of(folder: str) -> List[int]:
     """The training processes that the job's launcher started, without their children."""
-    ranks = {pid for pid in processes_of(folder) if "RANK" in environment_of(pid)}
+    ranks = {pid for pid in processes_of(folder) if "RANK" in process_environment(pid)}
     return [pid for pid in ranks if parent_of(pid) not in ranks]
 
 

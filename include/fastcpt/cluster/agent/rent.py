@@ -17,7 +17,7 @@ import time
 from typing import Optional
 
 from fastcpt.cluster.agent import program
-from fastcpt.cluster.agent.files import Answer, expand, read_json, unlink, write_whole
+from fastcpt.cluster.agent.files import Answer, expand, json_or_none, unlink, write_whole
 from fastcpt.cluster.agent.job_folder import LOG_FLAGS, take_lock
 from fastcpt.cluster.agent.processes import HOLDS, MARK, boot_id
 
@@ -62,7 +62,7 @@ def watch(root: str, rent: Answer, now: float) -> Answer:
 
 def rent_here() -> Optional[Answer]:
     """What ``watch`` recorded about this host; None if it is not watched."""
-    kept: Optional[Answer] = read_json(os.path.join(rent_folder(), "rent.json"), dict)
+    kept: Optional[Answer] = json_or_none(os.path.join(rent_folder(), "rent.json"), dict)
     return kept
 
 

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import List, Optional
 
-from fastcpt.cluster.agent.files import Answer, note, read_json, unlink
+from fastcpt.cluster.agent.files import Answer, json_or_none, unlink, write_if_room
 from fastcpt.cluster.agent.gpu_locks import wait_for
 from fastcpt.cluster.agent.job_folder import LOG_FLAGS, Removed, forget_secrets, last_status
 from fastcpt.cluster.agent.processes import (
@@ -31,7 +31,7 @@ def supervise(folder: str, lock: Optional[int]) -> None:
 
     Without a ``lock`` it runs under Slurm, which may run it again (a requeue).
     """
-    spec = read_json(os.path.join(folder, "spec.json"), dict)
+    spec = json_or_none(os.path.join(folder, "spec.json"), dict)
     status: Answer = {"state": "starting", "started": (last_status(folder) or {}).get("started")}
     status.update(name=spec["name"], supervisor=os.getpid(), boot_id=boot_id())
     status.update(host=os.uname().nodename)
@@ -66,7 +66,11 @@ def supervise(folder: str, lock: Optional[int]) -> None:
         forget_secrets(folder)
     unlink(os.path.join(folder, "reserve"))
     removed = Removed(folder)
-    while not note(os.path.join(folder, "status.json"), status) and not ending and not removed():
+    while (
+        not write_if_room(os.path.join(folder, "status.json"), status)
+        and not ending
+        and not removed()
+    ):
         time.sleep(1)
 
 
@@ -77,7 +81,7 @@ def run_job(
     environment = {**os.environ, HOLDS: "\n".join([boot_id(), str(os.getpid()), *spec["locks"]])}
     if "ends" in spec:
         environment[DEADLINE] = str(spec["ends"])
-    environment.update(read_json(os.path.join(folder, "secrets.json"), dict) or {})
+    environment.update(json_or_none(os.path.join(folder, "secrets.json"), dict) or {})
     with open(os.open(os.path.join(folder, "job.log"), LOG_FLAGS, 0o600), "ab") as log:
         job = subprocess.Popen(
             ["bash", os.path.join(folder, "job.sh")],
@@ -96,7 +100,7 @@ def run_job(
     while job.poll() is None and not ending:
         if not noted and time.monotonic() - tried > HEARTBEAT_S:
             tried = time.monotonic()
-            noted = note(os.path.join(folder, "status.json"), status)
+            noted = write_if_room(os.path.join(folder, "status.json"), status)
         if removed():
             ending.append(time.monotonic())
         if time.monotonic() - looked > HEARTBEAT_S:

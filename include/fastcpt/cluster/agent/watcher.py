@@ -13,7 +13,7 @@ from typing import List, Optional, Set
 
 from fastcpt.cluster.agent.files import Answer
 from fastcpt.cluster.agent.job_folder import ACTIVE, supervisors
-from fastcpt.cluster.agent.jobs import state_of
+from fastcpt.cluster.agent.jobs import job_state
 from fastcpt.cluster.agent.processes import processes_of, ranks_of, signal_quietly
 from fastcpt.cluster.agent.rent import SPENT, jobs_end_in, rent_here, seconds_left, silence
 
@@ -35,7 +35,7 @@ def attend() -> None:
             # somebody may have asked, or extended the deadline, while the jobs saved
             rent = rent_here()
             if rent and (why := due(rent, seconds_left(rent))):
-                give_back(rent, why)
+                run_release_command(rent, why)
         time.sleep(TICK_S)
         rent = rent_here()
 
@@ -79,7 +79,7 @@ def active_jobs(rent: Answer) -> List[str]:
     except OSError:
         return []
     # processes too: a training continues after its supervisor was killed
-    return [one for one in folders if state_of(one)["state"] in ACTIVE or processes_of(one)]
+    return [one for one in folders if job_state(one)["state"] in ACTIVE or processes_of(one)]
 
 
 def tell_to_end(folder: str) -> bool:
@@ -93,7 +93,7 @@ def tell_to_end(folder: str) -> bool:
     return bool(told)
 
 
-def give_back(rent: Answer, why: str) -> None:
+def run_release_command(rent: Answer, why: str) -> None:
     """Run the release command, which should end this host."""
     command: Optional[List[str]] = rent["command"]
     if command:
