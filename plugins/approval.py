@@ -13,25 +13,29 @@ from airflow.sdk.definitions.param import ParamsDict
 
 import steps.plan
 from fastcpt.reporting.plan_table import COUNTED, markdown
-from fastcpt.reporting.record import add_time, read
+from fastcpt.reporting.record import add_time, read, rented
 from notifications import tell
 from run_pages import PREFIX, ROOT
+from steps.rent import replaces_a_machine
 
 
 def _body(context: Context, plan: Path) -> str:
     """The plan's tables, and links to the run's page and to the recipe that it is of."""
+    spent = rented(plan.parent, time.time())
+    money = "nothing has been spent on GPUs" if spent is None else f"{spent:,.2f} USD were spent"
     run = f"{ROOT}/plugin{PREFIX}{PREFIX}/run/{quote(plan.parent.name)}"
     return (
         f"{markdown(read(plan.parent, plan.name), COUNTED)}\n\n"
         f"[The run's page]({run}) has the corpus and the whole recipe. "
-        "Rejecting ends the run: nothing has been spent on GPUs."
+        f"Rejecting ends the run: {money}."
     )
 
 
 class ApprovePlan(ApprovalOperator):
     """Refuse a run that does not fit, or wait for approval in the UI (``require_approval``).
 
-    Without ``require_approval`` the task ends at once with the plan's figures.
+    Without ``require_approval`` the task ends at once with the plan's figures, and where one like the
+    planned machine was approved, rented and taken away.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -39,7 +43,7 @@ class ApprovePlan(ApprovalOperator):
 
     def execute(self, context: Context) -> Any:
         plan = steps.plan.final_plan(context)
-        if not context["params"]["require_approval"]:
+        if not context["params"]["require_approval"] or replaces_a_machine(context):
             return {"plan": plan["path"]}
         self.body = _body(context, Path(plan["path"]))
         self._note(context, time.time())

@@ -93,6 +93,8 @@ def _rented(name: str) -> Remote:
         rental = machines.machine_of(HOME, name)
     except machines.NoMachine as error:
         raise ClusterError(str(error)) from None
+    except machines.MachineLost as error:
+        raise ConnectionLost(str(error)) from None
     machine = rental.machine
     assert machine is not None
     key = connection_of(rental.connection, with_host=False).extra_dejson.get("key_file") or None

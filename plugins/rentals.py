@@ -1,10 +1,17 @@
-"""Rented machines that nobody else gives back: those of runs that ended, were deleted, or spent their money."""
+"""Rented machines that nobody else gives back: those of runs that ended, were deleted, or spent their money.
+
+A run whose machine was taken away, or was not what had been planned, begins again: each of its steps
+finds what it had made, and its training goes on from the newest checkpoint that was brought.
+"""
 
 from __future__ import annotations
 
 import time
 
 from airflow.sdk import get_current_context
+from airflow.sdk.execution_time import task_runner
+from airflow.sdk.execution_time.comms import TriggerDagRun
+from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
 from fastcpt.files import HOME
 from gpu_turns import goes_on
@@ -23,7 +30,19 @@ def look_after() -> None:
             rental = news.rental
             print(f"{rental.key}: {news.what}: {news.reason}")
             tell(context, f"rented machine of {rental.run}: {news.what}", news.reason)
+        for rental in machines.to_begin_again(HOME, goes_on):
+            if _begin_again(rental.dag, rental.run):
+                print(f"{rental.key}: {rental.why}: {rental.run} begins again")
+            machines.begun_again(HOME, rental)
         due = machines.next_due(HOME)
         if due is None or max(due, time.time()) > until:
             return
         time.sleep(max(1.0, due - time.time()))
+
+
+def _begin_again(dag: str, run: str) -> bool:
+    """Clear all of a run; False where it was deleted."""
+    if not RuntimeTaskInstance.get_dr_count(dag, run_ids=[run]):
+        return False
+    task_runner.SUPERVISOR_COMMS.send(TriggerDagRun(dag_id=dag, run_id=run, reset_dag_run=True))
+    return True

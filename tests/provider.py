@@ -1,10 +1,12 @@
 """A provider of machines for the tests: real sshd hosts with processes of their own, billed by the second.
 
     provider.py FOLDER acquire|release|status
+    provider.py FOLDER end ID       what a machine's own shutdown is
 
 FOLDER has what the provider knows: ``machines/<id>/machine.json`` with what was billed, the one key that
 its machines let in (``client_key``), and ``faults.json``, what goes wrong next:
-{"acquire": ["no capacity", ...], "release": [...], "status": [...]}, one fault a call, first come.
+{"acquire": ["no capacity", ...], "release": [...], "status": [...]}, one fault a call, first come; "" is
+none. While there is a file ``down``, the service answers nobody.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from fastcpt.files import read_json, write_json  # noqa: E402
 MARK = "FASTCPT_TEST_MACHINE"
 PRICE = 36.0  # USD an hour: a cent a second
 LATE_S = 3.0
+MEMORY_MIB = {"NVIDIA H100 80GB HBM3": 81559, "NVIDIA H200": 143771}
 
 
 @contextmanager
@@ -113,7 +116,17 @@ def _fault(folder: Path, do: str) -> str:
     return str(queue[0])
 
 
-def _start(folder: Path, key: str, needs: dict[str, Any], half: bool = False) -> dict[str, Any]:
+def _gpus(place: Path, count: int, name: str) -> str:
+    """A PATH on which nvidia-smi shows so many GPUs of this name."""
+    (place / "bin").mkdir()
+    program = place / "bin" / "nvidia-smi"
+    line = f"echo '{name}, {MEMORY_MIB[name]}, 570.1'\n"
+    program.write_text("#!/bin/sh\n" + line * count)
+    program.chmod(0o755)
+    return f"{place}/bin:{os.environ['PATH']}"
+
+
+def _start(folder: Path, key: str, needs: dict[str, Any], fault: str = "") -> dict[str, Any]:
     number = len(list((folder / "machines").iterdir())) + 1
     machine_id = f"m{number}"
     place, began = folder / "machines" / machine_id, time.time()
@@ -125,12 +138,18 @@ def _start(folder: Path, key: str, needs: dict[str, Any], half: bool = False) ->
         (place / name).write_bytes((folder / name).read_bytes())
         (place / name).chmod(0o600)
     (place / "home").mkdir()
-    server = local_sshd.start(place, {MARK: str(place), "HOME": str(place / "home")})
+    gpus = needs["gpus"] // 2 if fault == "half the GPUs" else needs["gpus"]
+    name = "NVIDIA H200" if fault == "other GPUs" else "NVIDIA H100 80GB HBM3"
+    home = {MARK: str(place), "HOME": str(place / "home")}
+    server = local_sshd.start(place, home | ({"PATH": _gpus(place, gpus, name)} if gpus else {}))
     kind, text = (place / "host_key.pub").read_text().split()[:2]
     answer = {name: server[name] for name in ("host", "port", "user")}
     answer |= {"id": machine_id, "host_key": f"{kind} {text}"}
-    answer |= {"price_per_hour": PRICE, "gpus": needs["gpus"]}
-    if half:
+    answer |= {"price_per_hour": PRICE, "gpus": gpus}
+    # without the mark: it outlives the machine that it ends
+    unmarked = ["env", "-u", MARK, sys.executable, str(Path(__file__).resolve())]
+    answer["release_command"] = [*unmarked, str(folder), "end", machine_id]
+    if fault == "half started":
         os.killpg(server["pid"], signal.SIGKILL)
     write_json(place / "machine.json", {**facts, "answer": answer})
     return answer
@@ -142,9 +161,7 @@ def acquire(folder: Path, request: dict[str, Any], fault: str) -> dict[str, Any]
         sys.exit(75)
     mine = [one for one in machines(folder, running=True) if one["key"] == request["key"]]
     answer: dict[str, Any] = (
-        mine[0]["answer"]
-        if mine
-        else _start(folder, request["key"], request, fault == "half started")
+        mine[0]["answer"] if mine else _start(folder, request["key"], request, fault)
     )
     if fault == "twice":
         _start(folder, request["key"], request)
@@ -157,8 +174,6 @@ def acquire(folder: Path, request: dict[str, Any], fault: str) -> dict[str, Any]
         answer = {**answer, "host_key": " ".join(other)}
     if fault == "garbage":
         answer = {"id": answer["id"], "host": "-oProxyCommand=touch pwned", "port": "many"}
-    if fault == "fewer GPUs":
-        answer = {**answer, "gpus": answer["gpus"] - 1}
     return answer
 
 
@@ -178,7 +193,7 @@ def status(folder: Path, request: dict[str, Any], fault: str) -> dict[str, Any]:
 def main(folder: Path, do: str) -> None:
     request = json.load(sys.stdin)
     with _locked(folder):
-        fault = _fault(folder, do)
+        fault = "API down" if (folder / "down").exists() else _fault(folder, do)
         if fault == "API down":
             print("503 Service Unavailable", file=sys.stderr)
             sys.exit(1)
@@ -192,4 +207,7 @@ def main(folder: Path, do: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    if sys.argv[2] == "end":
+        end(Path(sys.argv[1]), sys.argv[3])
+    else:
+        main(Path(sys.argv[1]), sys.argv[2])

@@ -16,6 +16,7 @@ from fastcpt.gate import base_passes
 from fastcpt.recipe import Recipe, RecipeError, load_recipe
 from fastcpt.recipe_form import form_overrides, given_overrides
 from remote_job import RENTED, connection_of
+from steps.rent import as_offered, note_spending
 from steps.results import Plan, result_of
 from steps.run import note, price_of, recipe_of
 
@@ -61,6 +62,7 @@ def plan() -> Plan:
     if source.is_file():  # the card names the file that the base model was made of
         add(record, source.name, read_json(source))
     documents = state_of(parts)
+    note_spending(record, context["dag"].dag_id, context["run_id"])
     add(record, "documents.json", documents)  # what is new is told by it
     found = make_plan(recipe, estimated_tokens(text_bytes(documents), recipe), None, HOME / HISTORY)
     found = _with_note_on_gate(found, recipe)
@@ -92,8 +94,9 @@ def _of_the_host(recipe: Recipe, context: Context) -> dict[str, Any]:
     # where things are on a host is the host's business; an empty field of the form is there, too
     overrides = {f"cluster.{key}": extra[key] for key in ("python", "root") if extra.get(key)}
     if recipe.cluster.rent:
-        run = name_of_run(context["dag"].dag_id, context["run_id"])
-        overrides["cluster.connection"] = f"{RENTED}{run}"
+        ids = context["dag"].dag_id, context["run_id"]
+        overrides["cluster.connection"] = f"{RENTED}{name_of_run(*ids)}"
+        overrides |= as_offered(recipe, *ids)
     return overrides
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from airflow.sdk import Context, get_current_context
 
 from fastcpt.files import HOME
-from fastcpt.recipe import Recipe
+from fastcpt.recipe import Recipe, RecipeError
+from fastcpt.recipe_sections import Cluster
 from remote_job import RemoteJob, remote_of
 from steps.cluster import bring, environment_of
 from steps.results import Environment, Files, HostFacts, Places, Plan, result_of, result_or_none
@@ -32,7 +33,6 @@ NOTHING = "cluster.connection names a host that is there: nothing is rented."
 @noted
 def acquire_cluster(plan: Plan) -> HostFacts | None:
     """Rent the run's machine, or find it; what it is and has. One that cannot take the run goes back."""
-    from fastcpt.cluster.remote import ClusterError
     from fastcpt.rent import machines
 
     recipe, context = recipe_of(plan), get_current_context()
@@ -46,43 +46,151 @@ def acquire_cluster(plan: Plan) -> HostFacts | None:
     assert machine is not None
     print(f"{rental.key}: {machine.id} at {machine.host}, {machine.price_per_hour:g} USD an hour")
     try:
-        if machine.gpus < recipe.cluster.gpus and not recipe.cluster.cpu_only:
-            raise ClusterError(
-                f"{machine.gpus} GPUs were rented, {recipe.cluster.gpus} were asked for"
-            )
-        facts = _checked(recipe)
+        facts = _checked(recipe, rental)
+        if offered := _not_as_planned(recipe, rental, facts):
+            raise NotAsPlanned(offered)
         _watch(recipe, rental, facts["root"], _reserve_seconds(plan))
     except Exception as error:
-        machines.give_back(HOME, *ids, f"it could not take the run: {error}")
+        offered = error.offered if isinstance(error, NotAsPlanned) else None
+        machines.give_back(HOME, *ids, f"it could not take the run: {error}", offered)
         raise
+    finally:
+        note_spending(Path(plan["record"]), *ids)
     return facts
+
+
+class NotAsPlanned(ValueError):
+    """The machine is another than the plan is of; ``offered`` is what of it counts."""
+
+    def __init__(self, offered: dict[str, Any]) -> None:
+        self.offered = offered
+        super().__init__(
+            f"the machine has {offered['gpus']} {offered['gpu'] or 'GPUs'}, which is not what was planned: "
+            "it was given back. The run begins again within minutes, with a plan for such a machine"
+        )
+
+
+def _not_as_planned(recipe: Recipe, rental: Rental, facts: HostFacts) -> dict[str, Any] | None:
+    """GPUs and their kind where they are others than the plan's."""
+    from fastcpt.cluster.remote import ClusterError
+
+    machine, cluster = rental.machine, recipe.cluster
+    assert machine is not None
+    if cluster.cpu_only:
+        return None
+    if not machine.gpus:
+        raise ClusterError(f"its provider says that it has no GPUs, {cluster.gpus} were asked for")
+    planned, found = _kind(cluster, None), _kind(cluster, facts)
+    same = planned is None or found is None or planned == found
+    if same and machine.gpus == cluster.gpus:
+        return None
+    return {"gpus": machine.gpus, "gpu": None if same else found}
+
+
+def _kind(cluster: Cluster, facts: HostFacts | None) -> str | None:
+    """The name of the GPUs that a recipe names, or a host has; None where the table has none of it."""
+    from fastcpt.gpus import HardwareError
+    from fastcpt.planning.hardware import hardware_of
+
+    try:
+        gpu = hardware_of(cluster, facts).gpu
+    except HardwareError:
+        return None
+    return gpu.name if gpu else None
+
+
+def as_offered(recipe: Recipe, dag: str, run: str) -> dict[str, Any]:
+    """What of the recipe is another value for the machine that was offered last in place of the planned one.
+
+    The batch stays: what a training has learnt already counts. ``RecipeError`` where so many GPUs cannot share it.
+    """
+    from fastcpt.rent import ledger
+
+    rentals = ledger.of_run(HOME, dag, run)
+    offered = rentals[-1].offered if rentals else None
+    if offered is None:
+        return {}
+    values = {"cluster.gpus": offered["gpus"], "cluster.gpu": offered["gpu"] or recipe.cluster.gpu}
+    trainings = {
+        "training": recipe.training,
+        "stage2": recipe.stage2,
+        "sft.training": recipe.sft.training,
+    }
+    for name, training in trainings.items():
+        micro = training.per_device_train_batch_size
+        batch = micro * training.gradient_accumulation_steps * recipe.cluster.gpus
+        if batch % offered["gpus"]:
+            raise RecipeError(
+                f"{name}: its batch of {batch} cannot be shared by the {offered['gpus']} GPUs that were "
+                "offered: ask for another number (cluster.gpus)"
+            )
+        share = batch // offered["gpus"]
+        micro = max(size for size in range(1, micro + 1) if share % size == 0)
+        values[f"{name}.per_device_train_batch_size"] = micro
+        values[f"{name}.gradient_accumulation_steps"] = share // micro
+    return values
+
+
+def replaces_a_machine(context: Context) -> bool:
+    """Whether the run has had a machine like the planned one, which was taken away."""
+    from fastcpt.rent import ledger, machines
+
+    rentals = ledger.of_run(HOME, context["dag"].dag_id, context["run_id"])
+    if not rentals or rentals[-1].why != machines.TAKEN_AWAY:
+        return False
+    asked = _asked(recipe_of(result_of(context, "plan")))
+    like_it = all(rentals[-1].needs.get(name) == value for name, value in asked.items())
+    if like_it:
+        print("Approved before: a machine like it was taken away.")
+    return like_it
+
+
+def note_spending(record: Path, dag: str, run: str) -> float:
+    """What the run has rented goes into its record; USD so far."""
+    from fastcpt.rent import ledger
+    from fastcpt.reporting.record import add
+
+    rentals = ledger.of_run(HOME, dag, run)
+    kept = {"key", "state", "why", "asked", "released"}
+    machines = [
+        {**rental.model_dump(include=kept), "price_per_hour": rental.machine.price_per_hour}
+        for rental in rentals
+        if rental.machine
+    ]
+    if machines:
+        add(record, "rent.json", {"machines": machines, "money": rentals[-1].money})
+    return ledger.spent(rentals, time.time())
 
 
 def _needs(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """What the provider is asked for; hours are the plan's, None where it knows none."""
     from fastcpt.reporting.record import read
 
-    cluster = recipe.cluster
     hours = read(Path(plan["record"]), "plan.json").get("hours") or {}
+    return {**_asked(recipe), "hours": hours.get("high")}
+
+
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    cluster = recipe.cluster
     return {
         "gpus": 0 if cluster.cpu_only else cluster.gpus,
         "gpu": None if cluster.cpu_only else cluster.gpu,
         "disk_gb": cluster.min_free_gb,
-        "hours": hours.get("high"),
     }
 
 
-def _checked(recipe: Recipe) -> HostFacts:
-    """The machine's facts as soon as it answers."""
+def _checked(recipe: Recipe, rental: Rental) -> HostFacts:
+    """The machine's facts as soon as it answers; ``ClusterError`` where it has not what its provider says."""
     from fastcpt.cluster.check import check_cluster
     from fastcpt.cluster.remote import ConnectionLost
 
+    assert rental.machine is not None
+    gpus = recipe.cluster.gpus if recipe.cluster.cpu_only else max(1, rental.machine.gpus)
+    said = recipe.cluster.model_copy(update={"gpus": gpus})
     until = time.monotonic() + SILENT_S
     while True:
         try:
-            return cast(
-                HostFacts, check_cluster(remote_of(recipe.cluster.connection), recipe.cluster)
-            )
+            return cast(HostFacts, check_cluster(remote_of(recipe.cluster.connection), said))
         except ConnectionLost as error:
             if time.monotonic() > until:
                 raise
@@ -133,7 +241,6 @@ def bring_to_rented(context: Context, files: Files, environment: Environment) ->
 def release_cluster() -> None:
     """Give the run's machine back, or keep it for a while where the run failed and the recipe says so."""
     from fastcpt.rent import ledger, machines
-    from fastcpt.reporting.record import add
 
     context = get_current_context()
     run, dag = context["run_id"], context["dag"].dag_id
@@ -151,9 +258,5 @@ def release_cluster() -> None:
     rentals = ledger.of_run(HOME, dag, run)
     spent = ledger.spent(rentals, time.time())
     if plan:
-        told = [
-            rental.model_dump(include={"key", "state", "why", "asked", "released"})
-            for rental in rentals
-        ]
-        add(Path(plan["record"]), "rent.json", {"machines": told, "spent": spent})
+        note_spending(Path(plan["record"]), dag, run)
     print(f"{len(rentals)} rented, {spent:,.2f} USD from the first request to the last release")

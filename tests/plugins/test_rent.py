@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,11 +17,13 @@ import provider
 import remote_job
 from fastcpt.cluster.remote import ClusterError, ConnectionLost, ask
 from fastcpt.files import read_json, write_json
-from fastcpt.recipe import load_recipe
-from fastcpt.rent import ledger
-from fastcpt.reporting.record import open_record
+from fastcpt.recipe import RecipeError, load_recipe
+from fastcpt.rent import ledger, machines
+from fastcpt.reporting.record import add_cost, open_record, read
 from steps import rent
 from steps.results import result_of
+
+pytestmark = pytest.mark.linux("a machine's processes are found by their environment")
 
 DAG_ID, RUN = "fast_cpt", "manual__2026-11-28"
 
@@ -69,8 +70,6 @@ class Renting:
 
 @pytest.fixture
 def renting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Renting]:
-    if sys.platform == "darwin":
-        pytest.skip("a machine's processes are found by their environment")
     one = Renting(tmp_path)
     for module in (rent, remote_job):
         monkeypatch.setattr(module, "HOME", one.home)
@@ -104,9 +103,11 @@ def test_a_machine_is_rented_checked_watched_and_given_back(
     renting.call(rent.release_cluster)
     assert renting.running() == []
     assert provider.processes(rented) == []
-    told = read_json(Path(plan["record"]) / "rent.json")
-    assert [one["state"] for one in told["machines"]] == ["released"]
-    assert told["spent"] == pytest.approx(provider.bill(renting.provider, time.time()), rel=0.5)
+    record = Path(plan["record"])
+    assert [one["state"] for one in read(record, "rent.json")["machines"]] == ["released"]
+    # what it cost is what was rented, whatever its jobs took
+    bill = provider.bill(renting.provider, time.time())
+    assert add_cost(record, 2, 3.0)["cost"] == pytest.approx(bill, rel=0.5)
     assert "1 rented, " in capsys.readouterr().out
     with pytest.raises(ClusterError, match=r"no rented machine \(the run has ended\): clear this"):
         remote_job.remote_of(load_recipe(plan["recipe"]).cluster.connection)
@@ -119,6 +120,73 @@ def test_a_machine_that_is_not_what_was_planned_goes_back(renting: Renting) -> N
     (rental,) = ledger.of_run(renting.home, DAG_ID, RUN)
     assert (rental.state, renting.running()) == ("released", [])
     assert "it could not take the run" in rental.why
+
+
+GPUS = {
+    "cluster.cpu_only": False,
+    "cluster.gpus": 4,
+    "cluster.gpu": "H100",
+    "training.deepspeed": "ds_config_zero3.json",
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "offered"),
+    [
+        ("half the GPUs", {"gpus": 2, "gpu": None}),
+        ("other GPUs", {"gpus": 4, "gpu": "H200"}),
+    ],
+)
+def test_another_machine_than_planned_goes_back_and_is_planned_for(
+    renting: Renting, fault: str, offered: dict[str, Any]
+) -> None:
+    provider.fail(renting.provider, acquire=[fault])
+    plan = renting.plan(**GPUS)
+    with pytest.raises(rent.NotAsPlanned, match=r"it was given back\. The run begins again"):
+        renting.call(rent.acquire_cluster, plan)
+    (first,) = ledger.of_run(renting.home, DAG_ID, RUN)
+    assert (first.state, first.offered, renting.running()) == ("released", offered, [])
+    # the run has ended with it, and needs another: it is planned for what was offered
+    assert machines.to_begin_again(renting.home, lambda *_: True) == []
+    assert machines.to_begin_again(renting.home, lambda *_: False) == [first]
+    values = rent.as_offered(load_recipe(plan["recipe"]), DAG_ID, RUN)
+    # two rows a GPU and four GPUs are a batch of 8 rows: two GPUs take theirs in two parts
+    batch = values["training.per_device_train_batch_size"], offered["gpus"]
+    parts = values["training.gradient_accumulation_steps"]
+    assert (*batch, parts) == ((2, 2, 2) if fault == "half the GPUs" else (2, 4, 1))
+    planned = renting.plan(**{**GPUS, **values})
+    provider.fail(renting.provider, acquire=[""] if fault == "half the GPUs" else [fault])
+    assert len(renting.call(rent.acquire_cluster, planned)["gpus"]) == offered["gpus"]
+    assert machines.to_begin_again(renting.home, lambda *_: False) == []
+
+
+def test_gpus_that_cannot_share_the_batch_are_refused(renting: Renting) -> None:
+    plan = renting.plan(**GPUS)
+    recipe = load_recipe(plan["recipe"])
+    rental = machines.take(renting.home, DAG_ID, RUN, recipe.cluster.rent, {"gpus": 4})
+    ledger.write(renting.home, rental, offered={"gpus": 3, "gpu": None})
+    with pytest.raises(RecipeError, match="its batch of 8 cannot be shared by the 3 GPUs"):
+        rent.as_offered(recipe, DAG_ID, RUN)
+
+
+def test_a_machine_that_was_taken_away_is_waited_for_and_needs_no_second_approval(
+    renting: Renting,
+) -> None:
+    plan = renting.plan()
+    renting.call(rent.acquire_cluster, plan)
+    provider.end(renting.provider, "m1")
+    assert not rent.replaces_a_machine(renting.context)
+    (news,) = machines.look_after(renting.home, lambda *_: True)
+    assert news.what == machines.TAKEN_AWAY
+    # who watches the training asks again, until the run begins again
+    with pytest.raises(ConnectionLost, match="the run begins again with another"):
+        remote_job.remote_of(load_recipe(plan["recipe"]).cluster.connection)
+    (lost,) = machines.to_begin_again(renting.home, lambda *_: True)
+    machines.begun_again(renting.home, lost)
+    assert machines.to_begin_again(renting.home, lambda *_: True) == []
+    assert rent.replaces_a_machine(renting.context)
+    renting.plan(**{"cluster.min_free_gb": 2.0})
+    assert not rent.replaces_a_machine(renting.context)
 
 
 def test_a_machine_that_never_answers_goes_back_and_the_retry_has_another(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,8 +51,6 @@ class Renting:
 
 @pytest.fixture
 def renting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Renting]:
-    if sys.platform == "darwin":
-        pytest.skip("a machine's processes are found by their environment")
     monkeypatch.setattr(machines, "VERIFY_S", 0.3)
     monkeypatch.setattr(machines, "VERIFY_POLL_S", 0.1)
     one = Renting(tmp_path)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 from rent.conftest import DAG, RUN
 
+pytestmark = pytest.mark.linux("a machine's processes are found by their environment")
+
 
 def ssh(renting: Renting, rental: ledger.Rental, command: str) -> subprocess.CompletedProcess[str]:
     """A command on the machine, with the key that the ledger pins and no other."""

@@ -65,6 +65,8 @@ class Rental(BaseModel):
     released: float | None = None
     keep_until: float | None = None
     why: str = ""
+    # what it was instead of what had been planned: ``gpus``, and ``gpu`` where that is another
+    offered: dict[str, Any] | None = None
     told: tuple[str, ...] = ()
 
     def cost(self, now: float) -> float:
@@ -102,8 +104,8 @@ def of_name(home: Path, name: str) -> list[Rental]:
     return sorted(map(_read, files), key=lambda rental: rental.asked)
 
 
-def not_released(home: Path) -> list[Rental]:
-    """The machines of all runs that may still cost money, the oldest first."""
+def every(home: Path) -> list[Rental]:
+    """The machines of all runs, the oldest first."""
     found = []
     for file in _folder(home).glob("*.json"):
         try:
@@ -111,9 +113,13 @@ def not_released(home: Path) -> list[Rental]:
         except ValueError:  # it keeps no other machine from being looked after
             log.exception("%s is damaged: look at the provider what became of its machine", file)
             continue
-        if rental.state != "released":
-            found.append(rental)
+        found.append(rental)
     return sorted(found, key=lambda one: one.asked)
+
+
+def not_released(home: Path) -> list[Rental]:
+    """Those that may still cost money, the oldest first."""
+    return [rental for rental in every(home) if rental.state != "released"]
 
 
 def read(home: Path, key: str) -> Rental:

@@ -33,6 +33,7 @@ What = Literal[
     "the money is spent",
     "the provider took the machine away",
 ]
+BEGUN_AGAIN = "the run begins again"
 TAKEN_AWAY: What = "the provider took the machine away"
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,10 @@ class NotReleased(OSError):
 
 class NoMachine(ValueError):
     """The run has no machine now."""
+
+
+class MachineLost(OSError):
+    """The provider took the run's machine away; the run begins again with another."""
 
 
 def take(
@@ -109,13 +114,16 @@ def _ask(home: Path, rental: Rental) -> Rental:
     return rental
 
 
-def give_back(home: Path, dag: str, run: str, why: str) -> list[Rental]:
+def give_back(
+    home: Path, dag: str, run: str, why: str, offered: dict[str, Any] | None = None
+) -> list[Rental]:
     """End what the run has rented, and return when the provider says that it is gone.
 
-    Raises ``ProviderError`` or ``NotReleased``; the ledger says so too.
+    ``offered`` is what it was instead of what had been planned. Raises ``ProviderError`` or ``NotReleased``; the ledger says so too.
     """
     with ledger.locked(home, dag, run):
-        return [_give_back(home, rental, why) for rental in _not_released(home, dag, run)]
+        left = [ledger.write(home, one, offered=offered) for one in _not_released(home, dag, run)]
+        return [_give_back(home, rental, why) for rental in left]
 
 
 def keep(home: Path, dag: str, run: str, minutes: float) -> None:
@@ -126,10 +134,12 @@ def keep(home: Path, dag: str, run: str, minutes: float) -> None:
 
 
 def machine_of(home: Path, name: str) -> Rental:
-    """The machine that the run of this ``name_of_run`` has; ``NoMachine`` where it has none."""
+    """The machine that the run of this ``name_of_run`` has; ``NoMachine`` where it has none, ``MachineLost``."""
     rentals = ledger.of_name(home, name)
     if rentals and rentals[-1].state == "held":
         return rentals[-1]
+    if rentals and rentals[-1].why == TAKEN_AWAY:
+        raise MachineLost(f"{TAKEN_AWAY}: within minutes the run begins again with another")
     why = f" ({rentals[-1].why})" if rentals and rentals[-1].why else ""
     raise NoMachine(f"the run has no rented machine{why}: clear this task, it takes one again")
 
@@ -211,9 +221,32 @@ def _look_at(home: Path, rental: Rental, goes_on: bool) -> Iterator[News]:
         _give_back(home, rental, "its run has ended")
     elif goes_on and rental.state == "held" and not _is_there(rental):
         _give_back(home, rental, TAKEN_AWAY)
-        yield from _once(home, rental, TAKEN_AWAY, "what still needs it: clear it to rent another")
+        yield from _once(home, rental, TAKEN_AWAY, "the run begins again with another")
     elif money and spent >= TOLD_SHARE * money:
         yield from _once(home, rental, "80 % of the money is spent", words)
+
+
+def to_begin_again(home: Path, goes_on: Callable[[str, str], bool]) -> list[Rental]:
+    """The last machines of runs that need another: it was taken away, or was not what had been planned.
+
+    A run ends by itself when its machine was not what had been planned; one that has ended otherwise needs
+    none. ``begun_again`` says that it was done.
+    """
+    last = {(rental.dag, rental.run): rental for rental in ledger.every(home)}
+    return [
+        rental
+        for (dag, run), rental in last.items()
+        if rental.state == "released"
+        and (rental.offered or rental.why == TAKEN_AWAY)
+        and BEGUN_AGAIN not in rental.told
+        and goes_on(dag, run) == (rental.offered is None)
+    ]
+
+
+def begun_again(home: Path, rental: Rental) -> None:
+    """The run of this machine, its last, begins again."""
+    with ledger.locked(home, rental.dag, rental.run):
+        ledger.write(home, rental, told=(*rental.told, BEGUN_AGAIN))
 
 
 def _once(home: Path, rental: Rental, what: What, reason: str) -> Iterator[News]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastcpt.reporting.pictures import read_metrics
-from fastcpt.reporting.record import TRAININGS, read, recipe_of
+from fastcpt.reporting.record import TRAININGS, read, recipe_of, rented
 from fastcpt.reporting.summary import duration, planned, span
 
 
@@ -55,6 +56,10 @@ def _facts(
         facts.append(("cost of this training so far", f"${spent:,.2f}"))
     if left is not None and price:
         facts.append(("cost left of this training", f"${left * price:,.2f}"))
+    if (paid := rented(record, time.time())) is not None:
+        money = read(record, "rent.json")["money"]
+        words = f"${paid:,.2f}" + (f" of ${money:,.2f} (budget.money)" if money else "")
+        facts.append(("rented so far, the whole run", words))
     promised = planned(record) or {}
     if promised.get("hours"):
         facts.append(("planned for the whole run", span(promised["hours"], " h")))

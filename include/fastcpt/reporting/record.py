@@ -12,6 +12,7 @@
         evaluation.json, evaluation_stage2.json, gate.json, gate_stage2.json, evaluation_sft.json
         decision.json             whether the model is recommended, by which conditions
         cost.json                 GPU hours and money
+        rent.json                 the machines that were rented, since when, until when, at what price
         plan_and_actual.json      the plan's figures beside the run's
         times/<task>.json         when each task worked; times/approval.json: waited for a person
         selection.json            the best and the worst documents that were taken
@@ -29,6 +30,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -176,7 +178,7 @@ def times(record: Path) -> dict[str, float] | None:
     approval = noted.pop("approval", {"began": 0.0, "ended": 0.0})
     # a job that an earlier pass of the run had done did not work in this one
     worked, until = 0.0, datetime.fromisoformat(read(record, "run.json")["started"]).timestamp()
-    for began, ended in sorted((time["began"], time["ended"]) for time in noted.values()):
+    for began, ended in sorted((one["began"], one["ended"]) for one in noted.values()):
         worked += max(0.0, ended - max(began, until))
         until = max(until, ended)
     return {"worked": worked, "approval": approval["ended"] - approval["began"]}
@@ -185,22 +187,37 @@ def times(record: Path) -> dict[str, float] | None:
 def add_cost(record: Path, gpus: int, price_per_gpu_hour: float | None) -> dict[str, Any]:
     """Write ``cost.json``: GPU hours of trainings and evaluations so far and, at a known price, USD.
 
-    Only the jobs' own seconds count, not the waiting of a rented host between them, and nothing
-    for what an earlier run had done. A recipe for CPUs uses no GPUs, whatever it calls its ranks.
+    GPU hours are the jobs' own seconds, nothing for what an earlier run had done; a recipe for CPUs
+    uses no GPUs, whatever it calls its ranks. The money is what was rented where the run rents its
+    machines (``rented``), and those hours' otherwise.
     """
     if recipe_of(record).get("cluster", {}).get("cpu_only"):
         gpus = 0
     seconds = {step: job_seconds(record, step) or 0.0 for step in ON_GPUS}
     gpu_hours = sum(seconds.values()) * gpus / 3600
+    of_hours = None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour
+    paid = rented(record, time.time())
     cost = {
         "gpus": gpus,
         "seconds": seconds,
         "gpu_hours": gpu_hours,
         "price_per_gpu_hour": price_per_gpu_hour,
-        "cost": None if price_per_gpu_hour is None else gpu_hours * price_per_gpu_hour,
+        "rented": paid,
+        "cost": of_hours if paid is None else paid,
     }
     add(record, "cost.json", cost)
     return cost
+
+
+def rented(record: Path, now: float) -> float | None:
+    """USD of the run's rented machines, each from the request to its end or to ``now``; None without any."""
+    machines = read(record, "rent.json").get("machines")
+    if not machines:
+        return None
+    spent: float = sum(
+        ((one["released"] or now) - one["asked"]) / 3600 * one["price_per_hour"] for one in machines
+    )
+    return spent
 
 
 def job_seconds(record: Path, step: str) -> float | None:
@@ -229,14 +246,22 @@ def took(record: Path, gpus: int) -> dict[str, float | None]:
     stages = [step for step in ON_GPUS if "stage2" not in step]
     whole = sum(seconds[step] or 0.0 for step in stages) / 3600
     complete = seconds["train_cpt"] and seconds["evaluate_cpt"]
-    price, rate = cost.get("price_per_gpu_hour"), totals.get("tokens_per_s_per_gpu")
+    rate = totals.get("tokens_per_s_per_gpu")
     return {
         **hours,
         "hours": whole if complete else None,
         "tokens_per_s": rate * gpus if rate else None,
         "memory_gb": totals.get("peak_memory_gb"),
-        "cost": whole * cost["gpus"] * price if complete and price is not None else None,
+        "cost": _took_money(cost, whole) if complete else None,
     }
+
+
+def _took_money(cost: Mapping[str, Any], hours: float) -> float | None:
+    """What was rented, stage 2 and all; of a host that was there, these hours' price."""
+    if cost.get("rented") is not None:
+        return float(cost["rented"])
+    price = cost.get("price_per_gpu_hour")
+    return None if price is None else float(hours * cost["gpus"] * price)
 
 
 def _less(whole: float | None, part: float | None) -> float | None:
