@@ -1,4 +1,4 @@
-"""Best-fit decreasing: items of different lengths into rows of one size, with little room left."""
+"""Best-fit decreasing bin packing: items of different lengths into rows of one size."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import numpy as np
 
 
 def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Rows of at most ``size`` tokens, as numbers of the items of these ``lengths`` in them.
+    """Pack items of these ``lengths`` into rows of at most ``size`` tokens; the items' numbers by row.
 
-    The longest first, each into the fullest row that still has room for it. The fullest rows come
-    first. A length is at least 1 and at most ``size``.
+    Items are placed longest first, each into the fullest row with room for it. The fullest rows come
+    first. Lengths are from 1 to ``size``.
     """
     rows: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(size + 1)]  # numbers of rows by the tokens left
+    by_room: list[list[int]] = [
+        [] for _ in range(size + 1)
+    ]  # numbers of the rows with n tokens left
     rooms = 0  # bit n: some row has n tokens left
     for item in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = lengths[item]

@@ -1,8 +1,8 @@
-"""Which models the trainer takes, and which of them in fused blocks and in FP8.
+"""Which model families the trainer supports, and which of them in fused blocks and in FP8.
 
-A model is known by its configuration: the content of ``config.json``, or what transformers'
-``config.to_dict()`` gives. The trainer asks before it loads anything, the plan before anything is
-rented; that is why nothing here needs torch.
+A model is described by its configuration: the content of ``config.json`` or transformers'
+``config.to_dict()``. The trainer checks it before it loads anything, the plan before anything is rented;
+so nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, Literal
 from fastcpt.recipe import Recipe
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FUSED = ("llama", "mistral", "qwen2", "qwen3")  # get fused blocks
-# turned by position alone, without a factor on the attention
+FUSED = ("llama", "mistral", "qwen2", "qwen3")  # families with fused blocks
+# rotary embeddings that depend on the position alone, without a factor on the attention
 ROPES = ("default", "linear", "llama3")
 NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What a configuration that is silent means, in most families.
+# transformers' defaults in most families, for keys that a configuration leaves out.
 USUAL: dict[str, Any] = {
     "tie_word_embeddings": False,
     "num_key_value_heads": None,  # as many as heads
@@ -31,23 +31,27 @@ USUAL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """What sets the models of one ``model_type`` apart; a Llama where nothing is said.
+    """How the models of one ``model_type`` differ from Llama, whose values are the defaults here.
 
-    ``defaults`` and ``fixed`` are keys of the configuration: what transformers takes where it is
-    silent, and what it takes whatever it says.
+    ``defaults``: transformers' defaults for keys that a configuration leaves out; ``fixed``: values that
+    transformers uses whatever the configuration says.
     """
 
     words: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    norms: int = 2  # of a layer, each of the hidden size
-    query_norms: Literal["none", "head", "all"] = "none"  # on queries and keys, and how wide
-    output_bias: bool = True  # attention_bias is one of the attention's output too
+    norms: int = 2  # per layer, each of the hidden size
+    query_norms: Literal["none", "head", "all"] = (
+        "none"  # on queries and keys: per head or over all
+    )
+    output_bias: bool = True  # attention_bias includes the attention's output layer
     gated: bool = True
     linears: tuple[str, ...] = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
-    experts: tuple[str, ...] = ()  # keys of: experts, how many a token goes to, width of one
-    other: int = 0  # parameters of a layer beside matrices, norms and biases
-    liger: bool = True  # liger-kernel has its layers
+    experts: tuple[
+        str, ...
+    ] = ()  # keys for: number of experts, experts per token, width of an expert
+    other: int = 0  # parameters of a layer apart from matrices, norms and biases
+    liger: bool = True  # liger-kernel supports it
 
 
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False}
@@ -138,7 +142,7 @@ FAMILIES = {
             **{"num_key_value_heads": 8, "head_dim": 64, "attention_bias": True},
             **{"num_local_experts": 128, "num_experts_per_tok": 4, "sliding_window": 128},
         },
-        # its experts have biases whatever it says
+        # its experts always have biases
         fixed={"mlp_bias": True},
         linears=ATTENTION,
         experts=_EXPERTS,
@@ -147,10 +151,9 @@ FAMILIES = {
 
 
 def read_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A configuration with what its family takes where it is silent; of several parts, the text's.
+    """A configuration with its family's defaults filled in; for a multimodal model, its text part.
 
-    Raises ``ValueError``, which names ``where``, for a family that is not known and for a missing
-    dimension.
+    Raises ``ValueError`` that names ``where`` for an unknown family or a missing dimension.
     """
     text = config.get("text_config")
     parts = {**config, **text} if isinstance(text, Mapping) else dict(config)
@@ -171,15 +174,15 @@ def read_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def head_width(config: Any) -> int:
-    """Width of a head, by transformers' configuration: some families leave it to be divided."""
+    """Width of a head; without ``head_dim``, the hidden size divided by the heads."""
     return int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
 
 
 def refusal(config: Mapping[str, Any], recipe: Recipe, fp8: bool, attention: str) -> str | None:
-    """Why the trainer does not train a model (by ``read_config``) as the recipe wants it; None where
-    it does. ``attention`` is what is used where blocks are not fused."""
+    """Why the trainer cannot train a model (its ``read_config``) as the recipe says; None if it can.
+    ``attention`` is what layers without fused blocks use."""
     targets = recipe.lora.target_modules if recipe.lora else []
     why = cannot_train(config, recipe.corpus.max_seq_length, attention, targets)
     if why is not None:
@@ -199,7 +202,7 @@ def refusal(config: Mapping[str, Any], recipe: Recipe, fp8: bool, attention: str
 def cannot_train(
     config: Mapping[str, Any], size: int, attention: str, targets: Collection[str]
 ) -> str | None:
-    """Why a model cannot be trained at all on rows of ``size`` tokens; None where it can."""
+    """Why a model cannot be trained at all on rows of ``size`` tokens; None if it can."""
     family = FAMILIES[config["model_type"]]
     if "text_config" in config or "vision_config" in config:
         return (
@@ -234,7 +237,7 @@ def cannot_train(
 
 
 def _window(config: Mapping[str, Any]) -> int | None:
-    """The sliding window where some layer has one."""
+    """The sliding window, if any layer has one."""
     layers = config.get("layer_types")
     if not config.get("use_sliding_window", True) or (layers and "sliding_attention" not in layers):
         return None
@@ -243,10 +246,9 @@ def _window(config: Mapping[str, Any]) -> int | None:
 
 
 def cannot_fuse(config: Mapping[str, Any], dtype: str, attention: str, size: int) -> str | None:
-    """Why a model (by ``read_config``) does not get fused blocks; None where it does.
+    """Why a model (its ``read_config``) does not get fused blocks; None if it does.
 
-    ``attention`` as the recipe wants it, ``size`` the tokens of a row. What the host must have for them is
-    ``layers.can_fuse``'s question.
+    ``attention`` is the recipe's, ``size`` the tokens of a row. ``layers.can_fuse`` also checks the host.
     """
     family = FAMILIES[config["model_type"]]
     if config["model_type"] not in FUSED:
@@ -276,7 +278,7 @@ def cannot_fuse(config: Mapping[str, Any], dtype: str, attention: str, size: int
 
 
 def _features(config: Mapping[str, Any], family: Family) -> str:
-    """What its layers have that a Llama's have not."""
+    """How its layers differ from Llama's."""
     found = ["norms on queries and keys"] if family.query_norms != "none" else []
     if config["attention_bias"]:
         found.append("biases")

@@ -1,7 +1,7 @@
-"""Files that appear whole, and digests of what they were made from.
+"""Atomic file writes, and digests of inputs.
 
-Every output folder of a run is named by a digest of its inputs, and a file is either absent
-or complete: it is written aside, flushed to the disk and renamed into place.
+Every output folder is named by a digest of its inputs, and a file is either absent or complete: it is
+written under another name, flushed to disk and renamed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Where corpora, records, models and all other state of this machine lie.
+# The folder of corpora, records, models and all other state on this machine.
 HOME = Path(os.environ.get("FASTCPT_HOME") or Path(__file__).resolve().parents[2] / ".fastcpt")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of ``path`` when the block ends without an error."""
+    """A temporary path to write to; it replaces ``path`` if the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # two machines that share the folder may have processes of the same number
+    # random, as machines that share the folder may have equal pids
     aside = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.partial")
     try:
         yield aside
@@ -34,7 +34,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Return when a file's content, or a folder's list of names, is on the disk."""
+    """fsync a file, or a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,7 +43,7 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as readable JSON; the file appears whole."""
+    """Write ``content`` as readable JSON, atomically."""
     with whole_file(path) as aside:
         aside.write_text(json.dumps(content, indent=2, sort_keys=False, ensure_ascii=False) + "\n")
 
@@ -54,19 +54,19 @@ def read_json(path: Path) -> Any:
 
 
 def sha256_of_file(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's bytes, read in pieces."""
+    """The hexadecimal SHA-256 of a file."""
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def hash_of(*parts: object) -> int:
-    """64 bits that stand for a value, the same on every machine."""
+    """A 64-bit hash of a value, the same on every machine."""
     joined = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "little")
 
 
 def digest_of(*parts: Any) -> str:
-    """16 hexadecimal digits that name an output by what it was made from.
+    """16 hexadecimal digits that name an output by its inputs.
 
     ``parts`` are JSON-serialisable; the order of a mapping's keys does not matter.
     """

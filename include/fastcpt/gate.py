@@ -1,10 +1,9 @@
 """The gate: is the model good enough to be fine-tuned?
 
-Perplexity strictly below the recipe's threshold passes. Anything that is no perplexity (missing,
-not a number, infinite, below 1) is an error and never an answer: a run must not go on to hours of
-training, or past the gate, on the strength of a broken evaluation.
+A perplexity strictly below the recipe's threshold passes. An invalid perplexity (missing, not a number,
+infinite, below 1) is an error, not a decision: a run must not continue because of a broken evaluation.
 
-A base model that passes by itself is said wherever the gate is: then passing shows nothing.
+If the base model passes the gate too, every report of the gate says so: passing then shows nothing.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from typing import Any
 
 
 class GateError(ValueError):
-    """The evaluation holds no usable perplexity; evaluating again is what helps, not a retry."""
+    """The evaluation has no usable perplexity; it has to be repeated, retrying the gate does not help."""
 
 
 def decide(evaluation: dict[str, Any], threshold: float, validation_set: str) -> dict[str, Any]:
     """Compare the trained model's perplexity on ``validation_set`` with ``threshold``.
 
-    ``evaluation`` is the content of ``evaluation.json``. The answer is what ``gate.json`` holds:
-    ``decision`` ("pass" or "miss"), ``passed``, ``value``, ``base_value`` (None where the base
-    model was not evaluated), ``threshold`` and ``validation_set``. Raises ``GateError``.
+    ``evaluation`` is the content of ``evaluation.json``. Returns the content of ``gate.json``:
+    ``decision`` ("pass" or "miss"), ``passed``, ``value``, ``base_value`` (None if the base model was not
+    evaluated), ``threshold`` and ``validation_set``. Raises ``GateError``.
     """
     if not (math.isfinite(threshold) and threshold > 1):
         raise GateError(f"gate.perplexity_threshold must be a number above 1, not {threshold}")
@@ -46,7 +45,7 @@ def decide(evaluation: dict[str, Any], threshold: float, validation_set: str) ->
 
 
 def words(gate: Mapping[str, Any]) -> str:
-    """What ``decide`` answered, in words without a full stop at the end."""
+    """The result of ``decide`` in words, without a full stop."""
     base, threshold = gate["base_value"], gate["threshold"]
     relation = "below" if gate["passed"] else "not below"
     of_base = f", base model {base:,.2f}" if base is not None else ""
@@ -58,7 +57,7 @@ def words(gate: Mapping[str, Any]) -> str:
 
 
 def base_passes(base: float | None, threshold: float) -> str:
-    """A sentence where a base model of this perplexity passes the gate; empty where it does not."""
+    """A warning if a base model of this perplexity passes the gate, else empty."""
     if base is None or base >= threshold:
         return ""
     return (
@@ -78,7 +77,7 @@ def figures_of(evaluation: dict[str, Any], validation_set: str) -> dict[str, Any
 
 
 def _perplexity(figures: Any) -> float | None:
-    """The perplexity among a model's figures: exp of a mean loss, so finite and at least 1."""
+    """A model's perplexity, or None if it is not a finite number of at least 1."""
     value = figures.get("perplexity") if isinstance(figures, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

@@ -1,9 +1,9 @@
-"""A GGUF file as a base model: made once into the folder that everything else reads.
+"""Converts a GGUF file into a base model folder for transformers.
 
-``home/base_models/<name>-<digest>`` gets config.json, model.safetensors (bfloat16) and the tokenizer
-by the rules that the file itself states. Llama models with a byte-level BPE tokenizer are taken;
-what is not known here is refused, never guessed. Layouts: ggml's ``docs/gguf.md`` and
-``ggml-quants.h``, read with numpy alone, as the machine with the documents has no torch.
+``home/base_models/<name>-<digest>`` gets config.json, model.safetensors (bfloat16) and the tokenizer, from
+the file's own metadata. Only Llama models with a byte-level BPE tokenizer are supported; anything unknown
+is refused, never guessed. Formats: ggml's ``docs/gguf.md`` and ``ggml-quants.h``, read with numpy alone, as
+Airflow's machine has no torch.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 SUFFIX = ".gguf"
-FORMAT = 1  # of the folders; raised when they are made otherwise
-INSTALLED = "gguf"  # folder under the home where named files are looked for
-FOLDERS = "base_models"  # and the one for what is made of them
+FORMAT = 1  # of the folders; increased when the conversion changes
+INSTALLED = "gguf"  # folder under the home that is searched for named files
+FOLDERS = "base_models"  # folder under the home for the converted models
 
 
 class GgufError(ValueError):
-    """The file is missing, damaged, or of a kind that is not known; the message says what to do."""
+    """The file is missing, damaged or not supported; the message says what to do."""
 
 
 def base_folder(name: str, home: Path = HOME) -> str:
-    """``name`` itself, or the folder that a GGUF file's model is in, made if it is not there yet.
+    """``name`` itself, or for a GGUF file its model's folder, converted if necessary.
 
-    A file is looked for as it is named and then in ``home/gguf``. Raises ``GgufError``.
+    A file is searched under its name, then in ``home/gguf``. Raises ``GgufError``.
     """
     if not name.endswith(SUFFIX):
         return name
@@ -55,7 +55,7 @@ def base_folder(name: str, home: Path = HOME) -> str:
 
 
 def convert(file: Path, folder: Path) -> Path:
-    """Make a file's model folder under ``folder``; nothing where it is complete."""
+    """Convert a file to a model folder under ``folder``, unless it is already there."""
     digest = sha256_of_file(file)
     target = folder / f"{file.stem}-{digest[:16]}-{FORMAT}"
     if target.is_dir():
@@ -84,7 +84,7 @@ def convert(file: Path, folder: Path) -> Path:
 
 
 class _Tensor(NamedTuple):
-    shape: tuple[int, ...]  # as in torch: the last axis is the one that is contiguous
+    shape: tuple[int, ...]  # as in torch: the last axis is contiguous
     kind: int
     offset: int  # in the file
 
@@ -105,7 +105,7 @@ _STRING, _ARRAY = 8, 9
 
 
 def _read(content: BinaryIO, file: Path) -> _Gguf:
-    """Metadata and the places of the tensors."""
+    """Read the metadata and the tensors' locations."""
     try:
         magic, version, tensors, facts = struct.unpack("<4sIQQ", content.read(24))
         if magic != b"GGUF" or version not in (2, 3):
@@ -161,7 +161,7 @@ def _half(blocks: Bytes) -> Floats:
 
 
 def _nibbles(packed: Bytes) -> Bytes:
-    """[n, k] bytes -> [n, 2 k]: all low halves, then all high ones."""
+    """[n, k] bytes -> [n, 2 k]: all low halves, then all high halves."""
     return np.concatenate([packed & 15, packed >> 4], axis=1)
 
 
@@ -178,7 +178,7 @@ def _q8_0(b: Bytes) -> Floats:
 
 
 def _q4_k(b: Bytes) -> Floats:
-    """Eight blocks of 32: each has a scale and a minimum of six bits, themselves scaled."""
+    """Eight blocks of 32, each with a 6-bit scale and a 6-bit minimum, which are scaled in turn."""
     packed = b[:, 4:16]
     low, high, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scales = np.concatenate([low & 63, (rest & 15) | (low >> 6 << 4)], axis=1)
@@ -191,7 +191,7 @@ def _q4_k(b: Bytes) -> Floats:
 
 
 def _q6_k(b: Bytes) -> Floats:
-    """Sixteen blocks of 16 with a signed scale each; four low bits and two high ones a weight."""
+    """Sixteen blocks of 16, each with a signed scale; four low and two high bits per weight."""
     low = b[:, :128].reshape(-1, 2, 1, 64) >> np.array([0, 4], np.uint8)[:, None] & 15
     high = b[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
     quants = (low.reshape(-1, 8, 32) | high.reshape(-1, 8, 32) << 4).astype(np.float32) - 32
@@ -200,7 +200,7 @@ def _q6_k(b: Bytes) -> Floats:
     return weights.reshape(len(b), -1)
 
 
-# by ggml's number: name, weights of a block, bytes of a block, how they are read
+# by ggml's number: name, weights per block, bytes per block, decoder
 _KINDS: dict[int, tuple[str, int, int, Any]] = {
     0: ("F32", 1, 4, lambda b: b.view("<f4")),
     1: ("F16", 1, 2, _half),
@@ -233,7 +233,7 @@ _LAYER = {
 
 
 def _names(layers: int, tied: bool) -> dict[str, str]:
-    """The GGUF's names by transformers' names."""
+    """GGUF's names by transformers' names."""
     names = {"model.embed_tokens.weight": "token_embd.weight"}
     for n in range(layers):
         for theirs, ours in _LAYER.items():
@@ -243,7 +243,7 @@ def _names(layers: int, tied: bool) -> dict[str, str]:
 
 
 def _write_weights(gguf: _Gguf, content: BinaryIO, config: dict[str, Any], target: Path) -> None:
-    """A safetensors file of bfloat16 weights, tensor after tensor."""
+    """Write a safetensors file of bfloat16 weights, one tensor at a time."""
     names = _names(config["num_hidden_layers"], config["tie_word_embeddings"])
     missing = [theirs for theirs in names.values() if theirs not in gguf.tensors]
     strange = sorted(set(gguf.tensors) - set(names.values()))
@@ -292,7 +292,7 @@ def _tensor(gguf: _Gguf, content: BinaryIO, name: str) -> Floats:
 
 
 def _unpaired(weights: Floats, heads: int) -> Floats:
-    """Rows of queries or keys as transformers has them: ggml rotates neighbours, it rotates halves."""
+    """Reorder rows of queries or keys: ggml rotates neighbours, transformers rotates halves."""
     rows, columns = weights.shape
     pairs = weights.reshape(heads, rows // heads // 2, 2, columns)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, columns)
@@ -300,11 +300,13 @@ def _unpaired(weights: Floats, heads: int) -> Floats:
 
 def _to_bfloat16(weights: Floats) -> npt.NDArray[np.uint16]:
     bits = np.ascontiguousarray(weights).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")  # to the nearest, ties to even
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(
+        "<u2"
+    )  # round to nearest, ties to even
 
 
 def _config(gguf: _Gguf) -> dict[str, Any]:
-    """What transformers' LlamaConfig is made from."""
+    """The content of config.json, for transformers' LlamaConfig."""
     if gguf.fact("general.architecture") != "llama":
         raise GgufError(
             f"{gguf.file} is a {gguf.fact('general.architecture')} model: only llama ones are read "
@@ -340,15 +342,15 @@ def _config(gguf: _Gguf) -> dict[str, Any]:
 
 
 def _short(value: float) -> float:
-    """1e-05 for 9.99999974737875e-06: the decimal that the float32 was made from."""
+    """The decimal that a float32 was made from: 1e-05 for 9.99999974737875e-06."""
     return float(f"{value:.7g}")
 
 
 # The tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-# The first split, by ``tokenizer.ggml.pre``: llama.cpp's names, ``tokenizers``' parts. ByteLevel's
-# own expression is GPT-2's; smollm takes every digit apart before it.
+# Pre-tokenizers of ``tokenizers`` by llama.cpp's name (``tokenizer.ggml.pre``), before ByteLevel, which
+# has GPT-2's expression; smollm splits digits first.
 _SPLITS: dict[str, list[Any]] = {
     "gpt-2": [],
     "smollm": [pre_tokenizers.Digits(individual_digits=True)],
@@ -356,7 +358,7 @@ _SPLITS: dict[str, list[Any]] = {
 
 
 def _write_tokenizer(gguf: _Gguf, folder: Path) -> None:
-    """tokenizer.json and its config by the file's own rules: ids, merges, kinds of tokens, BOS."""
+    """Write tokenizer.json and its config from the file's ids, merges, token types and BOS settings."""
     tokens: list[str] = gguf.fact("tokenizer.ggml.tokens")
     kinds: list[int] = gguf.fact("tokenizer.ggml.token_type")
     model, first = gguf.fact("tokenizer.ggml.model"), gguf.facts.get("tokenizer.ggml.pre", "none")
@@ -369,7 +371,7 @@ def _write_tokenizer(gguf: _Gguf, folder: Path) -> None:
     tokenizer = Tokenizer(BPE({token: n for n, token in enumerate(tokens)}, merges))
     split = [*_SPLITS[first], pre_tokenizers.ByteLevel(add_prefix_space=False)]
     without = _bytes_without_token(tokens)
-    if without:  # they yield nothing, and what stands on their two sides is not joined
+    if without:  # these bytes yield no token, and nothing is merged across them
         split.append(pre_tokenizers.Split(Regex(f"[{without}]"), behavior="isolated"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.decoder = decoders.ByteLevel()

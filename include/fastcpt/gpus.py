@@ -1,6 +1,6 @@
-"""What is known of each GPU: the table ``gpus.yaml`` beside this file, which is meant to be edited.
+"""The table of GPUs, ``gpus.yaml``, which users may edit.
 
-No torch: a plan takes a chip's figures from it, the trainer its peak.
+Plans use a chip's figures, the trainer its peak; no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TABLE = Path(__file__).with_name("gpus.yaml")
 
 
 class HardwareError(ValueError):
-    """A GPU or cluster that is not known; the message says what is missing and where to add it."""
+    """An unknown GPU or cluster; the message says what is missing and where to add it."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ def gpu_table() -> dict[str, Gpu]:
     return {name: Gpu(name=name, **facts) for name, facts in table()["gpus"].items()}
 
 
-# Words of nvidia-smi's and shops' names that tell no card from another.
+# Words in the names of nvidia-smi and vendors that do not distinguish cards.
 NO_NEWS = re.compile(r"nvidia|tesla|gpu|sxm\d?|hbm3e?")
 
 
 def find_gpu(name: str) -> Gpu:
     """A chip by the table's name or nvidia-smi's (``NVIDIA H100 80GB HBM3``).
 
-    Every word counts: ``H100 NVL`` and ``A100 40GB`` are cards of their own, and a word that no card
-    of the table has is refused (``HardwareError``).
+    Every word counts: ``H100 NVL`` and ``A100 40GB`` are different cards. A word that no card of the table
+    has raises ``HardwareError``.
     """
     known = gpu_table()
     words = _words(name)
@@ -84,6 +84,6 @@ def _words(name: str) -> set[str]:
 
 
 def _is_memory(word: str, memory_gb: float) -> bool:
-    """Whether ``80gb`` is what a card of so many 10^9 bytes is sold as."""
+    """Whether a word like ``80gb`` is the nominal size of a card with ``memory_gb`` (10^9 bytes)."""
     size = re.fullmatch(r"(\d+)gb", word)
     return size is not None and memory_gb / 1.08 < int(size[1]) < memory_gb * 1.01

@@ -1,14 +1,13 @@
-"""What was held out and what was trained on, for good.
+"""The permanent ledger of trained and held-out documents, and each recipe's comparison set.
 
-    home/ledger/<corpus>/texts.parquet      a row a document: hashes of text and work, its split
-    home/ledger/<corpus>/held_out.parquet   the held-out ones, with their texts
-    home/models/<recipe>/comparison/        what the recipe's models are compared on: the held-out
-                                            documents of its first champion, and its tokenizer
+    home/ledger/<corpus>/texts.parquet      a row per document: hashes of text and work, its split
+    home/ledger/<corpus>/held_out.parquet   the held-out documents, with their texts
+    home/models/<recipe>/comparison/        the set that the recipe's models are compared on: the
+                                            held-out documents and tokenizer of its first champion
 
-The ledger only grows: a folder a corpus, written once by the corpus's build, 17 bytes a document.
-Parquet, not a database: several workers write, each a file of its own that appears whole, and a
-question is answered by reading two columns. The comparison set is as it was when it was frozen,
-whatever becomes of the documents' folder.
+The ledger only grows: each corpus's build writes one folder, 17 bytes per document. It is Parquet, not a
+database, as several workers write at once, each a complete file, and a query reads only two columns. The
+comparison set stays as it was frozen, even if the documents' folder changes.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TEXTS_SCHEMA = pa.schema(
     [
         ("content", pa.uint64()),
         ("work_hash", pa.uint64()),
-        ("split", pa.dictionary(pa.int8(), pa.string())),  # train, or of a held-out set
+        ("split", pa.dictionary(pa.int8(), pa.string())),  # train, or a held-out set
     ]
 )
 HELD_OUT_SCHEMA = pa.schema(
@@ -51,19 +50,19 @@ SET = "validation"  # the held-out set that models are compared on
 
 
 class HeldOutError(ValueError):
-    """The ledger or the comparison set cannot serve; the message says what to do."""
+    """The ledger or the comparison set cannot be used; the message says what to do."""
 
 
 def write_ledger(home: Path, corpus: str, texts: pa.Table, held_out: pa.Table) -> None:
-    """Note a corpus's documents, as ``TEXTS_SCHEMA`` and ``HELD_OUT_SCHEMA`` have them."""
+    """Record a corpus's documents: tables of ``TEXTS_SCHEMA`` and ``HELD_OUT_SCHEMA``."""
     for name, table in (("held_out", held_out), ("texts", texts)):
         with whole_file(home / "ledger" / corpus / f"{name}.parquet") as aside:
             pq.write_table(table, aside, compression="zstd")
 
 
 def trained_and_held_out(home: Path, recipe: str, corpora: Iterable[str]) -> int:
-    """How many documents of the comparison set stand among the trained ones of some corpora, by
-    their text or their work. ``HeldOutError`` where the ledger does not know a corpus."""
+    """How many documents of the comparison set some corpora trained on, by text or by work.
+    ``HeldOutError`` if the ledger does not have a corpus."""
     judged = pq.read_table(comparison(home, recipe) / "documents.parquet")
     found = np.zeros(len(judged), dtype=bool)
     for corpus in corpora:
@@ -77,28 +76,27 @@ def trained_and_held_out(home: Path, recipe: str, corpora: Iterable[str]) -> int
 
 
 def comparison(home: Path, recipe: str) -> Path:
-    """Where the comparison set of a recipe is, once there is one: it has a ``manifest.json``."""
+    """The folder of a recipe's comparison set; the set exists if it has a ``manifest.json``."""
     return home / "models" / recipe / "comparison"
 
 
 def comparison_digest(home: Path, recipe: str) -> str | None:
-    """What tells the set from every other; None where none is frozen."""
+    """The set's digest; None if none is frozen."""
     manifest = comparison(home, recipe) / "manifest.json"
     return str(read_json(manifest)["digest"]) if manifest.is_file() else None
 
 
 def comparison_selection(home: Path, recipe: str) -> str | None:
-    """The digest of the selection that the set was held out of; None where none is frozen."""
+    """The digest of the selection that the set was held out from; None if none is frozen."""
     manifest = comparison(home, recipe) / "manifest.json"
     return str(read_json(manifest)["selection"]) if manifest.is_file() else None
 
 
 def freeze(home: Path, recipe: str, corpus: str) -> dict[str, Any]:
-    """Make the held-out set of a corpus the one that the recipe's models are compared on.
+    """Make a corpus's held-out set the one that the recipe's models are compared on, unless there is one.
 
-    Does nothing where there is one. Returns its manifest: ``version`` (1, and one more after each
-    ``unfreeze``), ``digest``, ``corpus``, ``selection``, ``documents``, ``frozen``. ``HeldOutError`` where the
-    ledger or the corpus is gone.
+    Returns the set's manifest: ``version`` (1, plus one after each ``unfreeze``), ``digest``, ``corpus``,
+    ``selection``, ``documents``, ``frozen``. ``HeldOutError`` if the ledger or the corpus is gone.
     """
     folder = comparison(home, recipe)
     if (folder / "manifest.json").is_file():
@@ -131,7 +129,7 @@ def freeze(home: Path, recipe: str, corpus: str) -> dict[str, Any]:
 
 
 def unfreeze(home: Path, recipe: str) -> None:
-    """Put the comparison set aside, as ``comparison-<version>``: no living model is judged by it."""
+    """Move the comparison set to ``comparison-<version>``, where no model uses it any more."""
     folder = comparison(home, recipe)
     if folder.is_dir():
         folder.rename(

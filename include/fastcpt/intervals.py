@@ -1,4 +1,4 @@
-"""Confidence intervals of figures that are ratios of sums over documents or answers."""
+"""Bootstrap confidence intervals of ratios of sums over documents or answers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 RESAMPLES, SEED = 2_000, 0
-AT_ONCE = 2_000_000  # draws that exist at one time
+AT_ONCE = 2_000_000  # draws in memory
 
 
 def ratio(parts: npt.NDArray[Any], wholes: npt.NDArray[Any]) -> dict[str, float | None]:
     """``value`` = ``sum(parts) / sum(wholes)``, and ``low`` and ``high`` of its 95 % interval.
 
-    The units (documents, answers) are drawn with replacement, each with all that it contributes:
-    what one document gives is not independent (percentile bootstrap, Efron 1979). Two models are
-    compared by the parts' difference, unit by unit: that is the paired bootstrap. A resample
-    without anything to divide by is left out. All None where there is nothing to divide by.
+    Percentile bootstrap (Efron 1979): whole units (documents, answers) are drawn with replacement, as
+    values within a unit are not independent. To compare two models, pass the differences of their parts
+    per unit (paired bootstrap). A resample with a zero denominator is left out. All values are None if the
+    denominator is zero.
     """
     if not wholes.sum():
         return {"value": None, "low": None, "high": None}

@@ -1,7 +1,7 @@
-"""What the manifests in the corpus room's folders say, for all rooms that read them.
+"""Types of the manifests in the corpus room's folders, for all rooms that read them.
 
-A folder's manifest is written last: where it is, the folder is whole. What the functions that write
-them return is the manifest with the folder's ``path`` and whether it was there before (``reused``).
+A folder's manifest is written last, so a folder with one is complete. The functions that write one return
+it with the folder's ``path`` and whether the folder existed before (``reused``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, NotRequired, TypedDict
 
 
 class FileEntry(TypedDict):
-    """A file of a folder, as a transfer verifies it; ``bytes`` is its size."""
+    """A file of a folder, for a transfer to verify; ``bytes`` is its size."""
 
     file: str
     bytes: int
@@ -31,7 +31,7 @@ class HeldOutShard(Shard):
 
 
 class FunnelRow(TypedDict):
-    """What a stage left out for a reason, or keeps in a split; tokens are estimates until the build."""
+    """What a stage dropped for a reason, or keeps in a split; tokens are estimates until the build."""
 
     stage: str
     reason: str
@@ -58,7 +58,7 @@ class ScoresFolder(ScoresManifest):
 
 
 class Tokenized(TypedDict):
-    """What was tokenized and had not been before."""
+    """What was newly tokenized."""
 
     documents: int
     tokens: int
@@ -83,13 +83,13 @@ class SelectionManifest(TypedDict):
     tokens: int  # estimated
     tokens_per_piece: float
     target_tokens: int | None
-    # of a document at most, estimated, and whether that is to fill target_tokens: counted by the build
+    # most tokens per document (estimated), and whether target_tokens sets them: the build then recounts
     max_document_tokens: NotRequired[int | None]
     cut_fills_target: NotRequired[bool]
     comparison: str | None  # digest of the set that models are compared on
     newest_year: int
     oddly_dated: int
-    same_for_all: NotRequired[list[str]]  # components of the score with one value throughout
+    same_for_all: NotRequired[list[str]]  # components of the score with one value for all documents
     funnel: list[FunnelRow]
 
 
@@ -107,7 +107,7 @@ class TokenizerFacts(TypedDict):
 
 
 class ReplayFacts(TypedDict):
-    """General documents among those to train on; ``share`` of the tokens."""
+    """The general documents that are trained on; ``share`` is of the tokens."""
 
     documents: int
     tokens: int
@@ -115,7 +115,7 @@ class ReplayFacts(TypedDict):
 
 
 class CorpusManifest(TypedDict):
-    """``home/corpora/<digest>/corpus_manifest.json``; ``files`` are all of the folder but itself."""
+    """``home/corpora/<digest>/corpus_manifest.json``; ``files`` lists all other files of the folder."""
 
     digest: str
     selection: str

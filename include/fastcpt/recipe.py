@@ -1,12 +1,12 @@
-"""One YAML file -> one validated Recipe.
+"""Reads and validates a recipe from a YAML file.
 
-A recipe is everything a run depends on: which documents, how they are scored, selected and
-packed, which model, how it is trained, when it is good enough, on which machines, and what it
-may cost. Keys of the training section are transformers' own (``TrainingArguments``), keys of
-the LoRA section are peft's (``LoraConfig``). Unknown keys are refused with the nearest right one
-named, values out of range with their limits, each with its line in the file.
+A recipe is everything a run depends on: the documents, how they are scored, selected and packed, the
+model, its training, when it is good enough, the machines, and the budget. Keys of the training section are
+those of transformers' ``TrainingArguments``, keys of the LoRA section those of peft's ``LoraConfig``. An
+unknown key is refused with the nearest known one, a value out of range with its limits, each with its line
+in the file.
 
-Knows neither Airflow nor torch: every room of the library may import this module.
+It imports neither Airflow nor torch, so every room may import it.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class RecipeError(ValueError):
 class Recipe(Section):
     """A validated recipe.
 
-    In the file, ``stage2`` and ``sft.training`` hold only what these trainings change in
-    ``training``; here all three are whole.
+    In the file, ``stage2`` and ``sft.training`` have only their differences from ``training``; here all
+    three are complete.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,100}$")
@@ -116,7 +116,7 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given by name or by path; ``RecipeError`` where there is none."""
+    """The file of a recipe given by name or path; ``RecipeError`` if there is none."""
     for path in (CONFIGS / f"{name}.yaml", CONFIGS / name, Path(name)):
         if path.suffix in {".yaml", ".yml"} and path.is_file():
             return path
@@ -129,8 +129,8 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Read and validate a recipe.
 
     ``name`` is a recipe's name or a path to its YAML file. ``overrides`` maps dotted keys
-    (``"selection.quality_threshold"``) to values that replace the file's. Raises ``RecipeError``
-    that lists every problem with file, line and key.
+    (``"selection.quality_threshold"``) to values that replace the file's. Raises a ``RecipeError`` that
+    lists every problem with file, line and key.
     """
     path = find_recipe(str(name))
     try:
@@ -157,10 +157,10 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def _with_inherited_training(content: dict[str, Any]) -> dict[str, Any]:
-    """``stage2`` and ``sft.training`` with what they do not change taken from ``training``."""
+    """Fill ``stage2`` and ``sft.training`` with the values of ``training`` that they do not change."""
     training = content.get("training")
     base = dict(training) if isinstance(training, dict) else {}
-    # the budget is the first stage's alone, and an unknown key is reported where it stands
+    # the time budget is for the first stage only, and an unknown key is reported in its own section
     inherited = Training.model_fields.keys() - {"time_budget_hours"}
     base = {key: value for key, value in base.items() if key in inherited}
     stage2 = content.get("stage2") or {}
@@ -181,7 +181,7 @@ def _with_inherited_training(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_inherited(loc: tuple[int | str, ...], content: dict[str, Any]) -> bool:
-    """Whether a wrong value of a later training came from ``training``, where it is reported."""
+    """Whether a wrong value of a later training was inherited from ``training``, which reports it."""
     for section in (("stage2",), ("sft", "training")):
         if loc[: len(section)] == section and len(loc) > len(section):
             given: Any = content
@@ -202,9 +202,9 @@ def _put(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _with_short_warmup(training: dict[str, Any]) -> dict[str, Any]:
-    """The first stage's settings with a warm-up of a tenth of its steps at most.
+    """The first stage's settings with a warm-up of at most a tenth of its steps.
 
-    The form has a field for the steps and none for the warm-up. The later stages keep theirs.
+    The form has a field for the steps but none for the warm-up. Later stages keep theirs.
     """
     steps, warmup = training["max_steps"], training.get("warmup_steps", 500)
     if not (isinstance(steps, int) and isinstance(warmup, int)):
@@ -235,7 +235,7 @@ def _problem(
 
 
 def _is_key(part: object) -> bool:
-    # pydantic puts the tried member of a union into the path of an error: not a key of the file
+    # pydantic puts the tried member of a union into the path of an error, which is not a key
     return not (
         isinstance(part, str) and part in {"bool", "int", "float", "str", "literal['auto']"}
     )

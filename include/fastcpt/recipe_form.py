@@ -1,4 +1,4 @@
-"""The fields of the trigger form: which keys of a recipe they override, with the recipe's limits."""
+"""The fields of the trigger form: the recipe's keys that they override, with the recipe's limits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fastcpt.recipe import Recipe, RecipeError
 
-# What the trigger form can override, in groups: the form's name of a value and its key in the recipe.
+# The form's fields in groups: name in the form -> key in the recipe.
 GROUPS = {
     "What": {
         "documents": "documents.path",
@@ -35,15 +35,15 @@ GROUPS = {
     },
 }
 FORM = {name: key for group in GROUPS.values() for name, key in group.items()}
-# The form's words for a switch that may also be left to the recipe.
+# The form's values of a switch, which may also be left to the recipe.
 SWITCH = {"on": True, "off": False}
 
 
 def form_schema(name: str) -> dict[str, Any]:
-    """JSON schema of one of ``FORM``'s values: the recipe's own type, limits and description.
+    """JSON schema of a field of ``FORM``: the recipe's own type, limits and description.
 
-    ``null`` stands for "as the recipe says", and a switch has three positions: a form that shows two
-    would show the opposite of what a recipe does. The description tells numbers' limits in words.
+    ``null`` means "as the recipe says". So a switch has three positions: with two, the form could show the
+    opposite of the recipe's value. The description names the limits of numbers.
     """
     *sections, field = FORM[name].split(".")
     model: Any = Recipe
@@ -73,7 +73,7 @@ def form_schema(name: str) -> dict[str, Any]:
 def form_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     """The overrides of ``load_recipe`` for the trigger form's values; empty ones are left out.
 
-    A tokenizer given in the form takes the place of training one, a base model of one made at random.
+    A tokenizer in the form replaces training one, a base model replaces random weights.
     """
     overrides = {
         FORM[name]: SWITCH.get(value, value)
@@ -92,8 +92,8 @@ def form_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
 def given_overrides(values: Mapping[str, Any]) -> dict[str, Any]:
     """The form's ``overrides``, by dotted key.
 
-    ``RecipeError`` where one would reach ``cluster.rent``: a form is data, and those are commands that
-    run on this machine.
+    ``RecipeError`` if one would set ``cluster.rent``, which has commands that run on this machine: a form
+    is data.
     """
     overrides: dict[str, Any] = values.get("overrides") or {}
     if refused := [key for key in overrides if key == "cluster" or key.startswith("cluster.rent")]:
@@ -108,9 +108,9 @@ def _is_switch(name: str) -> bool:
 
 
 def typed_values(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What was typed into fields of ``FORM`` as the values of a run, and by field what is wrong with it.
+    """Convert texts typed into fields of ``FORM``; the values, and the errors by field.
 
-    An empty field is left out. Limits are the recipe's to judge.
+    Empty fields are left out. The recipe checks the limits.
     """
     values: dict[str, Any] = {}
     wrong: dict[str, str] = {}
@@ -127,7 +127,7 @@ def typed_values(texts: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, st
 
 
 def problems_by_field(message: str) -> tuple[dict[str, str], list[str]]:
-    """The lines of a ``RecipeError``, by the form's field that each is about, and the rest of them."""
+    """Split the lines of a ``RecipeError`` into those about a field of the form, by field, and others."""
     by_field: dict[str, str] = {}
     others = []
     for line in message.splitlines():
@@ -140,7 +140,7 @@ def problems_by_field(message: str) -> tuple[dict[str, str], list[str]]:
 
 
 def own_values(recipe: Recipe) -> dict[str, str]:
-    """What the recipe itself says for each field of the form, as words; empty where nothing."""
+    """The recipe's own value for each field of the form, as text; empty if there is none."""
     found = {}
     for name, key in FORM.items():
         value: Any = recipe

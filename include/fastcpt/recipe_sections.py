@@ -1,7 +1,7 @@
 """The sections of a recipe: every key with its type, default, limits and description.
 
-A section refuses keys that it does not know and values of another type. ``recipe`` puts the
-sections together and reads them from a file.
+A section refuses unknown keys and values of another type. ``recipe`` combines the sections and reads them
+from a file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Share = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Fields(Section):
-    """Where a document's facts are, as dotted paths into its record."""
+    """Dotted paths to a document's fields in its record."""
 
     id: str = "id"
     text: str = "full_text"
@@ -72,13 +72,13 @@ class Documents(Section):
 
 @cache
 def law_sets() -> dict[str, dict[str, Any]]:
-    """What ``law_sets.yaml`` knows of each country's law: kinds of act, subjects, languages."""
+    """The sets of ``law_sets.yaml``: kinds of act, subjects and languages of each country's law."""
     content: dict[str, dict[str, Any]] = read_yaml(Path(__file__).with_name("law_sets.yaml"))
     return content
 
 
 class LegalWeights(Section):
-    """Weights of the ``legal`` score; each component lies in 0..1 before it is weighted."""
+    """Weights of the ``legal`` score; each component is in 0..1 before it is weighted."""
 
     recency: float = 20.0
     kind_of_act: float = 20.0
@@ -97,19 +97,17 @@ class Score(Section):
     )
     weights: LegalWeights = LegalWeights()
     law: str = Field(
-        "eu", description="Whose law it is: a set of kinds, subjects, languages (law_sets.yaml)."
+        "eu", description="The law: a set of kinds, subjects and languages in law_sets.yaml."
     )
     kinds: dict[str, Annotated[float, Field(ge=0.0, le=1.0)]] = Field(
-        default={}, description="Kinds of act, each with a weight in 0..1; the set's if left out."
+        default={}, description="Kinds of act, each with a weight in 0..1; else the set's."
     )
     subjects: dict[str, float] = Field(
         default={},
-        description="Subject matters that count, by whole words, each with a weight in 0..1; the "
-        "set's if left out.",
+        description="Subject matters that count, by whole words, each with a weight in 0..1; else "
+        "the set's.",
     )
-    languages: list[str] = Field(
-        default=[], description="Languages of full value; the set's if left out."
-    )
+    languages: list[str] = Field(default=[], description="Languages of full value; else the set's.")
 
     @model_validator(mode="before")
     @classmethod
@@ -132,14 +130,14 @@ class Selection(Section):
     )
     max_document_tokens: Literal["auto"] | Annotated[int, Field(ge=16)] | None = Field(
         "auto",
-        description="Of a longer document only the first so many tokens are trained on. auto: as many "
-        "as fill top_share and target_tokens with all documents; null: with the best ones, whole.",
+        description="Train on at most this many tokens of a document. auto: the number with which all "
+        "documents fill top_share and target_tokens; null: fill them with the best documents, whole.",
     )
     min_characters: int = Field(0, ge=0, description="Shorter documents are not taken.")
     min_year: int | None = Field(
         None, ge=1900, le=2100, description="Older documents are not taken."
     )
-    doc_types: list[str] | None = Field(None, description="Kinds of act to take; all where empty.")
+    doc_types: list[str] | None = Field(None, description="Kinds of act to take; all if empty.")
     subjects: list[str] | None = Field(
         None, description="Take only documents whose subject matter or title names one of these."
     )
@@ -147,7 +145,7 @@ class Selection(Section):
         0.7,
         ge=0.3,
         le=1.0,
-        description="Jaccard similarity of 5-grams from which two documents are duplicates.",
+        description="Jaccard similarity of 5-grams at which two documents are duplicates.",
     )
 
 
@@ -166,14 +164,14 @@ class Corpus(Section):
     validation_tokens: int = Field(
         500_000,
         ge=1000,
-        description="Most tokens of each validation set, where its share would be more.",
+        description="At most this many tokens in each validation set.",
     )
     seed: int = 0
 
 
 class Tokenizer(Section):
     path: str | None = Field(
-        None, description="Folder or file of the tokenizer; the model's own where empty."
+        None, description="Folder or file of the tokenizer; the model's own if empty."
     )
     train_vocab_size: int | None = Field(
         None, ge=300, le=200_000, description="Train a BPE tokenizer of this size on the corpus."
@@ -196,7 +194,7 @@ class Model(Section):
     )
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attn_implementation: Literal["auto", "flash_attention_2", "sdpa", "eager"] = Field(
-        "auto", description="auto takes the fastest that is installed, and logs it."
+        "auto", description="auto uses the fastest that is installed, and logs it."
     )
 
     @field_validator("name_or_path")
@@ -220,7 +218,7 @@ class Training(Section):
     """One training's settings; the names are transformers' ``TrainingArguments``."""
 
     max_steps: int = Field(12_000, ge=1, le=10_000_000, description="Optimizer steps.")
-    per_device_train_batch_size: int = Field(2, ge=1, le=1024, description="Micro-batch a GPU.")
+    per_device_train_batch_size: int = Field(2, ge=1, le=1024, description="Micro-batch per GPU.")
     gradient_accumulation_steps: int = Field(16, ge=1, le=4096)
     learning_rate: float = Field(
         3e-5, gt=0.0, le=1.0, description="The highest rate, reached when the warm-up ends."
@@ -233,7 +231,7 @@ class Training(Section):
     adam_epsilon: float = Field(1e-8, gt=0.0)
     max_grad_norm: float = Field(1.0, gt=0.0)
     gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="auto: only as far as the memory needs it."
+        "auto", description="auto: only as much as memory requires."
     )
     logging_steps: int = Field(10, ge=1)
     save_steps: int = Field(500, ge=1)
@@ -244,7 +242,7 @@ class Training(Section):
     )
     optimizer_states: OptimizerStates = Field(
         "float32",
-        description="16 bytes a trained weight; bfloat16 8 and int8 6, without a float32 copy.",
+        description="16 bytes per trained weight; bfloat16 8 and int8 6, without a float32 copy.",
     )
     time_budget_hours: float | None = Field(
         None,
@@ -255,8 +253,8 @@ class Training(Section):
     skip_sigmas: float = Field(
         6.0,
         gt=0.0,
-        description="A step is skipped whose loss or gradient norm is this many standard deviations "
-        "above the last 128.",
+        description="Skip a step if its loss or gradient norm is this many standard deviations above "
+        "the last 128 steps' mean.",
     )
     max_skipped_steps: int = Field(
         20, ge=0, description="Steps of 128 the guard may skip before the run ends."
@@ -309,7 +307,7 @@ class Lora(Section):
     target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj"]
     areas: dict[AreaName, Annotated[list[str], Field(min_length=1)]] = Field(
         default={},
-        description="One adapter a legal area: its name and the subject matters it is trained on.",
+        description="One adapter per legal area: its name and the subject matters it is trained on.",
     )
 
     @field_validator("areas")
@@ -336,7 +334,7 @@ class Gate(Section):
 
 
 class InstructionFields(Section):
-    """Where an instruction's parts are, as dotted paths into its record."""
+    """Dotted paths to an instruction's parts in its record."""
 
     id: str = "id"
     title: str = "title"
@@ -351,7 +349,7 @@ class Sft(Section):
     fields: InstructionFields = InstructionFields()
     prompt_template: str = Field(
         "Summarise the legal act: {title}",
-        description="The prompt where the record has none; {title} and {id} are filled in.",
+        description="The prompt if the record has none; {title} and {id} are filled in.",
     )
     held_out: int = Field(64, ge=1, description="Instructions kept for evaluation.")
     max_new_tokens: int = Field(256, ge=1)
@@ -362,34 +360,34 @@ class Slurm(Section):
     account: str | None = None
     partition: str | None = None
     time_limit: str | None = Field(None, pattern=r"^(\d+-)?\d{1,3}(:\d{2}){0,2}$")
-    extra_lines: list[str] = Field(default=[], description="More #SBATCH options, one a line.")
+    extra_lines: list[str] = Field(default=[], description="More #SBATCH options, one per line.")
 
 
-# a program and its words, as they are: no shell reads them
+# a program and its arguments, run without a shell
 Command = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 
 
 class Rent(Section):
     """How a machine is rented for a run and given back (docs/rent.md).
 
-    The commands run on this machine, in the project's folder; JSON goes in and comes out.
+    The commands run on this machine, in the project's folder, with JSON as input and output.
     """
 
     provider: Literal["command"] = "command"
     acquire: Command = Field(description="Rents a machine, or finds the one of the same key.")
-    release: Command = Field(description="Gives it back; nothing to do where it is gone.")
-    status: Command = Field(description="Tells which machines of a key still cost money.")
+    release: Command = Field(description="Gives it back; does nothing if it is gone.")
+    status: Command = Field(description="Lists the machines of a key that still cost money.")
     keep_minutes: float = Field(
         0.0,
         ge=0.0,
         le=1440.0,
-        description="A failed run's machine is kept so long, for a step that is cleared.",
+        description="How long to keep a failed run's machine, in case a step is cleared.",
     )
     orphan_hours: float = Field(
         6.0,
         gt=0.0,
         le=168.0,
-        description="The machine ends itself when nobody has asked for it so long (docs/cluster.md).",
+        description="The machine ends itself if nobody asks for it for this long (docs/cluster.md).",
     )
 
 
@@ -406,16 +404,16 @@ class Cluster(Section):
     )
     gpus: int = Field(4, ge=1, le=4096, description="GPUs the training uses, over all hosts.")
     gpu: str | None = Field(
-        "B200", description="Their name, for a plan before the cluster is seen."
+        "B200", description="Their name, for a plan before the cluster is checked."
     )
     hosts: list[str] = Field(default=[], description="More hosts of the training, by SSH name.")
     launcher: Literal["process", "slurm"] = "process"
     slurm: Slurm = Slurm()
     python: str | None = Field(
-        None, description="An interpreter there that has the pinned packages; built where empty."
+        None, description="An interpreter there with the pinned packages; built if empty."
     )
     min_free_gb: float = Field(50.0, ge=0.0, description="Free disk the run needs there.")
-    cpu_only: bool = Field(False, description="Train on CPUs: for trying the pipeline out.")
+    cpu_only: bool = Field(False, description="Train on CPUs, to try the pipeline.")
     rent: Rent | None = Field(None, description="Rent the host when the corpus is ready.")
 
     @model_validator(mode="after")
@@ -426,19 +424,18 @@ class Cluster(Section):
 
 
 class Checkpoints(Section):
-    """Checkpoints in a place that outlives the GPU host (docs/reliability.md)."""
+    """Copies of checkpoints off the GPU host (docs/reliability.md)."""
 
     bring_every_minutes: float | None = Field(
         None,
         gt=0.0,
         allow_inf_nan=False,
-        description="The newest checkpoint is brought here so often while training goes on; never "
-        "where empty.",
+        description="How often to copy the newest checkpoint here during training; never if empty.",
     )
     to: str | None = Field(
         None,
-        description="Folder here for it; or an fsspec URL, to which it goes on from here. "
-        "FASTCPT_HOME/checkpoints where empty.",
+        description="Folder here for it, or an fsspec URL, to which it is copied from here. "
+        "FASTCPT_HOME/checkpoints if empty.",
     )
 
 
@@ -463,21 +460,21 @@ class Budget(Section):
         12.0,
         gt=0.0,
         allow_inf_nan=False,
-        description="A step that waits longer for GPUs is told (docs/notifications.md).",
+        description="A step that waits longer for GPUs is reported (docs/notifications.md).",
     )
 
 
 class Conditions(Section):
-    """What else a model has to be beside its base model to be recommended; none where empty."""
+    """Further conditions, relative to the base model, for recommending a model; each may be empty."""
 
     improvement: float | None = Field(
-        None, ge=0.0, le=8.0, description="Bits a byte fewer on the gate's set, at least."
+        None, ge=0.0, le=8.0, description="At least this many bits per byte less on the gate's set."
     )
     tasks: float | None = Field(
-        None, ge=-1.0, le=1.0, description="Share of questions answered rightly more, at least."
+        None, ge=-1.0, le=1.0, description="Share of correct answers higher by at least this."
     )
     forgotten: float | None = Field(
-        None, ge=0.0, le=8.0, description="Bits a byte more on general texts, at most."
+        None, ge=0.0, le=8.0, description="At most this many bits per byte more on general texts."
     )
 
 
@@ -487,13 +484,13 @@ class Publish(Section):
         0.002,
         ge=0.0,
         lt=1.0,
-        description="Share of the champion's bits a byte that a new champion saves, at least.",
+        description="The least share of the champion's bits per byte that a new champion must save.",
     )
     conditions: Conditions = Conditions()
 
 
 class Claim(Section):
-    """What the published guide says of this recipe; shown beside the product's own figures."""
+    """The published guide's claims about this recipe, shown beside the project's own figures."""
 
     hours: str
     cost: str

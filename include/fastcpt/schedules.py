@@ -1,4 +1,4 @@
-"""``schedules.yaml``: when which recipe is run again, and what has to be new for it.
+"""``schedules.yaml``: which recipe runs again when, and how much has to be new.
 
     weekly:                            # the DAG fast_cpt_weekly
       time: "0 3 * * 6"                # cron, or @daily, @weekly, @monthly
@@ -8,7 +8,7 @@
       at_least: {new_tokens: 5_000_000, days: 7}
       require_approval: true           # false without it
 
-Everything is checked when the file is read, the recipe with its overrides too.
+Everything is checked when the file is read, including the recipe with its overrides.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ FILE = "schedules.yaml"  # in HOME
 
 
 class SchedulesError(ValueError):
-    """The file cannot be used; the message has a line a problem: file, line, field, what to do."""
+    """The file cannot be used; the message has one line per problem: file, line, field, what to do."""
 
 
 class AtLeast(Section):
-    """What has to be new since the last run of the schedule that succeeded: all that is given."""
+    """What has to be new since the schedule's last successful run; all given conditions must hold."""
 
     new_tokens: int = Field(1, ge=1, description="Estimated, as the plan estimates them.")
     days: float = Field(0.0, ge=0.0, le=3660.0, description="From one run's time to the next's.")
@@ -77,7 +77,7 @@ Lines = dict[tuple[str, ...], int]
 
 
 def read_schedules(path: Path) -> dict[str, Schedule]:
-    """The schedules by name; none where there is no file. Raises ``SchedulesError``."""
+    """The schedules by name; empty if there is no file. Raises ``SchedulesError``."""
     if not path.exists():
         return {}
     try:
@@ -103,7 +103,7 @@ def read_schedules(path: Path) -> dict[str, Schedule]:
 
 
 def _recipe_problems(name: str, schedule: Schedule) -> list[tuple[tuple[str, ...], str]]:
-    """What is wrong with the recipe and its overrides, each with the keys it stands under."""
+    """The problems of the recipe and its overrides, each with its keys in the file."""
     for key, value in schedule.overrides.items():
         if key in Recipe.model_fields and isinstance(value, dict):
             wanted = f"overrides are dotted keys: '{key}.{next(iter(value), '...')}', not '{key}'"

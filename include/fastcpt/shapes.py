@@ -1,4 +1,4 @@
-"""A model's dimensions, and the counts that follow from them. No torch: plans and trainer both count.
+"""A model's dimensions and parameter counts, without torch, for the plan and the trainer.
 
 Symbols as in the papers: ``h`` hidden size, ``L`` layers, ``V`` vocabulary, ``S`` sequence.
 """
@@ -15,10 +15,10 @@ from fastcpt.recipe_sections import Lora
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's dimensions, by the names of transformers' configurations; a Llama's unless it says more."""
+    """A model's dimensions under the names of transformers' configurations; Llama's by default."""
 
     hidden_size: int
-    intermediate_size: int  # of one expert, where there are experts
+    intermediate_size: int  # of one expert, if there are experts
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -27,13 +27,13 @@ class Shape:
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     model_type: str = "llama"
     vectors: int | None = None  # norms, biases and the like; None: two norms a layer and the last
-    experts: int = 0  # feed-forward networks of a layer; 0: one, for every token
+    experts: int = 0  # feed-forward networks per layer; 0: one, for all tokens
     experts_a_token: int = 0
     config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def configuration(self) -> Mapping[str, Any]:
-        """What ``fastcpt.families`` asks about; of dimensions alone, a plain model of theirs."""
+        """The configuration for ``fastcpt.families``; made from the dimensions if there is none."""
         if self.config is not None:
             return self.config
         named = ("model_type", *NEEDED, "num_key_value_heads", "head_dim", "vocab_size")
@@ -74,15 +74,15 @@ class Shape:
 
     @property
     def widened(self) -> int:
-        """Width of what a feed-forward network makes of a token: up, and the gate beside it."""
+        """Width of a feed-forward network's first product: up, and the gate if there is one."""
         return (2 if self.family.gated else 1) * self.intermediate_size
 
     def _block(self, networks: int) -> int:
-        """A block's matrices with so many feed-forward networks."""
+        """Parameters of a block's matrices with this many feed-forward networks."""
         h = self.hidden_size
         attention = 2 * h * self.queries + 2 * h * self.keys
         network = h * (self.widened + self.intermediate_size)
-        return attention + networks * network + h * self.experts  # the last one chooses the experts
+        return attention + networks * network + h * self.experts  # the last term is the router
 
     @property
     def block_parameters(self) -> int:
@@ -96,14 +96,14 @@ class Shape:
 
     @property
     def matrix_parameters(self) -> int:
-        """``N_mm``: what a token is multiplied with, so with the output layer, without look-up, and of
-        the experts those that it goes to."""
+        """``N_mm``: the weights that a token is multiplied with: with the output layer, without the
+        embedding, and only the experts that it is routed to."""
         block = self._block(self.experts_a_token or 1)
         return self.num_hidden_layers * block + self.head_parameters
 
     @property
     def parameters(self) -> int:
-        """All of them; a tied output layer counts once."""
+        """All parameters; a tied output layer counts once."""
         vectors = self.vectors
         if vectors is None:
             vectors = (2 * self.num_hidden_layers + 1) * self.hidden_size
@@ -112,7 +112,7 @@ class Shape:
 
     @property
     def active_parameters(self) -> int:
-        """Those that have to do with one token: all, but of the experts those that it goes to."""
+        """Parameters used for one token: all, except the experts that it is not routed to."""
         idle = self.block_parameters - self._block(self.experts_a_token or 1)
         return self.parameters - self.num_hidden_layers * idle
 
@@ -123,7 +123,7 @@ class Shape:
 
 
 def _vectors(family: Family, config: Mapping[str, Any], shape: Shape) -> int:
-    """Parameters that are no matrices: norms, biases, and what a family has of its own."""
+    """Parameters outside matrices: norms, biases and family-specific ones."""
     h, q, k = shape.hidden_size, shape.queries, shape.keys
     width = q // shape.num_attention_heads
     layer = family.norms * h + {"none": 0, "head": 2 * width, "all": q + k}[family.query_norms]
@@ -136,7 +136,7 @@ def _vectors(family: Family, config: Mapping[str, Any], shape: Shape) -> int:
 
 
 def shape_from_config(config: Mapping[str, Any], where: str) -> Shape:
-    """A shape from the content of a ``config.json``; ``ValueError`` names what is missing or not known."""
+    """A shape from the content of a ``config.json``; ``ValueError`` names what is missing or unknown."""
     full = read_config(config, where)
     family = FAMILIES[full["model_type"]]
     h, heads = full["hidden_size"], full["num_attention_heads"]

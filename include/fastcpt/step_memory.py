@@ -1,7 +1,7 @@
-"""What of a training step a GPU's memory keeps, and what is recomputed; the trainer's own rule.
+"""The trainer's rule for activation checkpointing: what a step keeps in GPU memory and what it recomputes.
 
-No torch: a plan foresees by it what the trainer will do. Symbols as in ``fastcpt.shapes``; ``T`` tokens of
-a micro-batch.
+No torch, as a plan uses it to predict what the trainer will do. Symbols as in ``fastcpt.shapes``; ``T`` is
+the number of tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Literal
 from fastcpt.recipe_sections import Lora, OptimizerStates
 from fastcpt.shapes import Shape
 
-LOGITS_AT_ONCE = 4096  # tokens whose logits exist at one time: 1 GB for 128,000 words
-LOGITS_ON_FULL_GPU = 1024  # the same where layers' inputs have to wait on the host
-FILL = 0.94  # of the memory that torch sees; the rest is for fragments and kernels
-MODEL_BYTES = 2  # a weight in bfloat16
+LOGITS_AT_ONCE = (
+    4096  # tokens whose logits exist at the same time: 1 GB for a vocabulary of 128,000
+)
+LOGITS_ON_FULL_GPU = 1024  # the same if layers' inputs are offloaded to the host
+FILL = 0.94  # usable share of the memory that torch sees; the rest is for fragmentation and kernels
+MODEL_BYTES = 2  # per weight in bfloat16
 MOMENTS_BLOCK = 256  # 8-bit moments that share a float32 scale
-# a trained weight, beside itself and its gradient in bf16: float32 copy and moments; moments
+# Bytes per trained weight apart from the bf16 weight and gradient: moments, and with float32 a weight copy
 STATE_BYTES: dict[OptimizerStates, float] = {
     "float32": 12,
     "bfloat16": 4,
@@ -28,19 +30,21 @@ STATE_BYTES: dict[OptimizerStates, float] = {
 
 @dataclass(frozen=True)
 class ActivationCheckpointing:
-    """``layers`` of the ``total`` drop activations that their backward computes again."""
+    """``layers`` of ``total`` drop activations, which their backward recomputes."""
 
-    kind: Literal["none", "mlp", "full"]  # nothing, the feed-forward half, the whole layer
+    kind: Literal[
+        "none", "mlp", "full"
+    ]  # recompute nothing, the feed-forward half, the whole layer
     layers: int
     total: int
-    gathered: bool = False  # ZeRO-3's weights stay whole between steps
-    keep_fp8: bool = False  # FP8 weights stay, in both layouts, for all micro-batches of a step
-    one_byte: bool = False  # frozen matrices are kept in FP8 alone, whole on each rank
-    on_host: int = 0  # layers whose input waits in the host's memory; the embedding then too
+    gathered: bool = False  # ZeRO-3's weights stay gathered between steps
+    keep_fp8: bool = False  # FP8 weights are kept, in both layouts, for all micro-batches of a step
+    one_byte: bool = False  # frozen matrices are kept only in FP8, whole on each rank
+    on_host: int = 0  # layers with their input in host memory; if any, the embedding is there too
 
     @property
     def logits_at_once(self) -> int:
-        """Tokens whose logits exist at one time."""
+        """Tokens whose logits exist at the same time."""
         return LOGITS_ON_FULL_GPU if self.on_host else LOGITS_AT_ONCE
 
     def __str__(self) -> str:
@@ -67,9 +71,9 @@ def activation_checkpointing(
 ) -> ActivationCheckpointing:
     """The least recomputation with which ``T`` = ``tokens`` fit into ``fill`` of ``usable_bytes``.
 
-    ``wanted``: True recomputes all layers, False nothing, whether it fits or not. Frozen weights are
-    kept in one byte under LoRA in FP8, on several ranks only where that takes no more recomputation
-    than to share them out in bfloat16.
+    ``wanted``: True recomputes all layers, False none, whether it fits or not. With LoRA in FP8, frozen
+    weights are kept in one byte; on several ranks only if that needs no more recomputation than
+    partitioning them in bfloat16.
     """
     room = (FILL if fill is None else fill) * usable_bytes
     shared = _with_shared_weights(shape, tokens, ranks, room, lora, fp8, offload, states)
@@ -101,22 +105,22 @@ def _with_shared_weights(
     offload: bool,
     states: OptimizerStates,
 ) -> ActivationCheckpointing:
-    """Weights in bfloat16, shared out over the ranks.
+    """For weights in bfloat16, partitioned over the ranks.
 
-    Nothing is recomputed where all fits; else the feed-forward halves of as many layers as it takes; else
-    as many whole layers. With room to spare ZeRO-3's weights stay whole. Bytes: 2 a weight, over the
-    ranks; 2 a trained weight's gradient and ``STATE_BYTES``, over the ranks; where the optimizer is
-    offloaded, these are the hosts'.
+    If not everything fits, recompute the feed-forward halves of as many layers as necessary; if that is
+    not enough, whole layers. If there is room to spare, ZeRO-3's weights stay gathered. Bytes, divided by
+    the ranks: 2 per weight, and per trained weight 2 for the gradient and ``STATE_BYTES``; with an
+    offloaded optimizer the latter are in host memory.
     """
     layers, block, head = shape.num_hidden_layers, shape.block_parameters, shape.head_parameters
     attention, mlp = fused_block_bytes(shape, lora, fp8)
-    # offloaded, the optimizer is the hosts'; a single rank keeps its gradients all the same
+    # with an offloaded optimizer, a single rank still keeps its gradients
     on_gpu = 2 + STATE_BYTES[states] if not offload else 2 if ranks == 1 else 0
     trained = 0 if lora else on_gpu * shape.parameters / ranks
     room -= 2 * shape.parameters / ranks + trained
     room -= 8 * shape.vocab_size * min(tokens, LOGITS_AT_ONCE) + 2 * head * (1 if lora else 2)
     room -= 8 * block + 8 * tokens * shape.intermediate_size
-    room -= layers * tokens * 2 * shape.hidden_size  # each block's input stays in any case
+    room -= layers * tokens * 2 * shape.hidden_size  # each block's input is always kept
     fp8_weights = 2 * block if fp8 else 0
     kept = tokens * (attention + mlp - 2 * shape.hidden_size)
     spare = room - layers * (kept + fp8_weights)
@@ -133,13 +137,13 @@ def _with_shared_weights(
 def _with_one_byte(
     shape: Shape, tokens: int, ranks: int, room: float, lora: Lora
 ) -> ActivationCheckpointing:
-    """Frozen matrices in one byte, whole on each rank; their transposed copies, in one more, where nothing
-    has to be recomputed for them.
+    """For frozen matrices in one byte, whole on each rank; with their transposed copies, in one more byte,
+    if that needs no recomputation.
 
-    Bytes besides: 2 a weight of embedding, output layer and norms and 16 of the adapters (weight, gradient,
-    float32 copy, two moments), over the ranks; of the output layer gathered, where they are several. Where not
-    even one layer's activations find room, layers' inputs go to the host, as few as it takes, with the
-    embedding.
+    Other bytes, divided by the ranks: 2 per weight of embedding, output layer and norms, and 16 per weight
+    of the adapters (weight, gradient, float32 copy, two moments); on several ranks also the gathered output
+    layer. If not even one layer's activations fit, the inputs of as few layers as possible go to host
+    memory, and the embedding.
     """
     layers, block, head = shape.num_hidden_layers, shape.block_parameters, shape.head_parameters
     attention, mlp = fused_block_bytes(shape, lora, fp8=True)
@@ -148,7 +152,7 @@ def _with_one_byte(
     kept = tokens * (attention + mlp) - entering
     fixed = layers * block + (2 * rest + 16 * shape.lora_parameters(lora)) / ranks
     fixed += 2 * head if ranks > 1 else 0
-    # the block at work: its transposed copies, the gradients of its feed-forward products
+    # the current block's transposed copies and the gradients of its feed-forward products
     fixed += block + 8 * tokens * shape.intermediate_size
     room -= fixed + 8 * shape.vocab_size * min(tokens, LOGITS_AT_ONCE) + layers * entering
     found = ActivationCheckpointing("none", 0, layers, one_byte=True)
@@ -161,7 +165,7 @@ def _with_one_byte(
     if spare + layers * tokens * mlp >= 0:
         return replace(found, kind="mlp", layers=min(layers, math.ceil(-spare / (tokens * mlp))))
     found = replace(found, kind="full", layers=layers - min(layers, int(max(0.0, room) // kept)))
-    room -= kept  # of the one that is computed again
+    room -= kept  # of the layer that is being recomputed
     if room >= 0:
         return found
     fewer = min(tokens, LOGITS_AT_ONCE) - min(tokens, LOGITS_ON_FULL_GPU)
@@ -172,11 +176,11 @@ def _with_one_byte(
 
 
 def fused_block_bytes(shape: Shape, lora: Lora | None, fp8: bool) -> tuple[int, int]:
-    """Bytes a token that a fused block keeps for its backward: of its attention, of its feed-forward half.
+    """Bytes per token that a fused block keeps for its backward: in attention, and in the feed-forward half.
 
-    Its inputs, q, k, v before and after rotation (and before the norms that some families have there),
-    attention's output, gate and up; what enters a product whose weight is trained in that product's
-    precision, with LoRA the adapters' inputs in its place.
+    These are its inputs, q, k, v before and after the rotary embedding (and before query norms, if any),
+    attention's output, gate and up; also the inputs of products with trained weights, in the product's
+    precision, or with LoRA the adapters' inputs.
     """
     h, f = shape.hidden_size, shape.intermediate_size
     q, k = shape.queries, shape.keys
@@ -186,7 +190,7 @@ def fused_block_bytes(shape: Shape, lora: Lora | None, fp8: bool) -> tuple[int, 
         attention += 2 * (q + k)
     if not lora:
         return attention + entering * h + (q if fp8 else 0), 4 * f + 2 * h + entering * (f + h)
-    # with dropout its mask, and the dropped copy of attention's output
+    # with dropout also its mask, and attention's output after dropout
     dropout = bool(lora.lora_dropout)
     attention += 2 * h + (h + 3 * q if dropout else 0)
     mlp = 4 * f + 2 * h
@@ -198,12 +202,12 @@ def fused_block_bytes(shape: Shape, lora: Lora | None, fp8: bool) -> tuple[int, 
 
 
 def checkpoint_bytes_per_weight(states: OptimizerStates) -> float:
-    """Bytes of a checkpoint a trained weight: the weight as the optimizer has it, and its moments."""
+    """Bytes in a checkpoint per trained weight: the optimizer's weight and its moments."""
     return STATE_BYTES[states] + (0 if states == "float32" else MODEL_BYTES)
 
 
 def training_disk_bytes(trained: int, save_total_limit: int, states: OptimizerStates) -> int:
-    """Disk that a training takes: its checkpoints, one more than are kept, and its model."""
+    """Disk space that a training needs: the kept checkpoints, one more, and the model."""
     return math.ceil(
         trained * (checkpoint_bytes_per_weight(states) * (save_total_limit + 1) + MODEL_BYTES)
     )

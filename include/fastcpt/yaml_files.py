@@ -1,7 +1,7 @@
-"""YAML files as people mean them: ``3e-5`` is a number, and no key stands twice.
+"""Reads YAML files: ``3e-5`` is a number, and duplicate keys are errors.
 
-Every YAML file that the project reads goes through ``read_yaml``. Plain YAML lets the last of two equal
-keys win: a section pasted in twice would silently erase the first.
+The project reads every YAML file through ``read_yaml``. Plain YAML lets the last of two equal keys win, so a
+section pasted twice would silently erase the first.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ MERGE = "tag:yaml.org,2002:merge"
 
 
 class YamlError(ValueError):
-    """The file is no YAML that can be used; the message names file, line and what is wrong."""
+    """The file is not usable YAML; the message names file, line and problem."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``3e-5`` as a number, as people write it."""
+    """A safe loader that reads ``3e-5`` as a number."""
 
 
 _Loader.add_implicit_resolver(
@@ -31,12 +31,12 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file. Raises ``YamlError``; ``OSError`` where it cannot be read."""
+    """The content of a YAML file. Raises ``YamlError``, or ``OSError`` if it cannot be read."""
     return read_yaml_lines(path)[0]
 
 
 def read_yaml_lines(path: Path) -> tuple[Any, dict[tuple[str, ...], int]]:
-    """The content of a YAML file and the line (from 1) of each key, by the path to it."""
+    """The content of a YAML file, and the line (from 1) of each key by its path."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         node = loader.get_single_node()
@@ -57,7 +57,7 @@ def read_yaml_lines(path: Path) -> tuple[Any, dict[tuple[str, ...], int]]:
 def _refuse_twice(
     node: yaml.Node, loader: _Loader, file: str, section: str, above: set[int]
 ) -> None:
-    """``YamlError`` where a mapping has a key twice; ``above`` are the nodes seen before."""
+    """Raise ``YamlError`` if a mapping has a key twice; ``above``: the nodes seen before."""
     if id(node) in above:  # an alias
         return
     above.add(id(node))
@@ -70,7 +70,7 @@ def _refuse_twice(
     for key, value in node.value:
         name = f"{section}{key.value}" if isinstance(key, yaml.ScalarNode) else section
         if isinstance(key, yaml.ScalarNode):
-            # `yes` and `true` are one key; what is merged in (<<) may be overridden
+            # `yes` and `true` are the same key; merged keys (<<) may be overridden
             known = MERGE if key.tag == MERGE else loader.construct_object(key)
             line = key.start_mark.line + 1
             if known in first:
