@@ -6,10 +6,14 @@ The corpus, the ledger, the comparison, the registry and the cleaning are the pr
 small is the trainer: counts of three tokens, interpolated with those of a base model, so that a
 training takes a second, and a better or worse one can be made to measure. Weeks have events: none or
 many new documents, corrected and repealed acts, copies of held-out acts, broken files, a worse and
-a better learning rate, a poisoned batch, a host that is down, a full disk, a killed orchestrator.
+a better learning rate, a poisoned batch, a training that diverges, a host that is down or slow, a full
+disk, a killed orchestrator, a person who rolls back. What is told of them arrives at real receivers
+(``year_told``).
 
 Whether a model is really better than the champion of its week is judged on 300 documents that no
-decision sees. Better or worse is what differs by twice ``publish.margin``. Last line: one JSON object.
+decision sees. Better or worse is what differs by twice ``publish.margin``. Each week decides two more
+pairs, of which one is better and one is worse by two to four margins, and promotes neither. Last line:
+one JSON object; the exit code is 1 where one of ``missed`` was.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import logging
 import math
 import os
 import random
@@ -28,17 +33,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import zstandard
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "include"))
+os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="fast_cpt-year-airflow-"))
+
+from year_model import Counts, Ids, Model, Read, weaker  # noqa: E402
+from year_told import Run, Told  # noqa: E402
 
 from fastcpt.corpus.build import build  # noqa: E402
 from fastcpt.corpus.documents import DocumentsError, list_parts  # noqa: E402
@@ -47,21 +54,20 @@ from fastcpt.corpus.sample import generate_sample  # noqa: E402
 from fastcpt.corpus.score import score_parts  # noqa: E402
 from fastcpt.corpus.select import select  # noqa: E402
 from fastcpt.files import digest_of  # noqa: E402
-from fastcpt.gate import decide as gate_of  # noqa: E402
 from fastcpt.held_out import comparison, trained_and_held_out  # noqa: E402
 from fastcpt.manifests import CorpusFolder  # noqa: E402
 from fastcpt.recipe import Recipe, load_recipe  # noqa: E402
 from fastcpt.registry import champion as registry  # noqa: E402
 from fastcpt.registry.conditions import decide  # noqa: E402
 from fastcpt.registry.in_use import Policy, unused  # noqa: E402
-from fastcpt.reporting.record import add_output, close_record, open_record  # noqa: E402
+from fastcpt.reporting.record import add, add_output, close_record, open_record, read  # noqa: E402
 
-Ids = npt.NDArray[np.int64]
 Record = dict[str, Any]
 JUDGES = 300  # documents that no decision sees
 FIRST, WEEKLY = 900, 10  # documents of the first week and of each other
 MARGIN = 0.005
 SAMPLE = 2_600  # documents: the sample has no more different acts
+MOST_DISK = 2.0  # bytes of FASTCPT_HOME for each of the documents
 SMALL_DISK = 300_000  # bytes a file may have in the week of the full disk
 EVENTS = {
     3: "nothing new",
@@ -75,11 +81,14 @@ EVENTS = {
     20: "broken file",
     22: "worse learning rate",
     24: "killed orchestrator",
+    25: "slow host",
     26: "repealed acts",
     28: "better learning rate",
     30: "full disk",
+    31: "diverged training",
     32: "worse learning rate",
     34: "poisoned batch",
+    35: "rolled back",
     36: "nothing new",
     38: "better learning rate",
     40: "copies of held-out acts",
@@ -91,70 +100,6 @@ EVENTS = {
 }
 
 
-class Counts(NamedTuple):
-    """How often each sequence of one, two and three tokens stands in what was trained on."""
-
-    keys: tuple[Ids, Ids, Ids]
-    values: tuple[Ids, Ids, Ids]
-    vocabulary: int
-
-    @classmethod
-    def of(cls, documents: Iterable[Ids], vocabulary: int) -> Counts:
-        every = [sequences(one, vocabulary) for one in documents]
-        found = [
-            np.unique(np.concatenate([one[n] for one in every]), return_counts=True)
-            for n in range(3)
-        ]
-        keys, values = zip(*found, strict=True)
-        return cls(keys, values, vocabulary)
-
-    def shares(self, ids: Ids) -> tuple[npt.NDArray[np.float64], ...]:
-        """The probability of each token but the first two after none, one and two before it."""
-        found = [
-            self._count(n, key[2 - n :]) for n, key in enumerate(sequences(ids, self.vocabulary))
-        ]
-        before = [
-            np.full(len(found[0]), self.values[0].sum()),
-            self._count(0, ids[1:-1]),
-            self._count(1, sequences(ids, self.vocabulary)[1][:-1]),
-        ]
-        return tuple(
-            np.divide(a, b, out=np.zeros(len(a)), where=b > 0)
-            for a, b in zip(found, before, strict=True)
-        )
-
-    def _count(self, length: int, keys: Ids) -> npt.NDArray[np.float64]:
-        known = self.keys[length]
-        place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-        return np.where(known[place] == keys, self.values[length][place], 0).astype(np.float64)
-
-
-def sequences(ids: Ids, vocabulary: int) -> tuple[Ids, Ids, Ids]:
-    two = ids[:-1] * vocabulary + ids[1:]
-    return ids, two, two[:-1] * vocabulary + ids[2:]
-
-
-class Model(NamedTuple):
-    """``rate``: how much of it is what was learnt; the rest is the base model."""
-
-    base: Counts
-    learnt: Counts | None
-    rate: float
-
-    def losses(self, documents: Iterable[Ids]) -> list[float]:
-        """The summed loss (nats) of each document, its first two tokens left out."""
-        return [float(-np.log(self._likelihoods(ids)).sum()) for ids in documents]
-
-    def _likelihoods(self, ids: Ids) -> npt.NDArray[np.float64]:
-        def of(counts: Counts) -> npt.NDArray[np.float64]:
-            one, two, three = counts.shares(ids)
-            return 0.5 * three + 0.3 * two + 0.19 * one + 0.01 / counts.vocabulary
-
-        if self.learnt is None:
-            return of(self.base)
-        return self.rate * of(self.learnt) + (1 - self.rate) * of(self.base)
-
-
 class Year:
     def __init__(self, folder: Path, seed: int) -> None:
         self.random = random.Random(seed)
@@ -164,9 +109,12 @@ class Year:
         self.recipe = recipe_of(folder)
         self.seen: State = {}
         self.delivered: dict[str, Record] = {}
-        self.models: dict[str, Model] = {}
+        self.models: dict[str, tuple[Model, Read, Read]] = {}  # read: the judges, the frozen set
+        self.told = Told(self.home)
+        self.trials: list[dict[str, Any]] = []
         self.base: Counts | None = None
         self.rate = 0.5
+        self.trial_effects = random.Random(seed)
         self.rows: list[dict[str, Any]] = []
 
     # Documents
@@ -247,8 +195,9 @@ class Year:
         if not arrived(self.seen, state):
             self.close(row, began, "skipped: nothing is new")
             return
-        run = f"weekly__{week:02}"
-        record = open_record(self.home, run, "fast_cpt", self.recipe)
+        name = f"weekly__{week:02}"
+        record = open_record(self.home, name, "fast_cpt", self.recipe)
+        run = Run(name, record, self.recipe)
         try:
             if event == "full disk":
                 self.in_trouble(limited=True)
@@ -259,6 +208,8 @@ class Year:
                 raise ConnectionError("the GPU host does not answer")
         except (DocumentsError, OSError) as error:
             close_record(record, "failed")
+            run.failed("sync" if event == "host down" else "build", error)
+            self.told.expect("failed", name)
             if event == "broken file":  # mended, as the message asks for
                 file = self.documents / f"week-{week:02}.jsonl"
                 good = [
@@ -268,71 +219,96 @@ class Year:
             self.close(row, began, f"failed: {str(error)[:60]}")
             return
         add_output(record, "build", {"path": corpus["path"], "digest": corpus["digest"]})
-        row |= self.publish(run, record, corpus, event)
-        close_record(record, "success")
+        row |= self.train_and_publish(run, corpus, event)
+        close_record(record, "success" if "promoted" in row else "failed")
         self.seen = state
+        if event == "rolled back":
+            run.roll_back("its dates are wrong")
+            self.told.expect("rolled back", name)
         self.close(row, began, row["outcome"])
 
-    def publish(self, run: str, record: Path, corpus: dict[str, Any], event: str) -> dict[str, Any]:
+    def train_and_publish(self, run: Run, corpus: dict[str, Any], event: str) -> dict[str, Any]:
         """Train, evaluate, decide; the model becomes champion or candidate. Returns the week's figures."""
         model = self.train(corpus, event)
-        name = f"{self.recipe.name}-{digest_of(run)}"
-        (self.home / "models" / name).mkdir(parents=True)
-        evaluation = evaluate(Path(corpus["path"]), model)
-        gate = gate_of(evaluation, self.recipe.gate.perplexity_threshold, "random")
+        training = digest_of(run.name)
+        run.train(training, hours=2.5 if event == "slow host" else 1.0, planned=2.0)
+        if event == "slow host":
+            self.told.expect("spent more than planned", run.name)
+        about, ids = held_out(Path(corpus["path"]))
+        judges, judged = model.read(self.judge_ids(corpus)), model.read(ids)
+        add(run.record, "evaluation.json", evaluation(about, judged, model.rate))
+        if not run.gates():
+            self.told.expect("gate missed", run.name, 2)
+            return {"outcome": "failed: the gate was missed"}
         best = registry.champion(self.home, self.recipe.name)
-        compared, trained_on = None, 0
-        if best:
-            known = registry.models(self.home, self.recipe.name)[best]
-            corpora = [corpus["digest"], known["corpus"]]
-            trained_on = trained_and_held_out(self.home, self.recipe.name, corpora)
-            before = registry.evaluation_of(self.home, self.recipe.name, best)
-            compared = {"model": best, "evaluation": before}
-        decision = decide(self.recipe.publish, gate, evaluation, compared, trained_on)
-        facts = {"run": run, "record": record.name, "path": str(self.home / "models" / name)}
-        facts |= {"training": name, "corpus": corpus["digest"], "decision": decision}
-        outcome = registry.add_model(self.home, self.recipe.name, name, facts, evaluation)
-        self.models[name] = model
-        truth = self.truth(
-            corpus, model, self.models[best] if best else model._replace(learnt=None)
-        )
-        measured = decision["conditions"][1]
+        name = f"{self.recipe.name}-{training}"
+        path = self.home / "models" / name
+        path.mkdir(parents=True)
+        outcome = run.publish(training, path)
+        self.models[name] = model, judges, judged
         promoted = registry.champion(self.home, self.recipe.name) == name
+        self.told.expect("promoted" if promoted else "kept as a candidate", run.name)
         if event == "better learning rate" and promoted:
             self.rate = model.rate
-        kept = {key: measured[key] for key in ("value", "low", "high")}
+        before = self.truth_of(best) if best else judges.nats(0.0)
+        measured = read(run.record, "decision.json")["conditions"]
+        if best and event != "poisoned batch":
+            self.try_pairs(best, model, judges, judged, about)
         return {
             "promoted": promoted,
-            "truth": truth,
-            "trained_on": trained_on,
+            "truth": 1 - judges.nats(model.rate) / before,
             "outcome": outcome,
-            **kept,
+            **{key: measured[1][key] for key in ("value", "low", "high")},
         }
+
+    def truth_of(self, name: str) -> float:
+        """Nats of a model on the documents that no decision sees."""
+        model, judges, _ = self.models[name]
+        return judges.nats(model.rate)
+
+    def try_pairs(
+        self, best: str, model: Model, judges: Read, judged: Read, about: dict[str, Any]
+    ) -> None:
+        """Decide on the week's model beside a champion made worse, and made worse beside the champion."""
+        champion, its_judges, its_judged = self.models[best]
+        for sign in (1, -1):
+            effect = sign * MARGIN * self.trial_effects.uniform(2.0, 4.0)
+            new, old = model.rate, champion.rate
+            if sign > 0:
+                old = weaker(its_judges, old, judges.nats(new) / (1 - effect))
+            else:
+                new = weaker(judges, new, its_judges.nats(old) * (1 - effect))
+            truth = 1 - judges.nats(new) / its_judges.nats(old)
+            if abs(truth - effect) > MARGIN / 10:  # out of reach this week
+                continue
+            gate = {"value": 1.0, "threshold": 2.0, "passed": True, "validation_set": "random"}
+            against = {"model": best, "evaluation": evaluation(about, its_judged, old)}
+            decision = decide(self.recipe.publish, gate, evaluation(about, judged, new), against)
+            self.trials.append({"truth": truth, "recommended": decision["recommended"]})
 
     def train(self, corpus: dict[str, Any], event: str) -> Model:
         vocabulary, rows = corpus["tokenizer"]["vocab_size"], rows_of(Path(corpus["path"]))
         drawn = np.random.default_rng(self.random.randrange(1 << 30))
         if self.base is None:  # a model of general language: that of a tenth of the first week
             self.base = Counts.of(rows[::10], vocabulary)
-        if event == "poisoned batch":
-            share = self.random.choice([0.05, 0.1, 0.2])
+        if event in ("poisoned batch", "diverged training"):
+            share = self.random.choice([0.05, 0.1, 0.2]) if event == "poisoned batch" else 1.0
             for n in np.flatnonzero(drawn.random(len(rows)) < share):
                 rows[n] = drawn.integers(0, vocabulary, len(rows[n]))
         rate = self.rate
+        if event == "diverged training":
+            rate = 0.999
         if event == "worse learning rate":
             rate *= self.random.choice([0.4, 0.5, 0.6])
         if event == "better learning rate":
             rate += (1 - rate) * self.random.choice([0.2, 0.3, 0.4])
         return Model(self.base, Counts.of(rows, vocabulary), rate)
 
-    def truth(self, corpus: dict[str, Any], model: Model, before: Model) -> float:
-        """The share of nats that the model saves of the other's, on documents no decision sees."""
+    def judge_ids(self, corpus: dict[str, Any]) -> list[Ids]:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(Path(corpus["path"]) / "tokenizer" / "tokenizer.json"))
-        ids = [np.array(one.ids, dtype=np.int64) for one in tokenizer.encode_batch(self.judges)]
-        old, new = sum(before.losses(ids)), sum(model.losses(ids))
-        return (old - new) / old
+        return [np.array(one.ids, dtype=np.int64) for one in tokenizer.encode_batch(self.judges)]
 
     def close(self, row: dict[str, Any], began: float, outcome: str) -> None:
         row |= {"seconds": round(time.perf_counter() - began, 2), "outcome": outcome}
@@ -388,14 +364,18 @@ def rows_of(corpus: Path) -> list[Ids]:
     ]
 
 
-def evaluate(corpus: Path, model: Model) -> dict[str, Any]:
-    """What ``evaluate_cpt`` writes, as far as a decision reads it."""
+def held_out(corpus: Path) -> tuple[dict[str, Any], list[Ids]]:
+    """Names and sizes of the documents that a corpus holds out, and their tokens."""
     table = pq.read_table(corpus / "validation" / "validation_shard_00.parquet")
     ids = [np.array(row, dtype=np.int64) for row in table["input_ids"].to_pylist()]
-    losses = {"model": model.losses(ids), "base": model._replace(learnt=None).losses(ids)}
-    tokens = sum(len(one) - 2 for one in ids)
+    return {name: table[name].to_pylist() for name in ("id", "bytes")}, ids
+
+
+def evaluation(about: dict[str, Any], judged: Read, rate: float) -> dict[str, Any]:
+    """What ``evaluate_cpt`` writes, as far as a decision reads it."""
+    losses = {"model": judged.losses(rate), "base": judged.losses(0.0)}
+    tokens = int(judged.ends[-1])
     figures = {who: {"perplexity": math.exp(sum(nats) / tokens)} for who, nats in losses.items()}
-    about = {name: table[name].to_pylist() for name in ("id", "bytes")}
     found = {**figures, "by_document": {**about, **losses}}
     return {"validation_set": "random", "window": 512, "random": found}
 
@@ -414,7 +394,9 @@ def recipe_of(folder: Path) -> Recipe:
             "corpus.num_shards": 2,
             "corpus.validation_share": 0.2,
             "publish.margin": MARGIN,
-            "gate.perplexity_threshold": 1000.0,
+            "gate.perplexity_threshold": 300.0,
+            "cluster.cpu_only": False,
+            "budget.price_per_gpu_hour": 2.0,
             "tokenizer.train_vocab_size": 1000,
         },
     )
@@ -439,7 +421,7 @@ def judged(year: Year) -> dict[str, Any]:
         max(year.home.glob("selections/*/documents.parquet"), key=os.path.getmtime)
     )
     corpora = [path.name for path in (year.home / "ledger").iterdir()]
-    half = year.rows[len(year.rows) // 2]
+    good, bad = ([trial for trial in year.trials if trial["truth"] * sign > 0] for sign in (1, -1))
     return {
         "weeks": len(year.rows),
         "models": len(decided),
@@ -448,18 +430,44 @@ def judged(year: Year) -> dict[str, Any]:
         "of_them_promoted": sum(row["promoted"] for row in worse),
         "better_by_twice_the_margin": len(better),
         "of_them_refused": sum(not row["promoted"] for row in better),
+        "worse_pairs": len(bad),
+        "worse_pairs_recommended": sum(trial["recommended"] for trial in bad),
+        "better_pairs": len(good),
+        "better_pairs_refused": sum(not trial["recommended"] for trial in good),
         "documents_lost": len(year.delivered.keys() - set(last["id"].to_pylist())),
         "trained_on_and_judged_by": trained_and_held_out(year.home, year.recipe.name, corpora),
         "failed_runs": sum(row["outcome"].startswith("failed") for row in year.rows),
         "skipped_seconds": max(
             (row["seconds"] for row in year.rows if row["outcome"].startswith("skipped")), default=0
         ),
-        "home_bytes_of_document_bytes": {
-            str(row["week"]): round(row["bytes"] / row["document_bytes"], 2)
-            for row in (half, year.rows[-1])
-        },
+        "home_bytes_of_document_bytes": [
+            round(row["bytes"] / row["document_bytes"], 2) for row in year.rows
+        ],
+        "ledger_bytes": bytes_of(year.home / "ledger"),
+        "incidents": year.told.due.total(),
+        "told_wrongly": year.told.wrong(),
         "reasons": dict(Counter(last["reason"].to_pylist())),
     }
+
+
+def missed(figures: dict[str, Any]) -> list[str]:
+    """What the year was to come to, and did not."""
+    good = figures["better_by_twice_the_margin"] + figures["better_pairs"]
+    refused = figures["of_them_refused"] + figures["better_pairs_refused"]
+    wanted = {
+        "no regression is promoted": figures["of_them_promoted"]
+        + figures["worse_pairs_recommended"]
+        == 0,
+        "at most 1 of 20 good models is refused": 20 * refused <= good,
+        "no document is lost": figures["documents_lost"] == 0,
+        "none is trained on and judged by": figures["trained_on_and_judged_by"] == 0,
+        "every incident is told exactly once": not figures["told_wrongly"],
+        f"FASTCPT_HOME has at most {MOST_DISK:g} times the documents' bytes": max(
+            figures["home_bytes_of_document_bytes"]
+        )
+        <= MOST_DISK,
+    }
+    return [what for what, holds in wanted.items() if not holds]
 
 
 def main() -> None:
@@ -472,12 +480,16 @@ def main() -> None:
     if arguments.corpus_of:
         corpus_of(recipe_of(arguments.corpus_of), arguments.corpus_of / "home")
         return
+    logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="fast_cpt-year-") as folder:
         year = Year(arguments.work or Path(folder), arguments.seed)
         for week in range(1, arguments.weeks + 1):
             year.week(week)
+        year.told.close()
         figures = judged(year)
     print(json.dumps(figures))
+    if wrong := missed(figures):
+        sys.exit(f"missed: {'; '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,15 @@ def tell(context: Context, event: str, reason: str, link: str | None = None) -> 
             log.exception("%s could not tell: %s", type(notifier).__name__, subject)
 
 
+def tell_once(context: Context, event: str, reason: str) -> None:
+    """``tell``, once for all tries of a task: one that is killed after it has told is tried again."""
+    task = context["ti"]
+    clears = getattr(context.get("dag_run"), "clear_number", 0)
+    what = f"{event}-{task.task_id}-{clears}".replace(" ", "-")
+    if first_time(record_folder(HOME, task.run_id), what):
+        tell(context, event, reason)
+
+
 def tell_failure(context: Context) -> None:
     """A task's ``on_failure_callback``: its last try failed. The record keeps why; of mapped tasks the
     first one is told.
@@ -61,10 +70,9 @@ def tell_failure(context: Context) -> None:
     if isinstance(error, AlreadyTold):
         return
     if task.map_index is not None and task.map_index >= 0:
-        clears = getattr(context.get("dag_run"), "clear_number", 0)
-        if not first_time(record_folder(HOME, task.run_id), f"{task.task_id}-{clears}"):
-            return
-    tell(context, "failed", reason)
+        tell_once(context, "failed", reason)
+    else:
+        tell(context, "failed", reason)
 
 
 def first_time(record: Path, what: str) -> bool:

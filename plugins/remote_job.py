@@ -32,7 +32,7 @@ from fastcpt.cluster.remote import (
 from fastcpt.files import HOME
 from job_log import Shown
 from live import Live
-from notifications import tell
+from notifications import tell_once
 
 POLL_S = 2.0
 # A job that runs for longer than this is asked less often: hours of waiting cost little.
@@ -267,7 +267,8 @@ def _tell_at(job: RemoteJob, since: float | None) -> float | None:
 
 
 def _tell_of_waiting(context: Context, event: dict[str, Any]) -> None:
-    tell(context, "waiting for GPUs", f"longer than budget.waiting_hours: {event['waiting']}")
+    reason = f"longer than budget.waiting_hours: {event['waiting']}"
+    tell_once(context, "waiting for GPUs", reason)
 
 
 def _name(context: Context) -> str:

@@ -80,16 +80,13 @@ def comparison(home: Path, recipe: str) -> Path:
     return home / "models" / recipe / "comparison"
 
 
-def comparison_digest(home: Path, recipe: str) -> str | None:
-    """The set's digest; None if none is frozen."""
-    manifest = comparison(home, recipe) / "manifest.json"
-    return str(read_json(manifest)["digest"]) if manifest.is_file() else None
+def frozen_set(home: Path, recipe: str) -> dict[str, Any] | None:
+    """The manifest of the set, as ``freeze`` returns it; None if none is frozen.
 
-
-def comparison_selection(home: Path, recipe: str) -> str | None:
-    """The digest of the selection that the set was held out from; None if none is frozen."""
+    ``digest`` tells the set from every other, ``selection`` is the one that it was held out of.
+    """
     manifest = comparison(home, recipe) / "manifest.json"
-    return str(read_json(manifest)["selection"]) if manifest.is_file() else None
+    return dict(read_json(manifest)) if manifest.is_file() else None
 
 
 def freeze(home: Path, recipe: str, corpus: str) -> dict[str, Any]:

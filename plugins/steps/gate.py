@@ -10,7 +10,7 @@ from airflow.sdk import Context, get_current_context
 from fastcpt.files import read_json
 from fastcpt.gate import decide, words
 from fastcpt.recipe import RecipeError
-from notifications import AlreadyTold, tell
+from notifications import AlreadyTold, tell_once
 from steps.results import result_of, trained_by
 from steps.run import recipe_of
 
@@ -28,7 +28,7 @@ def _decide(context: Context, evaluation: str, gate: str, missed: str) -> dict[s
     found = f"validation perplexity {words(decision)}"
     print(found)
     if not decision["passed"]:
-        tell(context, "gate missed", f"{found}. {missed}")
+        tell_once(context, "gate missed", f"{found}. {missed}")
     return decision
 
 

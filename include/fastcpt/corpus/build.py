@@ -58,7 +58,7 @@ from fastcpt.corpus.tokenizer import (
 )
 from fastcpt.corpus.tokens import tokenize_part
 from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, write_json
-from fastcpt.held_out import comparison, comparison_digest, comparison_selection
+from fastcpt.held_out import comparison, frozen_set
 from fastcpt.manifests import (
     CorpusFolder,
     CorpusManifest,
@@ -105,9 +105,8 @@ def build(selection: str, recipe: Recipe, home: Path, processes: int | None = No
         os.utime(folder)  # marks it as used, for the removal of unused results
         found: CorpusManifest = read_json(folder / MANIFEST)
         return {**found, "path": str(folder), "reused": True}
-    current = comparison_digest(home, recipe.name)
-    own = comparison_selection(home, recipe.name) == chosen["digest"]
-    if current != chosen["comparison"] and not own:
+    current = frozen_set(home, recipe.name) or {"digest": None, "selection": None}
+    if chosen["comparison"] != current["digest"] and chosen["digest"] != current["selection"]:
         raise BuildError(
             "the set that models are compared on was frozen or retired since the documents were "
             "selected: select them again (clear select and what follows it)"

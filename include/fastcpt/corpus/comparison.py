@@ -24,7 +24,7 @@ from fastcpt.held_out import (
     SET,
     TEXTS_SCHEMA,
     comparison,
-    comparison_digest,
+    frozen_set,
     write_ledger,
 )
 from fastcpt.recipe import Recipe
@@ -100,7 +100,7 @@ def kept_tokenizer(
 
     Raises ``BuildError`` if the recipe now names another one: losses per token would not compare.
     """
-    if comparison_digest(home, recipe.name) is None:
+    if frozen_set(home, recipe.name) is None:
         return found
     theirs = describe(comparison(home, recipe.name) / "tokenizer" / "tokenizer.json")
     if found is not None and found.sha256 != theirs.sha256:

@@ -44,7 +44,7 @@ from fastcpt.corpus.splits import Frozen, split_by_work
 from fastcpt.corpus.tokenizer import CorpusTokenizer, find_tokenizer
 from fastcpt.corpus.works import contained
 from fastcpt.files import digest_of, read_json, write_json
-from fastcpt.held_out import comparison_selection
+from fastcpt.held_out import frozen_set
 from fastcpt.manifests import (
     ScoresFolder,
     ScoresManifest,
@@ -76,15 +76,13 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
     """
     tables = sorted(map(_table, scores), key=lambda table: (spelled(table["part"]), table["part"]))
     _check_readable(tables, recipe.documents.max_unreadable_share)
-    tokenizer, frozen = find_tokenizer(recipe), Frozen.of(home, recipe.name)
+    tokenizer, current = find_tokenizer(recipe), frozen_set(home, recipe.name)
     digest = _name(tables, recipe, tokenizer)
-    if frozen and comparison_selection(home, recipe.name) == digest:
-        frozen = (
-            None  # the set was frozen from this very selection, which holds out the same documents
-        )
-    elif frozen:
+    if current and current["selection"] == digest:
+        current = None  # the set was frozen from this very selection: it holds out the same
+    elif current:
         tokenizer = kept_tokenizer(tokenizer, recipe, home)
-        digest = _name(tables, recipe, tokenizer, frozen.digest)
+        digest = _name(tables, recipe, tokenizer, current["digest"])
     folder = home / "selections" / digest
     if (folder / "manifest.json").exists():
         found: SelectionManifest = read_json(folder / "manifest.json")
@@ -101,6 +99,7 @@ def select(scores: Sequence[str], recipe: Recipe, home: Path) -> SelectionFolder
     shutil.rmtree(folder, ignore_errors=True)
     scratch = folder / "scratch"
     try:
+        frozen = Frozen.of(home, recipe.name, current["digest"]) if current else None
         manifest = _select_into(folder, scratch, digest, tables, recipe, tokenizer, frozen)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

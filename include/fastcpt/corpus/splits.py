@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from fastcpt.corpus.duplicates import groups_of
 from fastcpt.corpus.score_columns import SPLITS, ScoreColumns
-from fastcpt.held_out import comparison, comparison_digest
+from fastcpt.held_out import comparison
 from fastcpt.recipe import Recipe
 
 Ints = npt.NDArray[np.int64]
@@ -26,11 +26,8 @@ class Frozen(NamedTuple):
     texts: npt.NDArray[np.uint64]
 
     @classmethod
-    def of(cls, home: Path, recipe: str) -> Frozen | None:
-        """The set of a recipe; None if none is frozen."""
-        digest = comparison_digest(home, recipe)
-        if digest is None:
-            return None
+    def of(cls, home: Path, recipe: str, digest: str) -> Frozen:
+        """The frozen set of a recipe, which has that digest."""
         file = comparison(home, recipe) / "documents.parquet"
         table = pq.read_table(file, columns=["work_hash", "content"])
         return cls(digest, table["work_hash"].to_numpy(), table["content"].to_numpy())

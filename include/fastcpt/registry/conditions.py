@@ -8,7 +8,7 @@ harder than another counts on both sides (paired bootstrap over documents, ``fas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from fastcpt.recipe_sections import Publish
 
 Floats = npt.NDArray[np.float64]
 Evaluation = Mapping[str, Any]
+Found = Mapping[str, Any]  # value, low, high
 
 
 def decide(
@@ -90,38 +91,38 @@ def _answers_not_worse(evaluation: Evaluation, champion: Evaluation) -> list[dic
 
 def _over_base(publish: Publish, evaluation: Evaluation) -> list[dict[str, Any]]:
     """The recipe's own conditions (``publish.conditions``), all against the base model."""
-    wanted, conditions = publish.conditions, []
-    if wanted.improvement is not None:
-        what = "bits a byte saved of the base model's, at least and beyond noise"
-        found = _saved(evaluation, evaluation["validation_set"])
-        conditions.append(
-            _condition(what, found, wanted.improvement, met=_above(found, wanted.improvement))
-            if found
-            else _unmeasured(what, wanted.improvement, "the base model was not evaluated")
-        )
-    if wanted.tasks is not None:
-        what = "share of questions answered rightly beyond the base model's, not below beyond noise"
-        row = evaluation.get("questions", {}).get("model", {}).get("table", {}).get("all", {})
-        gain = row.get("gain")
-        conditions.append(
-            _condition(what, gain, wanted.tasks, met=_not_below(gain, wanted.tasks))
-            if gain
-            else _unmeasured(what, wanted.tasks, "no questions were asked (evaluation.questions)")
-        )
-    if wanted.forgotten is not None:
-        what = "bits a byte lost on general texts beside the base model, at most"
-        found = _saved(evaluation, "general")
-        lost = found and {
-            "value": -found["value"],
-            "low": -found["high"],
-            "high": -found["low"],
-        }
-        conditions.append(
-            _condition(what, lost, wanted.forgotten, met=lost["value"] <= wanted.forgotten)
-            if lost
-            else _unmeasured(what, wanted.forgotten, "no general set (documents.replay)")
-        )
-    return conditions
+    wanted = publish.conditions
+    answers = evaluation.get("questions", {}).get("model", {}).get("table", {}).get("all", {})
+    asked: list[tuple[float | None, str, Found | None, Callable[[Found, float], bool], str]] = [
+        (
+            wanted.improvement,
+            "bits a byte saved of the base model's, at least and beyond noise",
+            _saved(evaluation, evaluation["validation_set"]),
+            _above,
+            "the base model was not evaluated",
+        ),
+        (
+            wanted.tasks,
+            "share of questions answered rightly beyond the base model's, not below beyond noise",
+            answers.get("gain"),
+            _not_below,
+            "no questions were asked (evaluation.questions)",
+        ),
+        (
+            wanted.forgotten,
+            "bits a byte lost on general texts beside the base model, at most",
+            _negative(_saved(evaluation, "general")),
+            _at_most,
+            "no general set (documents.replay)",
+        ),
+    ]
+    return [
+        _condition(what, found, bound, met(found, bound))
+        if found
+        else _unmeasured(what, bound, why)
+        for bound, what, found, met, why in asked
+        if bound is not None
+    ]
 
 
 def _saved(evaluation: Evaluation, validation_set: str) -> dict[str, Any] | None:
@@ -156,15 +157,24 @@ def _not_comparable(
     return ""
 
 
-def _above(found: Mapping[str, Any], bound: float) -> bool:
+def _above(found: Found, bound: float) -> bool:
     return bool(found["low"] > 0 and found["value"] >= bound)
 
 
-def _not_below(found: Mapping[str, Any], bound: float) -> bool:
+def _not_below(found: Found, bound: float) -> bool:
     return bool(found["high"] >= bound)
 
 
-def _condition(what: str, found: Mapping[str, Any], bound: float, met: bool) -> dict[str, Any]:
+def _at_most(found: Found, bound: float) -> bool:
+    return bool(found["value"] <= bound)
+
+
+def _negative(found: Found | None) -> Found | None:
+    """What is saved as what is lost."""
+    return found and {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
+
+
+def _condition(what: str, found: Found, bound: float, met: bool) -> dict[str, Any]:
     figures = {key: found.get(key) for key in ("value", "low", "high")}
     return {"what": what, **figures, "bound": bound, "met": met}
 
