@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -46,6 +47,7 @@ HELD_OUT_SCHEMA = pa.schema(
         ("text", pa.string()),
     ]
 )
+Hashes = npt.NDArray[np.uint64]
 SET = "validation"  # the held-out set that models are compared on
 
 
@@ -64,15 +66,32 @@ def trained_and_held_out(home: Path, recipe: str, corpora: Iterable[str]) -> int
     """How many documents of the comparison set some corpora trained on, by text or by work.
     ``HeldOutError`` if the ledger does not have a corpus."""
     judged = pq.read_table(comparison(home, recipe) / "documents.parquet")
-    found = np.zeros(len(judged), dtype=bool)
+    texts, works = trained_on(home, corpora)
+    found = np.isin(judged["content"].to_numpy(), texts)
+    return int((found | np.isin(judged["work_hash"].to_numpy(), works)).sum())
+
+
+def trained_on(home: Path, corpora: Iterable[str]) -> tuple[Hashes, Hashes]:
+    """Hashes of the texts and of the works that some corpora trained on. ``HeldOutError`` where the
+    ledger does not know a corpus."""
+    found = [TEXTS_SCHEMA.empty_table()]
     for corpus in corpora:
         file = home / "ledger" / corpus / "texts.parquet"
         if not file.is_file():
             raise HeldOutError(f"{file} is missing: what corpus {corpus} trained on is not known")
-        trained = pq.read_table(file, filters=pc.field("split") == "train")
-        for name in ("content", "work_hash"):
-            found |= np.isin(judged[name].to_numpy(), trained[name].to_numpy())
-    return int(found.sum())
+        found.append(pq.read_table(file, filters=pc.field("split") == "train"))
+    table = pa.concat_tables([one.select(["content", "work_hash"]) for one in found])
+    return table["content"].to_numpy(), table["work_hash"].to_numpy()
+
+
+def held_out_by_others(home: Path, corpus: str) -> list[Hashes]:
+    """Hashes of the texts that each corpus but this one held out."""
+    files = sorted((home / "ledger").glob("[!.]*/held_out.parquet"))
+    return [
+        pq.read_table(file, columns=["content"])["content"].to_numpy()
+        for file in files
+        if file.parent.name != corpus
+    ]
 
 
 def comparison(home: Path, recipe: str) -> Path:

@@ -114,6 +114,17 @@ class ReplayFacts(TypedDict):
     share: float
 
 
+class GoneOn(TypedDict):
+    """Of a corpus that goes on from a champion: its documents, and the tokens from the base model."""
+
+    model: str
+    new_documents: int
+    new_tokens: int
+    replayed_documents: int  # that the champion was trained on
+    replayed_tokens: int
+    all_tokens: int  # of all documents: what would be trained on from the base model
+
+
 class CorpusManifest(TypedDict):
     """``home/corpora/<digest>/corpus_manifest.json``; ``files`` lists all other files of the folder."""
 
@@ -129,6 +140,8 @@ class CorpusManifest(TypedDict):
     padding_share: float
     bytes_per_token: float
     replay: ReplayFacts
+    gone_on: NotRequired[GoneOn | None]  # None: from the base model
+    held_out_before: NotRequired[int]  # of the documents trained on: by other corpora
     shards: list[Shard]
     validation: list[HeldOutShard]
     funnel: list[FunnelRow]

@@ -39,6 +39,7 @@ from fastcpt.recipe_sections import (
     Tokenizer,
     Training,
 )
+from fastcpt.recurring import Recurring
 from fastcpt.yaml_files import YamlError, read_yaml_lines
 
 DEFAULT_RECIPE = "cpt_config_fast"
@@ -73,6 +74,7 @@ class Recipe(Section):
     cluster: Cluster = Cluster()
     checkpoints: Checkpoints = Checkpoints()
     budget: Budget = Budget()
+    recurring: Recurring = Recurring()
     publish: Publish = Publish()
 
     @model_validator(mode="after")

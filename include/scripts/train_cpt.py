@@ -10,7 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fastcpt.files import read_json
 from fastcpt.recipe import Recipe, load_recipe
+from fastcpt.recurring import share_of_all, shortened
 
 
 def arguments() -> argparse.Namespace:
@@ -63,6 +65,7 @@ def main() -> None:
         return CorpusRows(Path(decoded), size)
 
     training = recipe.stage2 if args.stage == "stage2" else recipe.training
+    training = shortened(training, share_of_all(read_json(args.data_dir / "corpus_manifest.json")))
     evaluated = 0
     if training.time_budget_hours and any(args.data_dir.glob("validation*")):
         evaluated = 2 * tokens_read(args.data_dir, size)  # the trained model and its base

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from airflow.sdk import Context, Variable
 
-from fastcpt.files import read_json
+from fastcpt.files import HOME, read_json
 from fastcpt.manifests import CorpusManifest
+from fastcpt.recurring import Start
 from remote_job import RemoteJob, remote_of
 from steps.results import Built, Environment, HostFacts, Places, Plan, result_of
-from steps.run import noted, recipe_of
+from steps.run import noted, recipe_of, start_of_run
+
+if TYPE_CHECKING:
+    from fastcpt.cluster.remote import Remote
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -100,6 +105,7 @@ def bring(plan: Plan, built: Built, cluster: HostFacts, environment: Environment
         "corpus_digest": corpus["digest"],
         "tokenizer_digest": tokenizer_digest(listed["files"]),
         "base_model": send_base_model(remote, recipe.model.name_or_path, root),
+        "start": bring_start(remote, root, start_of_run(record)),
         "instructions": None,
         "reused": sent["reused"],
         "sent_bytes": sent["bytes"],
@@ -114,6 +120,31 @@ def bring(plan: Plan, built: Built, cluster: HostFacts, environment: Environment
         places["reused"] = places["reused"] and sft["reused"]
     add_output(record, "sync", {"path": sent["path"], "digest": corpus["digest"], **sent})
     return places
+
+
+def bring_start(remote: Remote, root: str, start: Start | None) -> str | None:
+    """Where the champion's weights before fine-tuning are on the host: brought from here, or made there.
+
+    ``ClusterError`` where they are in neither place.
+    """
+    from fastcpt.cluster.remote import ClusterError, ask_through
+    from fastcpt.cluster.transfer import files_of, send
+    from fastcpt.registry.start import brought
+
+    if start is None:
+        return None
+    here, made = brought(HOME, start["training"]), f"{root}/models/{start['training']}"
+    if here.is_dir():
+        os.utime(here)  # used: include/scripts/remove_unused.py
+        sent = send(remote, here, f"{root}/before_sft/{here.name}", files_of(here))
+        return str(sent["path"])
+    paths = {"training": f"{made}/training.json"}
+    if ask_through(remote, "read_files", paths=paths)["training"] is None:
+        raise ClusterError(
+            f"champion {start['model']} as it was before fine-tuning is neither in {made} on "
+            f"{remote.host} nor in {here}: set recurring.start to base"
+        )
+    return f"{made}/final"
 
 
 def secrets(context: Context) -> dict[str, str]:

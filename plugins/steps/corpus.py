@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from airflow.sdk.exceptions import AirflowSkipException
+
 from fastcpt.files import HOME
 from fastcpt.manifests import Tokenized
 from steps.results import Built, Made, Plan
-from steps.run import noted, recipe_of
+from steps.run import noted, recipe_of, start_of_run
 
 
 def _brief(facts: Mapping[str, Any]) -> Made:
@@ -61,13 +63,17 @@ def tokenize(plan: Plan, selection: Made, parts: list[str]) -> Tokenized:
 def build(plan: Plan, selection: Made) -> Built:
     """Pack the tokens of the documents taken; split the instructions."""
     from fastcpt.corpus.build import build as build_corpus
+    from fastcpt.corpus.going_on import NothingNew
     from fastcpt.corpus.instructions import build_instructions
     from fastcpt.reporting.record import add, add_output
 
     recipe = recipe_of(plan)
     instructions = build_instructions(recipe, HOME)
-    corpus = build_corpus(selection["path"], recipe, HOME)
     record = Path(plan["record"])
+    try:
+        corpus = build_corpus(selection["path"], recipe, HOME, start=start_of_run(record))
+    except NothingNew as error:
+        raise AirflowSkipException(str(error)) from error
     add(record, "corpus_manifest.json", Path(corpus["path"]) / "corpus_manifest.json")
     add_output(record, "build", _brief(corpus))
     return {

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from airflow.sdk import Context, get_current_context
+from airflow.sdk.exceptions import AirflowSkipException
 
 from fastcpt.files import HOME, read_json
 from fastcpt.gate import base_passes
+from fastcpt.manifests import CorpusManifest
 from fastcpt.recipe import Recipe, RecipeError, load_recipe
 from fastcpt.recipe_form import form_overrides, given_overrides
+from fastcpt.recurring import Start, share_of_all
 from remote_job import RENTED, connection_of
 from steps.rent import as_offered, note_spending
 from steps.results import Plan, result_of
 from steps.run import note, price_of, recipe_of
 
 if TYPE_CHECKING:
+    from fastcpt.corpus.new_documents import State
     from fastcpt.planning.result import Plan as Planned
 
 # Airflow maps at most 1024 tasks, and fewer, larger groups of files cost less to start: this much
@@ -34,9 +39,8 @@ def plan() -> Plan:
     from fastcpt.corpus.new_documents import state_of, text_bytes
     from fastcpt.corpus.sample import sample_overrides
     from fastcpt.gguf import base_folder
-    from fastcpt.planning.history import FILE as HISTORY
-    from fastcpt.planning.plan import estimated_tokens, require_fit
-    from fastcpt.planning.plan import plan as make_plan
+    from fastcpt.planning.plan import require_fit
+    from fastcpt.registry.start import start_of
     from fastcpt.reporting.record import add, empty_record, open_record, record_folder
 
     context, began = get_current_context(), time.time()
@@ -64,8 +68,9 @@ def plan() -> Plan:
     documents = state_of(parts)
     note_spending(record, context["dag"].dag_id, context["run_id"])
     add(record, "documents.json", documents)  # what is new is told by it
-    found = make_plan(recipe, estimated_tokens(text_bytes(documents), recipe), None, HOME / HISTORY)
-    found = _with_note_on_gate(found, recipe)
+    start = start_of(recipe, HOME)
+    add(record, "start.json", start or {})
+    found = _with_note_on_gate(_first_plan(recipe, documents, start), recipe)
     add(record, "plan.json", found.to_json())
     command = _plan_command(record, found)
     print(found.text(command))
@@ -79,6 +84,31 @@ def plan() -> Plan:
         "parts": [parts[group::groups] for group in range(groups)],
         "login": login,
     }
+
+
+def _first_plan(recipe: Recipe, documents: State, start: Start | None) -> Planned:
+    """The plan by the documents' bytes alone, and where training begins in a line."""
+    from fastcpt.corpus.new_documents import arrived, text_bytes
+    from fastcpt.planning.history import FILE as HISTORY
+    from fastcpt.planning.plan import estimated_tokens, plan_going_on
+    from fastcpt.planning.plan import plan as make_plan
+
+    tokens = estimated_tokens(text_bytes(documents), recipe)
+    if start is None:
+        if recipe.recurring.start == "champion":
+            print(
+                f"Recipe '{recipe.name}' has no champion yet: training begins with the base model."
+            )
+        return make_plan(recipe, tokens, None, HOME / HISTORY)
+    new = arrived(read_json(HOME / "runs" / start["record"] / "documents.json"), documents)
+    if not new:
+        raise AirflowSkipException(
+            f"no document is new since champion {start['model']} was trained"
+        )
+    read = estimated_tokens(text_bytes(new), recipe) / (1 - recipe.recurring.replay)
+    read = max(1, min(tokens, math.ceil(read)))
+    print(f"Training goes on from champion {start['model']}, on what is new and a replay.")
+    return plan_going_on(recipe, read, read / tokens, None, HOME / HISTORY)
 
 
 def _of_the_host(recipe: Recipe, context: Context) -> dict[str, Any]:
@@ -111,14 +141,19 @@ def final_plan(context: Context) -> FinalPlan:
     """The plan again, now with the corpus that was built and the cluster that was found."""
     from fastcpt.planning.history import FILE as HISTORY
     from fastcpt.planning.plan import plan as make_plan
-    from fastcpt.planning.plan import require_fit
-    from fastcpt.reporting.record import add
+    from fastcpt.planning.plan import plan_going_on, require_fit
+    from fastcpt.reporting.record import add, read
 
     first = result_of(context, "plan")
     recipe = recipe_of(first)
     cluster = None if recipe.cluster.rent else result_of(context, "check_cluster")
     tokens = result_of(context, "build")["corpus"]["tokens"]
-    found = make_plan(recipe, tokens, cluster, HOME / HISTORY)
+    corpus = cast(CorpusManifest, read(Path(first["record"]), "corpus_manifest.json"))
+    if corpus.get("gone_on"):
+        share = share_of_all(corpus)
+        found = plan_going_on(recipe, tokens, share, cluster, HOME / HISTORY)
+    else:
+        found = make_plan(recipe, tokens, cluster, HOME / HISTORY)
     found = _with_note_on_gate(found, recipe)
     if recipe.cluster.rent:
         found = _with_note_on_waiting(found, recipe, context["dag_run"].start_date)

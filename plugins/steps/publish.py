@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow.sdk import Context
 
@@ -16,8 +16,11 @@ from fastcpt.recipe import Recipe
 from notifications import first_time, tell
 from remote_job import RemoteJob, remote_of
 from steps.results import Files, Published, result_of, result_or_none, trained_by
-from steps.run import recipe_of
-from steps.training import homes_of, host_of, job_of_run, name_of, note_job
+from steps.run import recipe_of, start_of_run
+from steps.training import gated, homes_of, host_of, job_of_run, name_of, note_job
+
+if TYPE_CHECKING:
+    from fastcpt.cluster.remote import Remote
 
 
 def publish(context: Context) -> RemoteJob:
@@ -54,7 +57,7 @@ def _decide(record: Path, recipe: Recipe, training: str) -> None:
     from fastcpt.held_out import HeldOutError, trained_and_held_out
     from fastcpt.registry.champion import champion, evaluation_of, models
     from fastcpt.registry.conditions import decide
-    from fastcpt.reporting.record import add, read, read_last
+    from fastcpt.reporting.record import add, read_last
 
     known, best = models(HOME, recipe.name), champion(HOME, recipe.name)
     same = [facts["decision"] for facts in known.values() if facts["training"] == training]
@@ -64,7 +67,8 @@ def _decide(record: Path, recipe: Recipe, training: str) -> None:
     trained_on: int | None = 0
     compared = None
     if best is not None:
-        corpora = [read(record, "outputs/build.json")["digest"], known[best]["corpus"]]
+        before = known[best].get("corpora", [known[best]["corpus"]])
+        corpora = [*_corpora(record), *before]
         try:
             trained_on = trained_and_held_out(HOME, recipe.name, corpora)
         except HeldOutError as error:
@@ -75,18 +79,29 @@ def _decide(record: Path, recipe: Recipe, training: str) -> None:
     add(record, "decision.json", decide(recipe.publish, gate, evaluation, compared, trained_on))
 
 
+def _corpora(record: Path) -> list[str]:
+    """All corpora that the run's model was trained on, the oldest first."""
+    from fastcpt.reporting.record import read
+
+    start = start_of_run(record)
+    return [*(start["corpora"] if start else ()), read(record, "outputs/build.json")["digest"]]
+
+
 def _take_in(context: Context, recipe: Recipe, record: Path, path: str, folder: str) -> str:
     """Make the published model champion or candidate, and tell of it once; what it is, in words."""
     from fastcpt.registry.champion import add_model, champion
     from fastcpt.reporting.record import read, read_last
 
-    decision, name = read(record, "decision.json"), Path(folder).name
+    decision, name, start = read(record, "decision.json"), Path(folder).name, start_of_run(record)
     facts = {
         "run": context["run_id"],
         "record": record.name,
         "path": path,
         "training": name_of(trained_by(context, "train_sft")["model"]),
+        "before_sft": name_of(gated(context)["model"]),
         "corpus": read(record, "outputs/build.json")["digest"],
+        "corpora": _corpora(record),
+        "gone_on_from": start["model"] if start else None,
         "decision": decision,
     }
     standing = add_model(HOME, recipe.name, name, facts, read_last(record, "evaluation"))
@@ -97,6 +112,18 @@ def _take_in(context: Context, recipe: Recipe, record: Path, path: str, folder: 
     return standing
 
 
+def _bring_before_sft(remote: Remote, model: str) -> None:
+    """Bring the model as it was before fine-tuning here, as its host goes: a later run begins with it."""
+    from fastcpt.cluster.transfer import fetch
+    from fastcpt.registry.start import brought
+
+    here = brought(HOME, name_of(model))
+    if not here.is_dir():
+        partial = here.with_name(f".{here.name}.partial")
+        fetch(remote, model, partial)
+        partial.rename(here)
+
+
 def keep_published(context: Context, files: Files, hands_on: Published) -> dict[str, Any]:
     """The published model is brought back, or left on the cluster, as the recipe says."""
     from fastcpt.cluster.checkpoints import forget
@@ -105,8 +132,10 @@ def keep_published(context: Context, files: Files, hands_on: Published) -> dict[
 
     plan, began = result_of(context, "plan"), time.time()
     recipe, record, folder = recipe_of(plan), Path(plan["record"]), hands_on["published"]
+    remote = remote_of(recipe.cluster.connection)
+    if recipe.cluster.rent and recipe.recurring.start == "champion":
+        _bring_before_sft(remote, gated(context)["model"])
     if recipe.publish.destination == "bring_back":
-        remote = remote_of(recipe.cluster.connection)
         answer = fetch(remote, folder, HOME / "models" / Path(folder).name)
         for task in ("train_cpt", "train_cpt_stage2", "train_sft"):
             if (trained := result_or_none(context, task)) and "model" in trained:

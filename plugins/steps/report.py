@@ -37,6 +37,9 @@ def report() -> Reported:
     run, dag = context["run_id"], context["dag"].dag_id
     states = context["ti"].get_task_states(dag, run_ids=[run])[run]
     plan: Plan | None = result_or_none(context, "plan")
+    if states["plan"] == "skipped":
+        print("Nothing is new: the log of `plan` says since when.")
+        return {}
     if plan is None:
         print("The run ended before it had a record: the log of `plan` says why.")
         # `success` without a result: the run was marked as successful while `plan` ran
@@ -61,7 +64,9 @@ def report() -> Reported:
 
 
 def _outcome(states: dict[str, str]) -> str:
-    """``success`` where a model was published and nothing failed; ``failed`` otherwise."""
+    """``success`` where a model was published, or nothing was new; ``failed`` otherwise."""
+    if states["build"] == "skipped":  # nothing was new in what had come
+        return "success"
     # a machine that is not given back yet is told, and tried again; the model is there
     steps = {task: state for task, state in states.items() if task != "release_cluster"}
     failed = any(state in ("failed", "upstream_failed") for state in steps.values())

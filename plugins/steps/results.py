@@ -85,6 +85,7 @@ class Places(Environment):
     corpus_digest: str
     tokenizer_digest: str
     base_model: NotRequired[str | None]
+    start: NotRequired[str | None]  # the model that training goes on from; None: the base model
     instructions: str | None
     instructions_digest: NotRequired[str]
     sent_bytes: int

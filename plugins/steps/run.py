@@ -6,11 +6,12 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 from airflow.sdk import Context, get_current_context
 
 from fastcpt.recipe import Recipe, load_recipe
+from fastcpt.recurring import Start
 from steps.results import HostFacts, Plan, result_of
 
 P = ParamSpec("P")
@@ -20,6 +21,13 @@ Returned = TypeVar("Returned")
 def recipe_of(plan: Plan) -> Recipe:
     """The run's recipe as ``plan`` resolved it."""
     return load_recipe(plan["recipe"])
+
+
+def start_of_run(record: Path) -> Start | None:
+    """The champion that the run goes on from, as ``plan`` found it; None: the base model."""
+    from fastcpt.reporting.record import read
+
+    return cast(Start, read(record, "start.json")) or None
 
 
 def noted(step: Callable[P, Returned]) -> Callable[P, Returned]:

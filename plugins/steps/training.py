@@ -16,7 +16,7 @@ from fastcpt.recipe_sections import CONFIGS
 from notifications import first_time, tell
 from remote_job import RemoteJob, remote_of
 from steps.results import Evaluated, Files, Places, Trained, result_of, result_or_none, trained_by
-from steps.run import note, price_of, recipe_of
+from steps.run import note, price_of, recipe_of, start_of_run
 
 if TYPE_CHECKING:
     from fastcpt.training.commands import Host
@@ -84,7 +84,7 @@ def _port(output: str) -> int:
     return 20_000 + int(digest_of(output), 16) % 10_000
 
 
-def _gated(context: Context) -> Trained:
+def gated(context: Context) -> Trained:
     """The training whose model the gate let through, as the record tells: a branch hands on nothing."""
     record = Path(result_of(context, "plan")["record"])
     if not (record / "gate.json").is_file():
@@ -101,16 +101,19 @@ def name_of(model: str) -> str:
 
 
 def train_cpt(context: Context) -> RemoteJob:
-    """Stage 1, from the base model."""
+    """Stage 1, from the base model or from the champion."""
     from fastcpt.training import commands, made_from
 
     recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
     host, folder = host_of(places), f"{places['root']}/models"
     base = places.get("base_model") or made_from.base_name(recipe, places["tokenizer_digest"])
+    start = start_of_run(Path(result_of(context, "plan")["record"]))
+    # the root may be moved as a whole
+    begins = start["training"] if start else base.removeprefix(f"{places['root']}/")
     name = made_from.training_name(
         recipe,
         recipe.training,
-        model=base.removeprefix(f"{places['root']}/"),  # which may be moved as a whole
+        model=begins,
         data={"corpus": places["corpus_digest"]},
         deepspeed=CONFIGS,
     )
@@ -122,7 +125,7 @@ def train_cpt(context: Context) -> RemoteJob:
         host,
         _port(output),
         corpus=places["corpus"],
-        model=base,
+        model=places.get("start") or base,
         output=output,
         stage="stage1",
     )
@@ -235,7 +238,7 @@ def train_sft(context: Context) -> RemoteJob | Trained:
     from fastcpt.training import commands, made_from
 
     recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
-    before = _gated(context)["model"]
+    before = gated(context)["model"]
     if places["instructions"] is None:
         return {"model": before, "skipped": "the recipe has no instructions"}
     name = made_from.training_name(

@@ -67,6 +67,7 @@ def test_the_frozen_set_stays_and_nothing_of_it_is_trained_on(
     ledger = pq.read_table(home / "ledger" / first["digest"] / "held_out.parquet").to_pylist()
     were_newest = {row["content"] for row in ledger if row["split"] == "validation_newest"}
     assert were_newest <= trained_ids(home, second)
+    assert second["held_out_before"] == len(were_newest) > first["held_out_before"] == 0
 
 
 def test_a_trained_act_that_would_be_held_out_is_counted(

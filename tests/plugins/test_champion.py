@@ -12,7 +12,7 @@ from airflow.sdk.execution_time.context import set_current_context
 from fastcpt.files import read_json, write_json
 from fastcpt.held_out import HELD_OUT_SCHEMA, TEXTS_SCHEMA, write_ledger
 from fastcpt.recipe import load_recipe
-from fastcpt.registry.champion import champion, events
+from fastcpt.registry.champion import champion, events, models
 from fastcpt.reporting.record import open_record, read
 from fastcpt.reporting.report import write_report
 from steps import champion as by_hand
@@ -53,6 +53,7 @@ class Ended:
         write_json(record / "outputs" / "build.json", {"digest": "c", "path": "/c"})
         results = {
             "plan": {"record": str(record), "recipe": str(record / "recipe.yaml")},
+            "train_cpt": {"model": f"/r/models/cpt-of-{trained}/final"},
             "train_sft": {"model": f"/r/models/{trained}/final"},
         }
         context: Any = {
@@ -85,6 +86,8 @@ def test_only_a_better_model_takes_the_champion_s_place(ended: Ended) -> None:
     assert [event for event, _ in ended.told] == [
         "kept as a candidate", "promoted", "kept as a candidate", "promoted"
     ]  # fmt: skip
+    facts = models(ended.home, "sample")["sample-three"]
+    assert (facts["before_sft"], facts["corpora"]) == ("cpt-of-three", ["c"])
     assert read_json(ended.home / "models" / "sample" / "champion.json")["path"] == (
         "gpu_cluster:/r/published/sample-three"
         if RECIPE.cluster.connection == "gpu_cluster"

@@ -177,3 +177,20 @@ def test_what_a_training_left_is_kept_with_its_place(context: Any, record: Path)
     assert answer == {"steps": 3, "seconds": 5.0, **hands_on}
     assert (record / "train_cpt" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert (record / "times" / "train_cpt.json").is_file()
+
+
+def test_a_run_that_goes_on_trains_the_champion_and_is_named_by_it(
+    context: Any, record: Path
+) -> None:
+    base = training.train_cpt(context)
+    names = {Path(words(base)["--output_dir"]).name}
+    context["ti"].results["sync"]["start"] = "/r/models/ab12/final"
+    for champion in ("ab12", "cd34"):
+        start = {"model": "law-1", "training": champion, "record": "r", "corpora": ["c"]}
+        write_json(record / "start.json", start)
+        job = training.train_cpt(context)
+        assert words(job)["--model"] == "/r/models/ab12/final"
+        names.add(Path(words(job)["--output_dir"]).name)
+        # what it is compared with is the base model all the same
+        assert job.answer["base_model"] == base.answer["base_model"]
+    assert len(names) == 3

@@ -59,7 +59,10 @@ def home(tmp_path: Path) -> Path:
         run(tmp_path, f"r{number}", f"c{number}", days_ago)
         (tmp_path / "models" / f"law-{number}").mkdir(parents=True)
         aged(tmp_path, f"models/law-{number}", days_ago)
-        known[f"law-{number}"] = {"record": f"r{number}", "corpus": f"c{number}"}
+        (tmp_path / "before_sft" / f"t{number}").mkdir(parents=True)
+        aged(tmp_path, f"before_sft/t{number}", days_ago)
+        made_from = {"record": f"r{number}", "corpus": f"c{number}", "before_sft": f"t{number}"}
+        known[f"law-{number}"] = made_from
     promoted = (("law-1", None), ("law-2", "law-1"), ("law-4", "law-2"))
     events = [{"what": "promoted", "model": one, "instead_of": of} for one, of in promoted]
     write_json(tmp_path / "models" / "law" / "models.json", {"models": known, "events": events})
@@ -88,6 +91,7 @@ def test_champion_predecessor_and_the_newest_candidate_keep_all_they_were_made_f
         *("corpora/c1", "corpora/c3", "corpora/c5"),
         *("selections/s1", "selections/s5"),  # of c3 is that of c2, which stays
         *("scores/of-s1", "scores/of-s5"),
+        *("before_sft/t1", "before_sft/t3", "before_sft/t5"),
         *("tokens/t", "checkpoints/x"),
     }
     assert gone(home, candidates=0) >= {"models/law-6", "runs/r6", "corpora/c6", "selections/s6"}
@@ -104,7 +108,7 @@ def test_without_candidates_models_and_records_stay(home: Path) -> None:
 def test_what_is_younger_stays(home: Path) -> None:
     assert gone(home, days=75, candidates=0) == {
         *("models/law-1", "runs/r1", "corpora/c1", "selections/s1", "scores/of-s1", "tokens/t"),
-        "checkpoints/x",
+        *("checkpoints/x", "before_sft/t1"),
     }
 
 

@@ -49,6 +49,26 @@ def trained(corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+def test_a_corpus_that_goes_on_is_trained_on_for_its_share_of_the_steps_from_what_was_learnt(
+    trained: Path, corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(corpus, tmp_path / "corpus")
+    manifest = json.loads((corpus / "corpus_manifest.json").read_text())
+    manifest["gone_on"] = {"new_tokens": 30, "replayed_tokens": 20, "all_tokens": 100}
+    (tmp_path / "corpus" / "corpus_manifest.json").write_text(json.dumps(manifest))
+    before = trained / "out" / "final"
+    arguments = train_arguments(
+        write_recipe(tmp_path), tmp_path / "corpus", tmp_path / "out", "--model", before
+    )
+    code, output = finish(launch("train_cpt.py", *arguments))
+    assert code == 0, output
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["steps"] == 6
+    lines = metrics(tmp_path / "out")
+    # warmed up again within a step of 2 x 6 / 12, and down again
+    assert lines[0]["learning_rate"] == 0.01 > lines[-1]["learning_rate"]
+    assert lines[0]["loss"] < 4.5  # from nothing 5.5
+
+
 def test_a_training_learns_and_leaves_what_the_next_step_needs(
     trained: Path, corpus: Path, model: Path
 ) -> None:

@@ -26,6 +26,7 @@ SHIPPED = (
     "fastcpt/law_sets.yaml",
     "fastcpt/recipe.py",
     "fastcpt/recipe_sections.py",
+    "fastcpt/recurring.py",
     "fastcpt/best_fit.py",
     "fastcpt/files.py",
     "fastcpt/gate.py",

@@ -32,6 +32,7 @@ from fastcpt.corpus.decontamination import (
 from fastcpt.corpus.documents import spelled
 from fastcpt.corpus.fingerprint import spread
 from fastcpt.corpus.funnel import funnel_of_build, funnel_table
+from fastcpt.corpus.going_on import keep_new
 from fastcpt.corpus.replay import (
     GENERAL,
     GeneralHeldOut,
@@ -68,6 +69,7 @@ from fastcpt.manifests import (
     Tokenized,
 )
 from fastcpt.recipe import Recipe
+from fastcpt.recurring import Start
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +81,15 @@ SMALL = 4_000_000  # characters: below this, processes and tiktoken cost more th
 PROBE_CHARACTERS = 300_000  # encoded both ways before tiktoken is trusted with the corpus
 
 
-def build(selection: str, recipe: Recipe, home: Path, processes: int | None = None) -> CorpusFolder:
-    """Build the corpus of a selection (the ``path`` that ``select`` returned).
+def build(
+    selection: str,
+    recipe: Recipe,
+    home: Path,
+    processes: int | None = None,
+    start: Start | None = None,
+) -> CorpusFolder:
+    """Build the corpus of a selection (the ``path`` that ``select`` returned); with ``start`` that of a
+    training which goes on from there (``going_on``).
 
     Writes ``home/corpora/<digest>``: ``cpt_train_shard_NN.parquet`` (``input_ids``, the ``lengths`` of
     the segments in them and each segment's ``areas``, null for general text), ``validation/``,
@@ -99,6 +108,7 @@ def build(selection: str, recipe: Recipe, home: Path, processes: int | None = No
         [tokenizer.sha256, tokenizer.bos_id, tokenizer.end_id, tokenizer.pad_id],
         recipe.corpus.model_dump(include={"max_seq_length", "num_shards", "seed"}),
         [recipe.documents.replay.share, general] if recipe.documents.replay else None,
+        *([start["training"], start["corpora"], recipe.recurring.replay] if start else []),
     )
     folder = home / "corpora" / digest
     if (folder / MANIFEST).exists():
@@ -115,7 +125,7 @@ def build(selection: str, recipe: Recipe, home: Path, processes: int | None = No
     if documents.characters.sum() < SMALL:
         processes = processes or 1
     manifest = _build_into(
-        folder, digest, documents, tokenizer, replay, chosen, recipe, home, processes
+        folder, digest, documents, tokenizer, replay, chosen, recipe, home, processes, start
     )
     write_tokenizer(tokenizer, folder / "tokenizer")
     with whole_file(folder / "funnel.md") as aside:
@@ -167,6 +177,7 @@ def _build_into(
     recipe: Recipe,
     home: Path,
     processes: int | None,
+    start: Start | None,
 ) -> CorpusManifest:
     held_out = folder / ".held_out"
     if chosen["comparison"]:
@@ -178,6 +189,10 @@ def _build_into(
     ids = ids_of_all(documents, tokenizer, home, processes)
     stretches, cut_off = cut_passages(documents, ids, held_out, tokenizer, processes)
     cut = _cut_at_budget(documents, ids, chosen)
+    gone_on = None
+    if start:
+        lengths = ids.length if cut is None else np.minimum(ids.length, cut)
+        gone_on = keep_new(documents, lengths, start, recipe, home)
     train = documents.rows("train")
     check_splits(documents, overlaps.pairs)
     segments = stretches.segments(train)
@@ -194,7 +209,7 @@ def _build_into(
     plan = plan_rows(training, recipe)
     shards = write_shards(folder, plan, training, areas, recipe.corpus.num_shards, processes)
     validation = _write_validation_sets(folder, documents, ids, unseen, tokenizer, home)
-    note_in_ledger(folder.name, documents, home)
+    held_out_before = note_in_ledger(folder.name, documents, home)
     shutil.rmtree(held_out)
     tokens = int(training.length.sum())
     return {
@@ -212,6 +227,8 @@ def _build_into(
         "padding_share": 1.0 - tokens / (plan.rows * recipe.corpus.max_seq_length),
         "bytes_per_token": sum(shard["bytes"] for shard in shards) / tokens,
         "replay": general.facts(tokens),
+        "gone_on": gone_on,
+        "held_out_before": held_out_before,
         "shards": shards,
         "validation": validation,
         "funnel": funnel_of_build(chosen, documents, ids, general, cut_off, cut_short),

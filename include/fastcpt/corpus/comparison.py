@@ -8,6 +8,7 @@ got another id. They are held out like any others, so all that overlaps with the
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from fastcpt.held_out import (
     TEXTS_SCHEMA,
     comparison,
     frozen_set,
+    held_out_by_others,
     write_ledger,
 )
 from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Fields
+
+log = logging.getLogger(__name__)
 
 
 def add_comparison(documents: Selected, folder: Path, file: Path) -> None:
@@ -73,9 +77,16 @@ def _record(fields: Fields, name: str, text: str) -> dict[str, Any]:
     return record
 
 
-def note_in_ledger(corpus: str, documents: Selected, home: Path) -> None:
-    """Record in the ledger what a corpus trains on and what it holds out."""
+def note_in_ledger(corpus: str, documents: Selected, home: Path) -> int:
+    """Record in the ledger what a corpus trains on and what it holds out.
+
+    Returns how many of the documents it trains on were held out by another corpus, as its newest acts.
+    """
     rows, held_out = documents.rows("train", *HELD_OUT), documents.rows(*HELD_OUT)
+    others = np.concatenate([*held_out_by_others(home, corpus), np.empty(0, dtype=np.uint64)])
+    judged = int(np.isin(documents.content[documents.rows("train")], others).sum())
+    if judged:
+        log.info("%d documents that an earlier corpus held out are trained on by now", judged)
     texts = [documents.content[rows], documents.work_hash[rows], pa.array(documents.split[rows])]
     about = documents.about.take(pa.array(held_out))
     columns = {
@@ -91,6 +102,7 @@ def note_in_ledger(corpus: str, documents: Selected, home: Path) -> None:
         pa.table(texts, names=TEXTS_SCHEMA.names).cast(TEXTS_SCHEMA),
         pa.table([columns[name] for name in HELD_OUT_SCHEMA.names], schema=HELD_OUT_SCHEMA),
     )
+    return judged
 
 
 def kept_tokenizer(

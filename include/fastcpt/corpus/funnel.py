@@ -67,7 +67,7 @@ def funnel_of_build(
             "tokens": int(ids.length[rows].sum()),
         }
 
-    for reason in ("overlaps_held_out", "common_text", "over_budget"):
+    for reason in ("overlaps_held_out", "common_text", "over_budget", "trained_on_before"):
         if len(documents.rows(reason)):
             funnel.append(row("build", reason))
     for reason, cut in (("quoted_by_held_out", cut_off), ("cut_short", cut_short)):

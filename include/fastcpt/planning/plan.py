@@ -16,8 +16,10 @@ from typing import Any
 from fastcpt.planning.alternatives import Keep, alternatives
 from fastcpt.planning.figures import plan_on
 from fastcpt.planning.hardware import hardware_of
+from fastcpt.planning.ranges import Range
 from fastcpt.planning.result import CannotRun, Plan, PlanRefused
 from fastcpt.recipe import Recipe
+from fastcpt.recurring import shortened
 
 CHARACTERS_PER_TOKEN = 4.4  # running legal text, Llama's and dolma2's vocabularies
 
@@ -56,6 +58,42 @@ def plan(
     if found.fits or hardware.gpu is None:
         return found
     return replace(found, alternatives=tuple(alternatives(recipe, tokens, hardware, history, keep)))
+
+
+def plan_going_on(
+    recipe: Recipe,
+    tokens: int,
+    share: float,
+    cluster: Mapping[str, Any] | str | None = None,
+    history: Path | None = None,
+) -> Plan:
+    """The plan of a training that goes on from the champion on ``tokens``, with what that saves.
+
+    ``tokens`` are ``share`` (above 0, at most 1) of those from the base model.
+    """
+    trainings = {
+        "training": shortened(recipe.training, share),
+        "stage2": shortened(recipe.stage2, share),
+    }
+    found = plan(recipe.model_copy(update=trainings), tokens, cluster, history)
+    base = plan_on(recipe, round(tokens / share), hardware_of(recipe.cluster, cluster), history)
+    return replace(found, notes=(*found.notes, _saved(found, base)))
+
+
+def _saved(found: Plan, base: Plan) -> str:
+    words = (
+        f"goes on from the champion: {found.corpus_tokens:,} tokens in {found.steps:,} steps; from the "
+        f"base model {base.corpus_tokens:,} in {base.steps:,}"
+    )
+    if found.hours and base.hours:
+        words += f". Saves about {_middle(base.hours) - _middle(found.hours):,.1f} h"
+    if found.cost and base.cost:
+        words += f" and ${_middle(base.cost) - _middle(found.cost):,.0f}"
+    return words
+
+
+def _middle(of: Range) -> float:
+    return (of.low + of.high) / 2
 
 
 def require_fit(plan: Plan, command: str = "the same command with") -> None:

@@ -70,8 +70,9 @@ def unused(home: Path, policy: Policy) -> list[Path]:
         if selection not in gone_selections
         for part in _read(selection / "manifest.json").get("parts", [])
     }
-    others = [*old("scores", scores), *old("tokens", ()), *checkpoints]
-    return [*models, *runs, *gone, *gone_selections, *others]
+    before_sft = {str(known[name].get("before_sft")) for name in left}
+    others = [*old("scores", scores), *old("tokens", ()), *old("before_sft", before_sft)]
+    return [*models, *runs, *gone, *gone_selections, *others, *checkpoints]
 
 
 def _models(home: Path, candidates: int | None) -> tuple[dict[str, dict[str, Any]], set[str]]:

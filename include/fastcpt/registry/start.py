@@ -1,0 +1,73 @@
+"""Where a run's training begins: the base model, or the champion as it was before fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastcpt.recipe import Recipe, load_recipe
+from fastcpt.recurring import Start
+from fastcpt.registry.champion import champion, models
+
+# What has to be the champion's for its weights to be trained further and compared with.
+SAME = (
+    *("model.name_or_path", "model.config", "model.dtype", "tokenizer.path"),
+    *("tokenizer.train_vocab_size", "corpus.max_seq_length", "lora", "gate.validation_set"),
+)
+
+
+class StartError(ValueError):
+    """Training cannot go on from the champion; the message says why and what can be done."""
+
+
+def start_of(recipe: Recipe, home: Path) -> Start | None:
+    """The champion that the recipe's training goes on from; None: it begins with the base model.
+
+    That is so where ``recurring.start`` is base, and where the recipe has no champion. Raises
+    ``StartError`` where the champion is of another model or recipe, or of an older version.
+    """
+    best = champion(home, recipe.name)
+    if recipe.recurring.start == "base" or best is None:
+        return None
+    facts = models(home, recipe.name)[best]
+    if "before_sft" not in facts:
+        raise _cannot(best, "it was published by an older version, which did not note where it is")
+    its = home / "runs" / facts["record"] / "recipe.yaml"
+    if not its.is_file():
+        raise _cannot(best, f"its recipe, {its}, is gone")
+    if differ := _differences(load_recipe(its), recipe):
+        raise _cannot(best, f"its recipe is another one: {'; '.join(differ)}")
+    return {
+        "model": best,
+        "training": facts["before_sft"],
+        "record": facts["record"],
+        "corpora": facts["corpora"],
+    }
+
+
+def brought(home: Path, training: str) -> Path:
+    """Where the weights of a training before fine-tuning are here, once they were brought."""
+    return home / "before_sft" / training
+
+
+def _differences(its: Recipe, ours: Recipe) -> list[str]:
+    found = []
+    for key in SAME:
+        theirs, wanted = _value(its, key), _value(ours, key)
+        if theirs != wanted:
+            found.append(f"{key} was {theirs!r} and is {wanted!r}")
+    return found
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _cannot(model: str, why: str) -> StartError:
+    return StartError(
+        f"training cannot go on from champion {model}: {why}. Set recurring.start to base, "
+        "or give the recipe another name"
+    )
