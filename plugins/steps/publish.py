@@ -132,10 +132,10 @@ def keep_published(context: Context, files: Files, hands_on: Published) -> dict[
 
     plan, began = result_of(context, "plan"), time.time()
     recipe, record, folder = recipe_of(plan), Path(plan["record"]), hands_on["published"]
-    remote = remote_of(recipe.cluster.connection)
     if recipe.cluster.rent and recipe.recurring.start == "champion":
-        _bring_before_sft(remote, gated(context)["model"])
+        _bring_before_sft(remote_of(recipe.cluster.connection), gated(context)["model"])
     if recipe.publish.destination == "bring_back":
+        remote = remote_of(recipe.cluster.connection)
         answer = fetch(remote, folder, HOME / "models" / Path(folder).name)
         for task in ("train_cpt", "train_cpt_stage2", "train_sft"):
             if (trained := result_or_none(context, task)) and "model" in trained:

@@ -79,6 +79,18 @@ def test_a_champion_of_another_recipe_is_refused_with_what_differs(
     assert "recurring.start to base" in str(refused.value)
 
 
+def test_weights_that_a_rented_host_would_not_have_are_missed_before_it_is_rented(
+    home: Path,
+) -> None:
+    command = ["true"]
+    rent = {"acquire": command, "release": command, "status": command}
+    publish(home, "sample-1", recipe_with(cluster__rent=rent), **MADE)
+    with pytest.raises(StartError, match="ab12 is missing"):
+        start_of(recipe_with(cluster__rent=rent), home)
+    (home / "before_sft" / "ab12").mkdir(parents=True)
+    assert start_of(recipe_with(cluster__rent=rent), home)
+
+
 def test_a_champion_of_an_older_version_is_refused(home: Path) -> None:
     publish(home, "sample-1", recipe_with())
     with pytest.raises(StartError, match="older version"):

@@ -24,7 +24,8 @@ def start_of(recipe: Recipe, home: Path) -> Start | None:
     """The champion that the recipe's training goes on from; None: it begins with the base model.
 
     That is so where ``recurring.start`` is base, and where the recipe has no champion. Raises
-    ``StartError`` where the champion is of another model or recipe, or of an older version.
+    ``StartError`` where the champion is of another model or recipe, or of an older version, or its
+    weights are not here and the host is to be rented.
     """
     best = champion(home, recipe.name)
     if recipe.recurring.start == "base" or best is None:
@@ -32,6 +33,9 @@ def start_of(recipe: Recipe, home: Path) -> Start | None:
     facts = models(home, recipe.name)[best]
     if "before_sft" not in facts:
         raise _cannot(best, "it was published by an older version, which did not note where it is")
+    if recipe.cluster.rent and not brought(home, facts["before_sft"]).is_dir():
+        why = f"{brought(home, facts['before_sft'])} is missing, and the next rented host has it neither"
+        raise _cannot(best, why)
     its = home / "runs" / facts["record"] / "recipe.yaml"
     if not its.is_file():
         raise _cannot(best, f"its recipe, {its}, is gone")
