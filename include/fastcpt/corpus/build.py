@@ -33,6 +33,7 @@ from fastcpt.corpus.documents import spelled
 from fastcpt.corpus.fingerprint import spread
 from fastcpt.corpus.funnel import funnel_of_build, funnel_table
 from fastcpt.corpus.going_on import keep_new
+from fastcpt.corpus.passages import Stretches
 from fastcpt.corpus.replay import (
     GENERAL,
     GeneralHeldOut,
@@ -77,6 +78,7 @@ Ints = npt.NDArray[np.int64]
 
 FORMAT = 6
 MANIFEST = "corpus_manifest.json"
+SECTIONS = {"documents", "score", "selection", "corpus", "tokenizer"}  # the manifest has them
 SMALL = 4_000_000  # characters: below this, processes and tiktoken cost more than they save
 PROBE_CHARACTERS = 300_000  # encoded both ways before tiktoken is trusted with the corpus
 
@@ -189,16 +191,11 @@ def _build_into(
     ids = ids_of_all(documents, tokenizer, home, processes)
     stretches, cut_off = cut_passages(documents, ids, held_out, tokenizer, processes)
     cut = _cut_at_budget(documents, ids, chosen)
-    gone_on = None
-    if start:
-        lengths = ids.length if cut is None else np.minimum(ids.length, cut)
-        gone_on = keep_new(documents, lengths, start, recipe, home)
+    lengths = ids.length if cut is None else np.minimum(ids.length, cut)
+    gone_on = keep_new(documents, lengths, start, recipe, home) if start else None
     train = documents.rows("train")
     check_splits(documents, overlaps.pairs)
-    segments = stretches.segments(train)
-    training = ids.in_segments(segments, stretches)
-    if cut is not None:
-        segments, training = training.first_of_each(segments, cut)
+    segments, training = _segments(train, ids, stretches, cut)
     cut_short = _shorten(documents, ids, train, cut)
     general = choose_replay(
         replay, int(training.length.sum()), held_out, tokenizer, recipe, home, processes
@@ -215,9 +212,7 @@ def _build_into(
     return {
         "digest": digest,
         "selection": chosen["digest"],
-        "recipe": recipe.model_dump(
-            mode="json", include={"documents", "score", "selection", "corpus", "tokenizer"}
-        ),
+        "recipe": recipe.model_dump(mode="json", include=SECTIONS),
         "tokenizer": tokenizer.facts(),
         "max_seq_length": recipe.corpus.max_seq_length,
         "tokens": tokens,
@@ -234,6 +229,15 @@ def _build_into(
         "funnel": funnel_of_build(chosen, documents, ids, general, cut_off, cut_short),
         "files": [],  # filled in once the last of them is written
     }
+
+
+def _segments(
+    train: Ints, ids: TokenIds, stretches: Stretches, cut: int | None
+) -> tuple[Ints, TokenIds]:
+    """The rows to train on, one per segment, and the segments' ids; at most ``cut`` tokens of a row."""
+    segments = stretches.segments(train)
+    training = ids.in_segments(segments, stretches)
+    return (segments, training) if cut is None else training.first_of_each(segments, cut)
 
 
 def _write_validation_sets(
