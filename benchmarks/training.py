@@ -103,9 +103,8 @@ def worker(args: argparse.Namespace) -> None:
     """One rank of one case; rank 0 prints the result."""
     import torch
 
-    from fastcpt import step_memory
     from fastcpt.recipe import Recipe
-    from fastcpt.training import engine, layers
+    from fastcpt.training import engine
     from fastcpt.training.loop import Loop
     from fastcpt.training.metrics import peak_memory_gb
     from fastcpt.training.ranks import StopSignal, start_ranks
@@ -115,13 +114,7 @@ def worker(args: argparse.Namespace) -> None:
     lora, fp8 = case.lora, case.fp8
     shape, folder, micro = SHAPES[case.shape], Path(args.folder), args.micro or case.micro
     write_config(shape, folder)
-    engine.load_model, engine.load_layerwise = random_model, random_layerwise
-    if args.scaling == "delayed":
-        from transformer_engine.common.recipe import DelayedScaling
-
-        layers.fp8_recipe = lambda: DelayedScaling(amax_history_len=16, reduce_amax=False)
-    if args.share:
-        step_memory.FILL = args.share
+    replace_parts(args)
     recipe = Recipe.model_validate(recipe_values(args, case))
     rows = random_rows(shape["vocab_size"], args.pieces, args.rows)
     begin = time.monotonic()
@@ -164,6 +157,20 @@ def worker(args: argparse.Namespace) -> None:
         (folder / "result.json").write_text(json.dumps(result))
         print(json.dumps(result), flush=True)
     torch.distributed.destroy_process_group()
+
+
+def replace_parts(args: argparse.Namespace) -> None:
+    """Random weights made on the GPU in place of files, and what is asked for in place of the product's."""
+    from fastcpt import step_memory
+    from fastcpt.training import engine, layers
+
+    engine.load_model, engine.load_layerwise = random_model, random_layerwise
+    if args.scaling == "delayed":
+        from transformer_engine.common.recipe import DelayedScaling
+
+        layers.fp8_recipe = lambda: DelayedScaling(amax_history_len=16, reduce_amax=False)
+    if args.share:
+        step_memory.FILL = args.share
 
 
 def recipe_values(args: argparse.Namespace, case: Case) -> dict[str, Any]:
