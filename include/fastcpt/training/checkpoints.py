@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and the final model.
+"""What a checkpoint holds, how it is read, and the final model; ``checkpoint_writer`` writes it.
 
 A checkpoint holds the optimizer's state: the float32 weights and Adam's two moments (12 bytes per
 trained weight; frozen weights are loaded from the base model), or their low-precision versions
@@ -25,10 +25,7 @@ from safetensors.torch import load_file, save_file
 from fastcpt.files import flush, read_json, write_json
 from fastcpt.step_memory import MOMENTS_BLOCK
 from fastcpt.training.digests import (
-    digest_of_file,
-    save_tensors,
     what_is_damaged,
-    write_digests,
 )
 from fastcpt.training.layers import plain_weights
 from fastcpt.training.model import BASE, Trainee
@@ -45,33 +42,6 @@ def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a training, oldest first."""
     found = [path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def save_checkpoint(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> None:
-    """Save ``folder/step_N`` (N is ``state["step"]``) and keep the newest ``keep``."""
-    step = state["step"]
-    target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
-    if target.is_dir():
-        return
-    if dist.get_rank() == 0:
-        for left_over in folder.glob(".step_*.partial"):  # of a training that was killed
-            shutil.rmtree(left_over)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    own = f"rank_{dist.get_rank()}.pt"
-    written: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(written, (own, save_tensors(_own_state(engine), partial / own)))
-    if dist.get_rank() == 0:
-        write_json(partial / "state.json", {**state, "ranks": dist.get_world_size()})
-        written.append(("state.json", digest_of_file(partial / "state.json")))
-        write_digests(partial, dict(written))
-        partial.rename(target)
-        flush(folder)
-        for old in checkpoints(folder)[:-keep]:
-            gone = old.with_name(f".{old.name}.partial")
-            old.rename(gone)
-            shutil.rmtree(gone)
-    dist.barrier()
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -248,7 +218,7 @@ def _places(
     ]
 
 
-def _own_state(engine: Any) -> dict[str, Any]:
+def own_state(engine: Any) -> dict[str, Any]:
     """This rank's flat slices of every trained weight and its two moments."""
     states = engine.optimizer.optimizer.state
     return {

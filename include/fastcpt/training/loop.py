@@ -27,6 +27,7 @@ import torch.distributed as dist
 from fastcpt.recipe_sections import Training
 from fastcpt.step_memory import MODEL_BYTES, checkpoint_bytes_per_weight, training_disk_bytes
 from fastcpt.training import checkpoints
+from fastcpt.training.checkpoint_writer import CheckpointWriter
 from fastcpt.training.data import Order, Reader
 from fastcpt.training.engine import begin_step, parameters
 from fastcpt.training.exits import Stopped, TrainingError
@@ -59,6 +60,7 @@ class Loop:
         self.price, self.work = price, Work(engine.module, device)
         self.training, self.phases, self.engine = training, phases, engine
         self.folder = output / "checkpoints"
+        self.writer, self.writing = CheckpointWriter(self.folder, training.save_total_limit), False
         self.accumulation, self.device, self.stop = accumulation, device, stop
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.guard, self.clock = Guard(training), Clock(training.time_budget_hours, ends)
@@ -176,8 +178,10 @@ class Loop:
             self._report(rate, ended or self.step % self.training.logging_steps == 0)
             if ended:
                 self._end_phase(end_area, last)
+            if self.writer.begun and not self.writing:
+                self._complete(last)
             if stopping or ended or self.step % self.training.save_steps == 0:
-                self._save(last)
+                self._save(last, wait=stopping or ended)
             if stopping and not last:
                 raise Stopped(f"stopped by SIGTERM; checkpoints/step_{self.step} is saved")
 
@@ -213,9 +217,11 @@ class Loop:
     def _share(self, summed: torch.Tensor) -> tuple[float, bool]:
         """The loss summed over all ranks, and whether any of them was told to stop.
 
-        All ranks get rank 0's seconds and clock, so that they end at the same step.
+        All ranks get rank 0's seconds and clock, so that they end at the same step, and know
+        whether a checkpoint is still being written.
         """
-        shared = torch.tensor([0.0, 0.0, 0.0, float(self.stop.came)], dtype=torch.float64)
+        flags = float(self.stop.came), float(self.writer.writing)
+        shared = torch.tensor([0.0, 0.0, 0.0, *flags], dtype=torch.float64)
         shared[0] = summed.double()
         if self.rank == 0:
             spent = time.monotonic() - self.began
@@ -224,7 +230,8 @@ class Loop:
             shared[2] = self.clock.progress(seconds, self.tokens, a_step)
         shared = shared.to(self.device)
         dist.all_reduce(shared)
-        total, self.seconds, used, stopping = shared.tolist()
+        total, self.seconds, used, stopping, writing = shared.tolist()
+        self.writing = writing > 0
         self.clock.used = max(self.clock.used, used)
         return total, stopping > 0
 
@@ -311,16 +318,23 @@ class Loop:
             self._take_phase()
             self.guard.forget()
 
-    def _save(self, last: bool) -> None:
-        begin = time.monotonic()
-        checkpoints.save_checkpoint(
-            self.engine, self.folder, self.state(), self.training.save_total_limit
-        )
-        spent = time.monotonic() - begin
+    def _save(self, last: bool, wait: bool) -> None:
+        """Begin a checkpoint; with ``wait`` it is complete when this returns."""
+        if self.writer.begun:  # the last one took longer than ``save_steps``
+            self._complete(last)
+        self.writer.begin(self.engine, self.state())
+        if wait and self.writer.begun:
+            self._complete(last)
+
+    def _complete(self, last: bool) -> None:
+        written = self.writer.complete()
         model = MODEL_BYTES / checkpoint_bytes_per_weight(self.training.optimizer_states)
-        self.clock.saving = max(self.clock.saving, spent * (1 + model))
+        self.clock.saving = max(self.clock.saving, written.seconds * (1 + model))
         if not last:
-            self._say(f"saved checkpoints/step_{self.step} in {spent:.1f} s")
+            self._say(
+                f"saved checkpoints/step_{written.step} in {written.seconds:.1f} s, "
+                f"{written.stopped:.1f} s of them without training"
+            )
 
     def _say(self, line: str) -> None:
         self.progress_lines.say(line, now=True)
