@@ -381,9 +381,9 @@ def evaluation(about: dict[str, Any], judged: Read, rate: float) -> dict[str, An
 
 
 def corpus_of(recipe: Recipe, home: Path) -> CorpusFolder:
-    scores = score_parts(list_parts(recipe.documents), recipe, home, 4)
+    scores = score_parts(list_parts(recipe.documents), recipe, home, 1)
     chosen = select([score["path"] for score in scores], recipe, home)
-    return build(chosen["path"], recipe, home, 4)
+    return build(chosen["path"], recipe, home, 1)
 
 
 def recipe_of(folder: Path) -> Recipe:

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from airflow.providers.standard.operators.hitl import ApprovalOperator
 
 import notifications
 import steps.report
 import steps.training
+from approval import ApprovePlan
 from fastcpt.files import write_json
 from fastcpt.recipe import load_recipe
 from fastcpt.reporting.record import add_text, failures, record_folder
@@ -173,6 +175,24 @@ def test_spending_above_the_plan_is_told_once_and_stage_2_has_a_plan_of_its_own(
     ((_, message),) = received[0].received
     assert message["Subject"].startswith("Fast CPT: spent more than planned: train_sft of fast_cpt")
     assert "90.00 USD so far; planned were 80.00 at most" in received[1].received[0]["text"]
+
+
+def test_a_plan_that_waits_for_approval_is_told_with_a_link_to_the_page_that_asks(
+    received: Any, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.params |= {"recipe": "sample", "require_approval": True}
+    run.step("plan")
+    run.task_id, run.results["build"] = "approve_plan", {"corpus": {"tokens": 20_000}}
+    host = {"gpus": [], "memory_gb": 16.0, "disk_free_gb": 90.0}
+    run.results["check_cluster"] = host
+    # what follows is Airflow's: it stores the question and waits
+    monkeypatch.setattr(ApprovalOperator, "execute", lambda *_: None)
+    ApprovePlan(task_id="approve_plan").execute(run.context)
+    ((_, message),) = received[0].received
+    assert message["Subject"] == "Fast CPT: waiting for approval: approve_plan of fast_cpt, a:run"
+    (post,) = received[1].received
+    assert "plan of 'sample'" in post["text"]
+    assert "<http://airflow.example/dags/fast_cpt/required_actions|Open>" in post["text"]
 
 
 def test_a_run_that_failed_is_told_by_the_task_that_did(received: Any) -> None:

@@ -112,6 +112,9 @@ def test_answers_may_not_be_worse_than_the_champion_s() -> None:
     found = decide(Publish(), GATE, evaluation(0.8, right="1" * 60 + "0" * 40), champion)
     assert not found["recommended"]
     assert named(found, "questions")["value"] == pytest.approx(-0.2)
+    fewer = decide(Publish(), GATE, evaluation(0.8, right="1" * 50), champion)
+    assert not fewer["recommended"]
+    assert named(fewer, "questions")["why"] == "50 questions were asked, the champion 100"
 
 
 def test_a_champion_that_was_trained_on_what_judges_it_is_no_measure() -> None:

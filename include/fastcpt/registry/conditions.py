@@ -80,12 +80,14 @@ def _better(margin: float, evaluation: Evaluation, champion: Evaluation | None) 
 def _answers_not_worse(evaluation: Evaluation, champion: Evaluation) -> list[dict[str, Any]]:
     ours = str(evaluation.get("questions", {}).get("model", {}).get("right", ""))
     theirs = str(champion.get("questions", {}).get("model", {}).get("right", ""))
-    # of another recipe's number of questions there are no pairs
-    if not ours or len(ours) != len(theirs):
+    if not ours and not theirs:
         return []
+    what = "share of questions answered rightly beyond the champion's, not below 0 beyond noise"
+    if len(ours) != len(theirs):  # evaluation.questions changed
+        why = f"{len(ours)} questions were asked, the champion {len(theirs)}"
+        return [_unmeasured(what, 0.0, why)]
     gains = np.array([int(our) - int(their) for our, their in zip(ours, theirs, strict=True)])
     found = ratio(gains.astype(np.float64), np.ones(len(gains)))
-    what = "share of questions answered rightly beyond the champion's, not below 0 beyond noise"
     return [_condition(what, found, 0.0, met=_not_below(found, 0.0))]
 
 
