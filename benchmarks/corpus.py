@@ -327,7 +327,7 @@ def beside_datatrove(
 
 
 def tokenize_ratio(tokenizer: str, parts: list[str], home: Path, processes: int) -> float:
-    """Our tokens a second over those of bare ``encode_batch_fast``."""
+    """Our tokens per second over those of bare ``encode_batch_fast``."""
     bare = bare_rate(tokenizer, parts, processes)
     run = measured([sys.executable, "-c", TOKENIZE, tokenizer, str(home), *parts])
     tokens, seconds = map(float, run.output.split())
@@ -352,7 +352,7 @@ def passed_by_web_filters(python: str, data: str, sample: int) -> dict[str, floa
 
 
 def bare_rate(tokenizer: str, parts: list[str], processes: int) -> float:
-    """Tokens a second of bare ``encode_batch_fast``, in as many processes as we use."""
+    """Tokens per second of bare ``encode_batch_fast``, in as many processes as we use."""
     running = [
         subprocess.Popen(
             [sys.executable, "-c", BARE, tokenizer, *parts[number::processes]],

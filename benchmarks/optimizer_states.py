@@ -154,7 +154,7 @@ def curve(out: Path) -> dict[int, float]:
 
 
 def figures(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Of each training: the mean loss of the last tenth of the steps that all have made, held-out bits a byte,
+    """Of each training: the mean loss of the last tenth of the steps that all have made, held-out bits per byte,
     steps skipped by the guard."""
     curves = {name: curve(folder / name) for name in names}
     common = min((max(steps, default=0) for steps in curves.values()), default=0)

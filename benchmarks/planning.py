@@ -97,7 +97,7 @@ GROUPS: dict[str, Callable[[Job], Any]] = {
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A measured or published rate (tokens/s a GPU) that the range did not know of."""
+    """A measured or published rate (tokens/s per GPU) that the range did not know of."""
 
     group: str
     what: str

@@ -31,7 +31,7 @@ def table_of(results: list[dict[str, Any]], trivial: list[str]) -> tuple[str, di
         for name in SETS
     }
     lines = [
-        "| arm | seeds | documents | random, bits a byte | against lots | against the best trivial "
+        "| arm | seeds | documents | random, bits per byte | against lots | against the best trivial "
         "| newest | against lots | against the best trivial |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -83,7 +83,7 @@ def _mean(nats: npt.NDArray[Any], weight: npt.NDArray[Any]) -> float:
 
 
 def bits_of(found: dict[str, list[float]]) -> float:
-    """Bits a byte of a set's documents together, from their losses in nats."""
+    """Bits per byte of a set's documents together, from their losses in nats."""
     return sum(found["nats"]) / math.log(2) / sum(found["bytes"])
 
 

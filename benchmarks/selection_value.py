@@ -5,7 +5,7 @@
 
 Without ``--model`` a Llama of 45 M parameters begins from nothing, with a vocabulary of 16,384 trained on
 the pool. All arms get ``--share`` of the pool's training tokens, the same steps, and for one seed the same
-order drawn; bits a byte are those of the held-out documents (random by work, and newest). The trivial arms
+order drawn; bits per byte are those of the held-out documents (random by work, and newest). The trivial arms
 are always among them. Intervals are paired over documents and seeds.
 
 ``--work`` keeps pool, arms and results: a call that was ended goes on, and a folder with a pool needs no

@@ -1,4 +1,4 @@
-"""Tokens a second of the trainer on this host's GPUs, beside the figures to reach.
+"""Tokens per second of the trainer on this host's GPUs, beside the figures to reach.
 
     python benchmarks/training.py [--cases 8b-lora-bf16,8b-full-fp8@4] [--steps 2] [--profile]
 
@@ -7,8 +7,8 @@ own: shapes of Llama and Qwen 3 with random weights, random tokens in whole sequ
 one step to warm up. ``@4`` runs a case on four GPUs, whatever its own number is. ``--rows 16`` repeats
 so many rows, so that the loss falls where the steps are right. The last line is one JSON object.
 
-Memory is reported in three parts, GB a GPU: what is kept for each weight (weights, gradients and the
-optimizer's states, also as bytes a weight of this GPU's), what else stays between steps (FP8 copies of
+Memory is reported in three parts, GB per GPU: what is kept for each weight (weights, gradients and the
+optimizer's states, also as bytes per weight of this GPU's), what else stays between steps (FP8 copies of
 weights, buffers), and what a step takes on top at most (activations, gathered weights).
 """
 
@@ -55,7 +55,7 @@ SHAPES = {
 
 
 class Case(NamedTuple):
-    """What is trained, on how many GPUs, and the tokens/s a GPU to reach on which."""
+    """What is trained, on how many GPUs, and the tokens/s per GPU to reach on which."""
 
     shape: str
     lora: bool

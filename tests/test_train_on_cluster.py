@@ -37,7 +37,7 @@ def test_what_launchers_and_libraries_say_is_not_printed(line: str) -> None:
     [
         "model /m: 136,358,208 parameters, plain layers, attention sdpa, 2 ranks",
         "step 1/24 loss 2.4099 lr 0.000667 grad_norm 0.303 16 tokens/s 0:24:44 left",
-        "evaluated model, random: perplexity 2.9534, 0.4247 bits a byte, 6,061 tokens in 245.1 s",
+        "evaluated model, random: perplexity 2.9534, 0.4247 bits per byte, 6,061 tokens in 245.1 s",
         "environment: 2/3 66 packages",
         "RecipeError: training.max_steps: 0 is below 1",
     ],

@@ -283,7 +283,7 @@ def _features(config: Mapping[str, Any], family: Family) -> str:
     if config["attention_bias"]:
         found.append("biases")
     if family.norms > 2:
-        found.append(f"{family.norms} norms a layer")
+        found.append(f"{family.norms} norms per layer")
     if _window(config) is not None:
         found.append("a sliding window")
     if not family.gated:

@@ -26,7 +26,7 @@ class Shape:
     tie_word_embeddings: bool = False
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     model_type: str = "llama"
-    vectors: int | None = None  # norms, biases and the like; None: two norms a layer and the last
+    vectors: int | None = None  # norms, biases and the like; None: two norms per layer and the last
     experts: int = 0  # feed-forward networks per layer; 0: one, for all tokens
     experts_a_token: int = 0
     config: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)

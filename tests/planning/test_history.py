@@ -107,7 +107,7 @@ def test_plan_beside_actual(recipe):
     assert rows["hours on the GPUs, without stage 2"]["off"] == pytest.approx(0.1)
     assert rows["hours of training steps"]["off"] == 0
     assert rows["tokens/s, all GPUs"]["off"] == pytest.approx(-0.5)
-    memory = rows["memory a GPU (GB, torch's)"]
+    memory = rows["memory per GPU (GB, torch's)"]
     assert memory["low"] == memory["high"] == content["memory_gb"]["total"] - 1.5
     assert memory["off"] == pytest.approx(99.0 / memory["high"] - 1)
     # what the run has not got to stands there with its plan alone
@@ -168,7 +168,7 @@ def test_replay_of_recorded_runs(job, hardware, facts, tmp_path):
         assert rows["tokens/s, all GPUs"]["off"] == 0
         assert rows["hours of training steps"]["off"] == 0
     if before.checkpointing == job.recomputation and not frozen_in_bf16:
-        assert abs(rows["memory a GPU (GB, torch's)"]["off"]) < 0.1
+        assert abs(rows["memory per GPU (GB, torch's)"]["off"]) < 0.1
 
     training = {
         "tokens_per_s_per_gpu": facts["rate"],

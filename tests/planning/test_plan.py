@@ -37,7 +37,7 @@ def test_its_message_says_why_and_what_would(hybrid):
     message = plan(hybrid, cluster="4xB200").message()
     first, *rest = message.splitlines()
     assert first == "'cpt_config_fast' (Llama-3.1-70B, full, FP8) on 4xB200 does not fit:"
-    assert rest[0].startswith("  - memory: 308 GB a GPU of 186 (optimizer 212, weights 35")
+    assert rest[0].startswith("  - memory: 308 GB per GPU of 186 (optimizer 212, weights 35")
     assert rest[0].endswith("; training.optimizer_states: bfloat16 would fit")
     assert "5.2 times the budget" in message
     assert "What would fit, best first:" in message
@@ -388,7 +388,7 @@ def test_on_cpus_nothing_is_promised(name):
 
 
 def test_tokens_are_estimated_from_bytes(hybrid):
-    # 4.4 characters a token, then the hybrid's 40 %
+    # 4.4 characters per token, then the hybrid's 40 %
     assert estimated_tokens(440_000_000, hybrid) == 40_000_000
     assert estimated_tokens(10**12, hybrid) == 2_000_000_000
     assert estimated_tokens(4_400, load_recipe("local")) == 1000
@@ -413,7 +413,7 @@ def test_the_source_of_a_rate_is_named(hybrid):
     measured = plan(eight, cluster="2xH200")
     assert measured.rate_source.startswith("this project's measurements on H200")
     assert measured.tokens_per_s.high / measured.tokens_per_s.low == pytest.approx(1.15 / 0.85)
-    assert "30,624 tokens/s a GPU on B200" in plan(eight, cluster="4xB200").rate_source
+    assert "30,624 tokens/s per GPU on B200" in plan(eight, cluster="4xB200").rate_source
 
 
 def test_more_passes_than_allowed_ask_for_more_tokens_not_more_steps(hybrid):

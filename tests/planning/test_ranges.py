@@ -69,7 +69,7 @@ def test_more_gpus_another_size_and_another_chip_each_widen(eight):
 
 def test_the_best_that_was_shown_bounds_a_chip_that_was_not_measured(eight):
     found = plan(eight, cluster="4xB200")
-    assert "at best 30,624 tokens/s a GPU on B200 (Megatron-Bridge, MXFP8, 8 GPUs)" in (
+    assert "at best 30,624 tokens/s per GPU on B200 (Megatron-Bridge, MXFP8, 8 GPUs)" in (
         found.rate_source
     )
     # scaled to 3072 tokens: of 8192's 51.5 GFLOP a token 47.5 are left

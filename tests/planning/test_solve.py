@@ -76,7 +76,7 @@ def test_something_must_bound_it(recipe):
 def test_hours_without_end_are_bounded_by_the_passes(recipe, hours):
     free = changed(recipe, {"budget.hours": hours, "budget.money": None})
     solved, found = most_tokens(free, 100_000_000, "8xH100")
-    # 393,216 tokens a step: 4 x 100 M are 1,017 steps and a bit
+    # 393,216 tokens per step: 4 x 100 M are 1,017 steps and a bit
     assert solved.training.max_steps == 1017
     assert found.passes == pytest.approx(4.0, abs=0.005)
     assert "to train longer, more tokens are needed, not more steps" in found.text()

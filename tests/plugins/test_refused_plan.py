@@ -28,7 +28,7 @@ def test_a_model_that_is_not_known_ends_the_run_at_its_first_step(run: Run) -> N
 @pytest.mark.parametrize(
     ("name", "memory_gb", "said"),
     [
-        ("NVIDIA A100-SXM4-40GB", 42.9, "memory: 130 GB a GPU of 42"),
+        ("NVIDIA A100-SXM4-40GB", 42.9, "memory: 130 GB per GPU of 42"),
         (
             "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
             42.9,

@@ -114,7 +114,7 @@ def test_what_comes_while_a_run_goes_on_is_new_afterwards(schedule: Schedule) ->
 
 def test_fewer_new_tokens_than_wanted_wait_until_they_are_enough(schedule: Schedule) -> None:
     schedule.train(SATURDAY, "success")
-    # 4.4 characters a token, and the sample's recipe takes nine of ten
+    # 4.4 characters per token, and the sample's recipe takes nine of ten
     schedule.write(new_tokens=1_800)
     schedule.add("new.jsonl", 4_400)
     said = schedule.skipped(SATURDAY + WEEK)

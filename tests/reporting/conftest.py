@@ -147,7 +147,7 @@ def add_plan_and_actual(record):
             "off": -0.469,
         },
         {"what": "cost (USD)", "low": 1208.0, "high": 2240.0, "actual": 1300.0, "off": 0.0},
-        {"what": "memory a GPU (GB)", "low": 149.7, "high": 149.7, "actual": 61.2, "off": -0.591},
+        {"what": "memory per GPU (GB)", "low": 149.7, "high": 149.7, "actual": 61.2, "off": -0.591},
         {"what": "hours of evaluation", "low": None, "high": None, "actual": 0.25, "off": None},
         {"what": "hours of fine-tuning", "low": 0.5, "high": 0.5, "actual": None, "off": None},
     ]

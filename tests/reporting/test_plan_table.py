@@ -16,7 +16,7 @@ def test_every_figure_has_its_limit_and_where_it_is_from():
     rows = {row[0]: row[1:] for row in plan_table.figures(found, "a guess")}
     assert rows["hours"][1] == "6 h: DOES NOT FIT"
     assert rows["money"][1] == "$180: DOES NOT FIT"
-    assert rows["memory a GPU"][1].endswith("GB: DOES NOT FIT")
+    assert rows["memory per GPU"][1].endswith("GB: DOES NOT FIT")
     # 12,000 steps of 3,072 x 128 tokens, over 2 B
     assert rows["tokens trained on"][0] == "4,718,592,000 in 12,000 steps"
     assert rows["passes over the corpus"][:2] == ("2.4", "4: fits")
@@ -31,7 +31,7 @@ def test_unknown_figures_are_called_unknown():
     found = planned(None, "8xH100", **{"training.max_steps": 10, "training.warmup_steps": 1})
     found |= {"hours": None, "cost": None, "tokens_per_s": None, "price_source": None}
     rows = {row[0]: row[1:] for row in plan_table.figures(found, "a guess")}
-    assert rows["hours"][0] == rows["money"][0] == rows["tokens a second"][0] == "unknown"
+    assert rows["hours"][0] == rows["money"][0] == rows["tokens per second"][0] == "unknown"
     assert rows["money"][2] == "no price is known"
 
 

@@ -119,7 +119,7 @@ def test_the_plan_stands_beside_what_the_run_took(finished, page):
     assert lines[begin + 6 : begin + 11] == [
         "| tokens/s, all GPUs | 9,300 to 17,300 | 4,938 | -47 % |",
         "| cost (USD) | 1,208 to 2,240 | 1,300 | as planned |",
-        "| memory a GPU (GB) | 150 | 61.2 | -59 % |",
+        "| memory per GPU (GB) | 150 | 61.2 | -59 % |",
         "| hours of evaluation | unknown | 0.25 |  |",
         "| hours of fine-tuning | 0.5 |  |  |",
     ]

@@ -89,7 +89,7 @@ def test_two_billion_tokens_are_loaded_in_less_than_two_gigabytes(tmp_path: Path
     (small, low), (large, high) = sorted(peaks.items())
     a_token = max(0.0, (high - low) / (large - small))
     whole = high + a_token * (2e9 - large)
-    assert whole < 2e9, f"{a_token:.2f} bytes a token, {whole / 1e9:.1f} GB for 2 B tokens"
+    assert whole < 2e9, f"{a_token:.2f} bytes per token, {whole / 1e9:.1f} GB for 2 B tokens"
 
 
 @pytest.mark.parametrize(("vocabulary", "width"), [(65_536, 2), (65_537, 3), (128_256, 3)])

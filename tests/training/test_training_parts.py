@@ -157,7 +157,7 @@ def test_gpus_that_cannot_train_together_are_named() -> None:
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path: Path) -> None:
     layer = torch.nn.Linear(1000, 1000, bias=False)
     check_disk(layer, Training(save_total_limit=2), tmp_path)
-    # each 12 bytes a weight: 12 MB
+    # each 12 bytes per weight: 12 MB
     with pytest.raises(TrainingError, match="1000000000 checkpoints, the next one and the model"):
         check_disk(layer, Training(save_total_limit=10**9), tmp_path)
 

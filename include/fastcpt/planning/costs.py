@@ -300,7 +300,7 @@ def checkpoint_bytes(job: Job) -> float:
 
 # Seconds
 
-# transformers' own layers (5.17, read): forward, norms move 84 h bytes a token and block with their
+# transformers' own layers (5.17, read): forward, norms move 84 h bytes per token and block with their
 # float32 copies and the two sums, rotation 18 (q + k), the activation 10 f; backward twice that. For
 # Llama's shapes 13.8 times what a block keeps. Its float32 logits move 30 bytes an entry.
 PASSES_PLAIN, LOGITS_PLAIN = 13.8, 30
@@ -442,5 +442,5 @@ def communication_seconds(
 
 
 def tokens_per_second(job: Job, hardware: Hardware, efficiency: Efficiency = EFFICIENCY) -> float:
-    """Tokens a second of one GPU."""
+    """Tokens per second of one GPU."""
     return 1.0 / sum(seconds_parts(job, hardware, efficiency).values())

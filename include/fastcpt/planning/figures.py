@@ -384,7 +384,7 @@ def _answers(recipe: Recipe, job: Job, hardware: Hardware) -> float:
 def _rate(
     recipe: Recipe, job: Job, hardware: Hardware, before: Measured | None
 ) -> tuple[Range, str]:
-    """Tokens/s a GPU as a range, and where it comes from."""
+    """Tokens/s per GPU as a range, and where it comes from."""
     likely = tokens_per_second(job, hardware)
     if before is None:
         return measured_range(job, hardware, likely, measured_rows(), published_rows())

@@ -31,7 +31,7 @@ WORTH_MEASURING = 10_000_000  # bytes; less is mostly waiting
 
 @dataclass(frozen=True)
 class Measured:
-    """One training. Rates in tokens/s a GPU (or a CPU rank), memory in 10^9 bytes, times in s."""
+    """One training. Rates in tokens/s per GPU (or a CPU rank), memory in 10^9 bytes, times in s."""
 
     run: str
     time: str
@@ -201,7 +201,7 @@ COMPARED = (
     ("fine-tuning", "hours of fine-tuning"),
     ("its evaluation", "hours of its evaluation"),
     ("tokens_per_s", "tokens/s, all GPUs"),
-    ("memory_gb", "memory a GPU (GB, torch's)"),
+    ("memory_gb", "memory per GPU (GB, torch's)"),
     ("cost", "cost (USD)"),
 )
 

@@ -93,7 +93,7 @@ def best_job(recipe: Recipe, shape: Shape, hardware: Hardware) -> Job | None:
 
 
 def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
-    """GB a GPU by part, with the runtime's own and the total; a run's own peak where it was alike."""
+    """GB per GPU by part, with the runtime's own and the total; a run's own peak where it was alike."""
     parts = {name: size / 1e9 for name, size in memory_parts(job).items() if size}
     alike = before is not None and (
         (before.gpus, before.micro_batch) == (job.ranks, job.micro_batch)

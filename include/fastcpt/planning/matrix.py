@@ -98,7 +98,7 @@ HEADER = (
     "cluster",
     "tokens (B)",
     "passes",
-    "GB a GPU",
+    "GB per GPU",
     "hours",
     "cost ($)",
     "fits",

@@ -27,7 +27,7 @@ SEQUENCE = 3072  # of every row, unless it says otherwise
 
 @dataclass(frozen=True)
 class Checked:
-    """One row: tokens/s a GPU, and 10^9 bytes of torch's allocator where it was read."""
+    """One row: tokens/s per GPU, and 10^9 bytes of torch's allocator where it was read."""
 
     what: str
     cluster: str
@@ -57,7 +57,7 @@ Row = tuple[Job, Hardware, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Published:
-    """What others reached with a program of their own; ``rate`` in tokens/s a GPU.
+    """What others reached with a program of their own; ``rate`` in tokens/s per GPU.
 
     ``bound`` is False where the cards were held below their power: no bound of the chip.
     """
@@ -138,7 +138,7 @@ def _shape(row: dict[str, Any]) -> Shape:
 def check_text(rows: list[Checked]) -> str:
     """The table, a line a row, and how many hold."""
     lines = [
-        f"{'job':<58}{'cluster':<9}{'tokens/s a GPU':>22}{'':>8}{'GB a GPU':>16}",
+        f"{'job':<58}{'cluster':<9}{'tokens/s per GPU':>22}{'':>8}{'GB per GPU':>16}",
         f"{'':<67}{'measured':>11}{'predicted':>11}{'':>8}{'meas.':>8}{'pred.':>8}",
     ]
     for row in rows:

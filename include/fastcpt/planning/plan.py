@@ -27,7 +27,7 @@ CHARACTERS_PER_TOKEN = 4.4  # running legal text, Llama's and dolma2's vocabular
 def estimated_tokens(document_bytes: int, recipe: Recipe) -> int:
     """Corpus tokens of documents of so many (uncompressed) bytes, before any is read.
 
-    4.4 characters a token, then the recipe's selection. Thresholds, duplicates and held-out acts
+    4.4 characters per token, then the recipe's selection. Thresholds, duplicates and held-out acts
     are not known yet, so this is what there is at most.
     """
     return selected_tokens(round(document_bytes / CHARACTERS_PER_TOKEN), recipe)

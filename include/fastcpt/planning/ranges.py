@@ -59,7 +59,7 @@ def measured_range(
     rows: Iterable[Row],
     published: Iterable[Published] = (),
 ) -> tuple[Range, str]:
-    """Tokens/s a GPU around the cost model's ``likely``, and in words what they rest on.
+    """Tokens/s per GPU around the cost model's ``likely``, and in words what they rest on.
 
     On a chip that no row was measured on, the range goes up to the best that was shown of that model
     and method, here or elsewhere: nobody reached more, and over NVLink that much can be reached.
@@ -159,7 +159,7 @@ def called(shape: Shape) -> str:
 def published_rate(
     job: Job, hardware: Hardware, published: Iterable[Published]
 ) -> tuple[float, str] | None:
-    """The best tokens/s a GPU that was shown of the same model and method, scaled by operations and
+    """The best tokens/s per GPU that was shown of the same model and method, scaled by operations and
     peak to this sequence and chip; with its words. None where nobody showed any.
 
     A figure of the same chip inside one host counts before those of other chips or of many hosts:
@@ -178,9 +178,7 @@ def published_rate(
         lora = Lora() if job.lora else None
         scale *= model_flops(job.shape, row.sequence, lora)
         scale /= model_flops(job.shape, job.sequence, job.lora)
-        words = (
-            f"{row.rate:,} tokens/s a GPU on {gpu.name} ({row.source}, {_gpus(row.hardware.count)})"
-        )
+        words = f"{row.rate:,} tokens/s per GPU on {gpu.name} ({row.source}, {_gpus(row.hardware.count)})"
         here = gpu.name == hardware.gpu.name and row.hardware.hosts == 1
         if here:
             same.append((row.rate * scale, words))

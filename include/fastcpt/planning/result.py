@@ -157,7 +157,7 @@ class Plan:
             largest = sorted(self.memory_gb.items(), key=lambda part: -part[1])
             parts = ", ".join(f"{name} {size:.0f}" for name, size in largest if name != "total")
             yield (
-                f"memory: {self.memory_gb['total']:.0f} GB a GPU of {self.available_gb:.0f} "
+                f"memory: {self.memory_gb['total']:.0f} GB per GPU of {self.available_gb:.0f} "
                 f"({parts}; micro-batch {self.micro_batch}, checkpointing {self.checkpointing})"
                 + (f"; {self.memory_setting} would fit" if self.memory_setting else "")
             )
@@ -248,7 +248,7 @@ class Plan:
         if self.memory_gb is not None:
             verdict = "fits" if self.fits_memory else "DOES NOT FIT"
             total = self.memory_gb["total"]
-            yield "memory a GPU", f"{total:.1f} of {self.available_gb:.1f} GB: {verdict}"
+            yield "memory per GPU", f"{total:.1f} of {self.available_gb:.1f} GB: {verdict}"
             yield "", ", ".join(f"{k} {v:.1f}" for k, v in self.memory_gb.items() if k != "total")
             batch = f"{self.micro_batch} x {self.accumulation}"
             yield "micro-batch", f"{batch}, checkpointing {self.checkpointing}"
@@ -312,5 +312,5 @@ def _alternative_words(choice: Alternative) -> str:
     verdict = "" if choice.fits else " (does not fit either)"
     return (
         f"{choice.what}, on {choice.cluster}: {choice.tokens / 1e9:.3g} B tokens, {choice.hours.words()} h{cost}, "
-        f"{choice.memory_gb:.0f} GB a GPU{verdict}"
+        f"{choice.memory_gb:.0f} GB per GPU{verdict}"
     )

@@ -106,7 +106,7 @@ def _corpora(names: Sequence[str], records: Sequence[Path]) -> list[Part]:
         return [name, *words]
 
     rows = [row("digest", "digest"), row("documents", "documents"), row("tokens", "tokens")]
-    rows.append(row("tokens a sequence", "max_seq_length"))
+    rows.append(row("tokens per sequence", "max_seq_length"))
     out: dict[str, list[str]] = {}
     for number, manifest in enumerate(manifests):
         for one in manifest.get("funnel") or []:

@@ -42,7 +42,7 @@ def curves(metrics: Mapping[str, Path]) -> str | None:
         rate.set_xlabel("step")
         rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         rate.set_ylim(bottom=0)
-    axes[0, 0].set_ylabel("loss (nats a token)")
+    axes[0, 0].set_ylabel("loss (nats per token)")
     axes[1, 0].set_ylabel("learning rate")
     return _svg(figure)
 
@@ -63,7 +63,7 @@ def curves_together(metrics: Mapping[str, Path]) -> str | None:
     axis.grid(color="#dddddd", lw=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("step")
-    axis.set_ylabel("loss (nats a token)")
+    axis.set_ylabel("loss (nats per token)")
     axis.legend(frameon=False, fontsize=9)
     return _svg(figure)
 

@@ -11,7 +11,7 @@ Plan = Mapping[str, Any]  # as planning's ``Plan.to_json`` writes it
 
 FIGURES = ("", "planned", "limit", "how it is known")
 COUNTED = "counted in the corpus"
-ALTERNATIVES = ("instead", "tokens", "hours", "cost", "memory a GPU")
+ALTERNATIVES = ("instead", "tokens", "hours", "cost", "memory per GPU")
 
 
 def figures(plan: Plan, corpus: str) -> list[tuple[str, str, str, str]]:
@@ -46,7 +46,7 @@ def _figures(plan: Plan, corpus: str) -> Iterator[tuple[str, str, str, str]]:
         )
     if plan["memory_gb"]:
         yield (
-            "memory a GPU",
+            "memory per GPU",
             f"{plan['memory_gb']['total']:,.1f} GB",
             _limit(plan["available_gb"], plan["fits_memory"], "{:,.1f} GB"),
             f"computed: micro-batch {plan['micro_batch']} x {plan['accumulation']}",
@@ -66,7 +66,7 @@ def _figures(plan: Plan, corpus: str) -> Iterator[tuple[str, str, str, str]]:
             _limit(plan["max_passes"], plan["fits_passes"], "{:g}"),
             "from the two above",
         )
-    yield "tokens a second", _range(plan["tokens_per_s"], digits=0), "", rate
+    yield "tokens per second", _range(plan["tokens_per_s"], digits=0), "", rate
     if plan["checkpoint_disk_gb"] is not None:
         free = "" if plan["fits_disk"] else "more than is free"
         yield "disk on the GPU host", f"{plan['checkpoint_disk_gb']:,.0f} GB", free, "computed"

@@ -251,7 +251,7 @@ def _training(record: Path) -> list[Part]:
         parts.append(Picture("training", curve, "Loss and learning rate over the steps"))
     if rows:
         header = (
-            "training", "steps", "tokens", "time", "tokens/s a GPU", "final loss",
+            "training", "steps", "tokens", "time", "tokens/s per GPU", "final loss",
             "peak memory (GB)", "skipped steps",
         )  # fmt: skip
         parts.append(Table(header, rows))
@@ -317,10 +317,10 @@ def _corpus(record: Path) -> list[Part]:
     facts = [
         ("tokens for training", _number(manifest.get("tokens"))),
         ("documents", _number(manifest.get("documents"))),
-        ("tokens a sequence", _number(manifest.get("max_seq_length"))),
+        ("tokens per sequence", _number(manifest.get("max_seq_length"))),
         ("shards", _number(len(manifest.get("shards", [])))),
         ("padding", _percent(manifest.get("padding_share"))),
-        ("bytes a token", _number(manifest.get("bytes_per_token"), 2)),
+        ("bytes per token", _number(manifest.get("bytes_per_token"), 2)),
     ]
     parts.append(Table(("corpus", ""), [fact for fact in facts if fact[1]]))
     return parts

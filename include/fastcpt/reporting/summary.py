@@ -169,7 +169,7 @@ def _questions_line(record: Path) -> str:
 
 
 def _bits_line(record: Path) -> str:
-    """Bits a byte of the base model and of the trained one, on each held-out set that has both."""
+    """Bits per byte of the base model and of the trained one, on each held-out set that has both."""
     evaluation = read_last(record, "evaluation")
     parts = []
     for name, figures in evaluation.items():

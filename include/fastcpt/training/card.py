@@ -127,7 +127,7 @@ def _data(manifest: Mapping[str, Any]) -> list[str]:
     rows = [
         ("documents", f"{manifest['documents']:,}"),
         ("tokens", f"{manifest['tokens']:,}"),
-        ("tokens a sequence", f"{manifest['max_seq_length']:,}"),
+        ("tokens per sequence", f"{manifest['max_seq_length']:,}"),
         ("corpus", f"`{manifest['digest']}`"),
     ]
     return [_table(("", ""), rows)]

@@ -181,7 +181,7 @@ def _losses_of(
         figures = loss_figures(asked, found, f"{label} on the {name} validation set")
         ProgressLines().say(
             f"evaluated {label}, {name}: perplexity {figures['perplexity']:.4f}, "
-            f"{figures['bits_per_byte']:.4f} bits a byte, {figures['tokens']:,} tokens "
+            f"{figures['bits_per_byte']:.4f} bits per byte, {figures['tokens']:,} tokens "
             f"in {time.monotonic() - begin:.1f} s",
             now=True,
         )
