@@ -1,5 +1,5 @@
-"""What would fit where a recipe does not: changed recipes, best first, each of which can become a recipe
-of one's own that plans to the same figures."""
+"""Alternatives for a recipe that does not fit: changed recipes, best first. Each can be written as a recipe
+that plans to the same figures."""
 
 from __future__ import annotations
 
@@ -45,10 +45,9 @@ def alternatives(
 ) -> list[Alternative]:
     """Changed recipes with their own figures, best first.
 
-    What fits comes first; of that, what keeps a twentieth of the tokens; of that, what gives least
-    up: another micro-batch, FP8, more GPUs, offload, a smaller model, LoRA. Each is cut to
-    the tokens that the budgets allow where it is too much. ``keep`` leaves out what changes the model,
-    or full training to LoRA.
+    Those that fit come first; among them those that keep a twentieth of the tokens; then those that give
+    up least: another micro-batch, FP8, more GPUs, offload, a smaller model, LoRA. If one exceeds the
+    budgets, its tokens are cut. ``keep`` leaves out those that change the model, or full training to LoRA.
     """
     found: list[tuple[tuple[bool, int, int], Alternative]] = []
     planned = recipe.training.max_steps * recipe.global_batch_size * recipe.corpus.max_seq_length
@@ -85,7 +84,7 @@ def alternatives(
 def _changes(
     recipe: Recipe, hardware: Hardware, keep: set[Keep]
 ) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """Words, dotted keys, and GPUs of what could be changed, the least loss first."""
+    """Possible changes as words, dotted keys and number of GPUs, those that lose least first."""
     count, shape, gpu = hardware.count, shape_of(recipe), hardware.gpu
     assert gpu is not None
     if shape is None:
@@ -123,7 +122,7 @@ def _changes(
     if best is None:
         yield from _smaller_states(recipe, hardware, needed)
     yield from more_gpus
-    if recipe.lora is None and best is None:  # where memory suffices it would only be slower
+    if recipe.lora is None and best is None:  # with enough memory, offloading would only be slower
         settings = {"deepspeed": OFFLOAD_FILE, "optimizer_states": "float32"}
         offload = {**needed, **everywhere(settings)}
         offloaded = _tuned(recipe, offload, hardware)
@@ -132,9 +131,9 @@ def _changes(
     yield from _other_models(recipe, hardware, shape, needed, keep)
     adaptable = set(shape.family.linears) >= set(Lora().target_modules)
     if recipe.lora is None and "method" not in keep and adaptable:
-        rate = min(1e-3, 10 * recipe.training.learning_rate)  # LoRA learns at about ten times
+        rate = min(1e-3, 10 * recipe.training.learning_rate)  # LoRA needs about ten times the rate
         lora = {**needed, "lora": Lora().model_dump(), "training.learning_rate": rate}
-        lora |= everywhere({"optimizer_states": "float32"})  # those of adapters are small
+        lora |= everywhere({"optimizer_states": "float32"})  # adapters' states are small
         tuned = _tuned(recipe, lora, hardware)
         if tuned is not None:
             yield "LoRA on q, k, v, o", tuned, count
@@ -171,7 +170,7 @@ def _called(recipe: Recipe, shape: Shape) -> str:
 
 
 def _tuned(recipe: Recipe, changes: dict[str, Any], hardware: Hardware) -> dict[str, Any] | None:
-    """The changes with the fastest micro-batch that fits; None where none does."""
+    """The changes with the fastest micro-batch that fits; None if none fits."""
     other = changed(recipe, changes)
     shape = shape_of(other)
     job = best_job(other, shape, hardware) if shape else None
@@ -183,8 +182,8 @@ def _tuned(recipe: Recipe, changes: dict[str, Any], hardware: Hardware) -> dict[
 def _enough_gpus(
     recipe: Recipe, hardware: Hardware, shape: Shape, precision: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any], int]]:
-    """The fewest GPUs of the same kind that fit memory and hours, the tokens kept; where none fits
-    the hours, the fewest that fit memory."""
+    """The fewest GPUs of the same kind that fit memory and hours with the same tokens; if none fits the
+    hours, the fewest that fit memory."""
     assert hardware.gpu is not None
     first: tuple[str, dict[str, Any], int] | None = None
     for count in MORE_GPUS:
@@ -205,7 +204,7 @@ def _enough_gpus(
 
 
 def cut_to_budget(recipe: Recipe, figures: Plan) -> dict[str, Any] | None:
-    """The steps that hours, money and passes allow, as changes; None where not even one is allowed, or
+    """The steps that hours, money and passes allow, as changes; None if not even one step is allowed, or
     all are."""
     if figures.hours is None:
         return None
@@ -232,22 +231,22 @@ def cut_to_budget(recipe: Recipe, figures: Plan) -> dict[str, Any] | None:
 def own_recipe(
     recipe: Recipe, name: str, description: str, changes: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """The changed recipe under a name of its own; what the guide claims is not about it."""
+    """The changed recipe under its own name, without the guide's claims, which do not apply to it."""
     own = {"name": name, "description": description, "claim": None}
     return changed(recipe, {**(changes or {}), **own})
 
 
 def placed(recipe: Recipe, hardware: Hardware) -> Recipe:
-    """The recipe with the GPUs it was planned on named in it; as it is where they cannot split its
-    batch, or are CPUs."""
+    """The recipe with the GPUs that it was planned on; unchanged if they cannot split its batch, or are
+    CPUs."""
     if hardware.gpu is None or batch_problem(recipe, hardware) is not None:
         return recipe
     return changed(recipe, placement(recipe, hardware))
 
 
 def numbered(found: Plan, number: int) -> Alternative:
-    """The alternative that the plan's message lists under ``number``, from 1; ``ValueError`` where
-    there is none."""
+    """The alternative that the plan's message lists under ``number``, from 1; ``ValueError`` if there is
+    none."""
     if found.fits:
         raise ValueError(f"--take {number}: '{found.recipe}' fits as it is, nothing else is listed")
     if not 1 <= number <= len(found.alternatives):

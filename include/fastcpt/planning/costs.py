@@ -1,16 +1,16 @@
-"""What a training step costs: operations, memory, seconds. Every formula with its source.
+"""The cost model of a training step: operations, memory, seconds. Every formula has its source.
 
 Symbols: ``h`` hidden, ``f`` intermediate, ``q``/``k`` widths of queries and keys, ``L`` layers, ``V``
 vocabulary, ``S`` sequence, ``T`` tokens of a micro-batch, ``N`` parameters, ``R`` ranks.
 
-Operations (Megatron and NVIDIA's tables count the same): 2 a multiply-add; forward ``2 N_mm``,
-backward twice that; attention's two products forward are ``4 L q S`` a token, half of it causal.
+Operations (counted as in Megatron and NVIDIA's tables): 2 per multiply-add; forward ``2 N_mm``, backward
+twice that; attention's two forward products are ``4 L q S`` per token, half of it causal.
 
-Seconds add up what does not overlap on a GPU: matrix products by precision, attention, the memory
-traffic between them, the optimizer, the host's work for each micro-batch, and the communication that
-computing cannot hide. Each part is a physical quantity over a chip's peak, times an efficiency. The
-efficiencies were fitted once, on the rows of ``measured.yaml``. A part scales to another model,
-sequence or chip with its physical quantity.
+Seconds are the sum of what does not overlap on a GPU: matrix products by precision, attention, the memory
+traffic between them, the optimizer, the host's work per micro-batch, and communication that computation
+does not hide. Each part is a physical quantity divided by the chip's peak and an efficiency. The
+efficiencies were fitted once, on the rows of ``measured.yaml``. For another model, sequence or chip a part
+scales with its physical quantity.
 """
 
 from __future__ import annotations
@@ -31,27 +31,26 @@ from fastcpt.step_memory import (
     fused_block_bytes,
 )
 
-# What the backward computes again: nothing, the feed-forward products (the trainer's fused blocks),
-# all of a block.
+# What the backward recomputes: nothing, the feed-forward products (only the trainer's fused blocks), the
+# whole block.
 Checkpointing = Literal["none", "mlp", "full"]
-# Who does the work between the matrix products: transformers as it is, liger's kernels in it, the
-# trainer's fused blocks.
+# The kernels between the matrix products: transformers' own, liger's, the trainer's fused blocks.
 Kernels = Literal["plain", "liger", "fused"]
 Attention = Literal["sdpa", "flash", "cudnn"]
 
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 SUB_GROUP = 1_000_000_000  # DeepSpeed's sub_group_size
-UNSEEN = 0.55e9  # bytes of what nvidia-smi gives that torch does not see
-RUNTIME_GB = 1.5  # CUDA context and NCCL, outside of torch's memory
-USABLE = 0.97  # of a GPU's memory; the rest goes to fragmentation
+UNSEEN = 0.55e9  # bytes that nvidia-smi reports but torch does not see
+RUNTIME_GB = 1.5  # CUDA context and NCCL, outside torch's memory
+USABLE = 0.97  # of a GPU's memory; the rest is lost to fragmentation
 BYTES_BF16 = 2
-# of a trained weight that a step reads and writes: gradient, weight and moments, float32 copy
+# Bytes per trained weight that a step reads and writes: gradient, weight and moments, float32 copy
 STEP_BYTES: dict[OptimizerStates, int] = {"float32": 30, "bfloat16": 14, "int8": 10}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training's step on one GPU. ``ranks`` GPUs share parameters by ZeRO-3."""
+    """One training's step on one GPU. ZeRO-3 partitions parameters over ``ranks`` GPUs."""
 
     shape: Shape
     sequence: int
@@ -61,11 +60,11 @@ class Job:
     lora: Lora | None = None
     fp8: bool = False
     checkpointing: Checkpointing = "none"
-    layers_recomputed: int | None = None  # of so many layers, where it is not of all
-    gathered: bool = False  # ZeRO-3's weights stay whole between steps
-    one_byte: bool = False  # frozen matrices are kept in FP8 alone, whole on each rank
-    keep_fp8: bool = False  # of those, the transposed copies stay too
-    on_host: int = 0  # layers whose input waits in the host's memory; the embedding then too
+    layers_recomputed: int | None = None  # how many layers are recomputed; None: all
+    gathered: bool = False  # ZeRO-3's weights stay gathered between steps
+    one_byte: bool = False  # frozen matrices are kept only in FP8, whole on each rank
+    keep_fp8: bool = False  # and their transposed copies are kept too
+    on_host: int = 0  # layers with their input in host memory; if any, the embedding is there too
     offload: bool = False  # gradients and optimizer on the host
     attention: Attention = "flash"
     attended: float | None = None  # sum(len^2) / sum(len) of packed documents; else the sequence
@@ -80,12 +79,12 @@ class Job:
 
     @property
     def trained(self) -> int:
-        """Parameters that have gradients."""
+        """Parameters with gradients."""
         return self.shape.lora_parameters(self.lora) if self.lora else self.shape.parameters
 
     @property
     def shared_weights(self) -> int:
-        """Parameters that ZeRO-3 shares out over the ranks."""
+        """Parameters that ZeRO-3 partitions over the ranks."""
         own = self.shape.num_hidden_layers * self.shape.block_parameters if self.one_byte else 0
         return self.shape.parameters - own
 
@@ -99,7 +98,7 @@ class Job:
 
     @property
     def recomputation(self) -> str:
-        """``checkpointing`` in words, with the layers where it is not all of them."""
+        """``checkpointing`` in words, with the number of layers if not all are recomputed."""
         if self.layers_recomputed is None:
             return self.checkpointing
         return f"{self.checkpointing} of {self.layers_recomputed}/{self.shape.num_hidden_layers} layers"
@@ -117,16 +116,16 @@ class Job:
 
 
 def attention_flops(shape: Shape, sequence: float) -> float:
-    """Forward, a token, the causal half: ``2 L q S``. For packed documents ``S`` is
+    """Forward operations per token, causal half: ``2 L q S``. For packed documents ``S`` is
     ``sum(len^2) / sum(len)``."""
     return 2.0 * shape.num_hidden_layers * shape.queries * sequence
 
 
 def model_flops(shape: Shape, sequence: float, lora: Lora | None = None) -> float:
-    """Operations a training token needs, without recomputation (what MFU counts).
+    """Operations per training token without recomputation, as counted for MFU.
 
     Full: ``6 N_mm + 3 att``: 51.5 GFLOP for Llama 3 8B at 8192, as in NVIDIA's tables.
-    LoRA: ``4 N_mm + 3 att + 6 N_lora``: frozen weights need no gradient of their own.
+    LoRA: ``4 N_mm + 3 att + 6 N_lora``: frozen weights need no weight gradient.
     """
     attention = 3 * attention_flops(shape, sequence)
     if lora is None:
@@ -135,8 +134,8 @@ def model_flops(shape: Shape, sequence: float, lora: Lora | None = None) -> floa
 
 
 def recomputed_flops(job: Job) -> float:
-    """What checkpointing adds a token: all blocks forward again (``2 (N_mm - V h) + att``), for
-    ``mlp`` gate and up; of the layers that are recomputed."""
+    """Operations per token added by recomputation: the blocks' forward (``2 (N_mm - V h) + att``), or for
+    ``mlp`` gate and up, in the layers that are recomputed."""
     shape = job.shape
     blocks = 2.0 * (shape.matrix_parameters - shape.head_parameters)
     added = {
@@ -151,13 +150,12 @@ def recomputed_flops(job: Job) -> float:
 
 
 def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
-    """Bytes a block keeps a token for its backward.
+    """Bytes per token that a block keeps for its backward.
 
-    ``none``: two norms' inputs (2 h each), rotated queries, keys, values, attention's output,
-    gate and up (2 f each) and the inputs of the linear layers, 2 B each; in FP8 these inputs are
-    1 B, kept by every layer for itself. ``full``: the block's input, ``2 h``. The trainer's fused
-    blocks keep queries and keys before and after rotation too, and ``mlp`` drops their feed-forward
-    half.
+    ``none``: two norms' inputs (2 h each), rotated queries, keys, values, attention's output, gate and up
+    (2 f each) and the inputs of the linear layers, 2 B each; in FP8 each layer keeps its own input in 1 B.
+    ``full``: the block's input, ``2 h``. The trainer's fused blocks also keep queries and keys before the
+    rotation, and ``mlp`` drops their feed-forward half.
     """
     h, f = job.shape.hidden_size, job.shape.intermediate_size
     q, k = job.shape.queries, job.shape.keys
@@ -168,7 +166,7 @@ def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
         return attention + mlp if checkpointing == "none" else attention
     between = 2 * (h + q + 2 * k + q + h + job.shape.widened)
     if job.lora:
-        # only adapted layers need their input: after dropout in bf16, and dropout's mask
+        # only adapted layers keep their input, after dropout in bf16, and dropout's mask
         adapted = sum(job.shape.matrix(name)[0] for name in job.lora.target_modules)
         return between + 3 * adapted
     if not job.fp8:
@@ -177,11 +175,11 @@ def activation_bytes(job: Job, checkpointing: Checkpointing) -> float:
 
 
 def memory_parts(job: Job) -> dict[str, float]:
-    """Bytes a GPU, by part.
+    """Bytes per GPU, by part.
 
-    States: 16 B a trained parameter over the ranks (bf16 weight 2 and gradient 2, fp32 master 4
-    and two moments 8), 2 B a frozen one; ZeRO paper (Rajbhandari 2020), section 3.1. Without the
-    master 8 (moments in bf16) or 6.03 (8 bits). Matrices in one byte are whole on each rank.
+    States, divided by the ranks: 16 B per trained parameter (bf16 weight 2 and gradient 2, fp32 master 4
+    and two moments 8), 2 B per frozen one; ZeRO paper (Rajbhandari 2020), section 3.1. Without the master
+    8 (moments in bf16) or 6.03 (8 bits). Matrices in one byte are whole on each rank.
     """
     shape, ranks, tokens = job.shape, job.ranks, job.tokens
     layers, block = shape.num_hidden_layers, shape.block_parameters
@@ -190,13 +188,13 @@ def memory_parts(job: Job) -> dict[str, float]:
     whole, less = activation_bytes(job, "none"), activation_bytes(job, job.checkpointing)
     kept = layers * tokens * (job.recomputed_share * less + (1 - job.recomputed_share) * whole)
     if job.kernels != "fused":
-        # the block at work holds everything it needs, whatever is kept of the others
+        # the current block needs all its activations, whatever the others keep
         kept += tokens * whole
     kept -= 2 * shape.hidden_size * tokens * job.on_host
     away = shape.head_parameters if job.on_host and not shape.tie_word_embeddings else 0
     parts = {
         "weights": BYTES_BF16 * (job.shared_weights - away + frozen) / ranks,
-        # a single rank keeps its gradients on the GPU also where the optimizer is on the host
+        # a single rank keeps its gradients on the GPU even if the optimizer is on the host
         "gradients": 0.0 if on_host and ranks > 1 else BYTES_BF16 * job.trained / ranks,
         "optimizer": 0.0 if on_host else STATE_BYTES[job.states] * job.trained / ranks,
         "activations": kept,
@@ -206,17 +204,17 @@ def memory_parts(job: Job) -> dict[str, float]:
     if ranks > 1 and job.gathered:
         parts["gather_buffers"] = BYTES_BF16 * job.shared_weights
     elif ranks > 1:
-        # DeepSpeed's own limit; a fused block is gathered whole: one at work, one coming, and the
-        # gradients of both
+        # DeepSpeed's own limit; fused blocks are gathered whole: the current one, the next one, and
+        # the gradients of both
         live = 4 * block if job.kernels == "fused" else max(LIVE_PARAMETERS, 2 * block)
         live = 0 if job.one_byte else min(layers * block, live)
         parts["gather_buffers"] = BYTES_BF16 * (live + shape.head_parameters)
     if job.one_byte:
-        # all of them, and the transposed copies: of all, or of the block at work
+        # all layers, and the transposed copies of all layers or of the current one
         parts["frozen_weights"] = block * (layers + (layers if job.keep_fp8 else 1))
     elif job.fp8:
-        # transformer-engine keeps FP8 copies, unsharded, for the backward of what is not
-        # recomputed; a fused block keeps each turned both ways, as Hopper's products want them
+        # transformer-engine keeps unsharded FP8 copies for the backward of layers that are not
+        # recomputed; a fused block keeps them in both layouts, as Hopper's products need
         copies = 2 if job.kernels == "fused" else 1
         recomputed = job.recomputed_share if job.checkpointing == "full" else 0.0
         parts["fp8_weights"] = copies * block * max(1.0, layers * (1 - recomputed))
@@ -226,12 +224,12 @@ def memory_parts(job: Job) -> dict[str, float]:
 
 
 def _add_moments(job: Job, parts: dict[str, float]) -> None:
-    """Add what other moments of a step need beyond the moment of the logits.
+    """Add what other phases of a step need beyond the peak at the logits.
 
-    A block's backward: gradients of its feed-forward products, and all it keeps where it is computed
-    again. The optimizer's step: gradients flat once more and in the optimizer's type, activations gone
-    (read in DeepSpeed 0.19: stage 3 takes ``sub_group_size`` weights at once, stage 1 one of the
-    trainer's groups, which are smaller).
+    A block's backward: the gradients of its feed-forward products, and if it is recomputed all its
+    activations. The optimizer's step: flat copies of gradients, also in the optimizer's type, when
+    activations are freed (as in DeepSpeed 0.19: stage 3 takes ``sub_group_size`` weights at once, stage 1
+    one of the trainer's groups, which are smaller).
     """
     shape, tokens = job.shape, job.tokens
     backward = 8.0 * shape.intermediate_size * tokens
@@ -249,8 +247,8 @@ def _add_moments(job: Job, parts: dict[str, float]) -> None:
 def _logit_bytes(job: Job) -> float:
     shape = job.shape
     if job.whole_logits:
-        return 6.0 * shape.vocab_size * job.tokens  # bf16 and the fp32 of the loss
-    # a chunk of logits and its gradient in bf16; the output layer's gradient
+        return 6.0 * shape.vocab_size * job.tokens  # bf16, and fp32 for the loss
+    # a chunk of logits and its logits gradient in bf16; the output layer's gradient
     at_once = LOGITS_ON_FULL_GPU if job.on_host else LOGITS_AT_ONCE
     chunk = 2.0 * BYTES_BF16 * shape.vocab_size * min(job.tokens, at_once)
     weight = 0 if job.lora else BYTES_BF16 * shape.head_parameters
@@ -263,7 +261,7 @@ def as_the_trainer_runs(
     fill: float | None = None,
     wanted: Literal["auto"] | bool = "auto",
 ) -> Job:
-    """The job with what the trainer recomputes and keeps; ``wanted`` is ``gradient_checkpointing``."""
+    """The job with the trainer's activation checkpointing; ``wanted`` is ``gradient_checkpointing``."""
     found = activation_checkpointing(
         job.shape,
         job.tokens,
@@ -289,20 +287,20 @@ def as_the_trainer_runs(
 
 
 def host_bytes(job: Job) -> float:
-    """Main memory of all hosts that offloading takes: fp32 master, moments and gradients."""
+    """Main memory of all hosts that offloading needs: fp32 master, moments and gradients."""
     return 16.0 * job.trained if job.offload else 0.0
 
 
 def checkpoint_bytes(job: Job) -> float:
-    """Disk of one checkpoint: weights and two moments of what is trained, as the optimizer has them."""
+    """Bytes of one checkpoint: the optimizer's weights and two moments of what is trained."""
     return step_memory.checkpoint_bytes_per_weight(job.states) * job.trained
 
 
 # Seconds
 
-# transformers' own layers (5.17, read): forward, norms move 84 h bytes per token and block with their
-# float32 copies and the two sums, rotation 18 (q + k), the activation 10 f; backward twice that. For
-# Llama's shapes 13.8 times what a block keeps. Its float32 logits move 30 bytes an entry.
+# transformers' own layers (from the source of 5.17): forward, norms move 84 h bytes per token and block with
+# their float32 copies and the two sums, rotation 18 (q + k), the activation 10 f; backward twice that. For
+# Llama's shapes that is 13.8 times what a block keeps. Its float32 logits move 30 bytes per entry.
 PASSES_PLAIN, LOGITS_PLAIN = 13.8, 30
 
 
@@ -310,8 +308,8 @@ PASSES_PLAIN, LOGITS_PLAIN = 13.8, 30
 class Efficiency:
     """Shares of a chip's peaks and numbers of passes over memory, fitted on ``measured.yaml``.
 
-    A fitted number also holds effects that it is not named after: kernel launches are in the passes,
-    a power limit is in the shares. ``plan_run.py --check`` sets predictions beside measurements.
+    A fitted number also absorbs other effects: the passes include kernel launches, the shares a power
+    limit. ``plan_run.py --check`` compares predictions with measurements.
     """
 
     bf16: float = 0.658
@@ -319,18 +317,18 @@ class Efficiency:
     flash: float = 0.424  # of the bf16 peak
     sdpa: float = 0.187
     cudnn: float = 0.614
-    # times the kept activations are read and written, forward and backward
+    # how often the kept activations are read and written, forward and backward
     passes_liger: float = 8.97
     passes_fused: float = 5.69
-    passes_fp8: float = 1.93  # more of them where a fused block quantizes
-    passes_lora: float = 45.2  # the same of each adapted layer's input
+    passes_fp8: float = 1.93  # in addition, if a fused block quantizes
+    passes_lora: float = 45.2  # the same for each adapted layer's input
     passes_lora_fused: float = 8.77
-    micro_batch_ms: float = 34.9  # of each micro-batch of full training, whatever the model
-    passes_fp8_weights: float = 9.49  # weights cast once a micro-batch, or once a step
+    micro_batch_ms: float = 34.9  # per micro-batch of full training, for any model
+    passes_fp8_weights: float = 9.49  # weights cast once per micro-batch, or once per step
     memory: float = 0.85  # of the bandwidth
     link: float = 0.282  # of the link's rate inside a host
-    network: float = 0.7  # of the network's between hosts: an assumption, nothing here measured it
-    hidden: float = 0.241  # share of the traffic that computing hides at best
+    network: float = 0.7  # of the network's rate between hosts: assumed, not measured here
+    hidden: float = 0.241  # largest share of the communication that computation hides
     hidden_fused: float = 0.656
 
 
@@ -340,7 +338,7 @@ EFFICIENCY = Efficiency()
 def seconds_parts(
     job: Job, hardware: Hardware, efficiency: Efficiency = EFFICIENCY
 ) -> dict[str, float]:
-    """Seconds of a GPU for one token, by part."""
+    """Seconds per token of one GPU, by part."""
     gpu = hardware.gpu
     assert gpu is not None
     bandwidth = efficiency.memory * 1e12 * gpu.memory_tb_s
@@ -350,13 +348,12 @@ def seconds_parts(
         "memory traffic": _moved_bytes(job, efficiency) / bandwidth,
         "optimizer": _optimizer_seconds(job, hardware, bandwidth),
     }
-    if job.on_host:  # each input goes and comes back
+    if job.on_host:  # each input goes to the host and back
         sent = 2 * BYTES_BF16 * job.shape.hidden_size * job.on_host
         parts["host"] = sent / (1e9 * hardware.host.pcie_gb_s)
     if fused and not job.lora:
         parts["micro-batch"] = efficiency.micro_batch_ms / 1000 / job.tokens
-    # part of the traffic always shows (the first block's, the last one's), and all that computing
-    # is too short to hide
+    # a part is never hidden (the first and last block's), nor is anything beyond the computation's time
     traffic = communication_seconds(job, hardware, efficiency) / job.tokens
     hidden = efficiency.hidden_fused if fused else efficiency.hidden
     parts["communication"] = max((1 - hidden) * traffic, traffic - sum(parts.values()))
@@ -364,7 +361,7 @@ def seconds_parts(
 
 
 def _product_seconds(job: Job, gpu: Gpu, e: Efficiency) -> dict[str, float]:
-    """Matrix products and attention of a token: operations over the chip's peak."""
+    """Seconds per token of matrix products and attention: operations over the chip's effective peak."""
     shape, bf16 = job.shape, gpu.peak(fp8=False)
     head = shape.head_parameters * (4 if job.lora else 6)
     adapters = 6 * shape.lora_parameters(job.lora) if job.lora else 0
@@ -383,9 +380,9 @@ def _product_seconds(job: Job, gpu: Gpu, e: Efficiency) -> dict[str, float]:
 
 
 def _moved_bytes(job: Job, e: Efficiency) -> float:
-    """Bytes of a token that are read and written between the products."""
+    """Bytes per token that are read and written between the products."""
     shape, fused = job.shape, job.kernels == "fused"
-    # what is computed again is moved again: a third of forward and backward, or half that
+    # recomputation moves its bytes again: a third of forward and backward, or half that
     share = {"none": 0, "mlp": 1 / 6, "full": 1 / 3}[job.checkpointing]
     more = 1 + job.recomputed_share * share
     passes = PASSES_PLAIN if job.kernels == "plain" else getattr(e, f"passes_{job.kernels}")
@@ -401,11 +398,11 @@ def _moved_bytes(job: Job, e: Efficiency) -> float:
     if job.whole_logits:
         moved += (LOGITS_PLAIN if job.kernels == "plain" else 6) * shape.vocab_size
     if job.one_byte:
-        # transposed copies are written and read once a micro-batch where they are not kept
+        # transposed copies that are not kept are written and read once per micro-batch
         copies = 0 if job.keep_fp8 else shape.block_parameters * shape.num_hidden_layers
         moved += 2 * copies / job.tokens
     elif job.fp8:
-        # the trainer quantizes weights once a step where it keeps them
+        # the trainer quantizes weights once per step if it keeps them
         once = job.tokens * (job.accumulation if fused and job.checkpointing != "full" else 1)
         weights = BYTES_BF16 * shape.block_parameters * shape.num_hidden_layers
         moved += e.passes_fp8_weights * weights / once
@@ -413,7 +410,7 @@ def _moved_bytes(job: Job, e: Efficiency) -> float:
 
 
 def _optimizer_seconds(job: Job, hardware: Hardware, bandwidth: float) -> float:
-    """The optimizer's own, once a step; where it is offloaded, over PCIe and on the hosts' CPUs."""
+    """The optimizer's seconds per token; with offloading, over PCIe and on the hosts' CPUs."""
     step_tokens = job.tokens * job.accumulation
     if job.offload:
         transfer = 4 * job.trained / job.ranks / (1e9 * hardware.host.pcie_gb_s)
@@ -426,10 +423,10 @@ def _optimizer_seconds(job: Job, hardware: Hardware, bandwidth: float) -> float:
 def communication_seconds(
     job: Job, hardware: Hardware, efficiency: Efficiency = EFFICIENCY
 ) -> float:
-    """ZeRO-3's traffic of a micro-batch: weights gathered forward and backward, gradients reduced
-    once, each ``2 N (R - 1) / R`` bytes through a GPU's link (ZeRO paper, section 7). Weights that
-    stay whole are gathered once a step. Between hosts NCCL's rings share the bytes out over the
-    network cards of a host's GPUs: together they are the link."""
+    """Seconds of ZeRO-3's traffic per micro-batch: weights gathered forward and backward, gradients
+    reduced once, each ``2 N (R - 1) / R`` bytes through a GPU's link (ZeRO paper, section 7). Weights that
+    stay gathered are gathered once per step. Between hosts NCCL's rings distribute the bytes over the
+    network cards of a host's GPUs, which together form the link."""
     gpu = hardware.gpu
     assert gpu is not None
     share = (job.ranks - 1) / job.ranks
@@ -442,5 +439,5 @@ def communication_seconds(
 
 
 def tokens_per_second(job: Job, hardware: Hardware, efficiency: Efficiency = EFFICIENCY) -> float:
-    """Tokens per second of one GPU."""
+    """Tokens per second per GPU."""
     return 1.0 / sum(seconds_parts(job, hardware, efficiency).values())

@@ -1,8 +1,8 @@
-"""The figures of one recipe on given machines: time, memory, money, disk, and why it cannot run.
+"""The figures of a recipe on given machines: time, memory, money, disk, and why it cannot run.
 
-A rate comes from the newest run of the same model, method, precision, sequence length and GPU;
-without one from the cost model (``costs``), as a range: narrow where this project measured that
-method on that chip, up to the best published rate elsewhere. ``docs/planning.md`` has the figures.
+The rate comes from the newest run of the same model, method, precision, sequence length and GPU. Without
+one it comes from the cost model (``costs``), as a range: narrow if this project measured that method on that
+chip, otherwise up to the best published rate. ``docs/planning.md`` has the figures.
 """
 
 from __future__ import annotations
@@ -52,11 +52,13 @@ from fastcpt.shapes import Shape
 from fastcpt.step_memory import training_disk_bytes
 
 BYTES_PER_TOKEN_ON_DISK = 1.1  # of the shards: zstd over int32 ids
-STARTUP_SECONDS = 120.0  # packages imported, kernels built, NCCL up; without loading weights
-# Texts of at most 900 characters: four answers to five kinds, two of them also read alone.
+STARTUP_SECONDS = (
+    120.0  # importing packages, building kernels, starting NCCL; without loading weights
+)
+# For one question of each of five kinds: four answers with at most 900 characters, for two kinds also alone.
 TOKENS_A_QUESTION = 4_200
-A_LAYER_SECONDS = 1e-3  # of a generated token: transformers' launches, whatever the GPU; assumed
-GENERATED_TOGETHER = 32  # answers (fastcpt.training.generation)
+A_LAYER_SECONDS = 1e-3  # per generated token: transformers' kernel launches, on any GPU; assumed
+GENERATED_TOGETHER = 32  # batch of answers (fastcpt.training.generation)
 
 
 def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Path | None) -> Plan:
@@ -83,7 +85,7 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
         claim=recipe.claim.model_dump() if recipe.claim else None,
     )
     if shape is None:
-        assert name is not None  # a shape of one's own is known
+        assert name is not None  # a model.config always has a shape
         return replace(plain, problems=(unknown_model(name),))
     plain = replace(plain, flops=model_flops(shape, sequence, recipe.lora) * plain.tokens)
     refused = refused_by_trainer(recipe, shape, fp8=False)
@@ -94,7 +96,7 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
         if hardware.gpu is None or hardware.gpu.fp8 is None:
             refused = f"{hardware.gpu.name if hardware.gpu else 'a CPU'} has no FP8"
         if refused is not None:
-            # planned in bf16, which is what would run there
+            # plan in bf16, which is what would run there
             bf16 = changed(recipe, {"training.use_fp8": False})
             words = f"precision: {refused}; the figures are those of {recipe.model.dtype}"
             found = plan_on(bf16, tokens, hardware, history)
@@ -111,7 +113,7 @@ def plan_on(recipe: Recipe, tokens: int | None, hardware: Hardware, history: Pat
 
 
 def _cpu_plan(plain: Plan, before: Measured | None) -> Plan:
-    """On CPUs nothing is promised but what the last run of the same recipe showed."""
+    """On CPUs the only source is the last run of the same recipe."""
     if before is None:
         return replace(plain, rate_source="unknown: no run of it on CPUs yet")
     likely = before.tokens_per_s_per_gpu * plain.gpus
@@ -175,7 +177,7 @@ def _gpu_plan(
 
 
 def _better(job: Job, best: Job | None, hardware: Hardware, fits: bool) -> dict[str, Any] | None:
-    """The best micro-batch and its gain; None where there is none, or it is not worth a change."""
+    """The best micro-batch and its gain; None if there is none, or if it is not worth a change."""
     if best is None:
         return None
     gain = tokens_per_second(best, hardware) / tokens_per_second(job, hardware) - 1
@@ -192,7 +194,7 @@ def _better(job: Job, best: Job | None, hardware: Hardware, fits: bool) -> dict[
 def _with_hours(
     found: Plan, recipe: Recipe, job: Job, hardware: Hardware, before: Measured | None
 ) -> Plan:
-    """Hours of the jobs on the GPUs, and the tokens and operations that they hold."""
+    """Add the hours of the jobs on the GPUs, and their tokens and operations."""
     everyone, tokens, notes = found.tokens_per_s, found.tokens, found.notes
     assert everyone is not None
     assert hardware.gpu is not None
@@ -201,7 +203,7 @@ def _with_hours(
     train = Range(tokens / everyone.high, tokens / everyone.low).times(1 / 3600)
     budget = recipe.training.time_budget_hours
     if budget:
-        # what the trainer leaves for its steps: start, saving and evaluation are in its budget too
+        # the trainer's budget includes start-up, saving and evaluation
         own = ("start-up", "checkpoints", "evaluation")
         room = max(0.0, budget - sum(parts[name] for name in own))
         if tokens > middle * 3600 * room:
@@ -232,9 +234,9 @@ def _with_hours(
 def _with_bringing(
     found: Plan, recipe: Recipe, job: Job, hardware: Hardware, history: Path | None
 ) -> Plan:
-    """How long a checkpoint takes on its way here, and whether that is within its interval.
+    """Add how long a checkpoint takes to get here, and whether that is within the interval.
 
-    One transfer, the last, is in the hours and the money: what a training that is stopped has saved.
+    The last transfer is in the hours and the money, as it happens after training.
     """
     minutes, size = recipe.checkpoints.bring_every_minutes, checkpoint_bytes(job)
     saving = size / (1e9 * hardware.host.disk_gb_s * hardware.hosts) / 3600
@@ -260,7 +262,7 @@ def _with_bringing(
 
 
 def _with_cost(found: Plan, recipe: Recipe, hardware: Hardware) -> Plan:
-    """The rent of all GPUs for the hours, where a price is known."""
+    """Add the rent of all GPUs for the hours, if a price is known."""
     assert hardware.gpu is not None
     assert found.hours is not None
     assert found.stage2_hours is not None
@@ -280,10 +282,10 @@ def _with_cost(found: Plan, recipe: Recipe, hardware: Hardware) -> Plan:
 
 
 def _with_disk(found: Plan, recipe: Recipe, job: Job, hardware: Hardware) -> Plan:
-    """What is kept there and what is moved.
+    """Add the disk space needed on the host, and what is transferred.
 
-    Kept: each training's checkpoints, one more than are kept, and its model; the base model and what is
-    published; the shards, and their rows as the trainer reads them; a checkpoint on its way here.
+    On disk: each training's checkpoints, one more than it keeps, and its model; the base model and the
+    published one; the shards and the trainer's decoded rows; a checkpoint on its way here.
     """
     parameters, corpus = job.shape.parameters, found.corpus_tokens or found.tokens
 
@@ -296,7 +298,7 @@ def _with_disk(found: Plan, recipe: Recipe, job: Job, hardware: Hardware) -> Pla
     if recipe.sft.instructions:
         disk += disk_gb(recipe.sft.training)
     if recipe.checkpoints.bring_every_minutes is not None:
-        disk += checkpoint_bytes(job) / 1e9  # held while it is brought away
+        disk += checkpoint_bytes(job) / 1e9  # held while it is copied away
     disk += (4 * parameters + corpus * (BYTES_PER_TOKEN_ON_DISK + 4)) / 1e9
     back = 2 * parameters if recipe.publish.destination == "bring_back" else 0
     moved = (corpus * BYTES_PER_TOKEN_ON_DISK + back) / 1e9
@@ -312,7 +314,7 @@ def _with_disk(found: Plan, recipe: Recipe, job: Job, hardware: Hardware) -> Pla
 
 
 def _with_host_memory(found: Plan, job: Job, hardware: Hardware) -> Plan:
-    """What an offloaded optimizer takes of the hosts' memory."""
+    """Add the host memory that an offloaded optimizer needs."""
     found = replace(found, host_seen=hardware.seen)
     if not job.offload:
         return found
@@ -338,8 +340,8 @@ def _overheads(
     corpus_tokens: int,
     before: Measured | None,
 ) -> dict[str, float]:
-    """Hours beside the training's steps: start-up, checkpoints, evaluation of model and base; with
-    instructions, fine-tuning on them and its evaluation."""
+    """Hours apart from the training's steps: start-up, checkpoints, evaluation of model and base; with
+    instructions also fine-tuning and its evaluation."""
     disk = 1e9 * hardware.host.disk_gb_s * hardware.hosts
     loading = 2 * job.shape.parameters / disk
     startup = STARTUP_SECONDS + loading
@@ -366,9 +368,9 @@ def _overheads(
 
 
 def _answers(recipe: Recipe, job: Job, hardware: Hardware) -> float:
-    """Seconds to answer the held-out instructions: a token after another, for 32 answers at a time.
+    """Seconds to answer the held-out instructions, token by token, 32 answers at a time.
 
-    Each token reads all weights once; those of a model that no GPU holds alone are gathered for it.
+    Each token reads all weights once; a model that does not fit one GPU is also gathered for each token.
     """
     assert hardware.gpu is not None
     weights = 2.0 * job.shape.parameters
@@ -384,11 +386,11 @@ def _answers(recipe: Recipe, job: Job, hardware: Hardware) -> float:
 def _rate(
     recipe: Recipe, job: Job, hardware: Hardware, before: Measured | None
 ) -> tuple[Range, str]:
-    """Tokens/s per GPU as a range, and where it comes from."""
+    """Tokens/s per GPU as a range, and its source."""
     likely = tokens_per_second(job, hardware)
     if before is None:
         return measured_range(job, hardware, likely, measured_rows(), published_rows())
-    # on another number of GPUs or micro-batch: by the cost model's ratio
+    # for another number of GPUs or micro-batch, scale by the cost model's ratio
     there = hardware.with_count(before.gpus)
     then = job_of(recipe, job.shape, there, before.micro_batch)
     then = replace(then, accumulation=before.accumulation)

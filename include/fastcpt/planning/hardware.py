@@ -1,4 +1,4 @@
-"""The cluster a plan is for: by a name such as ``4xB200``, or by what ``check_cluster`` found."""
+"""The cluster of a plan, given by a name such as ``4xB200`` or by the facts of ``check_cluster``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastcpt.recipe_sections import Cluster
 
 @dataclass(frozen=True)
 class Host:
-    """What is around the GPUs; units as in ``gpus.yaml``."""
+    """A host apart from its GPUs; units as in ``gpus.yaml``."""
 
     pcie_gb_s: float
     cpu_memory_gb_s: float
@@ -25,7 +25,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Hardware:
-    """``count`` equal GPUs over hosts of at most ``per_host``; ``gpu`` None: CPUs, ``count`` ranks."""
+    """``count`` equal GPUs on hosts with at most ``per_host`` each; ``gpu`` None: ``count`` CPU ranks."""
 
     gpu: Gpu | None
     count: int
@@ -48,7 +48,7 @@ class Hardware:
         return self.host.memory_gb * self.hosts
 
     def with_count(self, count: int) -> Hardware:
-        """The same machines, more or fewer of them; hosts that were seen hold as many as they do."""
+        """The same kind of machines with another ``count``; checked hosts keep their number of GPUs."""
         usual = self.gpu.per_host if self.gpu and not self.seen else self.per_host
         return replace(self, count=count, per_host=usual if self.seen else min(count, usual))
 
@@ -65,7 +65,7 @@ def usual_host() -> Host:
 
 
 def named_hardware(name: str) -> Hardware:
-    """The cluster behind ``16xB200``; ``HardwareError`` where that is not its form."""
+    """The cluster for a name like ``16xB200``; ``HardwareError`` for another format."""
     match = re.fullmatch(r"(\d{1,4})\s*[x×*]\s*([A-Za-z0-9 _-]+)", name.strip())
     if not match or int(match[1]) < 1:
         raise HardwareError(f"cluster '{name}': give it as COUNTxGPU, for example 4xB200")
@@ -75,7 +75,7 @@ def named_hardware(name: str) -> Hardware:
 
 
 def seen_hardware(facts: Mapping[str, Any], cluster: Cluster) -> Hardware:
-    """The cluster as ``check_cluster`` found it, of which the recipe uses ``cluster.gpus``.
+    """The cluster that ``check_cluster`` found; the recipe uses ``cluster.gpus`` of it.
 
     ``facts``: ``gpus`` [{``name``, ``memory_gb``}], ``memory_gb`` of the host, ``disk_free_gb``.
     """
@@ -84,7 +84,7 @@ def seen_hardware(facts: Mapping[str, Any], cluster: Cluster) -> Hardware:
     if cluster.cpu_only:
         return Hardware(None, cluster.gpus, cluster.gpus, host, True, disk)
     found = facts["gpus"]
-    if not found:  # a Slurm login host: the recipe's word for it
+    if not found:  # a Slurm login host: trust the recipe
         return replace(named_hardware(f"{cluster.gpus}x{cluster.gpu}"), disk_free_gb=disk)
     names = sorted({gpu["name"] for gpu in found})
     if len(names) > 1:
@@ -103,7 +103,7 @@ def seen_hardware(facts: Mapping[str, Any], cluster: Cluster) -> Hardware:
 
 
 def hardware_of(cluster: Cluster, given: Mapping[str, Any] | str | None) -> Hardware:
-    """The hardware of a plan: ``given`` by facts or name, else the recipe's own words."""
+    """The hardware of a plan: ``given`` by facts or name, else as named in the recipe."""
     if isinstance(given, str):
         return named_hardware(given)
     if given is not None:

@@ -1,7 +1,7 @@
-"""What runs took: the next plan for the same uses it in place of a formula.
+"""Measurements of earlier runs, which the next plan of the same kind uses instead of a formula.
 
-One JSON line a training in ``home/plan_history.jsonl``: its key (model, method, precision,
-sequence length, GPU), how it was run (GPUs, micro-batch, recomputation) and what was measured.
+``home/plan_history.jsonl`` has one JSON line per training: its key (model, method, precision, sequence
+length, GPU), how it was run (GPUs, micro-batch, recomputation) and what was measured.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from fastcpt.recipe_sections import Cluster
 from fastcpt.shapes import Shape
 
 FILE = "plan_history.jsonl"
-TRANSFERS = "transfers.jsonl"  # beside it: rates of checkpoints that were brought here
+TRANSFERS = "transfers.jsonl"  # beside it: transfer times of checkpoints
 KEPT_TRANSFERS = 50
-OF_TRANSFERS = 5  # the newest of a line make the range
-WORTH_MEASURING = 10_000_000  # bytes; less is mostly waiting
+OF_TRANSFERS = 5  # the newest transfers of a line, which make the range
+WORTH_MEASURING = 10_000_000  # bytes; a smaller transfer is mostly latency
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One training. Rates in tokens/s per GPU (or a CPU rank), memory in 10^9 bytes, times in s."""
+    """One training. Rates in tokens/s per GPU (or CPU rank), memory in 10^9 bytes, times in s."""
 
     run: str
     time: str
@@ -56,7 +56,7 @@ class Measured:
 
 
 def shape_key(shape: Shape) -> str:
-    """A name for a model's shape: what its speed depends on, not what it was trained on."""
+    """A name for a model's shape, on which its speed depends."""
     family = "" if shape.model_type == "llama" else f"{shape.model_type}-"
     return (
         f"{family}L{shape.num_hidden_layers}-h{shape.hidden_size}-f{shape.intermediate_size}"
@@ -65,7 +65,7 @@ def shape_key(shape: Shape) -> str:
 
 
 def key_of(recipe: Recipe, shape: Shape, hardware: Hardware) -> tuple[str, str, str, int, str]:
-    """The key under which a recipe's runs on this hardware are kept."""
+    """The key of a recipe's runs on this hardware."""
     precision = "fp8" if recipe.training.use_fp8 else recipe.model.dtype
     return (
         shape_key(shape),
@@ -77,7 +77,7 @@ def key_of(recipe: Recipe, shape: Shape, hardware: Hardware) -> tuple[str, str, 
 
 
 def read_history(path: Path | None) -> list[Measured]:
-    """All runs kept, the oldest first; none where there is no file yet."""
+    """All recorded runs, oldest first; empty if there is no file yet."""
     if path is None or not path.is_file():
         return []
     known = {field.name for field in fields(Measured)}
@@ -96,7 +96,7 @@ def read_history(path: Path | None) -> list[Measured]:
 def last_run(
     history: Path | None, recipe: Recipe, shape: Shape, hardware: Hardware
 ) -> Measured | None:
-    """The newest run of the same key, one on as many GPUs before any other."""
+    """The newest run of the same key, preferably on the same number of GPUs."""
     key = key_of(recipe, shape, hardware)
     same = [run for run in read_history(history) if run.key == key]
     alike = [run for run in same if run.gpus == hardware.count]
@@ -112,10 +112,10 @@ def record_run(
     training: Mapping[str, Any],
     evaluation_seconds: float | None = None,
 ) -> Measured | None:
-    """Keep what a training took; ``training`` is its ``training.json``.
+    """Record a training's measurements; ``training`` is its ``training.json``.
 
-    The same ``run`` recorded again takes the place of its first record. None where the model's
-    shape is not known here or nothing was trained.
+    Recording the same ``run`` again replaces its record. None if the model's shape is unknown here or
+    nothing was trained.
     """
     shape, hardware = shape_of(recipe), hardware_of(recipe.cluster, cluster)
     if shape is None or not training.get("tokens_per_s_per_gpu"):
@@ -149,7 +149,7 @@ def record_run(
 
 
 def _recomputation(training: Mapping[str, Any], shape: Shape) -> str | None:
-    """What the trainer recomputed, in the words of ``costs.Job.recomputation``."""
+    """What the trainer recomputed, in the format of ``costs.Job.recomputation``."""
     level, layers = training.get("checkpointing"), training.get("layers_recomputed", 0)
     if level is None or not 0 < layers < shape.num_hidden_layers:
         return level
@@ -157,12 +157,12 @@ def _recomputation(training: Mapping[str, Any], shape: Shape) -> str | None:
 
 
 def line_of(cluster: Cluster) -> str:
-    """The name of the way to a host: its connection. Rented machines come and go; theirs is one line."""
+    """The name of the network line to a host: its connection, or "rented" for all rented machines."""
     return "rented" if cluster.rent else cluster.connection
 
 
 def record_transfer(home: Path, line: str, size: int, seconds: float) -> None:
-    """Keep how long so many bytes took from a host to here."""
+    """Record how long ``size`` bytes took from a host to here."""
     if size < WORTH_MEASURING or seconds <= 0:
         return
     path = home / TRANSFERS
@@ -174,16 +174,16 @@ def record_transfer(home: Path, line: str, size: int, seconds: float) -> None:
 
 
 def measured_bytes_s(history: Path | None, line: str) -> Range | None:
-    """Bytes/s from a host to here: slowest and fastest of the last five transfers.
+    """Bytes/s from a host to here: slowest and fastest of the last five transfers; None without any.
 
-    ``history`` is the file of ``record_run``, which the transfers' lies beside. None where none was kept.
+    ``history`` is the file of ``record_run``; the transfers' file is beside it.
     """
     path = history.parent / TRANSFERS if history else None
     if path is None or not path.is_file():
         return None
     rates = []
     for text in path.read_text(encoding="utf-8").splitlines():
-        # a damaged line is a rate that is not known
+        # skip a damaged line
         with suppress(ValueError, TypeError, KeyError, ZeroDivisionError):
             row = json.loads(text)
             if row["line"] == line:
@@ -192,7 +192,7 @@ def measured_bytes_s(history: Path | None, line: str) -> Range | None:
     return Range(min(newest), max(newest)) if newest else None
 
 
-# What is compared: the plan's key, its words, and the key of what was measured.
+# What is compared: the key in plan and measurements, and its description.
 COMPARED = (
     ("hours", "hours on the GPUs, without stage 2"),
     ("training_hours", "hours of training steps"),
@@ -209,11 +209,11 @@ COMPARED = (
 def compare_with_plan(
     plan: Mapping[str, Any], took: Mapping[str, float | None]
 ) -> list[dict[str, Any]]:
-    """A plan beside what the run took, a row a figure that either of them knows.
+    """Compare a plan with the run's measurements; one row per figure that either of them has.
 
-    ``plan`` is ``plan.json``; ``took`` has measured figures under the keys of ``COMPARED``. A row:
-    ``what``, ``low`` and ``high`` planned (None: unknown), ``actual`` (None: not got to), and
-    ``off``: how far the actual figure lies outside of the range, as a share of its nearer end.
+    ``plan`` is ``plan.json``; ``took`` has measured figures under the keys of ``COMPARED``. A row has
+    ``what``, planned ``low`` and ``high`` (None: unknown), ``actual`` (None: not reached), and ``off``: how
+    far the actual figure is outside the range, as a share of the nearer end.
     """
     parts = plan.get("hours_parts") or {}
     memory = plan.get("memory_gb")
@@ -222,7 +222,7 @@ def compare_with_plan(
         **parts,
         "memory_gb": memory and memory["total"] - memory["runtime"],
     }
-    if "checkpoints" in parts:  # a job's seconds beside its steps hold both
+    if "checkpoints" in parts:  # a job's seconds outside its steps include both
         promised["start-up"] = parts["start-up"] + parts["checkpoints"]
     rows = []
     for key, words in COMPARED:

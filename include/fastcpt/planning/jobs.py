@@ -1,4 +1,4 @@
-"""The job that a recipe means on given GPUs, what it takes of their memory, and the fastest that fits."""
+"""A recipe's job on given GPUs, its memory, and the fastest job that fits."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from fastcpt.recipe import Recipe
 from fastcpt.shapes import Shape
 from fastcpt.step_memory import STATE_BYTES
 
-NEAR_BEST = 0.01  # a smaller micro-batch is taken where it costs no more than this
-WORTH_IT = 0.03  # less than this is no reason to change a recipe
+NEAR_BEST = 0.01  # a smaller micro-batch is preferred if it loses no more than this
+WORTH_IT = 0.03  # a smaller gain is no reason to change a recipe
 
 
 def refused_by_trainer(recipe: Recipe, shape: Shape, fp8: bool) -> str | None:
-    """The trainer's own refusal, for hosts with the GPU packages; None where it trains the model."""
-    # flash-attn is built where a recipe names it
+    """Why the trainer refuses the model on a host with the GPU packages; None if it does not."""
+    # flash-attn is only built if a recipe names it
     attention = recipe.model.attn_implementation.replace("auto", "sdpa")
     return refusal(shape.configuration, recipe, fp8, attention)
 
 
 def fuses(recipe: Recipe, shape: Shape) -> bool:
-    """Whether the trainer runs the model in its fused blocks, on a host with the GPU packages."""
+    """Whether the trainer uses fused blocks for the model on a host with the GPU packages."""
     model, size = recipe.model, recipe.corpus.max_seq_length
     return cannot_fuse(shape.configuration, model.dtype, model.attn_implementation, size) is None
 
 
 def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
-    """One step on one GPU; recomputation as the recipe says, or as the trainer decides by itself."""
+    """One step on one GPU; recomputation as the recipe says, or as the trainer decides."""
     assert hardware.gpu is not None
     wanted, fused = recipe.training.gradient_checkpointing, fuses(recipe, shape)
     fastest: Attention = "cudnn" if fused else "sdpa"
@@ -69,18 +69,18 @@ def job_of(recipe: Recipe, shape: Shape, hardware: Hardware, micro: int) -> Job:
 
 
 def fits_memory(job: Job, hardware: Hardware) -> bool:
-    """Whether a GPU holds the job."""
+    """Whether the job fits a GPU."""
     assert hardware.gpu is not None
     return memory_gb(job)["total"] <= USABLE * hardware.gpu.memory_gb
 
 
 def host_has_memory(job: Job, hardware: Hardware) -> bool:
-    """Whether the hosts hold what the job offloads, beside a tenth for the rest."""
+    """Whether what the job offloads fits into nine tenths of the hosts' memory."""
     return host_bytes(job) <= 0.9e9 * hardware.host_memory_gb
 
 
 def best_job(recipe: Recipe, shape: Shape, hardware: Hardware) -> Job | None:
-    """The fastest micro-batch that fits, at the same global batch; the trainer's own recomputation."""
+    """The fastest micro-batch that fits, with the same global batch and the trainer's recomputation."""
     free = changed(recipe, {"training.gradient_checkpointing": "auto"})
     batch = recipe.global_batch_size
     micros = [micro for micro in range(1, 65) if not batch % (micro * hardware.count)]
@@ -93,7 +93,7 @@ def best_job(recipe: Recipe, shape: Shape, hardware: Hardware) -> Job | None:
 
 
 def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
-    """GB per GPU by part, with the runtime's own and the total; a run's own peak where it was alike."""
+    """GB per GPU by part, with the runtime and the total; corrected to the peak of a similar run ``before``."""
     parts = {name: size / 1e9 for name, size in memory_parts(job).items() if size}
     alike = before is not None and (
         (before.gpus, before.micro_batch) == (job.ranks, job.micro_batch)
@@ -107,12 +107,12 @@ def memory_gb(job: Job, before: Measured | None = None) -> dict[str, float]:
 
 
 def everywhere(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Changes of the same settings in all three trainings."""
+    """Changes that apply the same settings to all three trainings."""
     return {f"{section}.{key}": value for section in SECTIONS for key, value in settings.items()}
 
 
 def smaller_states(recipe: Recipe) -> list[dict[str, Any]]:
-    """Changes to optimizer states that take less memory, the most precise first; of full training alone."""
+    """Changes to smaller optimizer states, the most precise first; only for full training."""
     if recipe.lora or recipe.training.offloads or recipe.model.dtype != "bfloat16":
         return []
     every = list(STATE_BYTES)
@@ -121,8 +121,8 @@ def smaller_states(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def what_fits(recipe: Recipe, shape: Shape, hardware: Hardware) -> str | None:
-    """The settings with which a recipe that does not fit would; None where there are none but others'
-    (``alternatives``)."""
+    """Settings with which a recipe fits memory without another change; None if there are none (see
+    ``alternatives``)."""
     automatic = {"training.gradient_checkpointing": "auto"}
     for states in [{}, *smaller_states(recipe)]:
         other = changed(recipe, {**states, **automatic})
@@ -140,9 +140,9 @@ def what_fits(recipe: Recipe, shape: Shape, hardware: Hardware) -> str | None:
 
 
 def job_changes(recipe: Recipe, job: Job, hardware: Hardware) -> dict[str, Any]:
-    """What makes ``recipe`` run as ``job`` on ``hardware``, each training's batch unchanged.
+    """Changes that make ``recipe`` run as ``job`` on ``hardware``; each training keeps its batch.
 
-    The later trainings keep their own batches too, with micro-batches that are no larger.
+    Later trainings get micro-batches that are no larger.
     """
     automatic = everywhere({"gradient_checkpointing": "auto"})
     return {**placement(recipe, hardware, job.micro_batch), **automatic}

@@ -1,7 +1,4 @@
-"""The eight published options, planned for one's own model, corpus and cluster.
-
-Beside each stands the guide's own claim; the figures are this project's.
-"""
+"""Plans the eight published options for a user's model, corpus and cluster, beside the guide's claims."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from fastcpt.planning.ranges import Range
 from fastcpt.planning.result import Plan
 from fastcpt.recipe import load_recipe
 
-# The guide's number, its name for the option, its recipe.
+# The guide's number, its name for the option, the recipe.
 OPTIONS = (
     (0, "full", "cpt_config"),
     (1, "reduced steps", "cpt_config_reduced_steps"),
@@ -47,7 +44,7 @@ class Option:
 
     @property
     def missing(self) -> str:
-        """What it does not fit, in a word each; empty where it fits."""
+        """What it does not fit, one word each; empty if it fits."""
         found = self.plan
         checks = [
             (not found.problems, "cannot run"),
@@ -72,9 +69,9 @@ def matrix(
 ) -> list[Option]:
     """Plan all eight.
 
-    ``tokens``: of one's whole corpus, from which each recipe takes its share; None takes the
-    guide's. ``cluster``: None takes the guide's; option 3 is always on sixteen of its GPUs.
-    ``model``: a name or folder in place of the guide's 70B. Budgets are the claims' own.
+    ``tokens``: of the whole corpus, from which each recipe takes its share; None: the guide's.
+    ``cluster``: None: the guide's; option 3 always uses sixteen of its GPUs. ``model``: a name or folder
+    instead of the guide's 70B. Budgets are those of the claims.
     """
     rows = []
     for number, name, recipe_name in OPTIONS:
@@ -107,7 +104,7 @@ HEADER = (
 
 
 def cells(option: Option) -> tuple[str, ...]:
-    """One row's words, under ``HEADER``."""
+    """One row, in the columns of ``HEADER``."""
     found = option.plan
     hours = found.hours.words() if found.hours else "unknown"
     cost = found.cost.words(0) if found.cost else "unknown"
@@ -161,10 +158,9 @@ LABEL_GAP = 15.0  # points between two labels, above each other
 
 
 def matrix_picture(rows: Sequence[Option], path: Path) -> None:
-    """Time against money, both ends of each range, what fits marked; the claim is its number alone.
+    """Draw time against money with the range of each option and whether it fits; claims are numbers.
 
-    The kind of picture follows ``path``'s ending (.svg, .png). Rows without hours or money are
-    left out.
+    ``path``'s suffix sets the format (.svg, .png). Rows without hours or money are left out.
     """
     import matplotlib
 
@@ -220,11 +216,11 @@ def matrix_picture(rows: Sequence[Option], path: Path) -> None:
 
 
 def _label(axes: Any, points: Sequence[tuple[float, float, Option]]) -> None:
-    """Names beside the points, in turn above and below the line they lie on, none over another."""
+    """Label the points, alternately above and below, without overlaps."""
     to_points = 72 / axes.figure.dpi
-    ordered = sorted(points, key=lambda point: (point[1], point[0]))  # as high as they stand
+    ordered = sorted(points, key=lambda point: (point[1], point[0]))
     for above in (True, False):
-        # above, each is pushed up by the one before; below, from the last one down
+        # above, a label is pushed up by the previous one; below, down, starting from the last
         side = ordered[0::2] if above else ordered[1::2][::-1]
         last: float | None = None
         for x, y, row in side:

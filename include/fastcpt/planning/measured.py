@@ -1,4 +1,4 @@
-"""The plan against what was measured: every row of ``measured.yaml``, predicted beside it."""
+"""Compares the cost model with every measured row of ``measured.yaml``."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fastcpt.yaml_files import read_yaml
 
 MEASURED = Path(__file__).with_name("measured.yaml")
 RATE_TOLERANCE, MEMORY_TOLERANCE = 0.15, 0.10
-SEQUENCE = 3072  # of every row, unless it says otherwise
+SEQUENCE = 3072  # of a row that does not set it
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One row: tokens/s per GPU, and 10^9 bytes of torch's allocator where it was read."""
+    """One row: tokens/s per GPU, and 10^9 bytes of torch's allocator if known."""
 
     what: str
     cluster: str
@@ -57,9 +57,9 @@ Row = tuple[Job, Hardware, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Published:
-    """What others reached with a program of their own; ``rate`` in tokens/s per GPU.
+    """A rate that others published for their own program, in tokens/s per GPU.
 
-    ``bound`` is False where the cards were held below their power: no bound of the chip.
+    ``bound`` is False if the cards were power-limited, so that it is no bound for the chip.
     """
 
     shape: Shape
@@ -74,14 +74,14 @@ class Published:
 
 @cache
 def measured_rows() -> list[Row]:
-    """Every measured row: its job, its machines, and what is written of it."""
+    """Every measured row: its job, its machines and its facts."""
     content: dict[str, Any] = read_yaml(MEASURED)
     return [_read(row) for row in content["rows"]]
 
 
 @cache
 def published_rows(file: Path = MEASURED) -> list[Published]:
-    """Every published rate of a file: its list ``published``."""
+    """Every rate in a file's list ``published``."""
     content: dict[str, Any] = read_yaml(file)
     return [
         Published(
@@ -99,7 +99,7 @@ def published_rows(file: Path = MEASURED) -> list[Published]:
 
 
 def check_rows(efficiency: Efficiency = EFFICIENCY) -> list[Checked]:
-    """Every measured row with the cost model's answer."""
+    """Every measured row with the cost model's prediction."""
     rows = []
     for job, hardware, facts in measured_rows():
         memory = facts.get("memory_gb")
@@ -136,7 +136,7 @@ def _shape(row: dict[str, Any]) -> Shape:
 
 
 def check_text(rows: list[Checked]) -> str:
-    """The table, a line a row, and how many hold."""
+    """The table, one line per row, and how many rows are within the tolerances."""
     lines = [
         f"{'job':<58}{'cluster':<9}{'tokens/s per GPU':>22}{'':>8}{'GB per GPU':>16}",
         f"{'':<67}{'measured':>11}{'predicted':>11}{'':>8}{'meas.':>8}{'pred.':>8}",

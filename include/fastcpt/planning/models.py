@@ -1,4 +1,4 @@
-"""The shape of a recipe's model: by its own config, a ``config.json`` on this machine, or its name."""
+"""The shape of a recipe's model, from its own config, a ``config.json`` on this machine, or its name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _known() -> dict[str, Shape]:
 
 
 KNOWN = _known()
-# What is suggested in place of a larger model; the smaller ones first.
+# Models suggested instead of a larger one, smaller ones first.
 LLAMAS = tuple(name for name in KNOWN if name.startswith("Llama-"))
 _LLAMA_SIZE = re.compile(r"llama[-_]?3(?:\.\d)?[-_](?:\w+-)?(\d+)b", re.IGNORECASE)
 _TUNED = re.compile(r"-(instruct|it|pt|chat|base|hf)(?=-|$)", re.IGNORECASE)
@@ -42,9 +42,9 @@ def known_name(name: str) -> str | None:
 def shape_of(recipe: Recipe) -> Shape | None:
     """The shape of a recipe's model: its own config, a ``config.json`` here, or a known name.
 
-    The file is that of a folder, or of a hub name in this machine's hub cache. None where none of
-    them tells (a folder that only the cluster sees): ``unknown_model`` has the words. Raises
-    ``ValueError`` for a config that lacks a dimension, or whose family is not known.
+    The file is in a folder, or for a hub name in this machine's hub cache. None if there is none (for
+    example a folder that only the cluster has); ``unknown_model`` has the message. Raises ``ValueError``
+    for a config without a dimension or of an unknown family.
     """
     model = recipe.model
     if model.config is not None:
@@ -65,19 +65,19 @@ def config_file(name: str) -> Path | None:
     file = Path(name).expanduser() / "config.json"
     if file.is_file():
         return file
-    # slow to import, and only for names that are no folder
+    # slow to import, and not needed for a folder
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # no hub name: a path
+    except HFValidationError:  # a path, not a hub name
         return None
     return Path(cached) if isinstance(cached, str) else None
 
 
 def _content(file: Path) -> dict[str, Any]:
-    """The content of a ``config.json``; ``ValueError`` where it is none."""
+    """The content of a ``config.json``; ``ValueError`` if it is not valid."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -88,7 +88,7 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def unknown_model(name: str) -> str:
-    """Why nothing can be planned for a model, and what helps."""
+    """The message for a model that cannot be planned, with what to do."""
     help = f"put its config.json there on this machine too ({Path(name) / 'config.json'})"
     help += ", or plan a model of its shape (--model)"
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):

@@ -1,4 +1,4 @@
-"""How a recipe's batch is laid out over GPUs, and what helps where it cannot be."""
+"""Lays out a recipe's batch over GPUs, or says why that is impossible and what helps."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ SECTIONS = ("training", "stage2", "sft.training")
 
 
 def batch_of(recipe: Recipe, training: Training) -> int:
-    """Sequences of one of a training's steps, over all GPUs."""
+    """Sequences per step of a training, over all GPUs."""
     micro = training.per_device_train_batch_size
     return micro * training.gradient_accumulation_steps * recipe.cluster.gpus
 
 
 def placement(recipe: Recipe, hardware: Hardware, micro: int | None = None) -> dict[str, Any]:
-    """Changes that put the recipe on these GPUs, named in it, each training's batch as it was.
+    """Changes that put the recipe on these GPUs and name them; each training keeps its batch.
 
-    Micro-batches become ``micro`` at most, or stay as they are, as far as they divide a GPU's share of
-    the batch. A batch that cannot be split evenly is rounded down, to one sequence a GPU at least.
+    Micro-batches become at most ``micro``, or else keep their size, but are reduced until they divide a
+    GPU's share of the batch. A batch that cannot be split evenly is rounded down, to at least one sequence
+    per GPU.
     """
     assert hardware.gpu is not None
     changes: dict[str, Any] = {"cluster.gpus": hardware.count, "cluster.gpu": hardware.gpu.name}
@@ -38,7 +39,7 @@ def placement(recipe: Recipe, hardware: Hardware, micro: int | None = None) -> d
 
 
 def batch_problem(recipe: Recipe, hardware: Hardware) -> str | None:
-    """Why a step cannot be split over the GPUs, and what helps; None where it can."""
+    """Why a step cannot be split over the GPUs, and what helps; None if it can."""
     batch, count = recipe.global_batch_size, hardware.count
     micro = recipe.training.per_device_train_batch_size
     if batch % (micro * count) == 0:

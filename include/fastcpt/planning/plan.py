@@ -1,9 +1,9 @@
-"""What a recipe will take on a cluster: time, memory, money; or why it does not fit, and what would.
+"""Plans a recipe on a cluster: time, memory, money; or why it does not fit, and what would.
 
     plan(recipe, tokens, cluster, history) -> Plan
 
-``tokens`` are the corpus's: counted by the build, or estimated from the documents' bytes
-(``estimated_tokens``). ``cluster`` is what ``check_cluster`` found, or a name such as ``4xB200``.
+``tokens`` of the corpus are counted by the build, or estimated from the documents' bytes
+(``estimated_tokens``). ``cluster`` is the result of ``check_cluster``, or a name such as ``4xB200``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ CHARACTERS_PER_TOKEN = 4.4  # running legal text, Llama's and dolma2's vocabular
 
 
 def estimated_tokens(document_bytes: int, recipe: Recipe) -> int:
-    """Corpus tokens of documents of so many (uncompressed) bytes, before any is read.
+    """An upper estimate of corpus tokens from the documents' uncompressed bytes, before any is read.
 
-    4.4 characters per token, then the recipe's selection. Thresholds, duplicates and held-out acts
-    are not known yet, so this is what there is at most.
+    4.4 characters per token, then the recipe's selection. Thresholds, duplicates and held-out acts are not
+    known yet.
     """
     return selected_tokens(round(document_bytes / CHARACTERS_PER_TOKEN), recipe)
 
 
 def selected_tokens(tokens: int, recipe: Recipe) -> int:
-    """What a recipe takes of so many tokens: its share, and at most its budget of tokens."""
+    """How many of ``tokens`` a recipe selects: its share, limited by its token budget."""
     share = round(tokens * (recipe.selection.top_share or 1.0))
     return min(share, recipe.selection.target_tokens or share)
 
@@ -48,10 +48,11 @@ def plan(
 ) -> Plan:
     """Plan ``recipe``'s continued pre-training.
 
-    ``tokens``: of the corpus; None takes the recipe's ``target_tokens``. ``cluster``: facts of
+    ``tokens``: of the corpus; None: the recipe's ``target_tokens``. ``cluster``: facts of
     ``check_cluster``, a name (``4xB200``), or None for the recipe's own. ``history``: the file that
-    ``record_run`` writes. ``keep``: what the alternatives may not change. Raises ``ValueError`` kinds for a cluster or model that cannot be read;
-    that a recipe does not fit is an answer, not an error (``require_fit``).
+    ``record_run`` writes. ``keep``: what the alternatives may not change. Raises a kind of ``ValueError``
+    for an unknown cluster or model; a recipe that does not fit is a result, not an error (see
+    ``require_fit``).
     """
     hardware = hardware_of(recipe.cluster, cluster)
     found = plan_on(recipe, tokens, hardware, history)
@@ -97,6 +98,6 @@ def _middle(of: Range) -> float:
 
 
 def require_fit(plan: Plan, command: str = "the same command with") -> None:
-    """``PlanRefused`` with the plan's message unless it fits; ``CannotRun`` where it never would."""
+    """Raise ``PlanRefused`` with the plan's message if it does not fit; ``CannotRun`` if it never would."""
     if not plan.fits:
         raise (CannotRun if plan.problems else PlanRefused)(plan.message(command))

@@ -1,15 +1,14 @@
-"""How wide a planned rate's range is: by how far the plan lies from what was measured.
+"""The range of a planned rate, by how much the plan differs from a measurement.
 
-Where a job like the planned one was measured, the range is the cost model's rate plus or minus
-``OF_MEASUREMENTS``, or a run's own rate plus or minus ``OF_LAST_RUN``. Each way in which the plan differs
-from that measurement widens the range by a factor: one for each doubling of GPUs, hosts, parameters or
-sequence, one for another chip, family, method, precision or kernels. The differences are taken for
-independent, so the logarithms of their factors add in squares. The measurement that gives the narrowest
-range is taken, and named.
+If a job like the planned one was measured, the range is the cost model's rate plus or minus
+``OF_MEASUREMENTS``, or a run's own rate plus or minus ``OF_LAST_RUN``. Each difference between plan and
+measurement widens the range by a factor: one per doubling of GPUs, hosts, parameters or sequence, one for
+another chip, family, method, precision or kernels. Differences are treated as independent, so the squares of
+their factors' logarithms add up. The measurement with the narrowest range is used, and named.
 
-``benchmarks/planning.py`` leaves whole model sizes and GPU counts out and counts how often the range
-holds what was measured there. Those groups are a doubling of GPUs away and up to six of size; the
-factors for more GPUs, hosts, chips and methods are judged, not measured.
+``benchmarks/planning.py`` leaves out whole model sizes and GPU counts and counts how often the range contains
+the measurements left out. Those groups are one doubling of GPUs and up to six of size away; the factors for
+more GPUs, hosts, chips and methods are judged, not measured.
 """
 
 from __future__ import annotations
@@ -25,15 +24,17 @@ from fastcpt.planning.models import KNOWN
 from fastcpt.recipe_sections import Lora
 from fastcpt.shapes import Shape
 
-OF_LAST_RUN, OF_MEASUREMENTS = 0.07, 0.15  # half-widths where nothing differs
+OF_LAST_RUN, OF_MEASUREMENTS = 0.07, 0.15  # half-widths without any difference
 A_DOUBLING_OF_GPUS, A_DOUBLING_OF_HOSTS = 1.10, 1.15
 A_DOUBLING_OF_SIZE, A_DOUBLING_OF_SEQUENCE = 1.03, 1.03
-ANOTHER_CHIP = 0.2  # power of how many times its peak, memory's bandwidth or link differs most
-NVLINK = 100  # GB/s of a link: cards in PCIe slots have less
-# 8B in FP8 at micro-batch 1 is planned 1.25 (two GPUs) and 1.36 (four) times as fast as it was measured:
-# what ZeRO-3 sends for each micro-batch is not hidden behind so little work
+ANOTHER_CHIP = 0.2  # exponent for the largest ratio of peaks, memory bandwidths or links
+NVLINK = 100  # GB/s of a link; PCIe cards have less
+# For 8B in FP8 at micro-batch 1 the plan is 1.25 (two GPUs) and 1.36 (four) times as fast as measured: such
+# a small micro-batch does not hide ZeRO-3's communication
 A_MICRO_BATCH_OF_ONE = 1.2
-ANOTHER_WAY = 1.15  # full in place of LoRA, FP8 of bf16, other kernels, another family's layers
+ANOTHER_WAY = (
+    1.15  # full instead of LoRA, FP8 instead of bf16, other kernels, another family's layers
+)
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ def measured_range(
     rows: Iterable[Row],
     published: Iterable[Published] = (),
 ) -> tuple[Range, str]:
-    """Tokens/s per GPU around the cost model's ``likely``, and in words what they rest on.
+    """Tokens/s per GPU around the cost model's ``likely``, and their basis in words.
 
-    On a chip that no row was measured on, the range goes up to the best that was shown of that model
-    and method, here or elsewhere: nobody reached more, and over NVLink that much can be reached.
+    On a chip without measurements, the range goes up to the best rate shown for that model and method, here
+    or elsewhere: nobody reached more, and with NVLink it can be reached.
     """
     rows = list(rows)
     differences = [differing(job, hardware, row, there) for row, there, _ in rows]
@@ -92,7 +93,7 @@ def measured_range(
 
 
 def widened(likely: float, half_width: float, differences: dict[str, float]) -> Range:
-    """``likely`` give or take ``half_width``, its ends moved apart by the differences' factors."""
+    """``likely`` plus or minus ``half_width``, widened by the differences' factors."""
     factor = _together(differences)
     return Range(likely * (1 - half_width) / factor, likely * (1 + half_width) * factor)
 
@@ -102,14 +103,14 @@ def _together(differences: dict[str, float]) -> float:
 
 
 def range_words(found: Range, likely: float, differences: dict[str, float]) -> str:
-    """The range's ends around ``likely``, and what it was widened for."""
+    """The range's ends relative to ``likely``, and the reasons for widening it."""
     ends = f": {found.low / likely - 1:+.0%} to {found.high / likely - 1:+.0%}"
     return f"{ends}, wider for {', '.join(differences)}" if differences else ends
 
 
 def differing(job: Job, hardware: Hardware, row: Job, there: Hardware) -> dict[str, float]:
-    """How the job differs from a measured row: in words, each with the factor (above 1) that it moves
-    the ends of a range apart by."""
+    """How the job differs from a measured row, in words, each with the factor (above 1) by which it widens
+    the range."""
     assert hardware.gpu is not None
     assert there.gpu is not None
     gpu, other = hardware.gpu, there.gpu
@@ -151,7 +152,7 @@ def _gpus(count: int) -> str:
 
 
 def called(shape: Shape) -> str:
-    """A shape's name where it is known, else its size."""
+    """A shape's name if known, else its size."""
     name = next((known for known, other in KNOWN.items() if other == shape), None)
     return name or f"{shape.parameters / 1e9:.2g} B parameters"
 
@@ -159,11 +160,11 @@ def called(shape: Shape) -> str:
 def published_rate(
     job: Job, hardware: Hardware, published: Iterable[Published]
 ) -> tuple[float, str] | None:
-    """The best tokens/s per GPU that was shown of the same model and method, scaled by operations and
-    peak to this sequence and chip; with its words. None where nobody showed any.
+    """The best published tokens/s per GPU for the same model and method, scaled by operations and peak to
+    this sequence and chip, with its source in words. None if there is none.
 
-    A figure of the same chip inside one host counts before those of other chips or of many hosts:
-    these say less of it, so ``OF_MEASUREMENTS`` is added to them.
+    A figure for the same chip in one host takes precedence over other chips or many hosts, which are less
+    comparable and get ``OF_MEASUREMENTS`` added.
     """
     assert hardware.gpu is not None
     same: list[tuple[float, str]] = []

@@ -1,4 +1,4 @@
-"""What a plan found: its figures, why it does not fit, and both in words."""
+"""The result of a plan: its figures, why it does not fit, and both as text."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class PlanRefused(ValueError):
 
 
 class CannotRun(PlanRefused):
-    """The recipe cannot run at all, or not be planned, whatever hours and money there are."""
+    """The recipe cannot run, or cannot be planned, with any hours and money."""
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A changed recipe and what it takes; ``changes`` are dotted keys of the recipe."""
+    """A changed recipe with its figures; ``changes`` are dotted keys of the recipe."""
 
     what: str
     changes: dict[str, Any]
@@ -34,10 +34,10 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``plan`` found. None stands for unknown; GB are 10^9 bytes, hours and USD of all GPUs.
+    """The result of ``plan``. None means unknown; GB are 10^9 bytes; hours and USD are for all GPUs.
 
-    ``fits_time`` and ``fits_money`` compare the *high* end with the recipe's budget, and are true
-    without one; ``tokens_per_s`` is that of all GPUs together.
+    ``fits_time`` and ``fits_money`` compare the *high* end with the recipe's budget, and are true without
+    one. ``tokens_per_s`` is for all GPUs together.
     """
 
     recipe: str
@@ -64,8 +64,8 @@ class Plan:
     tokens_per_s: Range | None = None
     rate_source: str = "unknown"
     hours: Range | None = None
-    hours_parts: dict[str, float] = field(default_factory=dict)  # their middles
-    training_hours: Range | None = None  # of them, stage 1's steps
+    hours_parts: dict[str, float] = field(default_factory=dict)  # mean values
+    training_hours: Range | None = None  # only stage 1's steps
     fits_time: bool = True
     cost: Range | None = None
     fits_money: bool = True
@@ -73,7 +73,7 @@ class Plan:
     peak_hours: float | None = None
     transfer_gb: float | None = None
     transfer_hours: Range | None = None
-    checkpoint_gb: float | None = None  # one, where they are brought here
+    checkpoint_gb: float | None = None  # one checkpoint, if they are copied here
     bring_hours: Range | None = None
     reserve_hours: float | None = (
         None  # to save the last checkpoint, and bring it where that is asked
@@ -81,40 +81,42 @@ class Plan:
     bring_every_minutes: float | None = None
     bring_source: str | None = None
     checkpoint_disk_gb: float | None = None
-    stage2_disk_gb: float | None = None  # of it, stage 2's, which only a missed gate starts
+    stage2_disk_gb: float | None = (
+        None  # the part of stage 2, which only runs if the gate is missed
+    )
     fits_disk: bool = True
-    host_memory_gb: float | None = None  # of all hosts, where the optimizer is offloaded
+    host_memory_gb: float | None = None  # of all hosts, if the optimizer is offloaded
     host_available_gb: float | None = None
-    host_seen: bool = False  # by check_cluster; else a usual host's
+    host_seen: bool = False  # by check_cluster; else a typical host is assumed
     stage2_hours: Range | None = None
     stage2_cost: Range | None = None
     stage2_passes: float | None = None
     best_micro_batch: dict[str, Any] | None = None
     alternatives: tuple[Alternative, ...] = ()
-    problems: tuple[str, ...] = ()  # what keeps it from running, or from being planned, at all
+    problems: tuple[str, ...] = ()  # why it cannot run or be planned at all
     notes: tuple[str, ...] = ()
     claim: dict[str, str] | None = None
 
     @property
     def passes(self) -> float | None:
-        """How often the training sees its corpus."""
+        """How often the training reads its corpus."""
         return self.tokens / self.corpus_tokens if self.corpus_tokens else None
 
     @property
     def fits_passes(self) -> bool:
-        """Whether the corpus is seen no more often than ``budget.max_passes`` allows."""
+        """Whether the corpus is read no more often than ``budget.max_passes`` allows."""
         return self.passes is None or self.max_passes is None or self.passes <= self.max_passes
 
     @property
     def steps_in_passes(self) -> int | None:
-        """The steps that ``max_passes`` over the corpus are; None where the corpus is not known."""
+        """The steps of ``max_passes`` over the corpus; None if the corpus is unknown."""
         if not self.corpus_tokens or not self.tokens or self.max_passes is None:
             return None
         return int(self.max_passes * self.corpus_tokens * self.steps // self.tokens)
 
     @property
     def fits_bringing(self) -> bool:
-        """Whether a checkpoint is here before the next one is to be brought."""
+        """Whether a checkpoint has arrived before the next one is due."""
         if self.bring_hours is None or self.bring_every_minutes is None:
             return True
         return 60 * self.bring_hours.high <= self.bring_every_minutes
@@ -133,9 +135,9 @@ class Plan:
         return {**content, **passes, "fits": self.fits, "message": self.message()}
 
     def message(self, command: str = "the same command with") -> str:
-        """Why it does not fit and what would, in lines; that it fits, in one.
+        """Why it does not fit and what would, as lines; or one line if it fits.
 
-        ``command``: what the user types to list the alternatives again, to take one of them.
+        ``command``: the command with which the user can take one of the alternatives.
         """
         what = f"'{self.recipe}' ({self.model}, {self.method}, {self.precision}) on {self.cluster}"
         if self.fits:
@@ -194,7 +196,7 @@ class Plan:
             )
 
     def _given(self) -> str:
-        """The tokens that the budget's hours give."""
+        """The tokens that the budget's hours allow, in words."""
         if not self.tokens_per_s or not self.budget_hours:
             return ""
         other = sum(self.hours_parts.values()) - self.hours_parts["training"]
@@ -207,12 +209,12 @@ class Plan:
         return f", which give {low:.2f} to {high:.2f} B tokens"
 
     def text(self, command: str = "the same command with") -> str:
-        """The whole plan, to read; ``command`` as in ``message``."""
+        """The whole plan as text; ``command`` as in ``message``."""
         lines = [f"{name:<16}{value}" for name, value in self._rows()]
         return "\n".join([f"plan of '{self.recipe}'", *lines, "", self.message(command)])
 
     def _rows(self) -> Iterator[tuple[str, str]]:
-        """Name and value of each line; a line without a name belongs to the one above."""
+        """Name and value of each line; a line without a name continues the one above."""
         what = f"{self.model}, {self.method}, {self.precision}, sequences of {self.sequence}"
         yield "model", what
         yield "cluster", self.cluster
@@ -275,7 +277,7 @@ class Plan:
             yield "stage 2", f"{self.stage2_hours.words()} h more{cost}, where the gate is missed"
 
     def _disk_rows(self) -> Iterator[tuple[str, str]]:
-        """What is moved there, stored there, and kept in the hosts' memory."""
+        """Rows about transfers, disk and host memory."""
         if self.transfer_gb is not None and self.transfer_hours is not None:
             yield "transfer", f"{self.transfer_gb:,.1f} GB, {self.transfer_hours.words(2)} h"
         if self.checkpoint_gb is not None and self.bring_hours is not None:

@@ -1,4 +1,4 @@
-"""Given hours and money: the most tokens, or the fewest GPUs; as a recipe ready to run."""
+"""Solves for the most tokens or the fewest GPUs within hours and money; the result is a recipe."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ def most_tokens(
 ) -> tuple[Recipe, Plan]:
     """The recipe with as many steps as its budget allows on the cluster, and its plan.
 
-    ``recipe.budget`` must have hours or money. Micro-batch and recomputation become the fastest
-    that fit. Raises ``PlanRefused`` where no step fits, with what would; its alternatives are changes
-    of ``recipe``, ``keep`` what they may not change.
+    ``recipe.budget`` must have hours or money. Micro-batch and recomputation become the fastest that fit.
+    Raises ``PlanRefused`` if no step fits, with alternatives to ``recipe`` that do not change ``keep``.
     """
     _require_budget(recipe)
     hardware = _gpus_of(recipe, cluster)
@@ -50,7 +49,7 @@ def most_tokens(
 
     if not with_steps(1)[1].fits:
         raise refused()
-    # hours and money only grow with the steps: the last number that fits, by halving
+    # hours and money grow with the steps: find the last number that fits by bisection
     low, high = 1, MOST_STEPS
     while low < high:
         middle = (low + high + 1) // 2
@@ -65,9 +64,9 @@ def fewest_gpus(
     history: Path | None = None,
     keep: Iterable[Keep] = (),
 ) -> tuple[Recipe, Plan]:
-    """The recipe on the fewest GPUs of the cluster's kind that keep its budget, tokens unchanged.
+    """The recipe on the fewest GPUs of the cluster's kind that keep its budget with the same tokens.
 
-    Raises ``PlanRefused`` where no number of them does, with what would.
+    Raises ``PlanRefused`` with alternatives if no number of GPUs does.
     """
     _require_budget(recipe)
     given = _gpus_of(recipe, cluster)
