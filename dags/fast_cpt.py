@@ -1,16 +1,15 @@
-"""From legal documents to a gated, fine-tuned model: the wiring of the steps, and nothing else.
+"""From legal documents to a gated, fine-tuned model. This file only wires the steps.
 
-    plan -> list_documents -> score (a task a group of files) -> select
-    select -> tokenize (a task a group of files) -> build -> sync -> train_cpt
+    plan -> list_documents -> score (a task per group of files) -> select
+    select -> tokenize (a task per group of files) -> build -> sync -> train_cpt
     plan -> check_cluster -> prepare_environment -> sync
     build, check_cluster -> approve_plan -> acquire_cluster -> prepare_rented -> train_cpt
     train_cpt -> evaluate_cpt -> gate -> train_sft -> evaluate_sft -> publish
     publish -> release_cluster -> report
     gate -> train_cpt_stage2 -> evaluate_stage2 -> gate_stage2 -> train_sft
 
-What a task hands on is a path and a digest. Every output is found again by its digest, so any task
-can be retried, cleared or run again and does only what is left. Each step's code is a function of
-``steps`` in plugins/.
+Tasks pass on paths and digests. Every output is found again by its digest, so any task can be retried,
+cleared or run again and does only what is left. Each step is a function in plugins/steps.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ PARAMS = {
         DEFAULT_RECIPE,
         type="string",
         enum=recipe_names(),
-        description="What to run. The fields below take the place of its values where filled in.",
+        description="What to run. The fields below replace its values if filled in.",
     ),
     **{name: Param(None, **form_schema(name)) for name in FORM},
     "overrides": Param(
@@ -52,7 +51,7 @@ PARAMS = {
     "run_even_if_plan_says_no": Param(
         False,
         type="boolean",
-        description="Go on although the plan does not fit, or does not know the model.",
+        description="Continue even if the plan does not fit or does not know the model.",
     ),
     "require_approval": Param(
         False,
@@ -76,14 +75,14 @@ def on_gpus(job: Callable[..., Any], then: Callable[..., Any], **options: Any) -
 @dag(
     dag_id="fast_cpt",
     schedule=None,  # fast_cpt_schedules.py
-    is_paused_upon_creation=False,  # it runs when it is triggered alone
+    is_paused_upon_creation=False,  # it only runs when triggered
     params=PARAMS,
     doc_md=__doc__,
     tags=["training"],
     default_args={**RETRIES, "on_failure_callback": tell_failure},
 )
 def fast_cpt() -> None:
-    # a result is one record: its keys are not stored a second time, one by one
+    # store a result as one record, not also key by key
     step = partial(task, multiple_outputs=False)
     plan = step(steps.plan.plan)()
     documents = step(steps.plan.list_documents)(plan)
@@ -100,7 +99,7 @@ def fast_cpt() -> None:
     )
     places = step(steps.cluster.sync)(plan, corpus, cluster, environment.output)
 
-    # set up and torn down: a step that is cleared finds its machine, or has another one
+    # setup and teardown, so that a cleared step finds its machine or gets another one
     rented = step(steps.rent.acquire_cluster)(plan).as_setup()
     prepare_rented = RemoteJobOperator(
         task_id="prepare_rented", job=steps.rent.prepare_rented, then=steps.rent.bring_to_rented
@@ -113,7 +112,7 @@ def fast_cpt() -> None:
     train_cpt_stage2 = on_gpus(steps.training.train_cpt_stage2, steps.training.keep_training)
     evaluate_stage2 = on_gpus(steps.training.evaluate_stage2, steps.training.keep_evaluation)
     gate_stage2 = step(steps.gate.gate_stage2)()
-    # after either gate: one of the two ways to it was skipped
+    # one of the two gates before it was skipped
     train_sft = on_gpus(
         steps.training.train_sft,
         steps.training.keep_training,
@@ -131,7 +130,7 @@ def fast_cpt() -> None:
     approve_plan >> rented >> prepare_rented
     [places, prepare_rented] >> train_cpt >> evaluate_cpt >> gate >> [train_sft, train_cpt_stage2]
     train_cpt_stage2 >> evaluate_stage2 >> gate_stage2 >> train_sft
-    # teardowns: they run whatever happened, also after the run was marked; the last one's end is the run's
+    # teardowns run in any case, also after the run was marked; the last one's state becomes the run's
     report.as_teardown(on_failure_fail_dagrun=True)
     train_sft >> evaluate_sft >> publish >> release >> report
 

@@ -1,6 +1,6 @@
-"""Change by hand which of a recipe's models is its champion: promote one, roll back, or retire it.
+"""Changes a recipe's champion by hand: promote a model, roll back, or retire the champion.
 
-What happened is noted with who triggered the run and why (docs/models.md), and told.
+The change is recorded with who triggered the run and why (docs/models.md), and a message is sent.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from notifications import tell_failure
             DEFAULT_RECIPE,
             type="string",
             examples=recipe_names(),
-            description="Whose champion: the recipe's name.",
+            description="The recipe whose champion changes.",
         ),
         "action": Param(
             "rollback",
             type="string",
             enum=["promote", "rollback", "retire"],
-            description="Rollback goes to the champion before. Retire leaves no champion.",
+            description="Rollback restores the previous champion. Retire leaves no champion.",
         ),
         "model": Param(
             None,
             type=["null", "string"],
-            description="What to promote: a folder's name under models/, as the run's report has it.",
+            description="The model to promote: a folder under models/, as named in the run's report.",
         ),
-        "why": Param("", type="string", minLength=1, description="Noted with your name."),
+        "why": Param("", type="string", minLength=1, description="Recorded with your name."),
     },
     doc_md=__doc__,
     tags=["training"],

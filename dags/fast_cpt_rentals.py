@@ -1,4 +1,4 @@
-"""Gives back rented machines that no run gives back any more; without a rental it has no schedule."""
+"""Gives back rented machines that no run will give back; without a rental it has no schedule."""
 
 from __future__ import annotations
 

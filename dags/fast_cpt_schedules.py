@@ -1,7 +1,7 @@
-"""A DAG for each schedule of ``schedules.yaml`` in FASTCPT_HOME: look for new documents, then run ``fast_cpt``.
+"""A DAG for each schedule of ``schedules.yaml`` in FASTCPT_HOME: checks for new documents, then runs ``fast_cpt``.
 
-A file of its own: what is wrong with the schedules is an import error here, and takes ``fast_cpt``
-away from nobody. A schedule that is changed or deleted leaves alone the run it has begun.
+It is a separate file, so that an error in the schedules does not make ``fast_cpt`` disappear. Changing or
+deleting a schedule does not affect a run that it has started.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from retries import RETRIES
 def schedule_dag(name: str, schedule: Schedule) -> None:
     @dag(  # type: ignore[untyped-decorator]
         dag_id=f"fast_cpt_{name}",
-        # a schedule that is new begins with its next time
+        # a new schedule starts with its next time
         schedule=CronTriggerTimetable(
             schedule.time, timezone=schedule.timezone, run_immediately=timedelta(minutes=1)
         ),
         catchup=False,
         max_active_runs=1,
         is_paused_upon_creation=False,
-        description=f"{schedule.recipe}, where there is something new",
+        description=f"{schedule.recipe}, if there is something new",
         tags=["training", "schedule"],
     )
     def fast_cpt_schedule() -> None:
@@ -38,12 +38,12 @@ def schedule_dag(name: str, schedule: Schedule) -> None:
             trigger_dag_id="fast_cpt",
             trigger_run_id=scheduled.run_id(name),
             conf=look(scheduled.look_for_new)(name),
-            # cleared: the run begins anew
+            # when cleared, the run starts again
             reset_dag_run=True,
             wait_for_completion=True,
             deferrable=True,
             poke_interval=10,
-            # the run's own tasks are tried again, and tell
+            # the run's own tasks are retried, and send messages
             retries=0,
         )
 

@@ -1,4 +1,4 @@
-"""The plan, with the corpus and the cluster as they are, and a person's word on it where wanted."""
+"""Plans again with the actual corpus and cluster, and waits for a person's approval if wanted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from steps.rent import replaces_a_machine
 
 
 def _body(context: Context, plan: Path) -> str:
-    """The plan's tables, and links to the run's page and to the recipe that it is of."""
+    """The plan's tables, and a link to the run's page."""
     spent = rented(plan.parent, time.time())
     money = "nothing has been spent on GPUs" if spent is None else f"{spent:,.2f} USD were spent"
     run = f"{ROOT}/plugin{PREFIX}{PREFIX}/run/{quote(plan.parent.name)}"
@@ -34,8 +34,8 @@ def _body(context: Context, plan: Path) -> str:
 class ApprovePlan(ApprovalOperator):
     """Refuse a run that does not fit, or wait for approval in the UI (``require_approval``).
 
-    Without ``require_approval`` the task ends at once with the plan's figures, and where one like the
-    planned machine was approved, rented and taken away.
+    Without ``require_approval``, or if a machine like the planned one was approved, rented and taken away
+    by its provider, the task ends at once with the plan's figures.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -47,7 +47,7 @@ class ApprovePlan(ApprovalOperator):
             return {"plan": plan["path"]}
         self.body = _body(context, Path(plan["path"]))
         self._note(context, time.time())
-        # the form asks for a word on the plan; the run's own values were given before
+        # the form only asks for approval, not for the run's parameters again
         self.params = ParamsDict({})
         link = context["ti"].log_url.partition("?")[0] + "/required_actions"
         tell(context, "waiting for approval", plan["text"], link)
@@ -58,7 +58,7 @@ class ApprovePlan(ApprovalOperator):
         return super().execute_complete(context, event)
 
     def _note(self, context: Context, began: float | None = None) -> None:
-        """Leave in the run's record since when, and until now, it waits for a person."""
+        """Record in the run's record since when it has been waiting for a person."""
         record = Path(context["ti"].xcom_pull(task_ids="plan")["record"])
         began = began or read(record, "times/approval.json")["began"]
         add_time(record, "approval", began, time.time())

@@ -1,7 +1,7 @@
-"""Checkpoints are brought away from the GPU host while a job's trigger watches it.
+"""Copies checkpoints from the GPU host while a job's trigger watches it.
 
-Each time is a process of its own (``fastcpt.cluster.checkpoints``) at a low priority: it ends with the
-trigger, and the next one goes on where it stopped.
+Each round is a separate process (``fastcpt.cluster.checkpoints``) at low priority. It ends with the trigger,
+and the next one resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fastcpt.planning.history import record_transfer
 
 @dataclass(frozen=True)
 class Bring:
-    """From which ``folder`` of a training there, to which ``home`` here, every how many ``minutes``, and on to ``url``.
+    """Copy from a training's ``folder`` on the host to ``home`` here and on to ``url``, every ``minutes``.
 
-    ``line`` is what its rate is kept under (``planning.history.line_of``).
+    The transfer's rate is recorded under ``line`` (``planning.history.line_of``).
     """
 
     line: str
@@ -35,7 +35,7 @@ class Bring:
 
 
 class Bringing:
-    """The rounds of one trigger; ``log`` is its task's."""
+    """The copying rounds of one trigger; ``log`` is its task's log."""
 
     def __init__(self, wanted: Bring, log: Any, clock: Callable[[], float]) -> None:
         self.wanted, self.log, self.clock = wanted, log, clock
@@ -43,19 +43,19 @@ class Bringing:
         self.round: asyncio.Task[None] | None = None
 
     def look(self, remote: Remote) -> None:
-        """Begin a round where it is time and none goes on."""
+        """Start a round if one is due and none is running."""
         if self.clock() >= self.next and (self.round is None or self.round.done()):
             self.next = self.clock() + 60 * self.wanted.minutes
             self.round = asyncio.get_running_loop().create_task(self._bring(remote))
 
     async def last(self, remote: Remote) -> None:
-        """The job has ended: what it saved last is brought before the host is left."""
+        """The job has ended: copy its last checkpoint."""
         if self.round is not None:
             await self.round
         await self._bring(remote)
 
     async def end(self) -> None:
-        """End a round that goes on."""
+        """Cancel a running round."""
         if self.round is not None and not self.round.done():
             self.round.cancel()
             with suppress(asyncio.CancelledError):
@@ -73,11 +73,11 @@ class Bringing:
             )
             if found["from_its_beginning"]:
                 record_transfer(HOME, self.wanted.line, size, seconds)
-        except OSError as error:  # the watching of the job does not depend on it
+        except OSError as error:  # a failure must not stop the watching of the job
             self.log.warning("the checkpoint was not brought: %s", error)
 
     async def _ask(self, remote: Remote) -> dict[str, Any] | None:
-        """What the process answers; None where nothing was to bring."""
+        """The process's answer; None if there was nothing to copy."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "fastcpt.cluster.checkpoints"),
             stdin=asyncio.subprocess.PIPE,

@@ -1,8 +1,7 @@
-"""The connection type of a GPU host: a form with the fields that count, and a Test button.
+"""The connection type of a GPU host: a form with the fields that it needs, and a Test button.
 
-The button makes the first contact that ``check_cluster`` makes. Airflow learns of connection types
-from installed distributions alone; ``fast_cpt.dist-info`` makes this folder one, where it is on
-PYTHONPATH.
+The button runs the same first contact as ``check_cluster``. Airflow finds connection types only in
+installed distributions; ``fast_cpt.dist-info`` makes this folder one if it is on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from airflow.sdk import BaseHook
 
 
 class GpuHostHook(BaseHook):
-    """What Airflow's Test button calls; the work itself goes through ``fastcpt.cluster``."""
+    """For Airflow's Test button only; tasks use ``fastcpt.cluster``."""
 
     conn_name_attr = "gpu_host_conn_id"
     default_conn_name = "gpu_host_default"
@@ -25,7 +24,7 @@ class GpuHostHook(BaseHook):
         self.connection = gpu_host_conn_id
 
     def test_connection(self) -> tuple[bool, str]:
-        """Whether the host can be worked with, and what it has or what to do about it."""
+        """Whether the host is usable, and what it has, or what to do."""
         from fastcpt.cluster.check import check_host
         from fastcpt.cluster.remote import ClusterError, ConnectionLost
         from fastcpt.recipe_sections import Cluster
@@ -54,7 +53,7 @@ def _field(label: str, description: str) -> dict[str, Any]:
 
 
 def provider_info() -> dict[str, Any]:
-    """What Airflow asks a distribution: its connection types and their forms."""
+    """The distribution's connection types and their forms, for Airflow."""
     return {
         "package-name": "fast-cpt",
         "name": "Fast CPT",

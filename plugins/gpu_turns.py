@@ -1,10 +1,10 @@
-"""Whose turn it is on the GPUs of a cluster: one run's, from its first step there to the run's end.
+"""A queue per cluster: one run at a time has the GPUs, from its first step there to its end.
 
-A cluster's queue is a file under ``HOME/turns/``: the runs that asked, in that order, of which the
-first has the GPUs. A run keeps its place from one step to the next, so that its evaluation goes
-before another run's training. It leaves with its end (``run_state``); one that left no other way, a
-deleted one for instance, is found by Airflow's word that it does not go on. The cluster's own lock
-(``agent.gpu_locks``) is there for whoever else uses it.
+The queue is a file under ``HOME/turns/`` with the runs in the order of asking; the first has the GPUs. A run
+keeps its place from step to step, so that its evaluation precedes another run's training. It leaves the
+queue when it ends (``run_state``); a run that disappeared otherwise, for example by deletion, is removed
+when Airflow no longer lists it as active. The cluster's own lock (``agent.gpu_locks``) protects against other
+users.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Place = dict[str, str]
 
 
 def cluster_of(remote: Remote) -> str:
-    """The name of a cluster's queue: its host, whoever logs in."""
+    """The name of a cluster's queue: its host and port, without the login."""
     return f"{remote.host}:{remote.port or 22}"
 
 
 def goes_on(dag: str, run: str) -> bool:
-    """Whether a run has not ended; asked of Airflow, in a task or in a thread of the triggerer."""
+    """Whether a run is still active according to Airflow; for a task or a thread of the triggerer."""
     states = ["queued", "running"]
     return bool(RuntimeTaskInstance.get_dr_count(dag, run_ids=[run], states=states))
 
@@ -44,9 +44,9 @@ def goes_on(dag: str, run: str) -> bool:
 def take(
     cluster: str, dag: str, run: str, goes_on: Callable[[str, str], bool] = goes_on
 ) -> Place | None:
-    """Ask for the GPUs: None when they are the run's, otherwise the place of the run that has them.
+    """Ask for the GPUs: None if the run has them now, otherwise the place of the run that has them.
 
-    A run that has to wait is in the queue from then on.
+    A run that has to wait stays in the queue.
     """
     with _queue(_file(cluster)) as queue:
         if not any(_is(place, dag, run) for place in queue):
@@ -58,7 +58,7 @@ def take(
 
 
 def ahead(dag: str, run: str) -> list[Place]:
-    """The places that come before the run's in the queues it stands in, the one with the GPUs first."""
+    """The places before the run's in its queue, starting with the one that has the GPUs."""
     for file in sorted((HOME / "turns").glob("*.json")):
         queue: list[Place] = read_json(file)
         own = next((n for n, place in enumerate(queue) if _is(place, dag, run)), 0)
@@ -68,7 +68,7 @@ def ahead(dag: str, run: str) -> list[Place]:
 
 
 def give_back(dag: str, run: str) -> None:
-    """The run has ended: it has no place in any queue any more."""
+    """Remove an ended run from all queues."""
     for file in (HOME / "turns").glob("*.json"):
         with _queue(file) as queue:
             queue[:] = [place for place in queue if not _is(place, dag, run)]
@@ -84,7 +84,7 @@ def _file(cluster: str) -> Path:
 
 @contextmanager
 def _queue(file: Path) -> Iterator[list[Place]]:
-    """A cluster's queue, to be changed by one process at a time."""
+    """A cluster's queue, locked for changes by one process at a time."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -96,9 +96,9 @@ def _queue(file: Path) -> Iterator[list[Place]]:
 
 
 class TurnTrigger(BaseTrigger):
-    """Fires when the GPUs of a cluster are the run's; says in the task's log whose they are until then.
+    """Fires when the run has the GPUs of a cluster; until then the task's log says who has them.
 
-    It fires at ``tell_at`` too (seconds since the epoch), with the words for ``waiting``.
+    It also fires at ``tell_at`` (seconds since the epoch), with the reason as ``waiting``.
     """
 
     def __init__(self, cluster: str, dag: str, run: str, tell_at: float | None = None) -> None:
@@ -124,7 +124,7 @@ class TurnTrigger(BaseTrigger):
                 # not asgiref's threads: see RemoteJobTrigger
                 first = await asyncio.to_thread(take, self.cluster, self.dag, self.run_id)
             except Exception:
-                # a database or a disk that does not answer passes, and the wait may last days
+                # the database or disk may recover, and the wait may last days
                 self.log.exception("who has the GPUs of %s is not known: asked again", self.cluster)
                 await asyncio.sleep(60)
                 continue

@@ -1,4 +1,4 @@
-"""A remote job's log as a task's log shows it: whole lines, once each, with a word where nothing comes."""
+"""Shows a remote job's log in the task's log: whole lines, once each, and a note if the job is silent."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 from fastcpt.cluster import jobs
 
-# A job that runs and writes nothing for so long gets a line that says so: with a poll, 30 s.
+# After this long without output from a running job, a line says so: with the poll interval, 30 s.
 QUIET_S = 24.0
-# A line that does not end is shown in pieces of this many bytes.
+# A line without an end is shown in pieces of this many bytes.
 LONGEST_LINE = 64 * 1024
 LAST_LINES = 30
 
 
 class Shown:
-    """What the task's log has of a job: its lines up to byte ``seen``, and why it does not run."""
+    """What the task's log has shown of a job: its log up to byte ``seen``, and why it is not running."""
 
     def __init__(self, log: Any, clock: Callable[[], float]) -> None:
         self.log, self.clock = log, clock
@@ -27,7 +27,7 @@ class Shown:
         self.wrote = self.told = clock()
 
     async def show(self, answer: Mapping[str, Any]) -> tuple[int, bool]:
-        """Log what a poll answered: how many bytes of log that was, and whether the job is over and read."""
+        """Log the answer of a poll; the bytes of log shown, and whether the job has ended and is read."""
         status, piece = answer["status"], base64.b64decode(answer["log"])
         if "cut" in answer:
             self.log.warning(
@@ -42,7 +42,7 @@ class Shown:
         for number, line in enumerate(lines):
             self.log.info("%s", line)
             if number % 500 == 499:
-                await asyncio.sleep(0)  # the triggerer watches other jobs too
+                await asyncio.sleep(0)  # let the triggerer watch other jobs
         self.last_lines = [*self.last_lines, *lines][-LAST_LINES:]
         now = self.clock()
         if lines:
@@ -60,7 +60,7 @@ class Shown:
 
 
 def lines_of(piece: bytes, whole: bool) -> tuple[list[str], int]:
-    """The whole lines of a piece of log and how many bytes they are; all of it when ``whole``.
+    """The complete lines of a piece of log and their bytes; with ``whole`` also the last, incomplete one.
 
     The rest is read again next time. A line longer than ``LONGEST_LINE`` is cut.
     """
@@ -75,7 +75,7 @@ def lines_of(piece: bytes, whole: bool) -> tuple[list[str], int]:
         return [], 0
     shown = []
     for line in piece[:taken].removesuffix(b"\n").split(b"\n"):
-        # a progress bar rewrites its line: its last state is what counts
+        # a progress bar rewrites its line: show only the last state
         text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
         shown += [text[at : at + LONGEST_LINE] for at in range(0, len(text), LONGEST_LINE)] or [""]
     return shown, taken

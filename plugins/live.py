@@ -1,6 +1,6 @@
-"""What a run's page shows of a job while it runs: its state and last line, and a training's curve so far.
+"""News of a running job for the run's page: its state and last line, and a training's curve so far.
 
-The triggerer, which watches the job anyway, leaves it in the run's record.
+The triggerer, which watches the job anyway, writes them into the run's record.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from fastcpt.cluster.remote import ClusterError, Remote, ask_async
 from fastcpt.reporting.record import add, add_text
 
-EVERY_S = 15.0  # a curve of 4,000 rows is a megabyte: fetched no more often
+EVERY_S = 15.0  # a curve of 4,000 rows is a megabyte, so do not fetch it more often
 
 log = logging.getLogger(__name__)
 
 
 class Live:
-    """``metrics``: the job's ``metrics.jsonl`` on the host; empty where it has none."""
+    """``metrics``: the job's ``metrics.jsonl`` on the host; empty if it has none."""
 
     def __init__(self, record: str, task: str, metrics: str = "") -> None:
         self.record, self.task, self.metrics = Path(record), task, metrics
@@ -30,7 +30,7 @@ class Live:
     async def leave(self, remote: Remote, status: Mapping[str, Any], line: str) -> None:
         """Write ``live/<task>.json`` and the curve into the record, at most every ``EVERY_S``.
 
-        What cannot be fetched or written costs the page's news, never the job.
+        If something cannot be fetched or written, the page is out of date; the job is not affected.
         """
         if time.monotonic() - self.left < EVERY_S or not self.record.is_dir():
             return

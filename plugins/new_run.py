@@ -1,7 +1,7 @@
-"""The page "New run" in Airflow's UI: choices beside the plan that they make, before a run is started.
+"""The page "New run" in Airflow's UI: a form with the plan for its values, before a run is started.
 
-It reads and judges; a run is started by Airflow's own API, which the page's script calls as the UI
-does: with the same login, permission and checks as Airflow's Trigger button.
+It only reads and checks. The page's script starts a run through Airflow's own API, with the same login,
+permission and checks as Airflow's Trigger button.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SWITCHES = ("require_approval", "run_even_if_plan_says_no")
 
 
 def form_page() -> str:
-    """The form: recipes, fields in groups, few of them at first. Its script asks for the plan."""
+    """The form: recipes, and fields in groups, only a few of them visible at first. Its script fetches the plan."""
     recipes = {name: load_recipe(name) for name in recipe_names()}
     groups = [
         {
@@ -83,8 +83,8 @@ def _field(name: str) -> dict[str, Any]:
 
 
 def judged(home: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
-    """What the choices come to: ``wrong`` by field, ``problems``, the recipe's ``own`` values, the ``plan``
-    as a piece of a page, and the ``conf`` that starts the run, where nothing is wrong."""
+    """The result of the form's values: errors by field (``wrong``), other ``problems``, the recipe's ``own``
+    values, the ``plan`` as HTML, and, if there are no errors, the ``conf`` that starts the run."""
     name = str(typed.get("recipe", DEFAULT_RECIPE))
     if name not in recipe_names():
         return {"wrong": {"recipe": "no such recipe"}, "problems": [], "own": {}, "plan": ""}
@@ -124,7 +124,7 @@ def _plan(home: Path, name: str, recipe: Recipe) -> str:
 
 
 def _tokens(name: str, recipe: Recipe) -> tuple[int | None, str]:
-    """The corpus's tokens, guessed from the documents' size, and a word on them."""
+    """The corpus's tokens, estimated from the documents' size, and a note about them."""
     from fastcpt.corpus.documents import list_parts
     from fastcpt.corpus.new_documents import state_of, text_bytes
     from fastcpt.corpus.sample import OF_SAMPLE
@@ -143,8 +143,8 @@ def _tokens(name: str, recipe: Recipe) -> tuple[int | None, str]:
 
 
 def app(home: Path) -> FastAPI:
-    """The page and its judgement, for those who may start runs of the DAG."""
-    # Workers and the scheduler load this module too, and serve no pages.
+    """The page and its checks, for users who may start runs of the DAG."""
+    # Imported here because workers and the scheduler load this module too, but serve no pages.
     from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
     from airflow.api_fastapi.core_api.security import requires_access_dag
     from fastapi import Body, Depends, FastAPI
@@ -167,7 +167,7 @@ def app(home: Path) -> FastAPI:
             TEMPLATES / f"{known}.js", media_type="text/javascript", headers=SECURITY
         )
 
-    # JSON alone: a form of another site cannot send it
+    # only JSON, which another site's form cannot send
     @pages.post("/judge")
     def judge(typed: dict[str, Any] = body) -> JSONResponse:
         return JSONResponse(judged(home, typed), headers=SECURITY)
@@ -189,5 +189,5 @@ class NewRun(AirflowPlugin):
 
     @functools.cached_property
     def fastapi_apps(self) -> list[dict[str, Any]]:
-        """Asked for by the API server alone."""
+        """Only the API server asks for this."""
         return [{"app": app(HOME), "url_prefix": PREFIX, "name": "New Fast CPT run"}]

@@ -1,8 +1,8 @@
-"""Who is told of a run that needs a person: by e-mail and by webhook, where one is set up.
+"""Notifications by e-mail and webhook, if set up, when a run needs a person.
 
-E-mail goes through Airflow's own ``SmtpNotifier`` and its connection ``smtp_default``, to the addresses
-in the Airflow variable ``fast_cpt_mail_to``. The webhook is the connection ``fast_cpt_webhook``.
-A message that cannot be sent is an error in the task's log: it fails no task.
+E-mail uses Airflow's ``SmtpNotifier`` and its connection ``smtp_default``, with the addresses in the Airflow
+variable ``fast_cpt_mail_to``. The webhook is the connection ``fast_cpt_webhook``. A message that cannot be
+sent is logged as an error but fails no task.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ log = logging.getLogger(__name__)
 
 
 class AlreadyTold(Exception):
-    """Mixed into an error that was told under a name of its own, or by the task it came from."""
+    """Mixed into an error about which a more specific message was already sent."""
 
 
 def tell(context: Context, event: str, reason: str, link: str | None = None) -> None:
-    """Send what happened to a run (``event``), the reason, and a link to the task, or to ``link``."""
+    """Send a message about a run: the ``event``, the reason, and a link to the task, or ``link``."""
     task = context["ti"]
     subject = " ".join(f"Fast CPT: {event}: {task.task_id} of {task.dag_id}, {task.run_id}".split())
     if len(reason) > LONGEST_REASON:
         reason = reason[:LONGEST_REASON] + " ..."
     for notifier in _notifiers(subject, reason, link or task.log_url):
         try:
-            # a copy: Airflow adds the notifier's fields to it
+            # a copy, as Airflow adds the notifier's fields to the context
             notifier({**context})
         except Exception:
             log.exception("%s could not tell: %s", type(notifier).__name__, subject)
 
 
 def tell_once(context: Context, event: str, reason: str) -> None:
-    """``tell``, once for all tries of a task: one that is killed after it has told is tried again."""
+    """``tell``, but only once for all tries of a task."""
     task = context["ti"]
     clears = getattr(context.get("dag_run"), "clear_number", 0)
     what = f"{event}-{task.task_id}-{clears}".replace(" ", "-")
@@ -57,15 +57,15 @@ def tell_once(context: Context, event: str, reason: str) -> None:
 
 
 def tell_failure(context: Context) -> None:
-    """A task's ``on_failure_callback``: its last try failed. The record keeps why; of mapped tasks the
-    first one is told.
+    """A task's ``on_failure_callback``, after its last try failed: record the reason and send a message; for
+    mapped tasks only the first one does.
     """
     error, task = context.get("exception"), context["ti"]
-    # Airflow knows no error where a task's process or machine went away
+    # there is no exception if the task's process or machine disappeared
     reason = str(error or "The task was ended from outside, or its machine went away.")
     try:
         add_failure(HOME, task.run_id, task.dag_id, task.task_id, reason)
-    except (OSError, RecordError):  # a full disk, a damaged record: it is told all the same
+    except (OSError, RecordError):  # a full disk or damaged record must not prevent the message
         log.exception("why %s failed could not be kept", task.task_id)
     if isinstance(error, AlreadyTold):
         return
@@ -76,7 +76,7 @@ def tell_failure(context: Context) -> None:
 
 
 def first_time(record: Path, what: str) -> bool:
-    """Whether ``what`` has not been told of the run before; from now on it has."""
+    """Whether a message ``what`` is sent for the first time for this run; marks it as sent."""
     if not record.is_dir():
         return True
     try:
@@ -84,13 +84,13 @@ def first_time(record: Path, what: str) -> bool:
         (record / "told" / what).touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError as error:  # a full disk: twice is better than never
+    except OSError as error:  # a full disk: sending twice is better than never
         log.warning("%s: %s", record, error)
     return True
 
 
 def _notifiers(subject: str, reason: str, link: str) -> Iterator[BaseNotifier]:
-    """The ways that are set up. Texts are literal: a reason may hold what reads as a template."""
+    """The notifiers that are set up. Texts are literal, as a reason may look like a template."""
     from airflow.providers.smtp.notifications.smtp import SmtpNotifier
 
     if to := Variable.get(MAIL_TO, default=None):
@@ -108,7 +108,7 @@ def _slack(text: str) -> str:
 
 
 class WebhookNotifier(BaseNotifier):
-    """Posts ``{"text": ...}``: the form of Slack's incoming webhooks, which others take too."""
+    """Posts ``{"text": ...}``, the format of Slack's incoming webhooks, which others also accept."""
 
     def __init__(self, url: str | None, text: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -119,7 +119,7 @@ class WebhookNotifier(BaseNotifier):
         if not self.url:
             raise ValueError(f"the connection {WEBHOOK} has no URL (its password)")
         answer = httpx.post(self.url, json={"text": self.text}, timeout=TIMEOUT_S)
-        # not httpx's own error: it shows the URL, which is the secret
+        # not httpx's own error, which contains the URL: that is the secret
         if not answer.is_success:
             raise ConnectionError(f"the webhook answered {answer.status_code}: {answer.text[:200]}")
 

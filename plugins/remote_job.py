@@ -1,7 +1,7 @@
-"""A task that runs a job on the cluster: started or found again, then watched by the triggerer.
+"""A task that starts a job on the cluster, or finds it again, and has the triggerer watch it.
 
-The wait holds no worker. The job's log comes into the task's log line by line. A retry finds the
-job of the try before; marking the task failed, clearing it or deleting its run ends the job there.
+Waiting occupies no worker. The job's log is copied into the task's log line by line. A retry finds the job
+of the previous try. Marking the task failed, clearing it or deleting its run ends the job.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from live import Live
 from notifications import tell_once
 
 POLL_S = 2.0
-# A job that runs for longer than this is asked less often: hours of waiting cost little.
+# A job that runs for longer than this is polled less often.
 SHORT_S = 120.0
 LONG_POLL_S = 5.0
-# So long the triggerer goes on asking a host that does not answer, before the task is tried again.
+# How long the triggerer keeps asking a host that does not answer, before the task is retried.
 UNREACHABLE_S = 1800.0
-# Begins the name of a run's rented host, where a connection's stands otherwise.
+# A name with this prefix is a run's rented host instead of a connection.
 RENTED = "rented."
 
 
 def connection_of(connection_id: str, with_host: bool = True) -> Connection:
-    """The Airflow connection of a GPU host; ``ClusterError`` where there is none or it holds a key.
+    """The Airflow connection of a GPU host; ``ClusterError`` if there is none or it contains a key.
 
-    Extra fields: ``key_file``, ``known_hosts``, and of the host: ``python``, ``root``. Keys stay in
-    their files: a ``private_key`` in the connection is refused.
+    Extra fields: ``key_file``, ``known_hosts``, and for the host ``python``, ``root``. Private keys stay in
+    files: a ``private_key`` in the connection is refused.
     """
     try:
         connection = BaseHook.get_connection(connection_id)
@@ -86,7 +86,7 @@ def remote_of(connection_id: str) -> Remote:
 
 
 def _rented(name: str) -> Remote:
-    """The machine of the ledger, by the key that its provider named; the connection has the login's key."""
+    """A rented machine from the ledger; the login's key comes from the connection."""
     from fastcpt.rent import ledger, machines
 
     try:
@@ -106,9 +106,9 @@ def _rented(name: str) -> Remote:
 class RemoteJob:
     """What a task has to run, decided at run time.
 
-    ``result`` is the file whose presence means that it is done; ``fetch`` names more small files
-    that the task's answer is made of. ``answer`` is what is known of the answer beforehand.
-    A wait for GPUs longer than ``waiting_hours`` is told. ``bring`` are the fields of ``bringing.Bring``.
+    If the file ``result`` exists, the job is done; ``fetch`` names further small files for the task's
+    result. ``answer`` is the part of the task's result that is known beforehand. A wait for GPUs longer than
+    ``waiting_hours`` is reported. ``bring`` has the fields of ``bringing.Bring``.
     """
 
     connection: str
@@ -123,16 +123,16 @@ class RemoteJob:
     slurm: dict[str, Any] | None = None
     waiting_hours: float | None = None
     bring: dict[str, Any] | None = None
-    live: dict[str, str] | None = None  # live.Live's fields: what the run's page shows meanwhile
+    live: dict[str, str] | None = None  # the fields of live.Live, for the run's page
 
 
 class RemoteJobOperator(BaseOperator):
-    """Run the job that ``job(context)`` describes; a mapping instead of a job is the answer itself.
+    """Run the job that ``job(context)`` describes; if it returns a mapping, that is the task's result.
 
-    ``secrets(context)`` gives environment variables that reach the job through a 0600 file alone.
-    ``then(context, files, answer)`` makes the task's answer of the fetched files (name -> text or None)
-    and of what was known beforehand; without it that is the answer.
-    A job that runs ``in_turn`` waits until the cluster's GPUs are its run's.
+    ``secrets(context)`` returns environment variables that reach the job only through a 0600 file.
+    ``then(context, files, answer)`` makes the task's result from the fetched files (name -> text or None)
+    and the job's ``answer``; without it, ``answer`` is the result. With ``in_turn`` the job waits until its
+    run has the cluster's GPUs.
     """
 
     def __init__(
@@ -156,25 +156,25 @@ class RemoteJobOperator(BaseOperator):
     def execute_in_turn(
         self, context: Context, event: dict[str, Any], since: float | None = None
     ) -> Any:
-        """The GPUs have become the run's, or the wait for them is to be told."""
+        """Resume when the run has the GPUs, or when the wait has to be reported."""
         if "waiting" in event:
             _tell_of_waiting(context, event)
             since = None
         return self._begin(context, since)
 
     def _begin(self, context: Context, since: float | None) -> Any:
-        """``since`` is when the wait for GPUs began, in seconds since the epoch; None: it was told."""
+        """``since``: when the wait for GPUs began, in seconds since the epoch; None if it was reported."""
         wanted = self.job(context)
         if isinstance(wanted, Mapping):
             return dict(wanted)
-        # Slurm shares out its GPUs itself, and a job that is not in its queue waits for nothing
+        # Slurm allocates GPUs itself, so its jobs go straight into its queue
         if self.in_turn and not wanted.slurm:
             self._wait_for_turn(context, wanted, since)
         self._run(context, wanted, since)
         return self._answer(context, wanted)
 
     def _wait_for_turn(self, context: Context, wanted: RemoteJob, since: float | None) -> None:
-        """Return where the GPUs are the run's; begin again, by ``defer``, when they are otherwise."""
+        """Return if the run has the GPUs; otherwise defer until it has them."""
         task = context["task_instance"]
         asked = (gpu_turns.cluster_of(remote_of(wanted.connection)), task.dag_id, task.run_id)
         if gpu_turns.take(*asked):
@@ -185,7 +185,7 @@ class RemoteJobOperator(BaseOperator):
             )
 
     def _run(self, context: Context, wanted: RemoteJob, since: float | None = None) -> None:
-        """Start or find the job; returns where it is complete, waits for it by ``defer`` otherwise."""
+        """Start or find the job; return if it is complete, otherwise defer until it has ended."""
         name, owner = _name(context), str(context["task_instance"].id)
         job = jobs.Job(
             name,
@@ -202,7 +202,7 @@ class RemoteJobOperator(BaseOperator):
         self.log.info("job %s: %s", name, found)
         if found == "complete":
             return
-        # Airflow does not apply execution_timeout to a wait: the trigger does
+        # Airflow does not apply execution_timeout while deferred, so the trigger does
         ends_by = None
         if self.execution_timeout:
             ends_by = time.time() + self.execution_timeout.total_seconds()
@@ -224,7 +224,7 @@ class RemoteJobOperator(BaseOperator):
     def execute_complete(
         self, context: Context, event: dict[str, Any], wanted: dict[str, Any]
     ) -> Any:
-        """The job has ended: its outcome, and the answer made from its files."""
+        """Resume when the job has ended: raise its error, or return the task's result."""
         if "unreachable" in event:
             raise ConnectionLost(event["unreachable"])
         if "refused" in event:
@@ -238,7 +238,7 @@ class RemoteJobOperator(BaseOperator):
             return self._answer(context, job)
         status, owner = event["status"], str(context["task_instance"].id)
         if status["state"] == "cancelled" and status.get("stopped_for") not in (None, "", owner):
-            # a clear: the try before ended the job after this one had found it
+            # after a clear, the previous try ended the job that this one had found
             self._run(context, job)
             return self._answer(context, job)
         remote = remote_of(job.connection)
@@ -256,7 +256,7 @@ class RemoteJobOperator(BaseOperator):
         return json.loads(files["result"]) if files.get("result") else None
 
     def on_kill(self) -> None:
-        """The task was ended while it ran: so is its job."""
+        """The task was ended while it ran: end its job too."""
         if stop := getattr(self, "_stop", None):
             connection, root, name, owner = stop
             jobs.stop(remote_of(connection), root, name, owner)
@@ -277,11 +277,11 @@ def _name(context: Context) -> str:
 
 
 class RemoteJobTrigger(BaseTrigger):
-    """Watches a job: streams its log, and fires when it has ended or is gone.
+    """Watches a job: streams its log, and fires when it has ended or is lost.
 
-    ``owner`` is the task's try; ``ends_by`` (seconds since the epoch) is when its time is over.
-    A job that has not begun to run by ``tell_at`` fires, with the words for ``waiting``. ``bring``
-    (``bringing.Bring``): its checkpoints are brought here meanwhile, and the last of one that failed.
+    ``owner`` is the task's try; ``ends_by`` (seconds since the epoch) is its timeout. If the job has not
+    started to run by ``tell_at``, the trigger fires with the reason as ``waiting``. ``bring``
+    (``bringing.Bring``): copy checkpoints here meanwhile, and the last one if the job fails.
     """
 
     def __init__(
@@ -335,8 +335,8 @@ class RemoteJobTrigger(BaseTrigger):
         remote: Remote | None = None
         shown = Shown(self.log, clock)
         live = Live(**self.live) if self.live else None
-        began_to_run = False  # a job that Slurm puts back later is not told
-        # the rest of the task's time: from here on a clock that is set does not shorten it
+        began_to_run = False  # a job that Slurm requeues later is not reported as waiting
+        # on the monotonic clock, so that setting the wall clock does not change the timeout
         until = clock() + self.ends_by - time.time() if self.ends_by else None
         while True:
             if until is not None and clock() > until:
@@ -345,13 +345,13 @@ class RemoteJobTrigger(BaseTrigger):
                 return
             try:
                 if remote is None:
-                    # not asgiref's: it loses what a cancel says, and with it Airflow's call of on_kill
+                    # not asgiref, which loses a cancel's message, and with it Airflow's call of on_kill
                     remote = await asyncio.to_thread(remote_of, self.connection)
                 answer = await _poll(remote, self.root, self.name, shown.seen)
                 if "error" in answer:
                     raise ConnectionLost(f"{remote.host}: {answer['error']}")
             except (ConnectionLost, LoginRefused) as error:
-                # the login was taken when the job was started: it may be the home that is away
+                # the login worked when the job was started, so the user's home may be unmounted
                 self.log.warning("%s; asking again", error)
                 remote = None  # the connection may have been corrected
                 if clock() - answered > UNREACHABLE_S:
@@ -365,7 +365,7 @@ class RemoteJobTrigger(BaseTrigger):
             answered = clock()
             taken, over = await shown.show(answer)
             if over:
-                # the model of a job that has succeeded is brought by what follows
+                # after success, later tasks fetch the model
                 if bringing and answer["status"]["state"] != "succeeded":
                     await bringing.last(remote)
                 yield TriggerEvent({"status": answer["status"], "last_lines": shown.last_lines})
@@ -379,13 +379,13 @@ class RemoteJobTrigger(BaseTrigger):
             if bringing:
                 bringing.look(remote)
             if not taken:
-                # what was shown is acknowledged at once: a restart repeats next to nothing
+                # after output, poll again at once: that acknowledges it, so a restart repeats little
                 await asyncio.sleep(POLL_S if clock() - began < SHORT_S else LONG_POLL_S)
 
     async def on_kill(self) -> None:
-        """Marked failed, cleared or deleted while it waited: the job ends with it.
+        """The task was marked failed, cleared or deleted while deferred: end its job.
 
-        Airflow 3.3 cancels this again every second; the asking goes on by itself.
+        Airflow 3.3 cancels this again every second, so the request runs in its own asyncio task.
         """
         asking = asyncio.get_running_loop().create_task(self._stop())
         _asking.add(asking)
@@ -393,7 +393,7 @@ class RemoteJobTrigger(BaseTrigger):
         await asyncio.shield(asking)
 
     async def _stop(self) -> None:
-        """End the job; a host that does not answer is asked again for ``OUTAGE_S``."""
+        """End the job; retry for ``OUTAGE_S`` if the host does not answer."""
         until = time.monotonic() + OUTAGE_S
         while True:
             try:
@@ -422,8 +422,7 @@ class RemoteJobTrigger(BaseTrigger):
                 return
 
 
-# All jobs of a host are asked about in one request, one at a time: a hundred jobs cost as many
-# connections as one.
+# One request at a time asks about all jobs of a host, so a hundred jobs need no more connections than one.
 _pending: dict[tuple[int, Remote, str], list[tuple[dict[str, Any], asyncio.Future[Any]]]] = {}
 _asking: set[asyncio.Task[None]] = set()
 
@@ -444,7 +443,7 @@ async def _poll(remote: Remote, root: str, name: str, seen: int | None) -> dict[
 
 
 async def _ask_about(key: tuple[int, Remote, str]) -> None:
-    """Ask about what is pending until nothing is."""
+    """Send requests until none is pending."""
     _, remote, root = key
     try:
         while _pending[key]:

@@ -1,4 +1,4 @@
-"""Which failures are worth another try: a lost connection is; a wrong recipe or document is not."""
+"""Which failures are retried: a lost connection is, a wrong recipe or document is not."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from datetime import timedelta
 from airflow.sdk import ExceptionRetryPolicy, RetryRule
 from airflow.sdk.definitions.retry_policy import RetryAction
 
-# A wrong recipe, document or host key does not heal by trying again, nor does a mistake in the
-# code; a lost connection does.
+# Retrying does not help against a wrong recipe, document or host key, or a bug.
 CANNOT_HEAL: list[type[BaseException] | str] = [
     ValueError,
     TypeError,
@@ -24,5 +23,5 @@ RETRY_POLICY = ExceptionRetryPolicy(
         RetryRule(exception=OSError, action=RetryAction.RETRY, retry_delay=timedelta(seconds=30)),
     ]
 )
-# Of every task that looks, sends or waits.
+# For every task that reads, sends or waits.
 RETRIES = {"retries": 3, "retry_delay": timedelta(minutes=1), "retry_policy": RETRY_POLICY}

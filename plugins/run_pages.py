@@ -1,8 +1,7 @@
-"""Run records in Airflow's UI: a list of them, a page of each, two to five beside each other, and links.
+"""Run records in Airflow's UI: a list, a page for each, a comparison of two to five, and links.
 
-The pages are a FastAPI app inside Airflow's own API server, and reading them takes what reading
-the DAG's runs takes: the same login, the same permission. Their content security policy allows the
-one script of the project's own and nothing else, whatever a record may hold.
+The pages are a FastAPI app inside Airflow's API server and need the same login and permission as reading the
+DAG's runs. Their content security policy allows only the project's own script, whatever a record contains.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ SECURITY = {
     "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-# What a damaged record can raise: files that do not parse, and values of another kind than ours.
+# What a damaged record can raise: files that do not parse, values of unexpected types.
 DAMAGED = (ValueError, TypeError, LookupError, AttributeError, OSError)
 
 TasksOf = Callable[[str, str], Sequence[TaskNow]]
 
 
 def records(home: Path) -> dict[str, Path]:
-    """Every run record by the name of its folder, the newest first; damaged ones at the end."""
+    """Every run record by its folder's name, newest first; damaged ones last."""
     runs = home / "runs"
     if not runs.is_dir():
         return {}
@@ -66,7 +65,7 @@ def _started(record: Path) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """A run in the list, or (``damage``) why its record cannot be read."""
+    """A run in the list, or why its record cannot be read (``damage``)."""
 
     name: str
     run: str
@@ -98,7 +97,7 @@ class Row:
         return _figure(self.base)
 
 
-# The list's columns: a row's field, its title, whether it holds numbers.
+# The list's columns: field, title, whether numeric.
 COLUMNS = (
     ("run", "run", False),
     ("started", "started (UTC)", False),
@@ -114,7 +113,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Choice:
-    """What the list shows, and in what order: a column's name, with ``-`` before it the largest first."""
+    """The list's filter and order; ``sort`` is a column's name, with ``-`` for descending."""
 
     text: str = ""
     state: str = ""
@@ -134,7 +133,7 @@ def list_page(home: Path, chosen: Choice | None = None) -> str:
     ]
     key = chosen.sort.removeprefix("-")
     if key in {name for name, _, _ in COLUMNS}:
-        # what has no value comes last either way
+        # rows without a value come last in both orders
         known = [row for row in rows if getattr(row, key) not in (None, "")]
         rest = [row for row in rows if getattr(row, key) in (None, "")]
         known.sort(key=lambda row: getattr(row, key), reverse=chosen.sort.startswith("-"))
@@ -152,7 +151,7 @@ def list_page(home: Path, chosen: Choice | None = None) -> str:
 
 
 def _column(chosen: Choice, name: str, title: str, number: bool) -> dict[str, Any]:
-    """A column's head: the link that sorts by it, the other way round where it is sorted by already."""
+    """A column's header, with a link that sorts by it, or reverses the order if already sorted by it."""
     order = {name: "ascending", f"-{name}": "descending"}.get(chosen.sort)
     sort = f"-{name}" if order == "ascending" or (order is None and number) else name
     link = "?" + urlencode({"text": chosen.text, "state": chosen.state, "sort": sort})
@@ -184,14 +183,14 @@ def _figure(value: float | None) -> str:
 
 
 def _why(error: Exception) -> str:
-    """What is wrong with a record, in a sentence."""
+    """What is wrong with a record, in one sentence."""
     if isinstance(error, RecordError):
         return str(error)
     return f"a file of it holds something unexpected: {type(error).__name__}: {error}"
 
 
 def run_page(record: Path, tasks_of: TasksOf = lambda dag, run: ()) -> str:
-    """A run: why it failed, what it is doing, and its report as far as there is one."""
+    """A run's page: why it failed, what it is doing, and its report so far."""
     found: dict[str, Any] = {"failures": [], "going": False, "waits": [], "progress": None}
     damage, report, airflow = "", [], ""
     try:
@@ -228,7 +227,7 @@ def run_page(record: Path, tasks_of: TasksOf = lambda dag, run: ()) -> str:
 def _failures(
     record: Path, facts: dict[str, Any], tasks: Sequence[TaskNow], links: dict[str, str]
 ) -> list[dict[str, str]]:
-    """Why tasks failed; of a task that has been cleared since, or of a run that succeeded, nothing."""
+    """Why tasks failed; without tasks that were cleared since, and empty if the run succeeded."""
     if facts.get("state") == "success":
         return []
     failed = {task.task for task in tasks if task.state == "failed"}
@@ -252,7 +251,7 @@ def _advice(task: str) -> str:
 
 
 def compare_page(home: Path, names: Sequence[str]) -> str:
-    """The records of these names beside each other; in words what is wrong with the choice."""
+    """A comparison of the named records, or what is wrong with the choice."""
     there = records(home)
     chosen = [there[name] for name in dict.fromkeys(names) if name in there]
     problem, found = "", []
@@ -269,7 +268,7 @@ def compare_page(home: Path, names: Sequence[str]) -> str:
 
 def app(home: Path, tasks_of: TasksOf = tasks_of) -> FastAPI:
     """The pages, behind Airflow's login and the permission to read the DAG's runs."""
-    # Workers and the scheduler load this module too, and serve no pages.
+    # Imported here because workers and the scheduler load this module too, but serve no pages.
     from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
     from airflow.api_fastapi.core_api.security import requires_access_dag
     from fastapi import Depends, FastAPI, HTTPException, Query
@@ -290,7 +289,7 @@ def app(home: Path, tasks_of: TasksOf = tasks_of) -> FastAPI:
 
     @pages.get("/run/{name}")
     def one_run(name: str) -> HTMLResponse:
-        # No path is made of what was asked for: it is looked up among the records there are.
+        # The name is looked up among the records, never used as a path.
         record = records(home).get(name)
         if record is None:
             raise HTTPException(404, "no such run record")
@@ -304,7 +303,7 @@ def app(home: Path, tasks_of: TasksOf = tasks_of) -> FastAPI:
 
     @pages.get("/of")
     def of_airflows_run(run_id: str) -> RedirectResponse:
-        """The page of a run by Airflow's id; the list where it has none."""
+        """The page of a run by Airflow's run id, or the list if it has no record."""
         name = record_folder(home, run_id).name
         there = f"run/{quote(name)}" if name in records(home) else ""
         return RedirectResponse(f"./{there}", headers=SECURITY)
@@ -318,7 +317,7 @@ class RunRecordLink(BaseOperatorLink):
     name = "Run record"
 
     def get_link(self, operator: Any, *, ti_key: Any) -> str:
-        """The record's page inside Airflow's UI; empty, so that no button shows, without one."""
+        """The record's page inside Airflow's UI; empty without a record, so that no button shows."""
         record = record_folder(HOME, ti_key.run_id)
         try:
             if read(record, "run.json").get("dag") != ti_key.dag_id:
@@ -345,10 +344,10 @@ class RunPages(AirflowPlugin):
             "destination": "dag_run",
         },
     ]
-    # Of the plugin, not of an operator: asked when a task's page is opened, also while it runs.
+    # A link of the plugin, not of an operator, is evaluated when a task's page is opened, also while it runs.
     global_operator_extra_links: ClassVar = [RunRecordLink()]
 
     @functools.cached_property
     def fastapi_apps(self) -> list[dict[str, Any]]:
-        """Asked for by the API server alone."""
+        """Only the API server asks for this."""
         return [{"app": app(HOME), "url_prefix": PREFIX, "name": "Fast CPT runs"}]

@@ -1,9 +1,8 @@
-"""What follows from a run's state in Airflow, also where a person set it: its record, and the GPUs.
+"""Follows a run's state in Airflow, also when a person sets it: updates its record and the GPU queue.
 
-The task `report` closes the record. What it cannot know comes from here: that a run which is still
-going on was marked, and that one which had ended was marked otherwise or goes on (cleared tasks).
-A run that ends gives its turn on the GPUs back.
-Airflow's scheduler and its API server call these functions.
+The task `report` closes the record. This module handles what `report` cannot know: that an active run was
+marked, or that an ended run was marked otherwise or continues (cleared tasks). A run that ends leaves the
+GPU queue. Airflow's scheduler and API server call these functions.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def _follow(dag_run: Any, state: str | None) -> None:
     if state is None:
         reopen_record(record)
     elif dag_run.state != state:
-        # marked, and going on until `report` has ended
+        # marked, but active until `report` has ended
         mark_record(record, state)
     elif facts.get("state") != state:
         close_record(record, state)

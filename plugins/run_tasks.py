@@ -1,4 +1,4 @@
-"""What the tasks of a run are doing, for its page: Airflow's states, the queue for the GPUs, the jobs' news."""
+"""What a run's tasks are doing, for its page: Airflow's states, the GPU queue, news of the jobs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAITING = ("awaiting_input", "deferred", "up_for_retry", "running", "queued")
 
 @dataclass(frozen=True)
 class TaskNow:
-    """A task of a run as Airflow has it; ``since`` it is in its state, where that is known."""
+    """A task's state in Airflow, and since when, if known."""
 
     task: str
     state: str
@@ -26,7 +26,7 @@ class TaskNow:
 
 @dataclass(frozen=True)
 class Line:
-    """What one task is at."""
+    """What one task is doing."""
 
     task: str
     words: str
@@ -34,7 +34,7 @@ class Line:
 
 
 def tasks_of(dag: str, run: str) -> list[TaskNow]:
-    """The tasks of a run in Airflow's database; none where it has no such run. For the API server."""
+    """The tasks of a run in Airflow's database; empty if there is no such run. For the API server."""
     from airflow.models.taskinstance import TaskInstance
     from airflow.utils.session import create_session
     from sqlalchemy import select
@@ -50,10 +50,10 @@ def tasks_of(dag: str, run: str) -> list[TaskNow]:
 def lines(
     record: Path, dag: str, run: str, tasks: Sequence[TaskNow], links: Mapping[str, str]
 ) -> list[Line]:
-    """What runs and what waits, and for what: first what waits for a person."""
+    """What runs and what waits, and for what; tasks that wait for a person come first."""
     now = [task for state in WAITING for task in tasks if task.state == state]
     mapped: dict[tuple[str, str], int] = {}
-    for task in now:  # the pieces of a mapped task are one line
+    for task in now:  # the instances of a mapped task share one line
         mapped[task.task, task.state] = mapped.get((task.task, task.state), 0) + 1
     return [
         Line(task, _words(record, dag, run, task, state, count), links.get(task, ""))
@@ -83,7 +83,7 @@ def _words(record: Path, dag: str, run: str, task: str, state: str, count: int) 
 
 
 def _before_in_queue(dag: str, run: str) -> str:
-    """Who has the GPUs that the run stands in the queue for; empty where it has them or asked for none."""
+    """Who has the GPUs that the run is waiting for; empty if it has them or did not ask."""
     for place in gpu_turns.ahead(dag, run):
         return f"run {place['run']} of {place['dag']} has them since {place.get('since', 'now')}"
     return ""

@@ -1,7 +1,7 @@
-"""What a schedule's run does first: look whether there is something new to train on.
+"""The first task of a schedule's run: checks whether there are new documents to train on.
 
-What is new is read from the folder of documents and from what the last run of the schedule that
-succeeded took of it, as its record says: a slot that was missed or a run that failed loses nothing.
+It compares the documents folder with the documents in the record of the schedule's last successful run, so
+nothing is lost by a missed slot or a failed run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fastcpt.files import HOME, read_json
 from fastcpt.reporting.record import RecordError, read
 from fastcpt.schedules import FILE, read_schedules
 
-# A slot that Airflow comes to later than this was missed, unless it waited for the run before.
+# A slot that starts later than this was missed, unless it waited for the previous run.
 LATE = timedelta(hours=1)
 
 
 def look_for_new(name: str) -> dict[str, Any]:
-    """The form's values for a run of the schedule; skipped with one line where there is no reason for one."""
+    """The form's values for a run of the schedule; skips with the reason if no run is due."""
     from fastcpt.corpus.documents import list_parts
     from fastcpt.corpus.new_documents import arrived, state_of, text_bytes
     from fastcpt.planning.plan import estimated_tokens
@@ -55,12 +55,12 @@ def look_for_new(name: str) -> dict[str, Any]:
 
 
 def run_id(name: str) -> str:
-    """The template of the id of a schedule's runs of ``fast_cpt``: its name and its time."""
+    """The template for the id of a schedule's runs of ``fast_cpt``: its name and time."""
     return f"{name}__{{{{ dag_run.run_after.isoformat() }}}}"
 
 
 def last_success(home: Path, name: str) -> Path | None:
-    """The record of the newest run of a schedule that succeeded and says what documents it took."""
+    """The record of the schedule's newest successful run with a list of its documents."""
     records = (home / "runs").glob(f"{name}__*")
     return max(filter(_succeeded, records), key=_time_of, default=None)
 
@@ -68,13 +68,13 @@ def last_success(home: Path, name: str) -> Path | None:
 def _succeeded(record: Path) -> bool:
     try:
         state = read(record, "run.json").get("state")
-    except RecordError:  # of another run: it keeps this one from nothing
+    except RecordError:  # another run's damaged record must not affect this one
         return False
     return state == "success" and (record / "documents.json").exists()
 
 
 def _time_of(record: Path) -> datetime:
-    """A schedule's time that a run was for: its id ends with it."""
+    """The scheduled time of a run, with which its id ends."""
     time = datetime.fromisoformat(read(record, "run.json")["run"].partition("__")[2])
     return time.astimezone(UTC)
 

@@ -1,5 +1,5 @@
-"""What each task of the DAG does: the library's rooms, called with what the tasks before left.
+"""The steps of the DAG: each calls the library's rooms with the results of earlier tasks.
 
-A step gets paths and digests (XComs) and returns the same (``results``); what it makes lies in folders
-named by digest. Heavy imports stay inside the steps: these modules are loaded at every parse of the DAG.
+A step gets and returns paths and digests (XComs, ``results``); its output is in folders named by digest.
+Heavy imports stay inside the steps, as these modules are loaded at every parse of the DAG.
 """

@@ -1,4 +1,4 @@
-"""A person promotes a model, rolls back to the one before, or retires the champion."""
+"""Lets a person promote a model, roll back to the previous champion, or retire the champion."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from notifications import tell
 
 
 def change() -> str:
-    """Do what the form says; who triggered the run and why are noted. Returns what happened."""
+    """Do what the form says, and record who triggered it and why. Returns what happened."""
     context = get_current_context()
     values, who = context["params"], context["dag_run"].triggering_user_name or "unknown"
     recipe, action, why = values["recipe"], values["action"], values["why"]

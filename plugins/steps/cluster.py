@@ -1,4 +1,4 @@
-"""The cluster: what it has, its environment, and what of the run is brought there."""
+"""The cluster: checks it, prepares its environment, and sends the run's files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LATER = "The host is rented when the plan is approved: acquire_cluster and prepa
 
 @noted
 def check_cluster(plan: Plan) -> HostFacts | None:
-    """What the host is and has; everything that is missing in one message."""
+    """The host's facts, or one error with everything that is missing."""
     from fastcpt.cluster.check import check_cluster as check
 
     recipe = recipe_of(plan)
@@ -38,7 +38,7 @@ def check_cluster(plan: Plan) -> HostFacts | None:
 
 
 def prepare_environment(context: Context) -> RemoteJob | Mapping[str, Any]:
-    """``environment_of`` a host that is there from the beginning."""
+    """``environment_of`` for a host that is not rented."""
     if recipe_of(result_of(context, "plan")).cluster.rent:
         print(LATER)
         return {}
@@ -71,7 +71,7 @@ def environment_of(context: Context) -> RemoteJob | Environment:
 def sync(
     plan: Plan, built: Built, cluster: HostFacts | None, environment: Environment
 ) -> Places | None:
-    """``bring`` to a host that is there from the beginning."""
+    """``bring`` for a host that is not rented."""
     if cluster is None:
         print(LATER)
         return None
@@ -79,7 +79,7 @@ def sync(
 
 
 def bring(plan: Plan, built: Built, cluster: HostFacts, environment: Environment) -> Places:
-    """Bring corpus, instructions and recipe to the cluster; digests are verified there."""
+    """Send corpus, instructions and recipe to the cluster, which verifies their digests."""
     from fastcpt.cluster.transfer import files_of, send, send_base_model
     from fastcpt.reporting.record import add_output
     from fastcpt.training.made_from import tokenizer_digest
@@ -148,6 +148,6 @@ def bring_start(remote: Remote, root: str, start: Start | None) -> str | None:
 
 
 def secrets(context: Context) -> dict[str, str]:
-    """The hub token (Airflow variable ``hf_token``), for gated base models; reaches the job alone."""
+    """The hub token (Airflow variable ``hf_token``) for gated base models; only the job gets it."""
     token = Variable.get("hf_token", default=None)
     return {"HF_TOKEN": token} if token else {}

@@ -1,4 +1,4 @@
-"""The corpus, on this machine or on workers that share HOME and the documents."""
+"""The corpus steps, on this machine or on workers that share HOME and the documents."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from steps.run import noted, recipe_of, start_of_run
 
 
 def _brief(facts: Mapping[str, Any]) -> Made:
-    """The part of a room's answer that the next task needs: XComs stay small."""
+    """The part of a room's result that later tasks need, to keep XComs small."""
     return cast(Made, {key: facts[key] for key in Made.__annotations__ if key in facts})
 
 
 def _processes(plan: Plan) -> int:
-    """A mapped task's share of the cores: all of them where there is one group of files."""
+    """A mapped task's share of the cores; all of them if there is only one group of files."""
     from fastcpt.corpus.processes import cores
 
     return max(1, cores() // len(plan["parts"]))
@@ -36,7 +36,7 @@ def score(plan: Plan, parts: list[str]) -> list[Made]:
 
 @noted
 def select(plan: Plan, scores: list[list[Made]]) -> Made:
-    """Decide which documents are taken, from the score tables alone; train the tokenizer on them."""
+    """Select documents from the score tables, and train the tokenizer on them if necessary."""
     from fastcpt.corpus.build import prepare_tokenizer
     from fastcpt.corpus.explain import ends_of_ranking
     from fastcpt.corpus.select import select as select_documents
@@ -52,7 +52,7 @@ def select(plan: Plan, scores: list[list[Made]]) -> Made:
 
 @noted
 def tokenize(plan: Plan, selection: Made, parts: list[str]) -> Tokenized:
-    """Tokenize the documents taken of a group of files."""
+    """Tokenize the selected documents of a group of files."""
     from fastcpt.corpus.build import tokenize as tokenize_documents
 
     recipe, processes = recipe_of(plan), _processes(plan)
@@ -61,7 +61,7 @@ def tokenize(plan: Plan, selection: Made, parts: list[str]) -> Tokenized:
 
 @noted
 def build(plan: Plan, selection: Made) -> Built:
-    """Pack the tokens of the documents taken; split the instructions."""
+    """Pack the tokens of the selected documents; split the instructions."""
     from fastcpt.corpus.build import build as build_corpus
     from fastcpt.corpus.going_on import NothingNew
     from fastcpt.corpus.instructions import build_instructions

@@ -16,7 +16,7 @@ from steps.run import recipe_of
 
 
 def _decide(context: Context, evaluation: str, gate: str, missed: str) -> dict[str, Any]:
-    """The gate's decision, kept in the record; ``missed`` is what follows from a miss."""
+    """The gate's decision, also written to the record; ``missed`` says what happens after a miss."""
     from fastcpt.reporting.record import add
 
     plan = result_of(context, "plan")
@@ -37,14 +37,14 @@ class GateMissed(RecipeError, AlreadyTold):
 
 
 def gate() -> str:
-    """Perplexity below the recipe's threshold goes on to fine-tuning, else to stage 2."""
+    """Continue with fine-tuning if perplexity is below the recipe's threshold, else with stage 2."""
     context = get_current_context()
     decision = _decide(context, "evaluation.json", "gate.json", "Stage 2 begins.")
     return "train_sft" if decision["passed"] else "train_cpt_stage2"
 
 
 def gate_stage2() -> dict[str, Any]:
-    """The same rule after stage 2; a model that still misses it goes no further."""
+    """The same rule after stage 2; the run fails if the model still misses it."""
     context = get_current_context()
     decision = _decide(
         context,

@@ -1,4 +1,4 @@
-"""The plan: before anything is spent, and again with the corpus and the cluster as they are."""
+"""The plan: before anything is spent, and again with the actual corpus and cluster."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from fastcpt.corpus.new_documents import State
     from fastcpt.planning.result import Plan as Planned
 
-# Airflow maps at most 1024 tasks, and fewer, larger groups of files cost less to start: this much
-# text takes about as long as a task's start.
+# Airflow maps at most 1024 tasks, and fewer, larger groups of files have less overhead: this much text
+# takes about as long as starting a task.
 MOST_GROUPS, GROUP_BYTES = 64, 4_000_000
 
 
 def plan() -> Plan:
-    """Resolve recipe, form and connection; look at the documents; begin the run's record."""
+    """Resolve recipe, form and connection; list the documents; open the run's record."""
     from fastcpt.corpus.documents import list_parts
     from fastcpt.corpus.new_documents import state_of, text_bytes
     from fastcpt.corpus.sample import sample_overrides
@@ -44,7 +44,7 @@ def plan() -> Plan:
     from fastcpt.reporting.record import add, empty_record, open_record, record_folder
 
     context, began = get_current_context(), time.time()
-    # a cleared run that this plan refuses has no model to show
+    # if this plan refuses a cleared run, its record must not show the old model
     empty_record(record_folder(HOME, context["run_id"]))
     values = dict(context["params"])
     overrides = {**given_overrides(values), **form_overrides(values)}
@@ -60,14 +60,14 @@ def plan() -> Plan:
         print(
             "No instructions (sft.instructions): a model that passes the gate is published as it is."
         )
-    started = context["dag_run"].start_date  # another one after a clear
+    started = context["dag_run"].start_date  # changes after a clear
     record = open_record(HOME, context["run_id"], context["dag"].dag_id, recipe, started)
     source = Path(recipe.model.name_or_path or "") / "gguf.json"
-    if source.is_file():  # the card names the file that the base model was made of
+    if source.is_file():  # the model card names the base model's GGUF file
         add(record, source.name, read_json(source))
     documents = state_of(parts)
     note_spending(record, context["dag"].dag_id, context["run_id"])
-    add(record, "documents.json", documents)  # what is new is told by it
+    add(record, "documents.json", documents)  # later runs compare with it to find new documents
     start = start_of(recipe, HOME)
     add(record, "start.json", start or {})
     found = _with_note_on_gate(_first_plan(recipe, documents, start), recipe)
@@ -112,7 +112,7 @@ def _first_plan(recipe: Recipe, documents: State, start: Start | None) -> Planne
 
 
 def _of_the_host(recipe: Recipe, context: Context) -> dict[str, Any]:
-    """What the recipe takes from its connection, and the name of a rented host's own."""
+    """Overrides from the recipe's connection, or the name of the run's rented host."""
     from fastcpt.rent.ledger import name_of_run
 
     login = recipe.cluster.connection
@@ -121,7 +121,7 @@ def _of_the_host(recipe: Recipe, context: Context) -> dict[str, Any]:
         raise RecipeError(
             f"cluster.connection: a name that begins with {RENTED} is a rented host's"
         )
-    # where things are on a host is the host's business; an empty field of the form is there, too
+    # paths on the host belong to the connection; the connection form also leaves empty fields
     overrides = {f"cluster.{key}": extra[key] for key in ("python", "root") if extra.get(key)}
     if recipe.cluster.rent:
         ids = context["dag"].dag_id, context["run_id"]
@@ -131,14 +131,14 @@ def _of_the_host(recipe: Recipe, context: Context) -> dict[str, Any]:
 
 
 class FinalPlan(TypedDict):
-    """The plan's file in the record, and its figures as text."""
+    """The plan's file in the record, and the plan as text."""
 
     path: str
     text: str
 
 
 def final_plan(context: Context) -> FinalPlan:
-    """The plan again, now with the corpus that was built and the cluster that was found."""
+    """Plan again with the corpus that was built and the cluster that was found."""
     from fastcpt.planning.history import FILE as HISTORY
     from fastcpt.planning.plan import plan as make_plan
     from fastcpt.planning.plan import plan_going_on, require_fit
@@ -166,7 +166,7 @@ def final_plan(context: Context) -> FinalPlan:
 
 
 def _with_note_on_gate(found: Planned, recipe: Recipe) -> Planned:
-    """The plan, with a note where the base model passed the recipe's gate in an earlier run."""
+    """The plan, with a note if the base model passed the recipe's gate in an earlier run."""
     from fastcpt.reporting.record import last_gate
 
     before = last_gate(HOME, recipe.model.name_or_path, recipe.gate.validation_set)
@@ -175,7 +175,7 @@ def _with_note_on_gate(found: Planned, recipe: Recipe) -> Planned:
 
 
 def _with_note_on_waiting(found: Planned, recipe: Recipe, began: datetime) -> Planned:
-    """The plan, with what a machine would have cost that had been rented at the run's start."""
+    """The plan, with a note on what renting the machine from the run's start would have cost."""
     hours = (datetime.now(UTC) - began).total_seconds() / 3600
     price = price_of(recipe, None)
     words = (
@@ -187,7 +187,7 @@ def _with_note_on_waiting(found: Planned, recipe: Recipe, began: datetime) -> Pl
 
 
 def _plan_command(record: Path, found: Planned) -> str:
-    """What plans the run's recipe again from a shell, to write one of the alternatives."""
+    """The shell command that plans the run's recipe again, to write one of the alternatives."""
     words = (
         f"{sys.executable} include/scripts/plan_run.py --config {record / 'recipe.yaml'} "
         f"--cluster {found.cluster}"

@@ -1,6 +1,6 @@
-"""The model that is published: merged on the cluster, brought back where the recipe says so.
+"""Publishes the model: merges it on the cluster and, if the recipe says so, fetches it.
 
-Before, it is decided whether it is recommended; after, it is the champion or a candidate.
+Before that it decides whether the model is recommended; after that the model is champion or candidate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def publish(context: Context) -> RemoteJob:
-    """A folder that transformers loads, with a model card of the run's own figures."""
+    """The job that writes a folder for transformers, with a model card of the run's figures."""
     from fastcpt.cluster.transfer import files_of, send
     from fastcpt.training import commands
     from fastcpt.training.card import FACTS, read_facts
@@ -35,7 +35,7 @@ def publish(context: Context) -> RemoteJob:
     model = trained_by(context, "train_sft")["model"]
     _decide(record, recipe, name_of(model))
     name = publication_name(recipe, read_facts(record), name_of(model))
-    # a folder of their own: of an earlier pass of the run others may lie in the run's
+    # in a separate folder, as the run's folder may have files of an earlier attempt
     facts = [f"{fact}.json" for fact in FACTS if (record / f"{fact}.json").is_file()]
     sent = send(
         remote_of(recipe.cluster.connection),
@@ -53,7 +53,7 @@ def publish(context: Context) -> RemoteJob:
 
 
 def _decide(record: Path, recipe: Recipe, training: str) -> None:
-    """Put ``decision.json`` into the record; of a model that is known, the one it has."""
+    """Write ``decision.json`` into the record; a known model keeps its decision."""
     from fastcpt.held_out import HeldOutError, trained_and_held_out
     from fastcpt.registry.champion import champion, evaluation_of, models
     from fastcpt.registry.conditions import decide
@@ -88,7 +88,7 @@ def _corpora(record: Path) -> list[str]:
 
 
 def _take_in(context: Context, recipe: Recipe, record: Path, path: str, folder: str) -> str:
-    """Make the published model champion or candidate, and tell of it once; what it is, in words."""
+    """Make the published model champion or candidate, and send a message once; the result in words."""
     from fastcpt.registry.champion import add_model, champion
     from fastcpt.reporting.record import read, read_last
 
@@ -125,7 +125,7 @@ def _bring_before_sft(remote: Remote, model: str) -> None:
 
 
 def keep_published(context: Context, files: Files, hands_on: Published) -> dict[str, Any]:
-    """The published model is brought back, or left on the cluster, as the recipe says."""
+    """Fetch the published model, or leave it on the cluster, as the recipe says."""
     from fastcpt.cluster.checkpoints import forget
     from fastcpt.cluster.transfer import fetch
     from fastcpt.reporting.record import add_output

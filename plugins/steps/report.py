@@ -1,4 +1,4 @@
-"""The end of a run: its record is closed and its report written, whatever became of it."""
+"""The end of a run: closes its record and writes its report, even if it failed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from steps.run import price_of, recipe_of
 
 
 class RunFailed(ValueError, AlreadyTold):
-    """What the run came to: the last task fails with it, and so the run. Who failed has said so."""
+    """The run did not succeed: the last task fails with it, and so does the run. The failed task sent a message."""
 
 
 class Reported(TypedDict, total=False):
-    """The report's file and what the run came to; empty where the run had no record."""
+    """The report's file and the run's outcome; empty if the run had no record."""
 
     report: str
     state: str
 
 
 def report() -> Reported:
-    """Close the run's record, whatever became of the run, and write its report.
+    """Close the run's record and write its report, even after a failure.
 
-    ``RunFailed`` where the run did not succeed: this task's end is the run's.
+    Raises ``RunFailed`` if the run did not succeed, as this task's state becomes the run's.
     """
     from fastcpt.planning.history import compare_with_plan, record_run
     from fastcpt.reporting.record import add, add_cost, close_record, read, took
@@ -42,7 +42,7 @@ def report() -> Reported:
         return {}
     if plan is None:
         print("The run ended before it had a record: the log of `plan` says why.")
-        # `success` without a result: the run was marked as successful while `plan` ran
+        # `success` without a result means that the run was marked as successful while `plan` ran
         _require_success(states, states["plan"])
         return {}
     record, recipe = Path(plan["record"]), recipe_of(plan)
@@ -50,7 +50,7 @@ def report() -> Reported:
     evaluations = {"train_cpt": "evaluation.json", "train_cpt_stage2": "evaluation_stage2.json"}
     for training, evaluation in evaluations.items():
         totals = read(record, f"{training}/training.json")
-        if totals.get("job_seconds"):  # not one that an earlier run had done
+        if totals.get("job_seconds"):  # None if an earlier run had done the training
             seconds = read(record, evaluation).get("job_seconds")
             record_run(HOME, f"{run}/{training}", recipe, cluster, totals, seconds)
     add_cost(record, recipe.cluster.gpus, price_of(recipe, cluster))
@@ -64,10 +64,10 @@ def report() -> Reported:
 
 
 def _outcome(states: dict[str, str]) -> str:
-    """``success`` where a model was published, or nothing was new; ``failed`` otherwise."""
+    """``success`` if a model was published or nothing was new, else ``failed``."""
     if states["build"] == "skipped":  # nothing was new in what had come
         return "success"
-    # a machine that is not given back yet is told, and tried again; the model is there
+    # a failed release is reported and retried, but does not make the run fail: the model exists
     steps = {task: state for task, state in states.items() if task != "release_cluster"}
     failed = any(state in ("failed", "upstream_failed") for state in steps.values())
     return "failed" if failed or states["publish"] != "success" else "success"

@@ -1,6 +1,6 @@
-"""What tasks hand each other: the XComs of a run, by task. Paths are absolute; small, as they stay in the database.
+"""The results that tasks pass on (XComs), by task. Paths are absolute; records are small, as the database keeps them.
 
-A run outlives an upgrade: keys are added to these records (``NotRequired``), not renamed.
+A run may continue after an upgrade, so keys are added to these records (``NotRequired``), never renamed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Plan(TypedDict):
 
 
 class Made(TypedDict):
-    """A result of the corpus room: its folder here, and figures where it has them."""
+    """A result of the corpus room: its folder here, and some figures."""
 
     path: str
     digest: str
@@ -43,14 +43,14 @@ class Built(TypedDict):
     reused: bool
 
 
-class Gpu(TypedDict):
+class HostGpu(TypedDict):
     name: str
     memory_gb: float
     driver: str
 
 
 class HostFacts(TypedDict):
-    """``check_cluster``: what ``cluster.agent.host.check`` answers; memory and disk in GB."""
+    """``check_cluster``: the answer of ``cluster.agent.host.check``; memory and disk in GB."""
 
     hostname: str
     system: str
@@ -65,7 +65,7 @@ class HostFacts(TypedDict):
     memory_gb: float
     cores: int
     boot_id: str
-    gpus: list[Gpu]
+    gpus: list[HostGpu]
 
 
 class Environment(TypedDict):
@@ -77,7 +77,7 @@ class Environment(TypedDict):
 
 
 class Places(Environment):
-    """``sync``: where everything of the run lies on the cluster."""
+    """``sync``: where the run's files are on the cluster."""
 
     root: str
     run: str
@@ -93,7 +93,7 @@ class Places(Environment):
 
 
 class Trained(TypedDict):
-    """A training: its model's folder on the cluster. The XCom has the training's totals as well."""
+    """A training: its model's folder on the cluster. The XCom also has the training's totals."""
 
     model: str
     base_model: NotRequired[str]
@@ -101,7 +101,7 @@ class Trained(TypedDict):
 
 
 class Evaluated(TypedDict):
-    """An evaluation: its file on the cluster and, once it is kept, in the record."""
+    """An evaluation: its file on the cluster and, later, in the record."""
 
     path: NotRequired[str]
     evaluation: NotRequired[str]
@@ -115,16 +115,16 @@ class Published(TypedDict):
     digest: str
 
 
-# What a job left, by its name in ``RemoteJob.fetch``; None: not there
+# A job's files by their name in ``RemoteJob.fetch``; None for a missing one
 Files = dict[str, str | None]
 
 
-# On a rented host these tasks do what others do where the host is there from the beginning.
+# The tasks that do the same for a rented host.
 RENTED = {"check_cluster": "acquire_cluster", "sync": "prepare_rented"}
 
 
 def result_or_none(context: Context, task: str) -> Any:
-    """What a task before this one returned; None where it did not run, or had nothing to do."""
+    """The result of an earlier task; None if it did not run or had nothing to do."""
     found = context["ti"].xcom_pull(task_ids=task)
     if not found and task in RENTED:
         found = context["ti"].xcom_pull(task_ids=RENTED[task]) or None
@@ -142,7 +142,7 @@ def result_of(context: Context, task: Literal["sync"]) -> Places: ...
 @overload
 def result_of(context: Context, task: Literal["evaluate_cpt"]) -> Evaluated: ...
 def result_of(context: Context, task: str) -> Any:
-    """What a task before this one returned. Raises ``RecipeError`` where it has left nothing."""
+    """The result of an earlier task. Raises ``RecipeError`` if there is none."""
     found = result_or_none(context, task)
     if found is None:
         raise RecipeError(
@@ -153,7 +153,7 @@ def result_of(context: Context, task: str) -> Any:
 
 
 def trained_by(context: Context, task: str) -> Trained:
-    """What a training handed on; ``RecipeError`` where that names no model."""
+    """A training's result; ``RecipeError`` if it names no model."""
     found: Trained | None = result_or_none(context, task)
     if not found or "model" not in found:
         raise RecipeError(

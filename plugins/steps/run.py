@@ -1,4 +1,4 @@
-"""What a step has of its run: the recipe, the record, and the price of the GPUs."""
+"""What a step needs of its run: the recipe, the record, the price of the GPUs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def start_of_run(record: Path) -> Start | None:
 
 
 def noted(step: Callable[P, Returned]) -> Callable[P, Returned]:
-    """The step, which leaves in the run's record when it worked."""
+    """Decorate a step to write its start and end into the run's record."""
 
     @functools.wraps(step)
     def noted(*args: P.args, **kwargs: P.kwargs) -> Returned:
@@ -53,7 +53,7 @@ def note(context: Context, record: Path, began: float) -> None:
 
 
 def price_of(recipe: Recipe, cluster: HostFacts | None) -> float | None:
-    """USD for a GPU hour: the recipe's, or the table's for the GPUs that were found."""
+    """USD per GPU hour: the recipe's, or the table's for the GPUs that were found."""
     from fastcpt.planning.hardware import hardware_of
 
     if recipe.cluster.cpu_only or recipe.budget.price_per_gpu_hour is not None:

@@ -1,4 +1,4 @@
-"""Training and evaluation, on the cluster: the job of each step, and what is kept of it."""
+"""Training and evaluation on the cluster: the job of each step, and what goes into the record."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from airflow.sdk import Context
 
 from fastcpt.files import HOME, digest_of, read_json
 from fastcpt.recipe import Recipe, RecipeError
-from fastcpt.recipe_sections import CONFIGS
+from fastcpt.recipe_sections import CONFIGS, Training
 from notifications import first_time, tell
 from remote_job import RemoteJob, remote_of
 from steps.results import Evaluated, Files, Places, Trained, result_of, result_or_none, trained_by
@@ -30,7 +30,7 @@ def job_of_run(
     bring: dict[str, Any] | None = None,
     **fetch: str,
 ) -> RemoteJob:
-    """A job of the run; ``hands_on`` is what its answer has for later tasks: paths on the cluster."""
+    """A job of the run; ``hands_on`` is the part of its result for later tasks: paths on the cluster."""
     from fastcpt.cluster.jobs import alone
     from fastcpt.training import commands as training
 
@@ -80,12 +80,12 @@ def host_of(places: Places) -> Host:
 
 
 def _port(output: str) -> int:
-    """A port for the ranks' rendezvous, another for each job: below the ephemeral ones."""
+    """A port for the ranks' rendezvous, by job, below the ephemeral ports."""
     return 20_000 + int(digest_of(output), 16) % 10_000
 
 
 def gated(context: Context) -> Trained:
-    """The training whose model the gate let through, as the record tells: a branch hands on nothing."""
+    """The training with the model that passed the gate, from the record, as a branch has no result."""
     record = Path(result_of(context, "plan")["record"])
     if not (record / "gate.json").is_file():
         raise RecipeError(
@@ -96,8 +96,17 @@ def gated(context: Context) -> Trained:
 
 
 def name_of(model: str) -> str:
-    """The name of a training: its output folder's, which holds ``final``."""
+    """The name of a training: that of its output folder, which contains ``final``."""
     return Path(model).parent.name
+
+
+def _output(context: Context, training: Training, model: str, data: dict[str, str]) -> str:
+    """A training's folder on the cluster, named by what it is made from."""
+    from fastcpt.training.made_from import training_name
+
+    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    name = training_name(recipe, training, model=model, data=data, deepspeed=CONFIGS)
+    return f"{places['root']}/models/{name}"
 
 
 def train_cpt(context: Context) -> RemoteJob:
@@ -105,21 +114,14 @@ def train_cpt(context: Context) -> RemoteJob:
     from fastcpt.training import commands, made_from
 
     recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
-    host, folder = host_of(places), f"{places['root']}/models"
+    host = host_of(places)
     base = places.get("base_model") or made_from.base_name(recipe, places["tokenizer_digest"])
     start = start_of_run(Path(result_of(context, "plan")["record"]))
-    # the root may be moved as a whole
+    # relative to the root, so that the root can be moved
     begins = start["training"] if start else base.removeprefix(f"{places['root']}/")
-    name = made_from.training_name(
-        recipe,
-        recipe.training,
-        model=begins,
-        data={"corpus": places["corpus_digest"]},
-        deepspeed=CONFIGS,
-    )
+    output = _output(context, recipe.training, begins, {"corpus": places["corpus_digest"]})
     if recipe.model.config is not None:
-        base = f"{folder}/{base}"
-    output = f"{folder}/{name}"
+        base = f"{places['root']}/models/{base}"
     train = commands.train_cpt_command(
         recipe,
         host,
@@ -135,18 +137,12 @@ def train_cpt(context: Context) -> RemoteJob:
 
 def train_cpt_stage2(context: Context) -> RemoteJob:
     """Stage 2, from stage 1's final checkpoint."""
-    from fastcpt.training import commands, made_from
+    from fastcpt.training import commands
 
     recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
     before = trained_by(context, "train_cpt")
-    name = made_from.training_name(
-        recipe,
-        recipe.stage2,
-        model=name_of(before["model"]),
-        data={"corpus": places["corpus_digest"]},
-        deepspeed=CONFIGS,
-    )
-    output = f"{places['root']}/models/{name}"
+    begins = name_of(before["model"])
+    output = _output(context, recipe.stage2, begins, {"corpus": places["corpus_digest"]})
     train = commands.train_cpt_command(
         recipe,
         host_of(places),
@@ -171,7 +167,7 @@ def _training(
 
 
 def _bring(context: Context, output: str) -> dict[str, Any] | None:
-    """How the training's checkpoints are brought here; first, the newest is put on a host without it."""
+    """How to copy the training's checkpoints here; first sends the newest to a host that lacks it."""
     from fastcpt.cluster import checkpoints, jobs
     from fastcpt.planning.history import line_of
 
@@ -194,7 +190,7 @@ def _bring(context: Context, output: str) -> dict[str, Any] | None:
 
 
 def homes_of(recipe: Recipe, output: str) -> tuple[Path, str | None]:
-    """Where the checkpoints of the training in ``output`` outlive its host: a folder here, and a URL."""
+    """Where copies of the training's checkpoints are kept: a folder here, and optionally a URL."""
     to, name = recipe.checkpoints.to, Path(output).name
     if to and "://" in to:
         return HOME / "checkpoints" / name, f"{to.rstrip('/')}/{name}"
@@ -223,32 +219,26 @@ def _evaluate(context: Context, trained: Trained, base_evaluation: str | None = 
 
 
 def evaluate_cpt(context: Context) -> RemoteJob:
-    """Perplexity of stage 1's model and of the base model."""
+    """Evaluate the perplexity of stage 1's model and of the base model."""
     return _evaluate(context, trained_by(context, "train_cpt"))
 
 
 def evaluate_stage2(context: Context) -> RemoteJob:
-    """Perplexity of stage 2's model, beside the base model's as ``evaluate_cpt`` found it."""
+    """Evaluate the perplexity of stage 2's model, reusing the base model's from ``evaluate_cpt``."""
     before = result_of(context, "evaluate_cpt").get("evaluation")
     return _evaluate(context, trained_by(context, "train_cpt_stage2"), before)
 
 
 def train_sft(context: Context) -> RemoteJob | Trained:
     """Fine-tune the model that passed the gate on the instructions."""
-    from fastcpt.training import commands, made_from
+    from fastcpt.training import commands
 
     recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
     before = gated(context)["model"]
     if places["instructions"] is None:
         return {"model": before, "skipped": "the recipe has no instructions"}
-    name = made_from.training_name(
-        recipe,
-        recipe.sft.training,
-        model=name_of(before),
-        data={"instructions": places["instructions_digest"]},
-        deepspeed=CONFIGS,
-    )
-    output = f"{places['root']}/models/{name}"
+    data = {"instructions": places["instructions_digest"]}
+    output = _output(context, recipe.sft.training, name_of(before), data)
     train = commands.train_sft_command(
         recipe,
         host_of(places),
@@ -261,7 +251,7 @@ def train_sft(context: Context) -> RemoteJob | Trained:
 
 
 def evaluate_sft(context: Context) -> RemoteJob | Evaluated:
-    """ROUGE-L and citation accuracy on the held-out instructions."""
+    """Evaluate ROUGE-L and citation accuracy on the held-out instructions."""
     from fastcpt.training import commands, made_from
 
     recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
@@ -282,9 +272,9 @@ def evaluate_sft(context: Context) -> RemoteJob | Evaluated:
 
 
 def keep_training(context: Context, files: Files, hands_on: Trained) -> Trained:
-    """A training's totals and curve go into the record; the totals are the answer, with the model.
+    """Write a training's totals and curve into the record; the result is the totals and the model.
 
-    The record has ``job_seconds`` too: what the job took in this run, None where it was found done.
+    The record also has ``job_seconds``: the job's time in this run, None if it was already done.
     """
     from fastcpt.reporting.record import add, add_text
 
@@ -298,21 +288,21 @@ def keep_training(context: Context, files: Files, hands_on: Trained) -> Trained:
 
 
 def note_job(context: Context, files: Files, ended: float | None = None) -> None:
-    """When a job worked: by this machine's clock, which it ended about now."""
+    """Record when a job ran, by this machine's clock, assuming that it ended just now."""
     seconds, ended = job_seconds(files) or 0.0, ended or time.time()
     note(context, Path(result_of(context, "plan")["record"]), ended - seconds)
     _tell_of_spending(context)
 
 
 def _tell_of_spending(context: Context) -> None:
-    """Tell, once a run, that its jobs have cost more than the high end of what was planned."""
+    """Send a message, once per run, when its jobs have cost more than the high end of the plan."""
     from fastcpt.reporting.record import add_cost, read
 
     plan = result_of(context, "plan")
     recipe, record = recipe_of(plan), Path(plan["record"])
     price = price_of(recipe, result_or_none(context, "check_cluster"))
     spent = add_cost(record, recipe.cluster.gpus, price)["cost"]
-    # stage 2 has a plan of its own: it may not come to it
+    # stage 2 is planned separately, as it may not run
     parts = ["cost", "stage2_cost"] if read(record, "train_cpt_stage2/training.json") else ["cost"]
     planned = read(record, "plan.json")
     if spent is None or not all(planned.get(part) for part in parts):
@@ -329,7 +319,7 @@ def job_seconds(files: Files) -> float | None:
 
 
 def keep_evaluation(context: Context, files: Files, hands_on: Evaluated) -> Evaluated:
-    """An evaluation goes into the record whole; the answer is where it is, here and there."""
+    """Write an evaluation into the record; the result is its path here and on the cluster."""
     from fastcpt.reporting.record import add
 
     record = Path(result_of(context, "plan")["record"])
