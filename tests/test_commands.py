@@ -41,6 +41,7 @@ ELSEWHERE = {
     "ssh-keyscan -p PORT HOST": "the reader's own host",
     "ssh-keygen -lf my_known_hosts": "the reader's own host",
     ".env/airflow/bin/python include/scripts/champion.py": "needs models of earlier runs: tests/registry",
+    ".env/airflow/bin/python include/scripts/remove_unused.py --host": "the reader's own host: tests/cluster",
     "NVTE_FP8_DPA_BWD=1": "a GPU host: tests/training runs the same scripts",
     "deepspeed": "a GPU host: tests/training runs the same scripts",
     "python scripts/": "a GPU host: tests/training runs the same scripts",

@@ -105,6 +105,7 @@ def test_a_schedule_with_nothing_new_is_skipped_within_seconds(airflow: Airflow)
     assert found["dags"] == [
         "fast_cpt",
         "fast_cpt_champion",
+        "fast_cpt_cleaning",
         "fast_cpt_other",
         "fast_cpt_rentals",
         "fast_cpt_weekly",
@@ -140,7 +141,12 @@ def test_a_file_that_is_wrong_is_an_import_error_and_leaves_fast_cpt_alone(
 ) -> None:
     (airflow.home / "schedules.yaml").write_text("weekly:\n  tme: '@weekly'\n  recipe: sample\n")
     found = airflow.parse()
-    assert found["dags"] == ["fast_cpt", "fast_cpt_champion", "fast_cpt_rentals"]
+    assert found["dags"] == [
+        "fast_cpt",
+        "fast_cpt_champion",
+        "fast_cpt_cleaning",
+        "fast_cpt_rentals",
+    ]
     assert list(found["errors"]) == ["fast_cpt_schedules.py"]
     error = found["errors"]["fast_cpt_schedules.py"]
     assert "schedules.yaml:2: weekly.tme: unknown key; did you mean 'time'?" in error

@@ -32,10 +32,8 @@ class Policy(NamedTuple):
 
 def unused(home: Path, policy: Policy) -> list[Path]:
     """The folders that may be removed, those that name others before what they name."""
-    records = {file.parent: _read(file) for file in sorted(home.glob("runs/*/run.json"))}
-    # what a run that goes on made or found since it began is named nowhere yet
-    begun = [_started(facts) for facts in records.values() if "ended" not in facts]
-    before = min([time.time() - policy.days * 86_400, *begun])
+    records = _records(home)
+    before = _before(policy, records)
 
     def old(kind: str, needed: Container[str]) -> list[Path]:
         return [
@@ -73,6 +71,54 @@ def unused(home: Path, policy: Policy) -> list[Path]:
     before_sft = {str(known[name].get("before_sft")) for name in left}
     others = [*old("scores", scores), *old("tokens", ()), *old("before_sft", before_sft)]
     return [*models, *runs, *gone, *gone_selections, *others, *checkpoints]
+
+
+def on_host(home: Path, policy: Policy) -> dict[str, Any]:
+    """What a GPU host is asked to clean by the same policy: ``cluster.agent.cleaning.clean``'s arguments.
+
+    What can be sent or built again goes when it is old: corpora of models that stay do not. With
+    ``candidates`` trainings, published models and records go too, but for those of models that stay.
+    """
+    records = _records(home)
+    idle_s = time.time() - _before(policy, records)
+    known, wanted = _models(home, policy.candidates)
+    removed = unused(home, policy)
+    here = {folder.name for folder in folders(home, "models") if folder not in removed}
+    stay = {name: facts for name, facts in known.items() if name in wanted | here}
+    keep: dict[str, list[str]] = {
+        **{kind: [] for kind in ("jobs", "code", "environments", "instructions", "base_models")},
+        "corpora": sorted({facts["corpus"] for facts in stay.values()}),
+    }
+    if policy.candidates is not None:
+        # what was left there: a model that was brought here is there a second time
+        keep["published"] = sorted(
+            name for name, facts in stay.items() if not Path(facts["path"]).is_absolute()
+        )
+        keep["runs"] = [folder.name for folder in folders(home, "runs") if folder not in removed]
+        # which training a model of an earlier version came from is not known: then all stay
+        if all("before_sft" in facts for facts in stay.values()):
+            trained = {
+                facts[name] for facts in stay.values() for name in ("training", "before_sft")
+            }
+            keep["models"] = sorted(trained | _begun_with(records))
+    return {"idle_s": idle_s, "keep": keep, "only": {"published": sorted(known)}}
+
+
+def _begun_with(records: Mapping[Path, Mapping[str, Any]]) -> set[str]:
+    """The trainings whose weights runs that go on begin with."""
+    starts = [_read(record / "start.json") for record, its in records.items() if "ended" not in its]
+    return {start["training"] for start in starts if start}
+
+
+def _records(home: Path) -> dict[Path, dict[str, Any]]:
+    return {file.parent: _read(file) for file in sorted(home.glob("runs/*/run.json"))}
+
+
+def _before(policy: Policy, records: Mapping[Path, Mapping[str, Any]]) -> float:
+    """What was last used before this moment is old; seconds since 1970."""
+    # what a run that goes on made or found since it began is named nowhere yet
+    begun = [_started(facts) for facts in records.values() if "ended" not in facts]
+    return min([time.time() - policy.days * 86_400, *begun])
 
 
 def _models(home: Path, candidates: int | None) -> tuple[dict[str, dict[str, Any]], set[str]]:

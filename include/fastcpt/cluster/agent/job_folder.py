@@ -4,7 +4,8 @@ import fcntl
 import json
 import os
 import time
-from typing import Dict, List, Optional
+from contextlib import contextmanager, suppress
+from typing import Dict, Iterator, List, Optional
 
 from fastcpt.cluster.agent import program
 from fastcpt.cluster.agent.files import Answer, expand, json_or_none, unlink, write_whole
@@ -23,10 +24,37 @@ RESERVE = 64 * 1024
 # A folder that is missing for longer than this was removed; a shorter gap may be a remount.
 GONE_S = 10.0
 ACTIVE = ("starting", "waiting", "running")
+# The folders below the root whose content jobs name in their scripts.
+NAMED = (
+    *("code", "environments", "corpora", "instructions"),
+    *("base_models", "models", "published", "runs"),
+)
 
 
 def job_folder(root: str, name: str) -> str:
     return os.path.realpath(os.path.join(expand(root), "jobs", name))
+
+
+@contextmanager
+def cleaning_lock(root: str, kind: int) -> Iterator[None]:
+    """Held shared (``fcntl.LOCK_SH``) while a job says what it uses, alone while a folder is taken away."""
+    lock = os.open(os.path.join(expand(root), "cleaning.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, kind)
+        yield
+    finally:
+        os.close(lock)
+
+
+def touch_named(root: str, script: str, folder: str) -> None:
+    """Make a job's ``folder`` young, and all that its script names: age tells what is in use."""
+    with cleaning_lock(root, fcntl.LOCK_SH):
+        os.utime(folder)
+        for kind in NAMED:
+            with suppress(OSError):  # none of this kind, or somebody else's
+                for name in os.listdir(os.path.join(expand(root), kind)):
+                    if f"/{kind}/{name}" in script:
+                        os.utime(os.path.join(expand(root), kind, name))
 
 
 class Door:

@@ -25,6 +25,7 @@ from fastcpt.cluster.agent.job_folder import (
     supervisor_lives,
     supervisors,
     take_lock,
+    touch_named,
 )
 from fastcpt.cluster.agent.processes import (
     GRACE_S,
@@ -75,6 +76,7 @@ def submit(
         return {"error": f"no time is left for job {name}: {SPENT}"}
     folder = job_folder(root, name)
     os.makedirs(folder, mode=0o700, exist_ok=True)
+    touch_named(root, script, folder)
     with Door(folder):
         status = job_state(folder)
         if status["state"] in ACTIVE:

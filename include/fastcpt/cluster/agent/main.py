@@ -8,6 +8,7 @@ import traceback
 from contextlib import suppress
 
 from fastcpt.cluster.agent.checkpoints import newest_checkpoint, take_in
+from fastcpt.cluster.agent.cleaning import clean
 from fastcpt.cluster.agent.files import Answer, listing, read_files, ready, verify
 from fastcpt.cluster.agent.host import check, versions
 from fastcpt.cluster.agent.hosts import node, on_hosts
@@ -21,7 +22,7 @@ REQUESTS = {
     for function in (
         *(check, verify, ready, listing, read_files, versions),
         *(submit, poll, stop, watch),
-        *(newest_checkpoint, take_in),
+        *(newest_checkpoint, take_in, clean),
     )
 }
 

@@ -7,6 +7,7 @@ PACKAGE = "fastcpt.cluster.agent"
 START = PACKAGE + ".start"
 MODULES = (
     "checkpoints",
+    "cleaning",
     "files",
     "gpu_locks",
     "host",
