@@ -1,6 +1,6 @@
 """A year of weekly runs on a growing corpus: what becomes champion, what is refused, what is lost.
 
-    .env/airflow/bin/python benchmarks/year.py [--weeks 52] [--seed 0] [--work FOLDER]
+    .env/airflow/bin/python benchmarks/year.py [--weeks 52] [--small] [--seed 0] [--work FOLDER]
 
 The corpus, the ledger, the comparison, the registry and the cleaning are the project's own. What is
 small is the trainer: counts of three tokens, interpolated with those of a base model, so that a
@@ -19,7 +19,6 @@ one JSON object; the exit code is 1 where one of ``missed`` was.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import logging
 import math
@@ -38,19 +37,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import zstandard
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "include"))
 os.environ.setdefault("AIRFLOW_HOME", tempfile.mkdtemp(prefix="fast_cpt-year-airflow-"))
 
+from year_documents import Record, stream_of  # noqa: E402
 from year_model import Counts, Ids, Model, Read, weaker  # noqa: E402
 from year_told import Run, Told  # noqa: E402
 
 from fastcpt.corpus.build import build  # noqa: E402
 from fastcpt.corpus.documents import DocumentsError, list_parts  # noqa: E402
 from fastcpt.corpus.new_documents import State, arrived, state_of  # noqa: E402
-from fastcpt.corpus.sample import generate_sample  # noqa: E402
 from fastcpt.corpus.score import score_parts  # noqa: E402
 from fastcpt.corpus.select import select  # noqa: E402
 from fastcpt.files import digest_of  # noqa: E402
@@ -62,11 +60,12 @@ from fastcpt.registry.conditions import decide  # noqa: E402
 from fastcpt.registry.in_use import Policy, unused  # noqa: E402
 from fastcpt.reporting.record import add, add_output, close_record, open_record, read  # noqa: E402
 
-Record = dict[str, Any]
-JUDGES = 300  # documents that no decision sees
 FIRST, WEEKLY = 900, 10  # documents of the first week and of each other
+SMALL_FIRST, SMALL_CHARACTERS = (
+    450,
+    1_500,
+)  # of --small: documents are cut, for a machine that is busy
 MARGIN = 0.005
-SAMPLE = 2_600  # documents: the sample has no more different acts
 MOST_DISK = 2.0  # bytes of FASTCPT_HOME for each of the documents
 SMALL_DISK = 300_000  # bytes a file may have in the week of the full disk
 EVENTS = {
@@ -101,11 +100,12 @@ EVENTS = {
 
 
 class Year:
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, small: bool) -> None:
         self.random = random.Random(seed)
         self.home, self.documents = folder / "home", folder / "documents"
         self.documents.mkdir(parents=True)
-        self.stream, self.judges = stream_of(folder, seed)
+        self.first, characters = (SMALL_FIRST, SMALL_CHARACTERS) if small else (FIRST, None)
+        self.stream, self.judges = stream_of(folder, seed, 2 * self.first, characters)
         self.recipe = recipe_of(folder)
         self.seen: State = {}
         self.delivered: dict[str, Record] = {}
@@ -122,7 +122,7 @@ class Year:
     def deliver(self, week: int, event: str) -> None:
         """What comes to the folder this week."""
         count = {"nothing new": 0, "40 % more": len(self.delivered) * 2 // 5}.get(event, WEEKLY)
-        records = [self.stream.pop() for _ in range(FIRST if week == 1 else count)]
+        records = [self.stream.pop() for _ in range(self.first if week == 1 else count)]
         if event == "corrected acts":
             for record in self.random.sample(list(self.delivered.values()), 8):
                 changed = json.loads(json.dumps(record))
@@ -328,34 +328,6 @@ class Year:
         )
 
 
-def stream_of(folder: Path, seed: int) -> tuple[list[Record], list[str]]:
-    """Documents in the order in which they come (from the end), and the texts that judge."""
-    generate_sample(folder / "sample", documents=SAMPLE, seed=seed)
-    parsed = folder / "sample" / "parsed"
-    packed = (parsed / "part-02.jsonl.zst").read_bytes()
-    lines = [
-        *(parsed / "part-00.jsonl").read_bytes().splitlines(),
-        *gzip.decompress((parsed / "part-01.jsonl.gz").read_bytes()).splitlines(),
-        *zstandard.ZstdDecompressor().decompress(packed).splitlines(),
-    ]
-    records = pq.read_table(parsed / "part-03.parquet").to_pylist()
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # the sample has records that cannot be read
-            continue
-    records = [
-        record
-        for record in records
-        if isinstance(record, dict) and isinstance(record.get("full_text") or None, str)
-    ]
-    random.Random(seed).shuffle(records)
-    judges = [record for record in records if record["id"].startswith("3")][:JUDGES]
-    works = {record["id"][1:] for record in judges}
-    stream = [record for record in records if not any(work in record["id"] for work in works)]
-    return stream, [record["full_text"] for record in judges]
-
-
 def rows_of(corpus: Path) -> list[Ids]:
     shards = sorted(corpus.glob("cpt_train_shard_*.parquet"))
     tables = [pq.read_table(shard, columns=["input_ids"]) for shard in shards]
@@ -473,6 +445,7 @@ def missed(figures: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weeks", type=int, default=52)
+    parser.add_argument("--small", action="store_true", help="fewer and shorter documents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="an empty folder; a temporary one without it")
     parser.add_argument("--corpus_of", type=Path, help=argparse.SUPPRESS)  # a year's, in trouble
@@ -482,7 +455,7 @@ def main() -> None:
         return
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="fast_cpt-year-") as folder:
-        year = Year(arguments.work or Path(folder), arguments.seed)
+        year = Year(arguments.work or Path(folder), arguments.seed, arguments.small)
         for week in range(1, arguments.weeks + 1):
             year.week(week)
         year.told.close()

@@ -141,6 +141,15 @@ def test_three_weeks_and_a_rollback(stack: Stack) -> None:
         assert time.monotonic() - began < 60
         assert len(weeks.runs()) == 3
 
+        # a file with nothing new in it: the run ends before it needs a GPU, and has taken it
+        weeks.deliver("again.jsonl", 200, 30)
+        weeks.end(weeks.begin())
+        states = weeks.runs()[3].states()
+        assert (weeks.runs()[3].outcome, states["build"]) == ("success", "skipped"), states
+        assert states["train_cpt"] == states["publish"] == "skipped"
+        weeks.end(weeks.begin())
+        assert len(weeks.runs()) == 4
+
         form = {"recipe": RECIPE, "action": "rollback", "model": None, "why": "wrong dates"}
         weeks.post("dags/fast_cpt_champion/dagRuns", logical_date=None, conf=form)
         weeks.until(lambda: champion(stack.home, RECIPE) == best, 120)
