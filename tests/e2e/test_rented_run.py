@@ -1,0 +1,113 @@
+"""Runs that rent their host, in a real Airflow: the machine goes back however a run ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import provider
+from e2e.renting import Renting, renting, until
+from fastcpt.reporting.summary import summary
+
+pytestmark = pytest.mark.linux("a machine's processes are found by their environment")
+PASSES = 90_000.0
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Renting]:
+    sections = {"checkpoints": {"bring_every_minutes": 0.1}, "training": {"save_steps": 20}}
+    with renting(tmp_path_factory.mktemp("renting"), **sections) as one:
+        yield one
+
+
+def gone(stack: Renting, run_id: str, seconds: float = 30) -> None:
+    """The run's machines are given back, and nothing of them is left."""
+    until(lambda: not stack.left(), seconds, stack.left)
+    assert [rental.state for rental in stack.rentals(run_id)] == ["released"]
+
+
+@pytest.mark.slow
+def test_a_run_rents_its_host_trains_there_and_gives_it_back(stack: Renting) -> None:
+    run = stack.run(perplexity_threshold=PASSES)
+    assert run.outcome == "success", run.states()
+    gone(stack, run.run_id)
+    (machine,) = provider.machines(stack.provider)
+    bill = provider.bill(stack.provider, time.time())
+    assert summary(run.record)["cost"] == pytest.approx(bill, rel=0.2)
+    # the model is here, although its host is gone
+    assert list(Path(run.result("publish")["published"]).glob("*.safetensors"))
+    assert machine["ended"] is not None
+
+
+@pytest.mark.slow
+def test_a_run_that_is_marked_as_failed_gives_its_host_back(stack: Renting) -> None:
+    run_id = stack.trigger_long()
+    stack.wait_for_training(run_id)
+    stack.mark(run_id, "failed")
+    assert stack.wait(run_id).outcome == "failed"
+    gone(stack, run_id)
+
+
+@pytest.mark.faults
+def test_a_run_that_fails_gives_its_host_back_and_a_clear_takes_another(stack: Renting) -> None:
+    run_id = stack.trigger_long()
+    stack.wait_for_training(run_id)
+    stack.api.client.patch(
+        f"/api/v2/dags/fast_cpt/dagRuns/{run_id}/taskInstances/train_cpt",
+        json={"new_state": "failed"},
+    ).raise_for_status()
+    assert stack.wait(run_id).outcome == "failed"
+    gone(stack, run_id)
+    stack.clear(run_id, "train_cpt", downstream=True)
+    stack.wait_for_training(run_id)
+    assert [rental.state for rental in stack.rentals(run_id)] == ["released", "held"]
+    stack.clear(run_id, "train_cpt", downstream=True)
+    time.sleep(10)
+    stack.wait_for_training(run_id)
+    # the clear gave it back or found it: one machine at any time
+    assert len(stack.running()) == 1
+    stack.mark(run_id, "failed")
+    stack.wait(run_id)
+    until(lambda: not stack.left(), 30, stack.left)
+
+
+@pytest.mark.faults
+def test_a_rejected_run_has_rented_nothing(stack: Renting) -> None:
+    run_id = stack.api.trigger({**stack.form(), "require_approval": True})
+    stack.until(run_id, lambda states: states.get("approve_plan") == "awaiting_input")
+    stack.answer(run_id, "Reject")
+    run = stack.wait(run_id)
+    assert run.outcome == "failed"
+    assert stack.rentals(run_id) == []
+
+
+@pytest.mark.faults
+def test_a_deleted_runs_machine_is_gone_within_ten_minutes(stack: Renting) -> None:
+    run_id = stack.trigger_long()
+    stack.wait_for_training(run_id)
+    stack.delete(run_id)
+    until(lambda: not stack.left(), 600, stack.left)
+    assert [rental.state for rental in stack.rentals(run_id)] == ["released"]
+
+
+@pytest.mark.faults
+def test_a_machine_that_is_taken_away_is_replaced_and_the_training_goes_on(stack: Renting) -> None:
+    # it trains for long enough to be brought a checkpoint, and was approved once
+    form = {**stack.form(), "max_steps": 3000, "perplexity_threshold": PASSES}
+    run_id = stack.api.trigger({**form, "require_approval": True})
+    stack.until(run_id, lambda states: states.get("approve_plan") == "awaiting_input")
+    stack.answer(run_id, "Approve")
+    stack.wait_for_line(run_id, "checkpoint step_")
+    (first,) = stack.rentals(run_id)
+    assert first.machine is not None
+    provider.end(stack.provider, first.machine.id)
+    until(lambda: len(stack.rentals(run_id)) == 2, 420, stack.look(run_id).states)
+    assert stack.look(run_id).states()["approve_plan"] == "success"
+    line = stack.wait_for_line(run_id, "the host has no checkpoint as new as step_")
+    assert int(line.split("step_")[1].split()[0]) >= 20
+    stack.mark(run_id, "failed")
+    stack.wait(run_id)
+    until(lambda: not stack.left(), 60, stack.left)
