@@ -1,0 +1,178 @@
+"""The faults of ``orphans.py`` that hit real runs of the sample, in a real Airflow on this machine.
+
+Three runs go on beside one another, each on a machine of its own; Airflow's processes are theirs together.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+import provider
+from e2e.renting import Renting, kill_and_start, renting
+from fastcpt.files import read_json
+
+# What is done to a run, and how it ends then.
+KINDS = {
+    "Airflow: run marked failed": "failed",
+    "Airflow: run deleted": "gone",
+    "Airflow: step marked failed": "failed",
+    "Airflow: machine taken away": "success",
+    "Airflow: lies about the release": "success",
+    "Airflow: training killed": "success",
+    "Airflow: scheduler and tasks killed": "success",
+    "Airflow: triggerer killed": "success",
+    "Airflow: plan rejected": "failed",
+    "Airflow: no capacity": "success",
+}
+BESIDE, LIMIT_S, MONEY = 3, 1500.0, 50.0
+SECTIONS: dict[str, dict[str, Any]] = {
+    "checkpoints": {"bring_every_minutes": 0.1},
+    "training": {"save_steps": 10, "max_steps": 60, "logging_steps": 1},
+    "budget": {"money": MONEY, "max_passes": 10_000},
+}
+
+
+def trials(count: int, seed: int, work: Path) -> list[dict[str, Any]]:
+    """So many faults, each of a kind in turn, at a moment drawn from its seed."""
+    with renting(work / "airflow", **SECTIONS) as stack, ThreadPoolExecutor(BESIDE) as pool:
+        return list(pool.map(lambda number: _trial(stack, number, seed + number), range(count)))
+
+
+def _trial(stack: Renting, number: int, seed: int) -> dict[str, Any]:
+    rng = random.Random(seed)
+    kind = list(KINDS)[number % len(KINDS)]
+    began = time.monotonic()
+    if "no capacity" in kind:
+        provider.fail(stack.provider, acquire=["no capacity"])
+    # another number of steps each: none finds the model of another
+    form = {**stack.form(), "perplexity_threshold": 90_000.0, "max_steps": 60 + number}
+    run = stack.api.trigger({**form, "require_approval": "rejected" in kind})
+    ready = "approve_plan" if "rejected" in kind else "acquire_cluster"
+    wanted = {"awaiting_input"} if "rejected" in kind else {"running", "success", "up_for_retry"}
+    _until(lambda: stack.look(run).states().get(ready) in wanted, f"{run} has not come to {ready}")
+    moment = rng.uniform(0.0, 60.0)
+    time.sleep(moment)
+    hit = _act(stack, run, kind)
+    _until(lambda: _outcome(stack, run) == KINDS[kind], f"{kind}: how {run} ended")
+    wrong = _until(lambda: not _left(stack, run), f"{kind}: what is left of {run}")
+    result = {"kind": kind, "seed": seed, "hit": f"{hit} after {moment:.0f} s", "wrong": wrong}
+    return {**result, **_judge(stack, run, time.monotonic() - began)}
+
+
+def _act(stack: Renting, run: str, kind: str) -> str:
+    if "run marked" in kind:
+        stack.mark(run, "failed")
+    elif "deleted" in kind:
+        stack.delete(run)
+    elif "step marked" in kind:
+        path = f"/api/v2/dags/fast_cpt/dagRuns/{run}/taskInstances/train_cpt"
+        stack.api.client.patch(path, json={"new_state": "failed"}).raise_for_status()
+    elif "rejected" in kind:
+        stack.answer(run, "Reject")
+    elif "lies" in kind:
+        provider.fail(stack.provider, release=["lies"])
+    elif "scheduler" in kind or "triggerer" in kind:
+        kill_and_start(stack, "scheduler" if "scheduler" in kind else "triggerer")
+    elif "taken away" in kind or "training killed" in kind:
+        return _hit_machine(stack, run, kind)
+    return kind.partition(": ")[2]
+
+
+def _hit_machine(stack: Renting, run: str, kind: str) -> str:
+    """The run's machine, or the training on it, as soon as there is one."""
+    until = time.monotonic() + 600
+    while time.monotonic() < until and _outcome(stack, run) == "running":
+        for machine in _machines(stack, run):
+            if machine["ended"] is None and "taken away" in kind:
+                provider.end(stack.provider, machine["id"])
+                return f"{machine['id']} taken away"
+            jobs = Path(machine["place"]).glob("home/fast_cpt/jobs/*train_cpt*/status.json")
+            for pid in [read_json(file).get("pid") for file in jobs]:
+                if machine["ended"] is None and pid:
+                    with suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
+                    return f"training on {machine['id']} killed"
+        time.sleep(0.3)
+    return "it had ended"
+
+
+def _machines(stack: Renting, run: str) -> list[dict[str, Any]]:
+    keys = {rental.key for rental in stack.rentals(run)}
+    return [one for one in provider.machines(stack.provider) if one["key"] in keys]
+
+
+def _outcome(stack: Renting, run: str) -> str:
+    try:
+        return str(stack.api.get(f"dagRuns/{run}")["state"])
+    except httpx.HTTPStatusError as error:
+        return "gone" if error.response.status_code == 404 else "unknown"
+    except httpx.HTTPError:
+        return "unknown"
+
+
+def _left(stack: Renting, run: str) -> list[str]:
+    found = _machines(stack, run)
+    left = [one["id"] for one in found if one["ended"] is None or provider.processes(one)]
+    return left + [one.key for one in stack.rentals(run) if one.state != "released"]
+
+
+def _until(holds: Callable[[], object], what: str) -> str:
+    """Wait for it; what did not come to be within ``LIMIT_S``."""
+    end = time.monotonic() + LIMIT_S
+    while time.monotonic() < end:
+        with suppress(httpx.HTTPError):
+            if holds():
+                return ""
+        time.sleep(1.0)
+    return what
+
+
+def _judge(stack: Renting, run: str, seconds: float) -> dict[str, Any]:
+    found, now = _machines(stack, run), time.time()
+    spans = [(one["began"], one["ended"] or now) for one in found]
+    bill = sum(end - began for began, end in spans) / 3600 * provider.PRICE
+    together = [
+        min(first[1], second[1]) - max(first[0], second[0])
+        for number, first in enumerate(spans)
+        for second in spans[number + 1 :]
+    ]
+    steps = [_steps(Path(one["place"])) for one in found]
+    again = [old[-1] + 1 - new[0] for old, new in pairwise(steps) if old and new]
+    return {
+        "seconds": round(seconds, 1),
+        "ended": _outcome(stack, run),
+        "machines": len(found),
+        "left": _left(stack, run),
+        "not_released": sum(one.state != "released" for one in stack.rentals(run)),
+        "money": MONEY,
+        "bill": round(bill, 4),
+        "over_s": round(max(0.0, bill - MONEY) / provider.PRICE * 3600, 2),
+        "together_s": round(max([0.0, *together]), 2),
+        "lost_steps": max([0, *again]),
+        "lost_here_s": 0.0,
+        "lost_moved_s": 0.0,
+        "whole": True,
+        "trainings_at_once": 0,
+    }
+
+
+def _steps(place: Path) -> list[int]:
+    """The steps of train_cpt that a machine's log has, in order."""
+    logs = place.glob("home/fast_cpt/jobs/*train_cpt*/job.log")
+    return [
+        int(step)
+        for log in logs
+        for step in re.findall(r"^step (\d+)", log.read_text(), re.MULTILINE)
+    ]
