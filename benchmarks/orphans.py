@@ -204,6 +204,13 @@ def _left(run: Run) -> list[str]:
     return [one["id"] for one in found if one["ended"] is None or provider.processes(one)]
 
 
+def _stays(run: Run) -> list[str]:
+    """What is left of them, and is still left after a while: a process may be in the middle of its end."""
+    left = _left(run)
+    time.sleep(3.0 if left else 0.0)
+    return [one for one in _left(run) if one in left]
+
+
 # The figures
 
 
@@ -222,7 +229,7 @@ def judge(run: Run, hit: str, seconds: float) -> dict[str, Any]:
         "hit": hit,
         "seconds": round(seconds, 1),
         "machines": len(found),
-        "left": _left(run),
+        "left": _stays(run),
         "not_released": sum(state != "released" for state in states),
         "money": money,
         "bill": round(bill, 4),
@@ -338,7 +345,7 @@ def main() -> int:
             results.append(result)
             print(json.dumps(result), flush=True)
 
-    length = quiet(work, given.beside)
+    length = quiet(work, given.beside) if given.faults > given.airflow else 0.0
     with ThreadPoolExecutor(given.beside) as pool:
         list(pool.map(one, range(given.faults - given.airflow)))
     if given.airflow:

@@ -93,17 +93,35 @@ def end(folder: Path, machine_id: str) -> None:
 
 
 def processes(machine: dict[str, Any]) -> list[int]:
-    """What runs on a machine: its sshd, which wrote its title over the mark, and all that carries it."""
+    """What runs on a machine: all that carries its mark, its sshd, and that one's children.
+
+    An sshd and its sessions wrote their titles over the mark.
+    """
     place = str(machine["place"]).encode()
     mark = MARK.encode() + b"=" + place + b"\0"
-    found = []
+    found: list[int] = []
+    children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             title = (folder / "cmdline").read_bytes()
             of_sshd = title.startswith(b"sshd: ") and place + b"/sshd_config" in title
             if of_sshd or mark in (folder / "environ").read_bytes() + b"\0":
                 found.append(int(folder.name))
-    return found
+            children.setdefault(int(_stat(folder)[1]), []).append(int(folder.name))
+    for process in found:  # which grows meanwhile
+        found += [child for child in children.get(process, []) if child not in found]
+    return [process for process in found if process != os.getpid() and _lives(process)]
+
+
+def _stat(folder: Path) -> list[str]:
+    """State and parent of a process, from behind its name."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
+
+
+def _lives(process: int) -> bool:
+    with suppress(OSError):
+        return _stat(Path(f"/proc/{process}"))[0] != "Z"
+    return False
 
 
 def _fault(folder: Path, do: str) -> str:

@@ -100,7 +100,8 @@ def test_a_machine_that_is_taken_away_is_replaced_and_the_training_goes_on(stack
     run_id = stack.api.trigger({**form, "require_approval": True})
     stack.until(run_id, lambda states: states.get("approve_plan") == "awaiting_input")
     stack.answer(run_id, "Approve")
-    stack.wait_for_line(run_id, "checkpoint step_")
+    brought = stack.home / "checkpoints"
+    until(lambda: list(brought.glob("*/step_*")), 900, stack.look(run_id).states)
     (first,) = stack.rentals(run_id)
     assert first.machine is not None
     provider.end(stack.provider, first.machine.id)
