@@ -106,18 +106,20 @@ def faults_of(rng: random.Random) -> dict[str, Fault]:
 
 
 def act(run: Run, what: str, process: subprocess.Popen[bytes], rng: random.Random) -> str:
-    """Do it; what was hit, for the notes."""
+    """Do it; what was hit, for the notes; empty where that is not there yet."""
     if what == "API down":
         (run.provider / "down").touch()
         time.sleep(rng.uniform(1.0, 8.0))
         (run.provider / "down").unlink()
         return "the service was down"
+    found = provider.machines(run.provider, running=True)
+    if not found and what != "kill run":
+        return ""
     if "run" in what:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    found = provider.machines(run.provider, running=True)
-    if what == "kill run" or not found:
+    if what == "kill run":
         return what
     machine = found[-1]
     if what == "take away":
@@ -130,9 +132,11 @@ def act(run: Run, what: str, process: subprocess.Popen[bytes], rng: random.Rando
     else:
         status = Path(machine["place"]) / "home/fast_cpt/jobs/train/status.json"
         facts = read_json(status) if status.exists() else {}
-        if pid := facts.get("supervisor" if "supervisor" in what else "pid"):
-            with suppress(ProcessLookupError):
-                (os.kill if "supervisor" in what else os.killpg)(pid, signal.SIGKILL)
+        pid = facts.get("supervisor" if "supervisor" in what else "pid")
+        if not pid or facts["state"] != "running":
+            return ""
+        with suppress(ProcessLookupError):
+            (os.kill if "supervisor" in what else os.killpg)(pid, signal.SIGKILL)
     return f"{what} of {machine['id']}"
 
 
@@ -169,8 +173,9 @@ def trial(folder: Path, fault: Fault, rng: random.Random, length: float) -> dict
             time.sleep(0.4)
             now = time.monotonic()
             if hit_at is not None and now >= hit_at:
-                hit_at, hit = None, act(run, fault.act, process, rng)
-                awake_at = time.monotonic() + ASLEEP_S if fault.then == "asleep" else 0.0
+                hit = act(run, fault.act, process, rng)
+                hit_at = None if hit else now + 0.5
+                awake_at = time.monotonic() + ASLEEP_S if hit and fault.then == "asleep" else 0.0
             over = process.poll() == 0
             dead = not over and process.poll() is not None
             if now < awake_at and provider.machines(run.provider, running=True):
@@ -184,7 +189,8 @@ def trial(folder: Path, fault: Fault, rng: random.Random, length: float) -> dict
                     _say(run, f"{news.what}: {news.reason}")
             if ended and not _left(run) and not ledger.not_released(run.home):
                 break
-        return judge(run, hit, time.monotonic() - began)
+        missed = bool(fault.act) and not hit
+        return {"missed": missed, **judge(run, hit, time.monotonic() - began)}
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -263,10 +269,12 @@ def whole(run: Run) -> bool:
 
 def figures(results: list[dict[str, Any]], transfer_s: float) -> dict[str, Any]:
     """What is promised, over all faults; intervals are those of saving, and of bringing beside them."""
+    hit = [one for one in results if not one.get("missed")]
     twice = [one for one in results if one["kind"] == "twice"]
     others = [one for one in results if one["kind"] != "twice"]
     return {
-        "faults": len(results),
+        "faults": len(hit),
+        "missed": len(results) - len(hit),
         "left_behind": sum(bool(one["left"]) for one in results),
         "not_released": sum(one["not_released"] for one in results),
         "over_s": max(one["over_s"] for one in results),

@@ -115,7 +115,7 @@ def _hit_machine(stack: Renting, run: str, kind: str) -> str:
     """The run's machine, or the training on it, as soon as there is one."""
     until = time.monotonic() + 600
     while time.monotonic() < until and _outcome(stack, run) == "running":
-        for machine in _machines(stack, run):
+        for machine in stack.machines(run):
             if machine["ended"] is None and "taken away" in kind:
                 provider.end(stack.provider, machine["id"])
                 return f"{machine['id']} taken away"
@@ -129,11 +129,6 @@ def _hit_machine(stack: Renting, run: str, kind: str) -> str:
     return "it had ended"
 
 
-def _machines(stack: Renting, run: str) -> list[dict[str, Any]]:
-    keys = {rental.key for rental in stack.rentals(run)}
-    return [one for one in provider.machines(stack.provider) if one["key"] in keys]
-
-
 def _outcome(stack: Renting, run: str) -> str:
     try:
         return str(stack.api.get(f"dagRuns/{run}")["state"])
@@ -144,7 +139,7 @@ def _outcome(stack: Renting, run: str) -> str:
 
 
 def _left(stack: Renting, run: str) -> list[str]:
-    found = _machines(stack, run)
+    found = stack.machines(run)
     left = [one["id"] for one in found if one["ended"] is None or provider.processes(one)]
     return left + [one.key for one in stack.rentals(run) if one.state != "released"]
 
@@ -161,9 +156,9 @@ def _until(holds: Callable[[], object], what: str) -> str:
 
 
 def _judge(stack: Renting, run: str, seconds: float) -> dict[str, Any]:
-    found, now = _machines(stack, run), time.time()
+    found, now = stack.machines(run), time.time()
     spans = [(one["began"], one["ended"] or now) for one in found]
-    bill = sum(end - began for began, end in spans) / 3600 * provider.PRICE
+    bill = provider.cost(found, now)
     together = [
         min(first[1], second[1]) - max(first[0], second[0])
         for number, first in enumerate(spans)

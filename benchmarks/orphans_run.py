@@ -30,8 +30,9 @@ from fastcpt.rent import ledger, machines  # noqa: E402
 from fastcpt.rent.provider import ProviderError  # noqa: E402
 
 DAG = "fast_cpt"
-# The training: steps of so long, a checkpoint every few of them, brought every so often; a training takes 6 s.
-STEPS, STEP_S, SAVE_STEPS, BRING_S = 30, 0.2, 5, 3.0
+# The training: steps of so long, a checkpoint every few of them, brought every so often. It is
+# long beside these: what is lost could be all of a short one.
+STEPS, STEP_S, SAVE_STEPS, BRING_S = 120, 0.2, 5, 3.0
 # In place of minutes: how long a silent machine is waited for, and one that nobody asks for waits.
 SILENT_S, ORPHAN_S = 20.0, 25.0
 TRAINER = """

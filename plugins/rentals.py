@@ -26,13 +26,15 @@ def look_after() -> None:
 
     context, until = get_current_context(), time.time() + 60 * MINUTES - 30
     while True:
-        for news in machines.look_after(HOME, goes_on):
+        for news in machines.look_after(HOME, _goes_on):
             rental = news.rental
             print(f"{rental.key}: {news.what}: {news.reason}")
             tell(context, f"rented machine of {rental.run}: {news.what}", news.reason)
-        for rental in machines.to_begin_again(HOME, goes_on):
-            if _begin_again(rental.dag, rental.run):
-                print(f"{rental.key}: {rental.why}: {rental.run} begins again")
+        for rental in machines.to_begin_again(HOME, _goes_on):
+            print(f"{rental.key}: {rental.why}: {rental.run} begins again")
+            # all of the run is cleared
+            wanted = TriggerDagRun(dag_id=rental.dag, run_id=rental.run, reset_dag_run=True)
+            task_runner.SUPERVISOR_COMMS.send(wanted)
             machines.begun_again(HOME, rental)
         due = machines.next_due(HOME)
         if due is None or max(due, time.time()) > until:
@@ -40,9 +42,8 @@ def look_after() -> None:
         time.sleep(max(1.0, due - time.time()))
 
 
-def _begin_again(dag: str, run: str) -> bool:
-    """Clear all of a run; False where it was deleted."""
-    if not RuntimeTaskInstance.get_dr_count(dag, run_ids=[run]):
-        return False
-    task_runner.SUPERVISOR_COMMS.send(TriggerDagRun(dag_id=dag, run_id=run, reset_dag_run=True))
-    return True
+def _goes_on(dag: str, run: str) -> bool | None:
+    """Whether a run has not ended; None where it was deleted."""
+    if goes_on(dag, run):
+        return True
+    return False if RuntimeTaskInstance.get_dr_count(dag, run_ids=[run]) else None

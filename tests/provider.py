@@ -73,8 +73,12 @@ def machines(folder: Path, running: bool | None = None) -> list[dict[str, Any]]:
 
 def bill(folder: Path, now: float) -> float:
     """USD of all machines, by the second, from the moment each was begun to its end."""
-    ends = ((one["ended"] or now) - one["began"] for one in machines(folder))
-    return sum(ends) / 3600 * PRICE
+    return cost(machines(folder), now)
+
+
+def cost(rented: list[dict[str, Any]], now: float) -> float:
+    """USD of these machines."""
+    return sum((one["ended"] or now) - one["began"] for one in rented) / 3600 * PRICE
 
 
 def end(folder: Path, machine_id: str) -> None:

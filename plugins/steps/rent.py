@@ -145,8 +145,8 @@ def replaces_a_machine(context: Context) -> bool:
     return like_it
 
 
-def note_spending(record: Path, dag: str, run: str) -> float:
-    """What the run has rented goes into its record; USD so far."""
+def note_spending(record: Path, dag: str, run: str) -> None:
+    """What the run has rented goes into its record."""
     from fastcpt.rent import ledger
     from fastcpt.reporting.record import add
 
@@ -159,7 +159,6 @@ def note_spending(record: Path, dag: str, run: str) -> float:
     ]
     if machines:
         add(record, "rent.json", {"machines": machines, "money": rentals[-1].money})
-    return ledger.spent(rentals, time.time())
 
 
 def _needs(recipe: Recipe, plan: Plan) -> dict[str, Any]:

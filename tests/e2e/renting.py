@@ -38,6 +38,11 @@ class Renting(Stack):
     def rentals(self, run_id: str) -> list[Rental]:
         return ledger.of_run(self.home, DAG, run_id)
 
+    def machines(self, run_id: str) -> list[dict[str, Any]]:
+        """What the provider has rented out for the run, the oldest first."""
+        keys = {rental.key for rental in self.rentals(run_id)}
+        return [one for one in provider.machines(self.provider) if one["key"] in keys]
+
     def running(self) -> list[str]:
         return [str(one["id"]) for one in provider.machines(self.provider, running=True)]
 
@@ -47,10 +52,10 @@ class Renting(Stack):
         return [*self.running(), *(one["id"] for one in ended if provider.processes(one))]
 
     def delete(self, run_id: str) -> None:
-        """As the UI does it: Airflow deletes no run that goes on."""
+        """As a person does it: Airflow deletes no run that goes on, and a marked one does until its teardowns end."""
         self.mark(run_id, "failed")
         path = f"/api/v2/dags/{DAG}/dagRuns/{run_id}"
-        self.api.client.delete(path).raise_for_status()
+        until(lambda: self.api.client.delete(path).status_code != 409, 600, "it goes on")
 
     def answer(self, run_id: str, choice: str) -> None:
         """Approve or reject the plan of a run that waits for it."""

@@ -208,6 +208,13 @@ def test_a_failed_runs_machine_is_kept_for_a_while_and_found_by_a_retry(renting:
     assert renting.running() == []
 
 
+def test_a_deleted_runs_machine_is_not_kept(renting: Renting) -> None:
+    renting.take()
+    machines.keep(renting.home, DAG, RUN, minutes=60)
+    assert list(machines.look_after(renting.home, lambda *_: None)) == []
+    assert (renting.running(), renting.rentals()[0].why) == ([], "its run was deleted")
+
+
 def test_the_machine_of_another_run_is_left_alone(renting: Renting) -> None:
     renting.take()
     assert machines.give_back(renting.home, DAG, "another", "it has ended") == []

@@ -187,10 +187,11 @@ class News:
     reason: str
 
 
-def look_after(home: Path, goes_on: Callable[[str, str], bool]) -> Iterator[News]:
+def look_after(home: Path, goes_on: Callable[[str, str], bool | None]) -> Iterator[News]:
     """Give back each machine whose run has ended, is gone, or has spent its money.
 
-    ``goes_on(dag, run)`` is Airflow's word. A machine that another process is at work on is left to it.
+    ``goes_on(dag, run)`` is Airflow's word; None where there is no such run any more, for which no
+    machine is kept. A machine that another process is at work on is left to it.
     """
     for listed in ledger.not_released(home):
         with ledger.locked(home, listed.dag, listed.run, wait=False) as mine:
@@ -207,7 +208,7 @@ def look_after(home: Path, goes_on: Callable[[str, str], bool]) -> Iterator[News
                     log.warning("%s: %s", rental.key, error)
 
 
-def _look_at(home: Path, rental: Rental, goes_on: bool) -> Iterator[News]:
+def _look_at(home: Path, rental: Rental, goes_on: bool | None) -> Iterator[News]:
     now = time.time()
     spent = ledger.spent(ledger.of_run(home, rental.dag, rental.run), now)
     money = rental.money
@@ -217,6 +218,8 @@ def _look_at(home: Path, rental: Rental, goes_on: bool) -> Iterator[News]:
         yield from _once(home, rental, "the money is spent", f"{words}: its machine is gone")
     elif rental.state == "unverified":
         _give_back(home, rental, rental.why)
+    elif goes_on is None:
+        _give_back(home, rental, "its run was deleted")
     elif not goes_on and now >= (rental.keep_until or 0.0):
         _give_back(home, rental, "its run has ended")
     elif goes_on and rental.state == "held" and not _is_there(rental):
@@ -226,7 +229,7 @@ def _look_at(home: Path, rental: Rental, goes_on: bool) -> Iterator[News]:
         yield from _once(home, rental, "80 % of the money is spent", words)
 
 
-def to_begin_again(home: Path, goes_on: Callable[[str, str], bool]) -> list[Rental]:
+def to_begin_again(home: Path, goes_on: Callable[[str, str], bool | None]) -> list[Rental]:
     """The last machines of runs that need another: it was taken away, or was not what had been planned.
 
     A run ends by itself when its machine was not what had been planned; one that has ended otherwise needs
@@ -239,7 +242,7 @@ def to_begin_again(home: Path, goes_on: Callable[[str, str], bool]) -> list[Rent
         if rental.state == "released"
         and (rental.offered or rental.why == TAKEN_AWAY)
         and BEGUN_AGAIN not in rental.told
-        and goes_on(dag, run) == (rental.offered is None)
+        and goes_on(dag, run) is (rental.offered is None)
     ]
 
 
