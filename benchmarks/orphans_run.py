@@ -22,6 +22,7 @@ sys.path[:0] = [str(REPOSITORY / name) for name in ("include", "plugins", "tests
 
 import provider  # noqa: E402
 from fastcpt.cluster import checkpoints, jobs, remote  # noqa: E402
+from fastcpt.cluster.agent.job_folder import ACTIVE  # noqa: E402
 from fastcpt.cluster.check import check_host  # noqa: E402
 from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask  # noqa: E402
 from fastcpt.files import read_json, write_json  # noqa: E402
@@ -186,7 +187,7 @@ def _train(run: Run, rental: ledger.Rental) -> bool:
                     raise
                 continue
             state = answer["jobs"][0].get("status", {}).get("state")
-            if state not in jobs.ACTIVE:
+            if state not in ACTIVE:
                 # as the trigger does: the last of one that did not succeed is brought before it is left
                 bringing.end(wait=True)
                 if state != "succeeded":
