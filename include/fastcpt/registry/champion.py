@@ -1,13 +1,13 @@
-"""The champion of a recipe: one fixed place for what serves it, changed in an instant.
+"""The champion of a recipe, under one fixed path for whatever serves it.
 
     home/models/<recipe>-<digest>/     a published model
     home/models/<recipe>/champion      a link to the champion's folder
     home/models/<recipe>/champion.json which model that is, where, since when and why
-    home/models/<recipe>/models.json   all models, each with its decision, and what happened when
-    home/models/<recipe>/evaluations/  each model's evaluation, which challengers are compared with
+    home/models/<recipe>/models.json   all models with their decisions, and all events with their times
+    home/models/<recipe>/evaluations/  each model's evaluation, for comparison with later models
 
-``models.json`` is what counts: it is replaced whole, under a lock. The link and ``champion.json``
-follow from it, and are set again by whatever is done next if a process dies in between.
+``models.json`` is the source. It is replaced in one step, under a lock. The link and ``champion.json`` are
+derived from it; if a process dies in between, the next change sets them again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from fastcpt.files import flush, read_json, write_json
 from fastcpt.held_out import HeldOutError, freeze, unfreeze
 
 PROMOTED, ROLLED_BACK, RETIRED, KEPT = "promoted", "rolled back", "retired", "kept"
-AT_ONCE = "fast_cpt"  # who promotes what a run recommends
+AT_ONCE = "fast_cpt"  # noted as ``who`` when a run promotes its model
 
 
 class RegistryError(ValueError):
-    """What was asked for cannot be done; the message says why and what can."""
+    """The request cannot be carried out; the message says why and what can be done instead."""
 
 
 def folder_of(home: Path, recipe: str) -> Path:
@@ -41,17 +41,17 @@ def models(home: Path, recipe: str) -> dict[str, dict[str, Any]]:
 
 
 def events(home: Path, recipe: str) -> list[dict[str, Any]]:
-    """What happened: ``time``, ``what``, ``model``, ``instead_of``, ``who``, ``why``."""
+    """All events, the oldest first: ``time``, ``what``, ``model``, ``instead_of``, ``who``, ``why``."""
     return list(_read(home, recipe)["events"])
 
 
 def champion(home: Path, recipe: str) -> str | None:
-    """The champion's name; None where there is none."""
+    """The champion's name; None if there is no champion."""
     return _champion(_read(home, recipe))
 
 
 def predecessor(home: Path, recipe: str) -> str | None:
-    """Which model was the champion before the champion was promoted: what ``rollback`` goes to."""
+    """The champion before the present one was promoted: ``rollback`` returns to it."""
     return _predecessor(_read(home, recipe))
 
 
@@ -62,11 +62,11 @@ def evaluation_of(home: Path, recipe: str, model: str) -> dict[str, Any]:
 def add_model(
     home: Path, recipe: str, model: str, facts: dict[str, Any], evaluation: dict[str, Any]
 ) -> str:
-    """Take a published model in: as the champion where its decision recommends it, else as a candidate.
+    """Register a published model: as the champion if its decision recommends it, else as a candidate.
 
     ``facts``: ``run``, ``record`` (its folder's name), ``path`` (of the published model), ``corpus``
-    (its digest), ``decision``. One that is in already stays what it is. Returns what happened, in
-    words.
+    (its digest), ``decision``. A model that is registered already stays what it is. Returns what
+    happened, in words.
     """
     with _locked(home, recipe) as state:
         if model in state["models"]:
@@ -79,14 +79,14 @@ def add_model(
         elif decision["recommended"]:
             try:
                 return _set(home, recipe, state, PROMOTED, model, AT_ONCE, why)
-            # its corpus is of an older version: the model is kept all the same
+            # its corpus is of an older version: keep the model as a candidate
             except HeldOutError as error:
                 why = str(error)
         return _note(state, KEPT, model, AT_ONCE, why)
 
 
 def promote(home: Path, recipe: str, model: str, who: str, why: str) -> str:
-    """Make a model the champion. ``RegistryError`` for one that is not known or is gone."""
+    """Make a model the champion. ``RegistryError`` if it is not known or its folder is gone."""
     with _locked(home, recipe) as state:
         if model not in state["models"]:
             known = ", ".join(state["models"]) or "none"
@@ -97,7 +97,7 @@ def promote(home: Path, recipe: str, model: str, who: str, why: str) -> str:
 
 
 def rollback(home: Path, recipe: str, who: str, why: str) -> str:
-    """Make the champion's predecessor the champion again; once more goes one further back."""
+    """Make the champion's predecessor the champion again; a second rollback goes one further back."""
     with _locked(home, recipe) as state:
         before = _predecessor(state)
         if before is None:
@@ -106,7 +106,7 @@ def rollback(home: Path, recipe: str, who: str, why: str) -> str:
 
 
 def retire(home: Path, recipe: str, who: str, why: str) -> str:
-    """Have no champion any more: the comparison set and the tokenizer bind the recipe no longer."""
+    """Leave the recipe without a champion: comparison set and tokenizer are no longer fixed."""
     with _locked(home, recipe) as state:
         if _champion(state) is None:
             raise RegistryError(f"recipe '{recipe}' has no champion")
@@ -115,7 +115,7 @@ def retire(home: Path, recipe: str, who: str, why: str) -> str:
 
 
 def reason(decision: dict[str, Any]) -> str:
-    """A decision in a line: what of it was missed, or that nothing was."""
+    """A decision in one line: the conditions that were missed, or that all were met."""
     missed = [condition for condition in decision["conditions"] if not condition["met"]]
     if not missed:
         return f"it meets all {len(decision['conditions'])} conditions"
@@ -139,7 +139,7 @@ def _read(home: Path, recipe: str) -> dict[str, Any]:
 
 @contextmanager
 def _locked(home: Path, recipe: str) -> Iterator[dict[str, Any]]:
-    """The state, to be changed by one process at a time; written and shown when the block ends well."""
+    """The state, for one process at a time; written, with link and file, if the block raises nothing."""
     folder = folder_of(home, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
@@ -151,7 +151,7 @@ def _locked(home: Path, recipe: str) -> Iterator[dict[str, Any]]:
 
 
 def _show(folder: Path, state: dict[str, Any]) -> None:
-    """The link and ``champion.json`` as the state has them."""
+    """Set the link and ``champion.json`` as the state says."""
     model, link = _champion(state), folder / "champion"
     if model is None:
         link.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""Whether a model is recommended: every condition with its value, its bound and its interval.
+"""Decides whether a model is recommended: a list of conditions, each with value, bound and interval.
 
-The gate has decided before whether there is a model at all. Here it is compared with the base model
-and, on the recipe's frozen set, with its champion: document by document, so that what makes one act
-harder than another counts on both sides (paired bootstrap over documents, ``fastcpt.intervals``).
+The gate has already decided that the model is good enough to fine-tune. Here it is compared with the base
+model and, on the recipe's frozen set, with the champion. The comparison is by document, because a document
+that is hard for one model is hard for the other too (paired bootstrap, ``fastcpt.intervals``).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def decide(
     champion: Mapping[str, Any] | None,
     trained_on: int | None = 0,
 ) -> dict[str, Any]:
-    """What ``decision.json`` holds: ``recommended``, ``against`` and the ``conditions``.
+    """The content of ``decision.json``: ``recommended``, ``against`` and the ``conditions``.
 
-    ``evaluation`` is the run's last; ``champion`` has the champion's ``model`` and its own
-    ``evaluation``, None where the recipe has none: then the base model has to be beaten.
-    ``trained_on``: documents of the comparison set that either of them was trained on; None: the ledger does not know. A
-    condition has ``what``, ``value``, ``low``, ``high`` (95 %, None where there is no interval),
-    ``bound``, ``met`` and, where it could not be measured, ``why``.
+    ``evaluation`` is the run's last one. ``champion`` has the champion's ``model`` and its
+    ``evaluation``; if it is None, the model is compared with the base model. ``trained_on`` is the number
+    of documents of the comparison set that either model was trained on; None if the ledger does not know.
+    A condition has ``what``, ``value``, ``low``, ``high`` (95 %, None without an interval), ``bound``,
+    ``met`` and, if it could not be measured, ``why``.
     """
     conditions = [
         {
@@ -62,7 +62,7 @@ def decide(
 
 
 def _better(margin: float, evaluation: Evaluation, champion: Evaluation | None) -> dict[str, Any]:
-    """Fewer bits than the champion, or the base model, needs: by the margin, and beyond the noise."""
+    """The share of bits that the model saves of the champion's, or the base model's, reaches the margin."""
     of = "the champion's" if champion else "the base model's"
     what = f"share of bits a byte saved of {of}, at least the margin and beyond noise"
     ours = _documents(evaluation)
@@ -128,7 +128,7 @@ def _over_base(publish: Publish, evaluation: Evaluation) -> list[dict[str, Any]]
 
 
 def _saved(evaluation: Evaluation, validation_set: str) -> dict[str, Any] | None:
-    """Bits a byte that the model needs less than the base model; None where that was not measured."""
+    """Bits per byte that the model needs less than the base model; None if that was not measured."""
     documents = _documents(evaluation, validation_set)
     if not documents or "base" not in documents:
         return None
@@ -138,7 +138,7 @@ def _saved(evaluation: Evaluation, validation_set: str) -> dict[str, Any] | None
 
 
 def _documents(evaluation: Evaluation, validation_set: str | None = None) -> dict[str, Any]:
-    """The losses of each document of a set; of the gate's without a name."""
+    """The loss of each document of a set; without a name, of the set that the gate uses."""
     name = validation_set or evaluation["validation_set"]
     return dict(evaluation.get(name, {}).get("by_document", {}))
 
@@ -146,7 +146,7 @@ def _documents(evaluation: Evaluation, validation_set: str | None = None) -> dic
 def _not_comparable(
     evaluation: Evaluation, champion: Evaluation, ours: dict[str, Any], theirs: dict[str, Any]
 ) -> str:
-    """Why two evaluations are not of the same documents read in the same way; empty where they are."""
+    """Why two evaluations cannot be compared; empty if they are of the same documents and window."""
     if not ours or not theirs:
         return (
             "an evaluation has no losses of single documents: one of the two is of an older version"
@@ -172,7 +172,7 @@ def _at_most(found: Found, bound: float) -> bool:
 
 
 def _negative(found: Found | None) -> Found | None:
-    """What is saved as what is lost."""
+    """A saving as a loss: the sign and the ends of the interval change."""
     return found and {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
 
 

@@ -1,6 +1,6 @@
-"""What of FASTCPT_HOME is still needed, and what a policy lets go.
+"""Which folders of FASTCPT_HOME and of a GPU host are still needed, and which a policy removes.
 
-Needed is what the champion of a recipe, its predecessor and the other models that are kept were made
+Needed are: what the champion of a recipe, its predecessor and the other models that are kept were made
 from, what a run that goes on may use, and all that is younger than the policy says. Everything else
 can be made again from recipe and documents. The ledger and the comparison sets are never touched,
 nor a model that no recipe's ``models.json`` knows.
@@ -19,19 +19,19 @@ from fastcpt.registry.champion import champion, models, predecessor
 
 
 class InUseError(ValueError):
-    """A file that says what is needed cannot be read: nothing may be removed until it is mended."""
+    """A file that says what is needed cannot be read: nothing may be removed until it is repaired."""
 
 
 class Policy(NamedTuple):
-    """``days``: what was used since stays. ``candidates``: how many of each recipe stay, the newest;
-    None: all models stay, all records, and the checkpoints of trainings that came to no model."""
+    """``days``: what was used within so many days stays. ``candidates``: so many of each recipe stay, the
+    newest; if None, all models and records stay, and checkpoints of trainings that produced no model."""
 
     days: float
     candidates: int | None
 
 
 def unused(home: Path, policy: Policy) -> list[Path]:
-    """The folders that may be removed, those that name others before what they name."""
+    """The folders that may be removed; a folder that refers to others comes before them."""
     records = _records(home)
     before = _before(policy, records)
 
@@ -51,7 +51,7 @@ def unused(home: Path, policy: Policy) -> list[Path]:
     runs: list[Path] = []
     checkpoints: list[Path] = []
     if policy.candidates is not None:
-        # of trainings that came to a model none is left
+        # checkpoints of trainings that produced a model were removed then
         runs, checkpoints = old("runs", needed), old("checkpoints", ())
     corpora = {known[name]["corpus"] for name in left}
     corpora |= _corpora_of(record for record in records if record not in runs)
@@ -74,10 +74,10 @@ def unused(home: Path, policy: Policy) -> list[Path]:
 
 
 def on_host(home: Path, policy: Policy) -> dict[str, Any]:
-    """What a GPU host is asked to clean by the same policy: ``cluster.agent.cleaning.clean``'s arguments.
+    """The same policy for a GPU host, as the arguments of ``cluster.agent.cleaning.clean``.
 
-    What can be sent or built again goes when it is old: corpora of models that stay do not. With
-    ``candidates`` trainings, published models and records go too, but for those of models that stay.
+    What can be sent or built again is removed when it is old, except corpora of models that stay. With
+    ``candidates`` trainings, published models and records are removed too, except those of models that stay.
     """
     records = _records(home)
     idle_s = time.time() - _before(policy, records)
@@ -90,12 +90,12 @@ def on_host(home: Path, policy: Policy) -> dict[str, Any]:
         "corpora": sorted({facts["corpus"] for facts in stay.values()}),
     }
     if policy.candidates is not None:
-        # what was left there: a model that was brought here is there a second time
+        # only models that were left there: of one that was brought here the host has a second copy
         keep["published"] = sorted(
             name for name, facts in stay.items() if not Path(facts["path"]).is_absolute()
         )
         keep["runs"] = [folder.name for folder in folders(home, "runs") if folder not in removed]
-        # which training a model of an earlier version came from is not known: then all stay
+        # a model of an earlier version does not say which training it came from: then all stay
         if all("before_sft" in facts for facts in stay.values()):
             trained = {
                 facts[name] for facts in stay.values() for name in ("training", "before_sft")
@@ -105,7 +105,7 @@ def on_host(home: Path, policy: Policy) -> dict[str, Any]:
 
 
 def _begun_with(records: Mapping[Path, Mapping[str, Any]]) -> set[str]:
-    """The trainings whose weights runs that go on begin with."""
+    """The trainings with whose weights unfinished runs begin."""
     starts = [_read(record / "start.json") for record, its in records.items() if "ended" not in its]
     return {start["training"] for start in starts if start}
 
@@ -115,14 +115,14 @@ def _records(home: Path) -> dict[Path, dict[str, Any]]:
 
 
 def _before(policy: Policy, records: Mapping[Path, Mapping[str, Any]]) -> float:
-    """What was last used before this moment is old; seconds since 1970."""
-    # what a run that goes on made or found since it began is named nowhere yet
+    """Folders that were last used before this moment are old; seconds since 1970."""
+    # no file names yet what an unfinished run has made or found, so all since its start counts as used
     begun = [_started(facts) for facts in records.values() if "ended" not in facts]
     return min([time.time() - policy.days * 86_400, *begun])
 
 
 def _models(home: Path, candidates: int | None) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """Every model that a recipe knows, and the names of those that stay however old they are."""
+    """All models that the recipes know, and the names of those that stay at any age."""
     known: dict[str, dict[str, Any]] = {}
     wanted: set[str] = set()
     for file in sorted(home.glob("models/*/models.json")):
@@ -137,7 +137,7 @@ def _models(home: Path, candidates: int | None) -> tuple[dict[str, dict[str, Any
 
 
 def _last_of_schedules(records: Mapping[Path, Mapping[str, Any]]) -> set[str]:
-    """The newest successful record of each schedule: by it the next run knows what is new."""
+    """The newest successful record of each schedule: the next run finds by it what is new."""
     last: dict[str, tuple[float, str]] = {}
     for record, facts in records.items():
         schedule, scheduled, _ = str(facts.get("run", "")).partition("__")
@@ -147,19 +147,19 @@ def _last_of_schedules(records: Mapping[Path, Mapping[str, Any]]) -> set[str]:
 
 
 def _corpora_of(records: Iterable[Path]) -> set[str]:
-    """The corpora that records name, by their digest: the folder of all may have been moved since."""
+    """The corpora that records name, by their digest: FASTCPT_HOME may have been moved since."""
     named = (record / "outputs" / "build.json" for record in records)
     return {Path(_read(file)["path"]).name for file in named if file.is_file()}
 
 
 def folders(home: Path, kind: str) -> list[Path]:
-    """The results of a kind; not what is being written or removed, nor a recipe's own folder of models."""
+    """The results of a kind, without those being written or removed and without ``models/<recipe>``."""
     found = sorted(path for path in (home / kind).glob("[!.]*") if path.is_dir())
     return [path for path in found if kind != "models" or not (path / "models.json").is_file()]
 
 
 def last_used(folder: Path) -> float:
-    """Seconds since 1970; what is found again is touched."""
+    """Seconds since 1970. Folders that a run finds again are touched."""
     return max(path.lstat().st_mtime for path in [folder, *folder.rglob("*")])
 
 

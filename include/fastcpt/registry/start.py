@@ -9,7 +9,7 @@ from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.recurring import Start
 from fastcpt.registry.champion import champion, models
 
-# What has to be the champion's for its weights to be trained further and compared with.
+# The recipe's values that have to equal the champion's, so that its weights can be trained further.
 SAME = (
     *("model.name_or_path", "model.config", "model.dtype", "tokenizer.path"),
     *("tokenizer.train_vocab_size", "corpus.max_seq_length", "lora", "gate.validation_set"),
@@ -17,15 +17,15 @@ SAME = (
 
 
 class StartError(ValueError):
-    """Training cannot go on from the champion; the message says why and what can be done."""
+    """Training cannot go on from the champion; the message says why and what to do."""
 
 
 def start_of(recipe: Recipe, home: Path) -> Start | None:
-    """The champion that the recipe's training goes on from; None: it begins with the base model.
+    """The champion that the recipe's training goes on from; None if it begins with the base model.
 
-    That is so where ``recurring.start`` is base, and where the recipe has no champion. Raises
-    ``StartError`` where the champion is of another model or recipe, or of an older version, or its
-    weights are not here and the host is to be rented.
+    It begins with the base model if ``recurring.start`` is ``base`` or the recipe has no champion. Raises
+    ``StartError`` if the champion is of another model or recipe or of an older version, or if the host is
+    rented and the champion's weights are not on this machine.
     """
     best = champion(home, recipe.name)
     if recipe.recurring.start == "base" or best is None:
@@ -50,7 +50,7 @@ def start_of(recipe: Recipe, home: Path) -> Start | None:
 
 
 def brought(home: Path, training: str) -> Path:
-    """Where the weights of a training before fine-tuning are here, once they were brought."""
+    """The folder on this machine for a training's weights before fine-tuning."""
     return home / "before_sft" / training
 
 
