@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastcpt.cluster.agent.job_folder import ACTIVE
+from fastcpt.cluster.agent.job_folder import ACTIVE as ACTIVE  # others ask for jobs.ACTIVE
 from fastcpt.cluster.remote import ClusterError, Remote, ask_through
 from fastcpt.exit_codes import CANNOT_HEAL
 from fastcpt.files import digest_of
