@@ -107,7 +107,7 @@ COLUMNS = (
     ("cost", "cost", True),
     ("perplexity", "perplexity", True),
     ("base", "base model", True),
-    ("branch", "what came of it", False),
+    ("branch", "outcome", False),
 )
 
 

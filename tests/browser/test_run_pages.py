@@ -98,7 +98,7 @@ def test_a_run_without_a_report_shows_its_summary(airflow, home):
     with airflow.client() as client:
         going = records.record_folder(home, "going <b>on</b>").name
         page = client.get(f"{PAGES}/run/{going}").text
-    assert "No step is at work at this moment." in page
+    assert "No step is running at the moment." in page
     assert "going &lt;b&gt;on&lt;/b&gt;" in page
 
 

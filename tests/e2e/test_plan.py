@@ -109,7 +109,7 @@ def test_the_report_shows_the_plan_beside_what_the_run_took(
     # the job holds the start of its processes beside the steps
     assert whole["actual"] > steps["actual"] + evaluation["actual"] > 0
     page = (run.record / "report.html").read_text()
-    assert "Plan and what it took" in page
+    assert "Plan and actual figures" in page
     assert "hours of evaluation" in page
 
 

@@ -37,11 +37,11 @@ def rows(page: str) -> dict[str, str]:
     [
         ("run.json", b'{"run": "sec', "run.json is damaged: Unterminated string"),
         ("run.json", b"", "run.json is damaged: Expecting value"),
-        ("run.json", b"[1]", "run.json is damaged: it holds no named values"),
+        ("run.json", b"[1]", "run.json is damaged: not a mapping of names to values"),
         ("run.json", b"\xff\xfe{}", "run.json is damaged: 'utf-8' codec"),
         ("run.json", b'{"ended": 5, "started": 7}', "something unexpected: TypeError"),
         ("recipe.yaml", b"name: [\n", "recipe.yaml is damaged: recipe.yaml:2: not valid YAML"),
-        ("recipe.yaml", b"just words", "recipe.yaml is damaged: it holds no named values"),
+        ("recipe.yaml", b"just words", "recipe.yaml is damaged: not a mapping of names to values"),
         ("recipe.yaml", b"name: \xff", "recipe.yaml is damaged: recipe.yaml: not UTF-8"),
         ("gate.json", b'{"value": 3}', "something unexpected: KeyError: 'passed'"),
     ],
@@ -120,9 +120,9 @@ def test_a_run_that_trains_shows_its_step_and_what_is_left(home: Path) -> None:
     seen = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
     assert "train_cpt: step 30 of 120" in seen
     assert "tokens/s 200" in seen  # two ranks
-    assert "time left of this training 1 h 30 min" in seen
+    assert "time left for this training 1 h 30 min" in seen
     assert "cost of this training so far $0.75" in seen
-    assert "cost left of this training $3.00" in seen
+    assert "cost left for this training $3.00" in seen
     assert "Its last line, 0 s ago: step 30/120 loss 2.5" in seen
     assert "data-refresh" in page
     records.close_record(record, "success")

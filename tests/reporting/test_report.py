@@ -27,8 +27,8 @@ def test_the_page_has_every_section(page):
         "Training",
         "Fine-tuning",
         "Corpus",
-        "Plan and what it took",
-        "The published claim beside this run",
+        "Plan and actual figures",
+        "Published claim and this run",
         "Outputs",
         "Versions",
         "Recipe",
@@ -113,9 +113,9 @@ def test_areas_years_and_forgetting_stand_beside_the_base_model(finished):
 
 def test_the_plan_stands_beside_what_the_run_took(finished, page):
     lines = (finished / "report.md").read_text().splitlines()
-    begin = lines.index("## Plan and what it took")
+    begin = lines.index("## Plan and actual figures")
     assert lines[begin + 2] == "The plan's rate: this project's measurements on H100."
-    assert lines[begin + 4] == "|  | plan | this run | outside of the plan by |"
+    assert lines[begin + 4] == "|  | plan | this run | outside the plan by |"
     assert lines[begin + 6 : begin + 11] == [
         "| tokens/s, all GPUs | 9,300 to 17,300 | 4,938 | -47 % |",
         "| cost (USD) | 1,208 to 2,240 | 1,300 | as planned |",

@@ -1,4 +1,4 @@
-"""Two to five runs beside each other: their figures, recipes, curves and corpora."""
+"""A comparison of two to five runs: their figures, recipes, curves and corpora."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FEWEST, MOST = 2, 5
 
 
 def compare(records: Sequence[Path]) -> list[Section]:
-    """The sections of a comparison of ``FEWEST`` to ``MOST`` records; in each table a column a run."""
+    """The sections of a comparison of ``FEWEST`` to ``MOST`` records; each table has one column per run."""
     facts = [summary(record) for record in records]
     names = [str(fact["run"] or record.name) for fact, record in zip(facts, records, strict=True)]
     recipes = [dict(_flat(recipe_of(record))) for record in records]
@@ -50,10 +50,10 @@ def _figures(facts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         row("of the base model", number("base_perplexity", 2)),
         row("validation set", lambda fact: str(fact["validation_set"] or "")),
         row("gate", number("threshold", 2)),
-        row("came of it", lambda fact: fact["branch"] or ""),
+        row("outcome", lambda fact: fact["branch"] or ""),
         row("ROUGE-L", figure("rouge_l")),
         row("citations right", figure("citation_accuracy", percent=True)),
-        row("from start to end", lambda f: "" if f["seconds"] is None else duration(f["seconds"])),
+        row("total time", lambda f: "" if f["seconds"] is None else duration(f["seconds"])),
         row("GPU hours", number("gpu_hours", 2)),
         row("cost", number("cost", 2, "$")),
     ]
@@ -62,7 +62,7 @@ def _figures(facts: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _differences(names: Sequence[str], recipes: Sequence[Mapping[str, str]]) -> list[Part]:
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     rows = [
-        [key, *(recipe.get(key, "not there") for recipe in recipes)]
+        [key, *(recipe.get(key, "not set") for recipe in recipes)]
         for key in keys
         if len({recipe.get(key) for recipe in recipes}) > 1
     ]
@@ -70,7 +70,7 @@ def _differences(names: Sequence[str], recipes: Sequence[Mapping[str, str]]) -> 
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """A recipe as dotted keys and words."""
+    """A recipe as dotted keys and their values as text."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{before}{key}.")
@@ -90,7 +90,7 @@ def _curves(names: Sequence[str], records: Sequence[Path]) -> list[Part]:
             if (record / training / "metrics.jsonl").is_file()
         }
         if files and (picture := pictures.curves_together(files)):
-            words = f"Losses of {training} over the steps, a line a run"
+            words = f"Losses of {training} over the steps, one line per run"
             parts += [training, Picture(f"compared-{training}", picture, words)]
     return parts
 

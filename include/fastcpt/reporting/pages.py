@@ -1,6 +1,6 @@
 """HTML pages from the templates beside this module.
 
-The template engine escapes all that it fills in: records hold what users and documents say.
+The template engine escapes all values, as records contain text from users and documents.
 """
 
 from __future__ import annotations
@@ -22,5 +22,5 @@ _ENVIRONMENT = Environment(
 
 
 def page(template: str, **values: Any) -> str:
-    """A page; a value that its template needs and does not get is an error."""
+    """A page. A value missing from ``values`` that the template needs is an error."""
     return _ENVIRONMENT.get_template(template).render(values)

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# A colour of a picture and the page's variable that takes its place, so that a dark page can have its own.
+# Colours of a picture, each replaced by a variable of the page, so that dark pages can use another.
 THEME = {"#2f5da8": "accent", "#dddddd": "grid", "#a9b4c6": "pale", "#b3372f": "bad"}
-# Told apart by people who see red and green alike (Okabe and Ito 2008), on light and on dark.
+# Distinguishable by colour-blind readers (Okabe and Ito 2008), on light and on dark.
 RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a7a00")
 
 
@@ -19,7 +19,7 @@ def curves(metrics: Mapping[str, Path]) -> str | None:
     """Loss and learning rate of each training over its steps, as SVG; None without any points.
 
     ``metrics`` maps a training's name to its ``metrics.jsonl`` (keys ``step``, ``loss``,
-    ``learning_rate``). Values that are no numbers are left out.
+    ``learning_rate``). Values that are not numbers are left out.
     """
     points = {name: _points(path) for name, path in metrics.items()}
     points = {name: rows for name, rows in points.items() if rows}
@@ -31,7 +31,7 @@ def curves(metrics: Mapping[str, Path]) -> str | None:
     axes = figure.subplots(2, len(points), sharex="col", squeeze=False, height_ratios=(2, 1))
     for column, (name, rows) in enumerate(points.items()):
         loss, rate = axes[0, column], axes[1, column]
-        # One curve of a few points reads better with the points marked.
+        # a curve with few points is easier to read with the points marked
         marker = "o" if len(rows) < 25 else ""
         for axis, key in ((loss, "loss"), (rate, "learning_rate")):
             pairs = [(row["step"], row[key]) for row in rows if _is_number(row.get(key))]
@@ -69,9 +69,9 @@ def curves_together(metrics: Mapping[str, Path]) -> str | None:
 
 
 def funnel(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """What each step of a corpus's funnel left out, in tokens, from all that were read to what is kept.
+    """The tokens removed by each step of a corpus's funnel, from those read to those kept.
 
-    ``rows`` as a corpus manifest has them; None where nothing was read.
+    ``rows`` are those of a corpus manifest; None if nothing was read.
     """
     read = next((row["tokens"] for row in rows if row["stage"] == "read" and not row["reason"]), 0)
     kept = [row for row in rows if row["stage"] == "kept" and row["tokens"]]
@@ -126,7 +126,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _points(path: Path, most: int = 600) -> list[dict[str, Any]]:
-    """At most ``most`` rows of a metrics file, evenly spread, the last among them."""
+    """At most ``most`` evenly spaced rows of a metrics file, including the last."""
     rows = read_metrics(path)
     rows = [row for row in rows if _is_number(row.get("step")) and _is_number(row.get("loss"))]
     stride = max(1, math.ceil(len(rows) / most))
@@ -138,7 +138,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _svg(figure: Any) -> str:
-    """The figure as an SVG element to put into a page, its words kept as words."""
+    """The figure as an SVG element for a page, with its text kept as text."""
     import matplotlib
 
     drawn = io.StringIO()
@@ -147,7 +147,7 @@ def _svg(figure: Any) -> str:
     svg = drawn.getvalue()[drawn.getvalue().index("<svg") :]
     for colour, variable in THEME.items():
         svg = svg.replace(f": {colour}", f": var(--{variable}, {colour})")
-    # words and axes: black in a file of its own, the page's colour in a page
+    # text and axes: black in a separate file, the page's colour in a page
     return svg.replace(": #000000", ": currentColor").replace(
         "<text ", '<text fill="currentColor" '
     )

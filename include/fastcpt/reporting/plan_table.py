@@ -1,4 +1,4 @@
-"""A plan as tables: what it says, against what limit, and how that is known. For pages and for approval."""
+"""A plan as tables, for pages and for approval: each figure, its limit, and its source."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALTERNATIVES = ("instead", "tokens", "hours", "cost", "memory per GPU")
 
 
 def figures(plan: Plan, corpus: str) -> list[tuple[str, str, str, str]]:
-    """Rows under ``FIGURES``; ``corpus`` says how its tokens are known: ``COUNTED`` once it is built."""
+    """Rows under ``FIGURES``; ``corpus`` is the source of its token count: ``COUNTED`` once it is built."""
     return list(_figures(plan, corpus))
 
 
@@ -73,7 +73,7 @@ def _figures(plan: Plan, corpus: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def alternatives(plan: Plan) -> list[tuple[str, ...]]:
-    """Rows under ``ALTERNATIVES``, best first; only where the plan does not fit."""
+    """Rows under ``ALTERNATIVES``, best first; empty if the plan fits."""
     return [
         (
             f"{one['what']}, on {one['cluster']}{'' if one['fits'] else ' (does not fit either)'}",
@@ -87,18 +87,18 @@ def alternatives(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, in a sentence."""
+    """Whether the plan fits, as a sentence."""
     if plan["fits"]:
         return "The plan fits."
     return "The plan cannot run." if plan["problems"] else "The plan does not fit."
 
 
 def markdown(plan: Plan, corpus: str) -> str:
-    """The tables as Markdown, for Airflow's page of an approval. Words of users stay words."""
+    """The tables as Markdown, for Airflow's approval page. Text from users is escaped."""
     what = f"{plan['model']}, {plan['method']}, {plan['precision']}, on {plan['cluster']}"
     parts = [f"**{_plain(plan['recipe'])}**: {_plain(what)}. {verdict(plan)}"]
     rows = figures(plan, corpus)
-    # three columns, and the long words below: a phone shows them whole
+    # three columns, with the long texts below, so that the table fits a phone
     parts.append(_table(FIGURES[:3], [row[:3] for row in rows]))
     parts.append("How each is known:")
     parts.append("\n".join(f"- **{name}**: {_plain(source)}" for name, _, _, source in rows))
@@ -114,7 +114,7 @@ def _table(header: tuple[str, ...], rows: list[Any]) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text of which Markdown makes nothing else: its signs as character references."""
+    """Text escaped for Markdown: special characters become character references."""
     signs = "\\`*_{}[]<>&|#~!$:"
     words = " ".join(text.split())
     return words if words == "---" else "".join(f"&#{ord(c)};" if c in signs else c for c in words)

@@ -1,4 +1,4 @@
-"""How far the training of a run is: its step, its rate, and the hours and money that are left."""
+"""The progress of a run's training: its step, its rate, and the remaining hours and money."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Progress:
     training: str
     step: int
     steps: int
-    facts: tuple[tuple[str, str], ...]  # name and words
+    facts: tuple[tuple[str, str], ...]  # name and text
 
 
 def progress(record: Path) -> Progress | None:
-    """The training that goes on, as its last line of metrics has it; None where none does."""
+    """The progress of the running training, from its last line of metrics; None if none is running."""
     going = [
         name
         for name in TRAININGS
@@ -50,12 +50,12 @@ def _facts(
         facts.append(("tokens/s", f"{rate * gpus:,.0f}"))
     left = last.get("hours_left")
     if left is not None:
-        facts.append(("time left of this training", duration(left * 3600)))
+        facts.append(("time left for this training", duration(left * 3600)))
     spent, price = last.get("cost"), price_per_hour(record)
     if spent is not None:
         facts.append(("cost of this training so far", f"${spent:,.2f}"))
     if left is not None and price:
-        facts.append(("cost left of this training", f"${left * price:,.2f}"))
+        facts.append(("cost left for this training", f"${left * price:,.2f}"))
     if (paid := rented(record, time.time())) is not None:
         money = read(record, "rent.json")["money"]
         words = f"${paid:,.2f}" + (f" of ${money:,.2f} (budget.money)" if money else "")
@@ -71,7 +71,7 @@ def _facts(
 
 
 def price_per_hour(record: Path) -> float | None:
-    """USD for an hour of all the run's GPUs, as its plan counts; None without a price."""
+    """USD per hour for all the run's GPUs, from its plan; None without a price."""
     promised = planned(record) or {}
     hours, cost = promised.get("hours"), promised.get("cost")
     price: float | None = cost[1] / hours[1] if hours and cost and hours[1] else None

@@ -1,28 +1,28 @@
-"""A run's record: one folder of small files that says what was run, on what, and what came of it.
+"""A run's record: a folder of small files with the run's inputs and results.
 
     home/runs/<run>-<digest>/
         run.json                  run, DAG, start and end, state; versions of Fast CPT, its code, its packages
         recipe.yaml               the recipe with every default written out
-        plan.json                 what the plan promised
-        outputs/<task>.json       path and digest of what each task made
-        gguf.json                 the file that the base model was made of, where it is a GGUF file
+        plan.json                 the plan's figures
+        outputs/<task>.json       path and digest of each task's output
+        gguf.json                 the GGUF file of the base model, if it is one
         corpus_manifest.json      the corpus: funnel, tokens, shards
         <training>/metrics.jsonl  the curves of each of TRAININGS
         <training>/training.json  its totals
         evaluation.json, evaluation_stage2.json, gate.json, gate_stage2.json, evaluation_sft.json
         decision.json             whether the model is recommended, by which conditions
         cost.json                 GPU hours and money
-        rent.json                 the machines that were rented, since when, until when, at what price
-        plan_and_actual.json      the plan's figures beside the run's
+        rent.json                 the rented machines, with their times and prices
+        plan_and_actual.json      the plan's figures and the run's
         times/<task>.json         when each task worked; times/approval.json: waited for a person
-        selection.json            the best and the worst documents that were taken
-        live/<task>.json          how a job of the run was doing when the host was last asked
+        selection.json            the best and the worst selected documents
+        live/<task>.json          the state of a job when the host was last asked
         failures/<task>.json      why a task failed; it may have succeeded since
-        report.md, report.html    all of it to read (fastcpt.reporting.report)
+        report.md, report.html    the report (fastcpt.reporting.report)
 
-Tasks add files side by side, so each writes its own and none is shared. Every file appears whole,
-and adding it again replaces it: a task that is tried again leaves the record as if tried once.
-A run that fails half-way has the files it got to; whoever reads a record takes what is there.
+Tasks run in parallel, so each writes its own files. Files are written atomically and adding one again
+replaces it, so a retried task leaves the same record as a single try. The record of a failed run is
+incomplete; its readers accept that.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from fastcpt.files import digest_of, read_json, sha256_of_file, whole_file, writ
 from fastcpt.recipe import Recipe
 from fastcpt.yaml_files import read_yaml
 
-# In the order they run; each has a folder of its name in the record.
+# In the order they run; each has a folder with its name in the record.
 TRAININGS = ("train_cpt", "train_cpt_stage2", "train_sft")
-# What each step on the GPUs leaves in the record.
+# The record's file of each step on the GPUs.
 ON_GPUS = {
     **{training: f"{training}/training.json" for training in TRAININGS},
     "evaluate_cpt": "evaluation.json",
@@ -52,19 +52,19 @@ ON_GPUS = {
     "evaluate_sft": "evaluation_sft.json",
 }
 REPOSITORY = Path(__file__).resolve().parents[3]
-# The packages that what a run makes depends on; the cluster's own are in training.json.
+# The packages that a run's results depend on; those on the cluster are in training.json.
 PACKAGES = ("apache-airflow", "numpy", "pyarrow", "pydantic", "tokenizers", "zstandard")
 
 
 class RecordError(ValueError):
-    """A file of a record is damaged; the message names it and says how."""
+    """A file of a record is damaged; the message names the file and the damage."""
 
 
 def record_folder(home: Path, run: str) -> Path:
-    """The folder of the record of ``run`` (an Airflow run id): no other run's; not created.
+    """The folder of the record of ``run`` (an Airflow run id), unique to it; not created.
 
-    A readable part and a digest of the id: two ids may read the same in a folder's name, or differ
-    in upper and lower case alone. A record that an older version began without it is found too.
+    The name has a readable part and a digest of the id: two ids may have the same readable part, or
+    differ only in case. A record that an older version began without the digest is found too.
     """
     if not run:
         raise ValueError("a run without an id has no record")
@@ -84,9 +84,9 @@ def _is_record_of(folder: Path, run: str) -> bool:
 def open_record(
     home: Path, run: str, dag: str, recipe: Recipe, started: datetime | None = None
 ) -> Path:
-    """Begin the record of a run, emptied where there is one: then the run was cleared.
+    """Begin the record of a run. An existing one is emptied, as the run was cleared.
 
-    Its first start stays unless ``started`` says otherwise.
+    The first start time is kept, unless ``started`` is given.
     """
     record = record_folder(home, run)
     began = _text(started) if started else read(record, "run.json").get("started") or _now()
@@ -107,7 +107,7 @@ def open_record(
 
 
 def empty_record(record: Path) -> None:
-    """Remove what the tasks left before the run was cleared: it belongs to another plan."""
+    """Remove the tasks' files from before the run was cleared: they belong to another plan."""
     for left in record.iterdir() if record.is_dir() else ():
         if left.is_dir():
             shutil.rmtree(left)
@@ -116,9 +116,9 @@ def empty_record(record: Path) -> None:
 
 
 def add(record: Path, name: str, content: Any) -> Path:
-    """Put a file into the record under ``name`` (``"train_cpt/metrics.jsonl"``), whole.
+    """Put a file into the record under ``name`` (``"train_cpt/metrics.jsonl"``), atomically.
 
-    ``content`` is a file to copy (``Path``) or what to write as JSON.
+    ``content`` is a file to copy (``Path``) or a value to write as JSON.
     """
     if isinstance(content, Path):
         with whole_file(record / name) as aside:
@@ -129,24 +129,24 @@ def add(record: Path, name: str, content: Any) -> Path:
 
 
 def add_text(record: Path, name: str, text: str) -> Path:
-    """Put a text file into the record under ``name``, whole."""
+    """Put a text file into the record under ``name``, atomically."""
     with whole_file(record / name) as aside:
         aside.write_text(text, encoding="utf-8")
     return record / name
 
 
 def add_output(record: Path, task: str, facts: Mapping[str, Any]) -> Path:
-    """Note what a task made: ``facts`` as it returned them, ``path`` and ``digest`` among them."""
+    """Record a task's output: the ``facts`` it returned, with ``path`` and ``digest``."""
     return add(record, f"outputs/{task}.json", dict(facts))
 
 
 def add_time(record: Path, what: str, began: float, ended: float) -> Path:
-    """Note when a task worked, or (``approval``) waited for a person; seconds since the epoch."""
+    """Record when a task worked, or (``approval``) waited for a person; seconds since the epoch."""
     return add(record, f"times/{what}.json", {"began": began, "ended": ended})
 
 
 def add_failure(home: Path, run: str, dag: str, task: str, message: str) -> Path:
-    """Note why a task of the run failed. A run that failed before it had a record gets one by it."""
+    """Record why a task of the run failed. A run that failed before it had a record gets one."""
     record = record_folder(home, run)
     if not read(record, "run.json"):
         facts = {"run": run, "dag": dag, "started": _now(), "version": __version__}
@@ -155,7 +155,7 @@ def add_failure(home: Path, run: str, dag: str, task: str, message: str) -> Path
 
 
 def failures(record: Path) -> dict[str, str]:
-    """Why tasks of the run failed, by task, the first one first."""
+    """Why tasks of the run failed, by task, in the order of failure."""
     notes = {
         file.stem: read(record, f"failures/{file.name}")
         for file in (record / "failures").glob("*.json")
@@ -167,7 +167,7 @@ def failures(record: Path) -> dict[str, str]:
 
 
 def times(record: Path) -> dict[str, float] | None:
-    """Seconds that the run's tasks ``worked`` (side by side counts once) and that it waited for a
+    """Seconds that the run's tasks ``worked`` (parallel tasks count once) and that it waited for a
     person's ``approval``; None for a record of an older version."""
     noted = {
         file.stem: read(record, f"times/{file.name}")
@@ -176,7 +176,7 @@ def times(record: Path) -> dict[str, float] | None:
     if not noted:
         return None
     approval = noted.pop("approval", {"began": 0.0, "ended": 0.0})
-    # a job that an earlier pass of the run had done did not work in this one
+    # jobs done before the run was cleared do not count
     worked, until = 0.0, datetime.fromisoformat(read(record, "run.json")["started"]).timestamp()
     for began, ended in sorted((one["began"], one["ended"]) for one in noted.values()):
         worked += max(0.0, ended - max(began, until))
@@ -187,9 +187,9 @@ def times(record: Path) -> dict[str, float] | None:
 def add_cost(record: Path, gpus: int, price_per_gpu_hour: float | None) -> dict[str, Any]:
     """Write ``cost.json``: GPU hours of trainings and evaluations so far and, at a known price, USD.
 
-    GPU hours are the jobs' own seconds, nothing for what an earlier run had done; a recipe for CPUs
-    uses no GPUs, whatever it calls its ranks. The money is what was rented where the run rents its
-    machines (``rented``), and those hours' otherwise.
+    GPU hours come from the seconds of this run's own jobs, not from results it found; a recipe for
+    CPUs uses no GPUs, whatever its ``gpus``. The money is the rent if the run rents its machines
+    (``rented``), otherwise the price of the hours.
     """
     if recipe_of(record).get("cluster", {}).get("cpu_only"):
         gpus = 0
@@ -210,7 +210,7 @@ def add_cost(record: Path, gpus: int, price_per_gpu_hour: float | None) -> dict[
 
 
 def rented(record: Path, now: float) -> float | None:
-    """USD of the run's rented machines, each from the request to its end or to ``now``; None without any."""
+    """USD for the run's rented machines, each from the request to its release or ``now``; None without any."""
     machines = read(record, "rent.json").get("machines")
     if not machines:
         return None
@@ -221,17 +221,17 @@ def rented(record: Path, now: float) -> float | None:
 
 
 def job_seconds(record: Path, step: str) -> float | None:
-    """Seconds that a step's job took on the GPUs; None where this run did not get to it or found it
-    done. A record of an older version has a training's own seconds alone."""
+    """Seconds that a step's job took on the GPUs; None if this run did not reach it or found its
+    result. A record of an older version has only a training's own seconds."""
     facts = read(record, ON_GPUS[step])
     seconds: float | None = facts.get("job_seconds", facts.get("seconds"))
     return seconds
 
 
 def took(record: Path, gpus: int) -> dict[str, float | None]:
-    """What the run took, under the names of a plan's figures; hours and USD without stage 2.
+    """The run's actual figures, under the names of a plan's; hours and USD without stage 2.
 
-    Hours and money are None until the run has been evaluated: a part of them would mislead.
+    Hours and money are None until the run has been evaluated: a partial sum would mislead.
     """
     totals, cost = read(record, "train_cpt/training.json"), read(record, "cost.json")
     seconds = {step: job_seconds(record, step) for step in ON_GPUS}
@@ -257,7 +257,7 @@ def took(record: Path, gpus: int) -> dict[str, float | None]:
 
 
 def _took_money(cost: Mapping[str, Any], hours: float) -> float | None:
-    """What was rented, stage 2 and all; of a host that was there, these hours' price."""
+    """The whole rent, including stage 2; on a permanent host, the price of these hours."""
     if cost.get("rented") is not None:
         return float(cost["rented"])
     price = cost.get("price_per_gpu_hour")
@@ -269,9 +269,9 @@ def _less(whole: float | None, part: float | None) -> float | None:
 
 
 def close_record(record: Path, state: str) -> None:
-    """Note how the run ended; ``state`` is Airflow's word for it (``success``, ``failed``).
+    """Record the run's final ``state`` in Airflow's terms (``success``, ``failed``).
 
-    A run that is closed already has another state then, and keeps its time.
+    A run that is already closed gets the new state and keeps its end time.
     """
     facts = read(record, "run.json")
     ended = facts.get("ended") or _now()
@@ -279,12 +279,12 @@ def close_record(record: Path, state: str) -> None:
 
 
 def mark_record(record: Path, state: str) -> None:
-    """Note the end that a person chose for a run that still goes on; it is closed with it later."""
+    """Record the state in which a person marked a running run; it is closed with it later."""
     write_json(record / "run.json", {**read(record, "run.json"), "marked": state})
 
 
 def reopen_record(record: Path) -> None:
-    """Take back the end of a run that goes on."""
+    """Remove the end of a run that is running again."""
     facts = read(record, "run.json")
     for name in ("marked", "ended", "state"):
         facts.pop(name, None)
@@ -292,24 +292,24 @@ def reopen_record(record: Path) -> None:
 
 
 def read(record: Path, name: str) -> dict[str, Any]:
-    """A JSON object of the record; empty where the run has not got to it. ``RecordError``."""
+    """A JSON object of the record; empty if the run has not written it yet. Raises ``RecordError``."""
     return _mapping(record / name, read_json)
 
 
 def read_last(record: Path, name: str) -> dict[str, Any]:
-    """``evaluation`` or ``gate`` of the run's last stage that has one."""
+    """``evaluation`` or ``gate`` of the last stage that has one."""
     return read(record, f"{name}_stage2.json") or read(record, f"{name}.json")
 
 
 def last_gate(home: Path, base: str | None, validation_set: str) -> dict[str, Any]:
-    """The newest decision of a gate on this set in a run of this base model; empty without one."""
+    """The newest gate decision on this set in a run with this base model; empty without one."""
     if base is None:
         return {}
     decisions = (home / "runs").glob("*/gate.json")
     for file in sorted(decisions, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             gate, model = read(file.parent, file.name), recipe_of(file.parent).get("model") or {}
-        except RecordError:  # of another run: it keeps this one from nothing
+        except RecordError:  # another run's damaged record does not matter here
             continue
         if (model.get("name_or_path"), gate.get("validation_set")) == (base, validation_set):
             return gate
@@ -319,7 +319,7 @@ def last_gate(home: Path, base: str | None, validation_set: str) -> dict[str, An
 def recipe_of(record: Path) -> dict[str, Any]:
     """The recipe as plain sections. Not validated: old records outlive changes of the format.
 
-    ``RecordError`` where the file is damaged.
+    Raises ``RecordError`` if the file is damaged.
     """
     return _mapping(record / "recipe.yaml", read_yaml)
 
@@ -332,12 +332,12 @@ def _mapping(file: Path, reader: Callable[[Path], Any]) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise RecordError(f"{file.name} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise RecordError(f"{file.name} is damaged: it holds no named values")
+        raise RecordError(f"{file.name} is damaged: not a mapping of names to values")
     return content
 
 
 def code_version(repository: Path) -> str:
-    """``git describe`` of the code, or a digest of its files where there is no git history."""
+    """``git describe`` of the code, or a digest of its files if there is no git history."""
     command = ["git", "-C", str(repository), "describe", "--always", "--dirty", "--tags"]
     try:
         described = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -354,7 +354,7 @@ def code_version(repository: Path) -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of PACKAGES installed here."""
+    """The installed versions of PACKAGES."""
     found = {}
     for package in PACKAGES:
         try:

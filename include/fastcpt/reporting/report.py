@@ -1,8 +1,8 @@
-"""The report of a run: ``report.md`` and ``report.html`` from what its record holds.
+"""The report of a run: ``report.md`` and ``report.html``, from its record.
 
-A report is a list of sections (words, tables, pictures) put together once and written twice. The
-page needs no other file and no network: pictures are SVG inside it. Everything a user or a corpus
-can have put into the record is escaped.
+A report is a list of sections (text, tables, pictures), built once and written in both formats. The
+page needs no other file and no network: its pictures are inline SVG. All text from users or the
+corpus is escaped.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers: a page sets them to the right."""
+        """Which columns hold numbers: a page aligns them right."""
         columns = zip(*self.rows, strict=True)
         return [all(not cell.strip("-0123456789,. %") for cell in column) for column in columns]
 
@@ -41,12 +41,12 @@ class Table:
 class Picture:
     name: str  # of its file beside report.md
     svg: str
-    words: str  # for who does not see it
+    words: str  # alternative text
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Text shown as it is; on a page behind the words ``folded`` where it is long."""
+    """Preformatted text; if ``folded`` is given, a page folds it under that heading."""
 
     text: str
     folded: str = ""
@@ -69,9 +69,9 @@ class Section:
 
 
 def write_report(record: Path) -> Path:
-    """Write ``report.html`` and ``report.md`` (with its pictures) into the record.
+    """Write ``report.html`` and ``report.md`` (with its pictures) into the record. Returns the page.
 
-    Takes what is there: the report of a run that failed early is short. Returns the page.
+    Missing files are left out: the report of a run that failed early is short.
     """
     title = f"Fast CPT run {read(record, 'run.json').get('run', record.name)}"
     report = sections(record)
@@ -85,7 +85,7 @@ def write_report(record: Path) -> Path:
 
 
 def sections(record: Path) -> list[Section]:
-    """What there is to say of a run by now; ``RecordError`` and kinds of ``ValueError`` where it is damaged."""
+    """The report's sections so far. Raises ``RecordError`` or another ``ValueError`` if the record is damaged."""
     every = [
         Section("Summary", [Listing(summary_text(record))]),
         Section("Perplexity and the gate", _perplexity(record)),
@@ -95,8 +95,8 @@ def sections(record: Path) -> list[Section]:
         Section("Fine-tuning", _fine_tuning(record)),
         Section("Corpus", _corpus(record)),
         Section("Best and worst documents taken", _documents(record)),
-        Section("Plan and what it took", _plan(record)),
-        Section("The published claim beside this run", _claim(record)),
+        Section("Plan and actual figures", _plan(record)),
+        Section("Published claim and this run", _claim(record)),
         Section("Outputs", _outputs(record)),
         Section("Versions", _versions(record)),
         Section("Recipe", _recipe(record)),
@@ -131,13 +131,15 @@ def _perplexity(record: Path) -> list[Part]:
     threshold = read(record, "gate.json").get("threshold")
     picture = pictures.perplexities(bars, threshold) if threshold else None
     if picture:
-        parts.append(Picture("perplexity", picture, "Perplexities as bars; the table has them"))
+        parts.append(
+            Picture("perplexity", picture, "Perplexities as bars; the table has the values")
+        )
     header = ("validation set", "model", "perplexity", "bits per byte", "tokens counted")
     return [*parts, Table(header, rows), *_kinds(first, second)]
 
 
 def _kinds(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Part]:
-    """Perplexity by legal area and year, and of areas' own adapters, the base model beside it."""
+    """Perplexity of base and trained model by legal area and year, and of each area's adapter."""
     last = second or first
     rows = []
     for name in SETS:
@@ -170,7 +172,7 @@ def _kinds(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Part]:
 
 
 def _questions(record: Path) -> list[Part]:
-    """What base and trained model answered, and whether that is more than chance between them."""
+    """The answers of base and trained model, and whether the difference is more than chance."""
     last = read_last(record, "evaluation")
     asked = last.get("questions")
     if not asked:
@@ -188,15 +190,15 @@ def _questions(record: Path) -> list[Part]:
     ]
     header = ("kind", "asked", "base model, right", "trained, right", "gain")
     return [
-        "Which act, date or number stands here, which title belongs to this text, which sentence goes "
-        "on: four answers each, a guess is right in 25 %. In brackets 95 % intervals; a gain whose "
-        "interval holds 0 is none.",
+        "Which act, date or number comes next, which title belongs to this text, which sentence comes "
+        "next: four answers each, so a guess is right in 25 %. 95 % intervals in brackets; a gain with "
+        "0 in its interval is no gain.",
         Table(header, rows),
     ]
 
 
 def _decision(record: Path) -> list[Part]:
-    """Whether the model is recommended, condition by condition, and what became of it."""
+    """Whether the model is recommended, condition by condition, and its status."""
     decision = read(record, "decision.json")
     if not decision:
         return []
@@ -218,7 +220,7 @@ def _decision(record: Path) -> list[Part]:
 
 
 def _of_set(evaluation: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The figures on one validation set; empty where it was not evaluated."""
+    """The figures on one validation set; empty if it was not evaluated."""
     figures: Mapping[str, Any] = evaluation.get(name) or {}
     return figures or (evaluation if evaluation.get("validation_set") == name else {})
 
@@ -279,7 +281,7 @@ def _fine_tuning(record: Path) -> list[Part]:
 
 
 def _documents(record: Path) -> list[Part]:
-    """The ends of the ranking: whether the score likes what a reader would."""
+    """Both ends of the ranking, so that a reader can judge the score."""
     ends = read(record, "selection.json")
     header = ("document", "title", "year", "score", "tokens")
     parts: list[Part] = []
@@ -345,11 +347,11 @@ def _plan(record: Path) -> list[Part]:
     ]
     source = read(record, "plan.json").get("rate_source")
     words = [f"The plan's rate: {source}."] if source else []
-    return [*words, Table(("", "plan", "this run", "outside of the plan by"), rows)]
+    return [*words, Table(("", "plan", "this run", "outside the plan by"), rows)]
 
 
 def _figure(value: float) -> str:
-    """Three digits that count, thousands apart."""
+    """Three significant digits, with separators for thousands."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -386,8 +388,8 @@ def _claim(record: Path) -> list[Part]:
         ("quality", claim["quality"], "", quality),
     ]
     words = (
-        "The claim is the published guide's, for the full run's quality as 100 %. It is repeated "
-        "here for comparison only; plan and run are this project's own figures."
+        "The claim is the published guide's, with the full run's quality as 100 %. It is shown "
+        "only for comparison; plan and run are this project's own figures."
     )
     return [words, Table(("", "published claim", "plan", "this run"), rows)]
 
@@ -444,7 +446,7 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
                 case Picture(name=name):
                     lines.append(f"![{section.title}]({name}.svg)")
                 case Listing(text=text):
-                    # Indented, so that no text can end the block.
+                    # indented, so that no text can end the block
                     lines.append("\n".join(f"    {line}" for line in text.splitlines()))
                 case str(words):
                     lines.append(escape(words, quote=False))

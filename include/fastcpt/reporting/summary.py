@@ -1,4 +1,4 @@
-"""What a run came to: as figures, and as the lines that are printed at its end."""
+"""The results of a run: as figures, and as the lines printed at its end."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastcpt.reporting.record import TRAININGS, read, read_last, recipe_of, time
 
 
 def summary(record: Path) -> dict[str, Any]:
-    """What a run came to, for a person or a program; None for what it did not get to.
+    """The results of a run, for a person or a program; None for steps it did not reach.
 
-    ``seconds`` are from its start to its end, waiting included; ``times`` are those of ``times()``.
-    Times in seconds, cost in USD, ``citation_accuracy`` and ``rouge_l`` as the evaluation gives
-    them (value, low, high). ``perplexity`` is that of the last evaluation.
+    ``seconds`` are from its start to its end, including waiting; ``times`` are those of ``times()``.
+    Times are in seconds, cost in USD, ``citation_accuracy`` and ``rouge_l`` as in the evaluation
+    (value, low, high). ``perplexity`` is that of the last evaluation.
     """
     run, manifest = read(record, "run.json"), read(record, "corpus_manifest.json")
     seen: Mapping[str, Any] = next(
@@ -62,9 +62,9 @@ def summary(record: Path) -> dict[str, Any]:
 
 
 def planned(record: Path) -> dict[str, Any] | None:
-    """Hours and cost the plan promised, each ``[low, high]``; None without a plan.
+    """The plan's hours and cost, each ``[low, high]``; None without a plan.
 
-    ``training`` are the hours of train_cpt's steps alone.
+    ``training`` are only the hours of train_cpt's steps.
     """
     plan = read(record, "plan.json")
     if not plan:
@@ -77,7 +77,7 @@ def planned(record: Path) -> dict[str, Any] | None:
 
 
 def summary_text(record: Path) -> str:
-    """The summary as it is printed at the end of a run: a line a subject, none left empty."""
+    """The summary printed at the end of a run: one line per subject, without empty ones."""
     facts = summary(record)
     lines = [("recipe", f"{facts['recipe']}, code {facts['code']}")]
     if facts["tokens_kept"] is not None:
@@ -114,7 +114,7 @@ def summary_text(record: Path) -> str:
 
 
 def interval(figure: Mapping[str, Any], percent: bool = False) -> str:
-    """``0.612 (0.587 to 0.640)``: a figure with its confidence interval where it has one."""
+    """``0.612 (0.587 to 0.640)``: a figure with its confidence interval, if it has one."""
 
     def text(value: float) -> str:
         return f"{100 * value:.1f} %" if percent else f"{value:.3f}"
@@ -141,7 +141,7 @@ def span(ends: Sequence[float], unit: str = "", prefix: str = "", digits: int = 
 
 
 def _branch(record: Path) -> str | None:
-    """What came after the gates, in words: what happened, not what was to happen."""
+    """What actually followed the gates, in words, whatever they decided."""
     gate, second = read(record, "gate.json"), read(record, "gate_stage2.json")
     if not gate:
         return None
@@ -159,7 +159,7 @@ def _branch(record: Path) -> str | None:
 
 
 def _questions_line(record: Path) -> str:
-    """The share of questions answered rightly, and the gain over the base model."""
+    """The share of right answers, and the gain over the base model."""
     evaluation = read_last(record, "evaluation")
     if not evaluation.get("questions"):
         return ""
@@ -202,7 +202,7 @@ def _cost_line(facts: Mapping[str, Any]) -> str:
 
 
 def _bounds(value: Any) -> list[float] | None:
-    """A plan's figure as ``[low, high]``, whether it is a number, a pair or a mapping."""
+    """A plan's figure (a number, a pair or a mapping) as ``[low, high]``."""
     if value is None:
         return None
     if isinstance(value, Mapping):

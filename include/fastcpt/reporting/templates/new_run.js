@@ -1,4 +1,4 @@
-// Judges the choices while they are made, and starts the run through Airflow's own API.
+// Checks the choices as they are made, and starts the run through Airflow's API.
 "use strict";
 
 const form = document.getElementById("choices");
@@ -35,7 +35,7 @@ function show(answer) {
     else field.placeholder = value;
   }
   document.getElementById("problems").textContent = answer.problems.join(" ");
-  document.getElementById("plan").innerHTML = answer.plan || "<p>There is no plan until what is marked is corrected.</p>";
+  document.getElementById("plan").innerHTML = answer.plan || "<p>There is no plan until the marked fields are corrected.</p>";
   conf = answer.conf || null;
   button.disabled = !conf;
 }
@@ -51,7 +51,7 @@ async function judge() {
     if (!answer.ok) throw new Error(`${answer.status}: log in again, or ask who may start runs`);
     show(await answer.json());
   } catch (error) {
-    document.getElementById("problems").textContent = `The choices could not be judged: ${error.message}`;
+    document.getElementById("problems").textContent = `The choices could not be checked: ${error.message}`;
   }
 }
 

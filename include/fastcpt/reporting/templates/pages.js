@@ -1,4 +1,4 @@
-// Airflow's colours, links out of its frame, and a page that refreshes itself while a run goes on.
+// Airflow's colours, links that leave its frame, and a page that refreshes itself during a run.
 "use strict";
 
 function inFrame() {
@@ -18,7 +18,7 @@ if (inFrame()) {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", followTheme);
 }
 
-// The frame may not navigate Airflow's window; a link of that window's own document may.
+// The frame may not navigate Airflow's window, but a link in that window's own document may.
 document.addEventListener("click", (event) => {
   const link = event.target.closest("a[target=_top]");
   if (!link || !inFrame() || event.ctrlKey || event.metaKey || event.shiftKey) return;
@@ -41,7 +41,7 @@ async function refresh() {
         document.querySelector("main").replaceWith(page.querySelector("main"));
       }
     } catch {
-      // Airflow is restarted, or the line is gone: asked again
+      // Airflow restarts or the connection is lost: ask again
     }
   }
   setTimeout(refresh, 1000 * going.dataset.refresh);
