@@ -46,11 +46,12 @@ def _done(arguments: argparse.Namespace) -> str:
 
 
 def _shown(recipe: str) -> str:
-    best = champion.champion(HOME, recipe)
-    lines = [f"champion of {recipe}: {best or 'none'}"]
+    best, before = champion.champion(HOME, recipe), champion.predecessor(HOME, recipe)
+    lines = [f"champion of {recipe}: {best or 'none'}; rollback goes to: {before or 'none'}"]
     for name, facts in champion.models(HOME, recipe).items():
-        standing = "champion " if name == best else "candidate"
-        lines.append(f"{standing}  {name}  {facts['path']}  run {facts['run']}")
+        removed = Path(facts["path"]).is_absolute() and not (HOME / "models" / name).is_dir()
+        standing = "champion" if name == best else "removed" if removed else "candidate"
+        lines.append(f"{standing:9}  {name}  {facts['path']}  run {facts['run']}")
     for event in champion.events(HOME, recipe):
         lines.append(
             f"{event['time']}  {event['what']}  {event['model'] or ''}  {event['who']}: {event['why']}"

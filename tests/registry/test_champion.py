@@ -160,7 +160,7 @@ def test_the_command(home: Path) -> None:
     assert run("rollback", "--why", "wrong dates").returncode == 0
     assert served(home) == "law-1"
     shown = run("show").stdout
-    assert shown.startswith("champion of law: law-1\n")
+    assert shown.startswith("champion of law: law-1; rollback goes to: none\n")
     assert "rolled back  law-1" in shown
     assert "wrong dates" in shown
     refused = run("promote", "law-9", "--why", "a slip")
