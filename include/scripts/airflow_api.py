@@ -1,4 +1,4 @@
-"""Airflow's REST API, and what it tells of a run: shown on the terminal as it comes."""
+"""A client of Airflow's REST API that shows a run's progress on the terminal."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import httpx
 
 DAG = "fast_cpt"
 USER = "admin"
-# of these the log's own lines are shown
+# tasks with progress lines in their logs
 PROGRESS_OF = {"train_cpt", "train_cpt_stage2", "train_sft"}
 
 
 class Api:
-    """Airflow's REST API, logged in; ``home`` has the password and the logs."""
+    """Airflow's REST API with a login; ``home`` has the password and the logs."""
 
     def __init__(self, url: str, home: Path) -> None:
         self.home = home
@@ -29,7 +29,7 @@ class Api:
         self.client.close()
 
     def wait_until_ready(self, seconds: float = 180) -> None:
-        """Until the API answers, every process is healthy and the DAG is there."""
+        """Wait until the API answers, every process is healthy and the DAG exists."""
         until = time.monotonic() + seconds
         problem = "no answer"
         while time.monotonic() < until:
@@ -42,7 +42,7 @@ class Api:
                     if self.client.get(f"/api/v2/dags/{DAG}").status_code == 200:
                         return
                     errors = self.client.get("/api/v2/importErrors").json()["import_errors"]
-                    # not those of another file: wrong schedules are for the UI to show
+                    # errors in other files, such as schedules, are shown in the UI
                     errors = [error for error in errors if Path(error["filename"]).stem == DAG]
                     if errors:
                         raise RuntimeError(
@@ -66,7 +66,7 @@ class Api:
             self.client.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
 
     def trigger(self, conf: dict[str, Any]) -> str:
-        """Start a run; returns its id. ``ValueError`` says which value the form refuses."""
+        """Start a run; returns its id. Raises ``ValueError`` with the value that the form refuses."""
         answer = self.client.post(
             f"/api/v2/dags/{DAG}/dagRuns", json={"logical_date": None, "conf": conf}
         )
@@ -76,7 +76,7 @@ class Api:
         return str(answer.json()["dag_run_id"])
 
     def end_unfinished_runs(self) -> None:
-        """Fail what an interrupted ``make run`` left: it would go on, and hold the GPUs."""
+        """Fail runs left by an interrupted ``make run``: they would continue and hold the GPUs."""
         for state in ("running", "queued"):
             for run in self.get("dagRuns", state=state, limit=100)["dag_runs"]:
                 path = f"/api/v2/dags/{DAG}/dagRuns/{run['dag_run_id']}"
@@ -88,7 +88,7 @@ class Api:
         return answer.json()
 
     def log(self, run: str, task: dict[str, Any]) -> list[dict[str, Any]]:
-        """The events of a task's newest try; empty while there are none."""
+        """The events of a task's newest try, if any."""
         answer = self.client.get(
             f"/api/v2/dags/{DAG}/dagRuns/{run}/taskInstances/{task['task_id']}/logs/{task['try_number']}",
             params={"map_index": task["map_index"], "full_content": True},

@@ -1,9 +1,10 @@
-"""Build the Python environment of a GPU host, on that host, and say how far it is.
+"""Build the Python environment of a GPU host, on that host, and show the progress.
 
-Standard library of Python 3.8, since nothing else may be there yet. What has to be compiled is known
-before anything is installed: without a compiler it ends at once. Wheels that were compiled stay in
-a folder named by all that they depend on, and the next environment takes them from there. A host
-whose Python has torch for its GPUs already (a vendor's container) keeps it: the rest comes on top.
+Uses only Python 3.8's standard library and ``exit_codes.py``, as nothing else may be installed yet.
+Packages to compile are known in advance: without a compiler it ends at once. Compiled wheels are kept
+in a folder named by a digest of their inputs, and the next environment installs them from there. If
+the host's Python already has torch for its GPUs (a vendor's container), that is used and the rest
+installed on top.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-CANNOT_HEAL = 78  # as fastcpt/exit_codes.py has it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fastcpt.exit_codes import CANNOT_HEAL
+
 PYTHONS = ("python3.12", "python3.11", "python3")
 SAY_EVERY_S = float(os.environ.get("FASTCPT_SAY_EVERY_S", "30"))
-# published as sources alone: nvcc makes of them what fits torch, CUDA and the GPU
+# published only as source, since nvcc compiles them for torch, CUDA and the GPU
 SOURCES = ("transformer-engine", "flash-attn")
-# what nvcc takes for one of their larger files
+# nvcc's memory for one of their larger files
 COMPILER_GB = 8
 ASK = """
 import importlib.metadata as m, json, os, sys, sysconfig
@@ -63,7 +67,7 @@ def main() -> None:
 
 
 def build(folder: Path, wheels: Path, plain: list[Path], on_gpus: list[Path]) -> None:
-    """Make ``folder`` an environment with what the lists name; ``complete`` in it comes last."""
+    """Make ``folder`` an environment with the packages in the lists; the file ``complete`` is written last."""
     began = time.monotonic()
     pins = read_pins([*plain, *on_gpus])
     python, facts = interpreter(with_torch=bool(on_gpus))
@@ -78,7 +82,7 @@ def build(folder: Path, wheels: Path, plain: list[Path], on_gpus: list[Path]) ->
     if compiled and not there:
         require_compiler(", ".join(name for name, _ in compiled), facts)
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # after the new environment's own, so that a pinned package comes before the host's
+    # after the new environment's packages, so that pinned packages take precedence over the host's
     sites = "".join(f"{site}\n" for site in facts["sites"]) if own else ""
     new = [python, "-c", MAKE, str(folder), sites]
     pip = [str(folder / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check"]
@@ -86,7 +90,7 @@ def build(folder: Path, wheels: Path, plain: list[Path], on_gpus: list[Path]) ->
     steps: list[tuple[str, list[str], dict[str, str]]] = [("a new environment", new, {})]
     steps += [(f"{len(others)} packages", [*pip, "--no-cache-dir", *joined(others)], {})]
     how = "as it was compiled before" if there else "to be compiled, which takes long"
-    # pip itself keeps what it has compiled, in its cache
+    # pip keeps compiled wheels in its cache
     options = ["--no-build-isolation", "--cache-dir", str(kept)]
     for pin in compiled:
         command = [*pip, *options, *joined([pin])]
@@ -105,7 +109,7 @@ def say(text: str) -> None:
 
 
 def refuse(problem: str) -> NoReturn:
-    """End with what is wrong: the same again would end the same."""
+    """End with the problem and an exit code that prevents retries, which could not help."""
     print(f"EnvironmentError: {problem}", flush=True)
     sys.exit(CANNOT_HEAL)
 
@@ -116,7 +120,7 @@ def duration(seconds: float) -> str:
 
 
 def read_pins(lists: list[Path]) -> dict[str, str]:
-    """The packages of some lists, extras included (``name[extra]``), and their pinned versions."""
+    """The packages in the lists, with extras (``name[extra]``), and their pinned versions."""
     lines = [line.split("#")[0].strip() for file in lists for line in file.read_text().splitlines()]
     pairs = [line.split("==") for line in lines if line]
     return {name: version for name, version in pairs}
@@ -131,7 +135,7 @@ def plain_name(name: str) -> str:
 
 
 def interpreter(with_torch: bool) -> tuple[str, dict[str, Any]]:
-    """The Python to build with and what it has: one with torch for GPUs before one without."""
+    """The Python to build with and its facts; a Python with torch for GPUs is preferred."""
     fit, seen = [], []
     for name in PYTHONS:
         path = shutil.which(name)
@@ -152,7 +156,7 @@ def interpreter(with_torch: bool) -> tuple[str, dict[str, Any]]:
 
 
 def own_packages(facts: dict[str, Any], pins: dict[str, str]) -> dict[str, str]:
-    """What the host's Python keeps, by its name in the lists: a vendor's build of the same release line."""
+    """The host's packages to keep, by their names in the lists: vendor builds of the same release line."""
     if not facts["cuda"]:
         return {}
     own = {
@@ -160,7 +164,7 @@ def own_packages(facts: dict[str, Any], pins: dict[str, str]) -> dict[str, str]:
         for name, version in pins.items()
         if release_line(facts["found"].get(plain_name(name), "")) == release_line(version)
     }
-    # what is compiled against another torch is of no use
+    # packages compiled against another torch are of no use
     return own if "torch" in own else {}
 
 
@@ -173,7 +177,7 @@ def release_line(version: str) -> str:
 def digest(
     facts: dict[str, Any], own: dict[str, str], pins: list[tuple[str, str]], torch: str
 ) -> str:
-    """Names what is compiled by all that it depends on: another torch or GPU needs another."""
+    """A digest of everything the compiled wheels depend on, such as torch and GPU."""
     made_of = [
         joined(pins), own.get("torch", torch), facts["cuda"], facts["version"], capabilities(),
         platform.machine(), platform.libc_ver(),
@@ -182,7 +186,7 @@ def digest(
 
 
 def capabilities() -> list[str]:
-    """The compute capabilities of the GPUs here, ``9.0`` for Hopper; none where there are none."""
+    """The compute capabilities of the GPUs here (``9.0`` for Hopper); empty without GPUs."""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         asked = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
@@ -192,14 +196,14 @@ def capabilities() -> list[str]:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler, also where the login's path does not have it."""
+    """The CUDA compiler, even if it is not on the login's PATH."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     inside = os.path.join(home, "bin")
     return shutil.which("nvcc") or shutil.which("nvcc", path=inside)
 
 
 def require_compiler(packages: str, facts: dict[str, Any]) -> None:
-    """End at once where what is needed to compile is missing; all of it in one message."""
+    """End at once if tools for compiling are missing, with one message that names all."""
     missing = []
     if nvcc() is None:
         missing.append("nvcc (the CUDA toolkit)")
@@ -216,7 +220,7 @@ def require_compiler(packages: str, facts: dict[str, Any]) -> None:
 
 
 def compiler_settings() -> dict[str, str]:
-    """For the GPUs of this host alone, and no more at a time than memory allows; the login's own settings win."""
+    """Compile only for this host's GPUs, with as many processes as memory allows; the login's settings win."""
     archs = ";".join(capability.replace(".", "") for capability in capabilities())
     memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     settings = {"MAX_JOBS": str(max(1, min(os.cpu_count() or 1, int(memory_gb / COMPILER_GB))))}
@@ -233,7 +237,7 @@ def compiler_settings() -> dict[str, str]:
 
 
 def run(title: str, command: list[str], settings: dict[str, str], log: Path) -> None:
-    """Run a step; what it prints goes to ``log``, how far it is here."""
+    """Run a step; its output goes to ``log``, its progress is printed."""
     say(title)
     began = said = time.monotonic()
     with log.open("wb") as output:

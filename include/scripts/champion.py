@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Show a recipe's models and its champion; promote one, roll back to the one before, or retire it."""
+"""Show a recipe's models and its champion; promote a model, roll back to the previous champion, or retire it."""
 
 import argparse
 import getpass
@@ -17,15 +17,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", default=DEFAULT_RECIPE, help="The recipe's name.")
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("show", help="Models, champion and what happened.")
+    actions.add_parser("show", help="Models, champion and history.")
     promote = actions.add_parser("promote", help="Make a model the champion.")
     promote.add_argument("model", help="A folder's name under models/.")
-    rollback = actions.add_parser("rollback", help="Go back to the champion before.")
+    rollback = actions.add_parser("rollback", help="Go back to the previous champion.")
     retire = actions.add_parser(
-        "retire", help="Have no champion; tokenizer and set are free again."
+        "retire", help="Have no champion; tokenizer and set can change again."
     )
     for action in (promote, rollback, retire):
-        action.add_argument("--why", required=True, help="Noted with your name.")
+        action.add_argument("--why", required=True, help="Recorded with your name.")
     arguments = parser.parse_args()
     try:
         print(_done(arguments))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tokenize and pack a folder of documents into training shards and validation sets.
 
-All readable documents are taken, without duplicates; `create_fast_cpt_corpus.py` makes a folder of
+All readable documents are used, without duplicates; `create_fast_cpt_corpus.py` writes a folder with
 the best ones.
 """
 
@@ -27,10 +27,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input_dir", required=True, help="Folder or URL of the documents.")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_seq_length", type=int, help="Tokens of a sequence.")
+    parser.add_argument("--max_seq_length", type=int, help="Tokens per sequence.")
     parser.add_argument("--num_shards", type=int, help="Parquet files of training sequences.")
     parser.add_argument("--config", default=DEFAULT_RECIPE, help="Recipe, by name or file.")
-    parser.add_argument("--tokenizer", help="Folder or tokenizer.json; the recipe's without it.")
+    parser.add_argument("--tokenizer", help="Folder or tokenizer.json; default: the recipe's.")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = {
@@ -44,7 +44,7 @@ def main() -> None:
         given["tokenizer.train_vocab_size"] = None
     try:
         recipe = load_recipe(arguments.config, given)
-        # the folder has been selected before: here only duplicates go
+        # the folder is already a selection: only duplicates are removed
         keep = recipe.selection.near_duplicate_threshold
         everything = Selection(near_duplicate_threshold=keep)
         recipe = recipe.model_copy(update={"selection": everything})

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Score documents, take the best of them, and write these as a folder of JSONL (.zst) files.
+"""Score documents, select the best, and write these as a folder of JSONL (.zst) files.
 
-`cpt_corpus_builder.py --input_dir` reads that folder. Beside the documents lies `funnel.md`; why a
-document was taken or not is what `explain.py ID` says.
+`cpt_corpus_builder.py --input_dir` reads that folder, which also contains `funnel.md`. `explain.py ID`
+says why a document was selected or not.
 """
 
 import argparse
@@ -27,10 +27,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--input_dir", required=True, help="Folder or URL of the documents.")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--target_tokens", type=int, help="Token budget; the recipe's without it.")
+    parser.add_argument("--target_tokens", type=int, help="Token budget; default: the recipe's.")
     parser.add_argument("--quality_threshold", type=float, help="Least score of a document.")
     parser.add_argument("--config", default=DEFAULT_RECIPE, help="Recipe, by name or file.")
-    parser.add_argument("--tokenizer", help="Folder or tokenizer.json; the recipe's without it.")
+    parser.add_argument("--tokenizer", help="Folder or tokenizer.json; default: the recipe's.")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     overrides = {
@@ -66,14 +66,14 @@ def main() -> None:
 
 
 def _with_some_tokenizer(recipe: Recipe) -> Recipe:
-    """Where the model's tokenizer is not here, tokens are estimated from the words alone."""
+    """If the model's tokenizer is not on this machine, tokens are estimated from words."""
     try:
         find_tokenizer(recipe)
     except TokenizerError as error:
         if recipe.tokenizer.path:
             raise
         print(f"tokens are estimated from words: {error}", file=sys.stderr)
-        # a tokenizer still to be trained: the selection then counts with its usual tokens a word
+        # for a tokenizer that is trained later, the selection counts a typical number of tokens per word
         trained_later = Tokenizer(train_vocab_size=128_000)
         return recipe.model_copy(update={"tokenizer": trained_later})
     return recipe

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What the compose file needs besides Compose's own commands (docs/deployment.md):
+# The commands that Compose lacks for the compose file (docs/deployment.md):
 #
 #   deployment.sh settings DOCUMENTS   makes deployment/: settings with new secrets, folders for keys and data
 #   deployment.sh backup               database, settings and data into deployment/backups/TIME/
-#   deployment.sh restore FOLDER       puts back what a backup holds
-#   deployment.sh upgrade              builds the image of what is checked out, backs up, starts anew
+#   deployment.sh restore FOLDER       restores a backup
+#   deployment.sh upgrade              builds the image of the checked-out version, backs up, restarts
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 umask 077
@@ -24,7 +24,7 @@ make_settings() {
   documents=$(cd "$1" && pwd)
   uid=$(id -u)
   mkdir -p deployment/data deployment/ssh deployment/backups
-  # containers do not run as root: a user of Airflow's image then owns what they read and write
+  # containers do not run as root: then a user of Airflow's image owns their files
   if [ "$uid" = 0 ]; then
     uid=50000
     chown "$uid" deployment/data deployment/ssh
@@ -46,16 +46,16 @@ EOF
   say "Then: docker compose up -d --build"
 }
 
-# Workers are started and ended with the rest where the settings name them.
+# Workers are started and stopped with the rest if the settings name them.
 with_workers() { if grep -q '^EXECUTOR=Celery' "$settings"; then export COMPOSE_PROFILES=celery; fi; }
 
-# As the user that owns deployment/data, and past the image's entrypoint: what that may print is no part of a file.
+# As the user that owns deployment/data, without the image's entrypoint, which might print into a file.
 in_container() { docker compose run -T --no-deps --entrypoint bash --rm scheduler -c "$1"; }
 
 backup() {
   [ -f "$settings" ] || stop "there is no $settings: nothing is deployed here."
   with_workers
-  # first of all: a backup without the database is none
+  # first, as a backup needs the database
   docker compose exec -T postgres pg_isready -q -h localhost -U airflow || stop "Postgres does not answer. docker compose up -d first."
   mkdir -p deployment/backups
   local folder
@@ -65,7 +65,7 @@ backup() {
   trap 'rm -rf "$work"' EXIT
   cp "$settings" "$work/settings.env"
   docker compose exec -T postgres pg_dump -U airflow --format custom airflow > "$work/database.dump"
-  # Without what is made again from documents. Files appear whole; that one vanishes meanwhile is status 1.
+  # Without files that can be made again from documents. Files are written atomically; status 1 means that one vanished meanwhile.
   in_container 'tar -C /data --exclude=./scores --exclude=./selections --exclude=./tokens \
     --exclude=./corpora --exclude="*.partial" -cf - . || [ $? = 1 ]' > "$work/data.tar"
   sync
@@ -80,7 +80,7 @@ restore() {
     [ -f "$from/$file" ] || stop "$from is no backup: there is no $file in it."
   done
   mkdir -p deployment/data deployment/ssh deployment/backups
-  # on a new machine the folder for keys and data is made as settings does it
+  # on a new machine, prepare the folders for keys and data as settings does
   local uid
   uid=$(sed -n 's/^AIRFLOW_UID=//p' "$from/settings.env")
   [ "$(id -u)" != 0 ] || chown "$uid" deployment/data deployment/ssh
@@ -102,7 +102,7 @@ restore() {
 upgrade() {
   [ -f "$settings" ] || stop "there is no $settings: nothing is deployed here."
   with_workers
-  # what runs goes on until the image and the backup are there
+  # the containers keep running until image and backup are ready
   docker compose build
   backup
   docker compose down

@@ -1,4 +1,4 @@
-"""Draw docs/dag.svg from the DAG itself: `.env/airflow/bin/python include/scripts/draw_dag.py`.
+"""Draw docs/dag.svg from the DAG: `.env/airflow/bin/python include/scripts/draw_dag.py`.
 
 Graphviz draws it: `dot` has to be installed (`apt-get install graphviz`).
 """
@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY / folder) for folder in ("include", "plugins", "dags")]
 
 PICTURE = REPOSITORY / "docs" / "dag.svg"
-Edge = tuple[str, str]  # a task, and one that waits for it
+Edge = tuple[str, str]  # a task, and a task downstream of it
 LABELS = {
     ("gate", "train_sft"): "   below the threshold",
     ("gate", "train_cpt_stage2"): "otherwise",
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def dag_edges() -> list[Edge]:
-    """Which task of the DAG waits for which."""
+    """The DAG's edges."""
     import fast_cpt
 
     tasks = fast_cpt.fast_cpt().topological_sort()
@@ -56,7 +56,7 @@ def dag_edges() -> list[Edge]:
 
 
 def drawn(edges: Sequence[Edge]) -> list[Edge]:
-    """The edges without those that a longer way implies; a labelled branch of its own stays."""
+    """The edges without those implied by a longer path; labelled edges stay."""
     return [edge for edge in edges if edge in LABELS or not _is_implied(edge, edges)]
 
 

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument(
         "--base_evaluation",
         type=Path,
-        help="an earlier evaluation, whose figures of the same base model are taken",
+        help="an earlier evaluation, to reuse its figures for the same base model",
     )
     parser.add_argument("--output", type=Path, default=Path("evaluation.json"))
     parser.add_argument("--config", help="the recipe (YAML)")
@@ -29,7 +29,7 @@ def main() -> None:
         "--in_parts",
         action="store_true",
         default=None,
-        help="partition the model over all GPUs even where it fits one",
+        help="partition the model over all GPUs even if it fits one",
     )
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     args = parser.parse_args()

@@ -17,12 +17,12 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="the fine-tuned model (or adapter)")
     parser.add_argument("--instructions", required=True, type=Path, help="folder of held_out.jsonl")
     parser.add_argument("--output", type=Path, default=Path("evaluation_sft.json"))
-    parser.add_argument("--batch", type=int, help="prompts answered together on a device")
+    parser.add_argument("--batch", type=int, help="prompts per batch and device")
     parser.add_argument(
         "--in_parts",
         action="store_true",
         default=None,
-        help="partition the model over all GPUs even where it fits one",
+        help="partition the model over all GPUs even if it fits one",
     )
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     args = parser.parse_args()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say why a document has its score, component by component, and what became of it."""
+"""Explain a document's score, component by component, and whether the document was selected."""
 
 import argparse
 import sys
@@ -19,8 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("id", help="The document's id.")
     parser.add_argument("--config", default=DEFAULT_RECIPE, help="Recipe, by name or file.")
-    parser.add_argument("--input_dir", help="Folder or URL; the recipe's documents without it.")
-    parser.add_argument("--tokenizer", help="Folder or tokenizer.json; the recipe's without it.")
+    parser.add_argument("--input_dir", help="Folder or URL; default: the recipe's documents.")
+    parser.add_argument("--tokenizer", help="Folder or tokenizer.json; default: the recipe's.")
     arguments = parser.parse_args()
     given = {
         key: value

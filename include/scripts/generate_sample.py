@@ -16,7 +16,7 @@ def main() -> None:
         "--output_dir",
         type=Path,
         required=True,
-        help="Folder that gets parsed/ and instructions.jsonl.",
+        help="Folder for parsed/ and instructions.jsonl.",
     )
     parser.add_argument("--documents", type=int, default=400, help="Readable documents.")
     parser.add_argument("--seed", type=int, default=0)

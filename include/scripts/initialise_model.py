@@ -1,4 +1,4 @@
-"""A Llama with random weights, of the shape in the recipe's ``model.config``."""
+"""Make a Llama with random weights, in the shape of the recipe's ``model.config``."""
 
 from __future__ import annotations
 

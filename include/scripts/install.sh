@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what is missing: two Python environments under .env/ (airflow, and cluster, which plays the
-# GPU host), rsync and OpenSSH. With the word `dev` also what the tests need.
+# Installs what is missing: two Python environments under .env/ (airflow, and cluster, for the sample's
+# GPU host), rsync and OpenSSH. With the argument `dev` also the test tools.
 # Root uses apt-get; an ordinary user gets the same Debian packages unpacked under .env/tools; on macOS
-# what is missing is named. Runs on bash 3.2 and with BSD's tools: docs/macos.md says what that rules out.
+# missing programs are named. Runs on bash 3.2 and with BSD tools: docs/macos.md says what that rules out.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export DEBIAN_FRONTEND=noninteractive
@@ -21,7 +21,7 @@ get="install the package python3.11, or uv python install 3.11"
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
   || stop "Python 3.11 is needed, $python is $("$python" -V 2>&1): $get."
 
-# One installation at a time: the lock is the open file's, and ends with this shell.
+# One installation at a time: the lock belongs to the open file and ends with this shell.
 exec 9>.env/install.lock
 "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
 
@@ -44,14 +44,14 @@ packages() {
   for deb in "$tools"/apt/cache/archives/*.deb; do dpkg-deb -x "$deb" "$tools/root"; done
 }
 
-# What was unpacked for an ordinary user comes after the machine's own.
+# Packages unpacked for an ordinary user come after the machine's own on the PATH.
 . include/scripts/tools.sh
 
-# A string and no array: bash 3.2 takes an empty array for an unset one.
+# A string, not an array: bash 3.2 treats an empty array as unset.
 missing=
 command -v rsync >/dev/null || missing+=" rsync"
 if [ "$system" = Darwin ]; then
-  # Apple's own fetches no list of files, and hands the quotes in an ssh command on to ssh
+  # Apple's rsync cannot fetch a list of files, and passes the quotes in an ssh command on to ssh
   case "$(rsync --version 2>&1)" in *openrsync*) missing+=" rsync" ;; esac
   command -v sshd >/dev/null || missing+=" openssh"
 else

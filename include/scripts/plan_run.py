@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What a recipe will take on a cluster, before anything is paid for.
+"""The time, money and memory that a recipe takes on a cluster, before anything is paid for.
 
     plan_run.py --config cpt_config_fast --cluster 4xB200          one recipe
     plan_run.py --all --cluster 8xH100 --tokens 900000000          the eight options
@@ -8,7 +8,7 @@
     plan_run.py --cluster 4xB200 --take 2 --out my.yaml            alternative 2 as a recipe
     plan_run.py --check                                            predicted against measured
 
-The exit status is 1 where the recipe does not fit; 2 where it cannot run at all, or not be planned.
+The exit status is 1 if the recipe does not fit, 2 if it cannot run at all or cannot be planned.
 """
 
 import argparse
@@ -56,12 +56,14 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default=DEFAULT_RECIPE, help="Recipe, by name or file.")
-    parser.add_argument("--cluster", help="Such as 4xB200; the recipe's own without it.")
+    parser.add_argument("--cluster", help="Such as 4xB200; default: the recipe's.")
     parser.add_argument("--model", help="Name or folder in place of the recipe's model.")
     corpus = parser.add_mutually_exclusive_group()
-    corpus.add_argument("--tokens", type=count, help="Tokens of the corpus.")
+    corpus.add_argument("--tokens", type=count, help="Tokens in the corpus.")
     corpus.add_argument("--manifest", type=Path, help="corpus_manifest.json of a build.")
-    corpus.add_argument("--documents_bytes", type=count, help="Bytes of the documents, unpacked.")
+    corpus.add_argument(
+        "--documents_bytes", type=count, help="Bytes of the uncompressed documents."
+    )
     parser.add_argument(
         "--history", type=Path, default=HISTORY, help=f"Earlier runs; {FILE} of FASTCPT_HOME."
     )
@@ -69,22 +71,22 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--markdown", action="store_true", help="--all as a Markdown table.")
     parser.add_argument("--picture", type=Path, help="--all as a picture (.svg, .png).")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--hours", type=amount, help="Solve: the hours there are.")
-    parser.add_argument("--budget", type=amount, help="Solve: the money there is (USD).")
+    parser.add_argument("--hours", type=amount, help="Solve: available hours.")
+    parser.add_argument("--budget", type=amount, help="Solve: available money (USD).")
     parser.add_argument(
         "--solve_for", choices=["tokens", "gpus"], help="Most tokens (default), fewest GPUs."
     )
-    parser.add_argument(
-        "--out", type=recipe_file, help="Write what was planned as a recipe (YAML)."
-    )
-    parser.add_argument("--take", type=count, help="For --out: the alternative of this number.")
+    parser.add_argument("--out", type=recipe_file, help="Write the planned recipe (YAML).")
+    parser.add_argument("--take", type=count, help="For --out: the alternative with this number.")
     parser.add_argument(
         "--keep_model", action="store_true", help="No alternatives with another model."
     )
     parser.add_argument(
         "--keep_method", action="store_true", help="No alternatives with LoRA for full training."
     )
-    parser.add_argument("--check", action="store_true", help="Predicted against measured rates.")
+    parser.add_argument(
+        "--check", action="store_true", help="Compare predicted and measured rates."
+    )
     arguments = parser.parse_args()
     of_one = ("documents_bytes", "hours", "budget", "solve_for", "out", "take", "keep_model",
               "keep_method")  # fmt: skip
@@ -175,7 +177,7 @@ def taken(arguments: argparse.Namespace, recipe: Recipe, tokens: int | None) -> 
         try:
             planned(arguments, recipe, tokens)
         except PlanRefused:
-            pass  # what it lists are the alternatives
+            pass  # the alternatives are in its plan
         else:
             raise ValueError(f"--take {arguments.take}: solved it fits, nothing else is listed")
     choice = numbered(plan(recipe, tokens, cluster, history, kept(arguments)), arguments.take)

@@ -1,4 +1,4 @@
-"""A trained model as a folder to hand on: merged weights, tokenizer and model card."""
+"""Publish a trained model as a folder: merged weights, tokenizer and model card."""
 
 from __future__ import annotations
 

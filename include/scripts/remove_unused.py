@@ -1,10 +1,10 @@
-"""Remove what nothing needs any more, under FASTCPT_HOME and on a GPU host: results that can be made again.
+"""Remove results that nothing needs and that can be made again, under FASTCPT_HOME or on a GPU host.
 
-Corpora that no run's record names, selections and scores that no corpus needs, and token ids go when
-they were last used longer than ``--days`` ago. With ``--candidates N`` older candidates of each
-recipe, the records of runs and checkpoints that came to no model go too: champions, their predecessors, the newest N candidates, the
-last success of each schedule and all that these were made from stay. With ``--host`` the same policy
-holds there instead. See docs/models.md.
+Corpora that no run's record names, selections and scores that no corpus needs, and token ids are removed
+if they were last used more than ``--days`` ago. With ``--candidates N`` older candidates of each
+recipe and the records and checkpoints of runs without a model are removed too; champions, their
+predecessors, the newest N candidates, the last success of each schedule and their inputs stay. With
+``--host`` the host is cleaned instead, by the same policy. See docs/models.md.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ HOME = files.HOME.resolve()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--days", type=float, default=30.0, help="unused for so long; default 30")
+    parser.add_argument("--days", type=float, default=30.0, help="unused for this long; default 30")
     parser.add_argument(
-        "--candidates", type=int, help="candidates of each recipe that stay; all without it"
+        "--candidates", type=int, help="candidates of each recipe to keep; default: all"
     )
-    parser.add_argument("--dry_run", action="store_true", help="only say what would go")
-    parser.add_argument("--host", help="clean this GPU host; without it, this machine")
-    parser.add_argument("--root", default=Cluster.model_fields["root"].default, help="there")
+    parser.add_argument("--dry_run", action="store_true", help="only list what would be removed")
+    parser.add_argument("--host", help="clean this GPU host; default: this machine")
+    parser.add_argument("--root", default=Cluster.model_fields["root"].default, help="its root")
     for option in ("--port", "--user", "--key_file", "--known_hosts"):
         parser.add_argument(option, help="of the host")
     arguments = parser.parse_args()

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Filter, build, transfer, train and evaluate from a shell, without Airflow. Ends with the gate's decision
-# and the command for what comes next.
+# and the command for the next step.
 #
 #   run_fast_cpt_training.sh [skip] [skip]
 #
-# The first `skip` leaves out the filter, the second the build: what an earlier call made is used.
-# What to run is said by environment variables:
+# The first `skip` skips the filter, the second the build: the results of an earlier call are used.
+# Environment variables:
 #   DOCUMENTS     folder of documents                     (needed unless the filter is skipped)
 #   RECIPE        recipe, by name or file                 (default: cpt_config_fast)
 #   TOKENIZER     folder of the tokenizer                 (default: the recipe's)
-#   OUTPUT        folder for what is made                 (default: fast_cpt_output)
+#   OUTPUT        folder for the results                  (default: fast_cpt_output)
 #   HOST          SSH host with the GPUs, as ssh takes it (default: this machine)
 #   SSH_PORT, SSH_USER, SSH_KEY, SSH_KNOWN_HOSTS          (default: ~/.ssh/config and the agent)
 #   CLUSTER_PYTHON  an interpreter there with requirements-cluster.txt (default: built there)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests, the fast ones first; each part in the environment that it is about. Called by make test.
+# All tests, the fast ones first, each in the environment that it tests. Called by make test.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 began=$SECONDS
@@ -7,7 +7,7 @@ failed=0
 run() { "$@" || failed=1; }
 airflow=(.env/airflow/bin/python -m pytest)
 cluster=(.env/cluster/bin/python -m pytest)
-# a test waits for processes more than it computes; a file's tests share servers, so they stay together
+# tests mostly wait for processes; those of one file share servers, so they stay together
 two=(-n 2 --dist loadfile)
 run "${airflow[@]}" tests "${two[@]}" -m "not slow and not faults" --ignore=tests/training --durations=5
 run "${cluster[@]}" tests/training --durations=5  # each of them takes both cores

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced: puts the Debian packages that install.sh unpacked for an ordinary user behind the machine's own.
+# Sourced: appends the Debian packages that install.sh unpacked for an ordinary user to the PATH.
 export PATH="$PATH:/usr/sbin:/sbin"
-# Homebrew's rsync comes before Apple's, whatever started make.
+# Homebrew's rsync comes before Apple's, however make was started.
 [ "$(uname)" != Darwin ] || export PATH="/opt/homebrew/bin:/usr/local/bin:$PATH"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.env/tools/root
 if [ -d "$root" ]; then

@@ -29,7 +29,7 @@ def arguments() -> argparse.Namespace:
 
 
 def base_model(recipe: Recipe, given: str | None) -> str:
-    """The model to train; ``ValueError`` where the recipe's own has to be initialised first."""
+    """The model to train. Raises ``ValueError`` if the recipe's model has to be initialised first."""
     model = given or recipe.model.name_or_path
     if model is None:
         raise ValueError(

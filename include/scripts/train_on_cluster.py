@@ -1,9 +1,9 @@
-"""Check a host, bring code and corpus there, train and evaluate, and bring the figures back.
+"""Check a host, send code and corpus there, train and evaluate, and copy the figures back.
 
-The last part of ``run_fast_cpt_training.sh``. Without ``--host`` all of it happens on this machine,
-through the same jobs. The number of GPUs is the host's, where it has fewer than the recipe wants. It
-prints the project's own lines; what launchers and libraries say besides is in a log beside the figures.
-It ends with the gate's decision and the command for what comes next.
+The last part of ``run_fast_cpt_training.sh``. Without ``--host`` everything runs on this machine,
+through the same jobs. If the host has fewer GPUs than the recipe wants, those are used. It
+prints the project's own lines; the output of launchers and libraries is in a log beside the figures.
+It ends with the gate's decision and the command for the next step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fastcpt.recipe_sections import CONFIGS
 from fastcpt.training import commands, made_from
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# lines of DeepSpeed's launcher, torch's log, Python's warnings and what is indented below them
+# lines of DeepSpeed's launcher, torch's log, and Python's warnings with their indented lines
 NOISE = re.compile(r"\s|$|\[\d{4}-\d\d-\d\d |\[rank\d+\]|[WIE]\d{4} |\S+:\d+: \w*Warning: ")
 
 
@@ -137,7 +137,7 @@ def what_is_next(
 def python_of(
     remote: Remote, root: str, recipe: Recipe, code: str, named: str, output: Path
 ) -> str:
-    """The interpreter there: the one that is named, else one that is built there."""
+    """The interpreter on the host: the named one, or else one that is built there."""
     if named:
         cluster = recipe.cluster.model_copy(update={"python": named})
         return environment.check_python(remote, cluster, REPOSITORY)
@@ -156,7 +156,7 @@ def training_job(
     manifest: CorpusManifest,
     sent_base: str | None,
 ) -> tuple[jobs.Job, str]:
-    """The job that trains and evaluates, and the folder that it writes to there."""
+    """The job that trains and evaluates, and its output folder on the host."""
     base = sent_base or made_from.base_name(recipe, made_from.tokenizer_digest(manifest["files"]))
     name = made_from.training_name(
         recipe,
@@ -189,7 +189,7 @@ def training_job(
 
 
 def with_gpus_of(remote: Remote, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe on the GPUs that the host has, where they are fewer than it wants."""
+    """The recipe, with the host's number of GPUs if that is smaller."""
     found = len(ask(remote, "check", root=recipe.cluster.root)["gpus"])
     if not recipe.cluster.cpu_only and 0 < found < recipe.cluster.gpus and not recipe.cluster.hosts:
         print(
@@ -201,7 +201,7 @@ def with_gpus_of(remote: Remote, recipe: Recipe) -> tuple[Recipe, dict[str, Any]
 
 
 def run(remote: Remote, root: str, job: jobs.Job, output: Path) -> None:
-    """Run a job until it has ended: its log comes into ``output``, the project's own lines are printed."""
+    """Run a job to its end: its log is copied into ``output``, the project's own lines are printed."""
     found = jobs.submit(remote, root, job)
     log = output / f"{job.name}.log"
     print(
