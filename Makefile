@@ -32,7 +32,7 @@ test: lint
 	. include/scripts/tools.sh && include/scripts/test.sh
 
 faults: install-dev
-	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest tests/faults tests/e2e/test_{names,marks,turns,rented_run,year}.py --durations=0
+	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest tests/faults tests/e2e/test_{names,marks,turns,rented_run,year}.py tests/plugins/test_mlflow.py --durations=0
 
 deployment: install-dev
 	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest -s tests/deployment

@@ -57,7 +57,7 @@ def provider_info() -> dict[str, Any]:
     return {
         "package-name": "fast-cpt",
         "name": "Fast CPT",
-        "description": "The host that trains, by SSH; a webhook that is told of runs.",
+        "description": "The host that trains, by SSH; a webhook that is told of runs; an MLflow server.",
         "connection-types": [
             {
                 "connection-type": GpuHostHook.conn_type,
@@ -94,6 +94,19 @@ def provider_info() -> dict[str, Any]:
                     "hidden-fields": ["schema", "host", "login", "port", "extra"],
                     "relabeling": {"password": "URL"},
                     "placeholders": {"password": "https://hooks.slack.com/services/..."},
+                },
+            },
+            {
+                "connection-type": "mlflow",
+                "hook-class-name": "tracking.MlflowHook",
+                "hook-name": "MLflow",
+                "ui-field-behaviour": {
+                    "hidden-fields": ["schema", "port", "extra"],
+                    "relabeling": {"host": "URL", "password": "Password or token"},
+                    "placeholders": {
+                        "host": "https://mlflow.example.org",
+                        "login": "empty: the password is a token",
+                    },
                 },
             },
         ],

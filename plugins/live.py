@@ -14,6 +14,7 @@ from typing import Any
 
 from fastcpt.cluster.remote import ClusterError, Remote, ask_async
 from fastcpt.reporting.record import add, add_text
+from tracking import follow
 
 EVERY_S = 15.0  # a curve of 4,000 rows is a megabyte, so do not fetch it more often
 
@@ -26,11 +27,13 @@ class Live:
     def __init__(self, record: str, task: str, metrics: str = "") -> None:
         self.record, self.task, self.metrics = Path(record), task, metrics
         self.left = 0.0
+        self.following: asyncio.Task[None] | None = None
 
     async def leave(self, remote: Remote, status: Mapping[str, Any], line: str) -> None:
         """Write ``live/<task>.json`` and the curve into the record, at most every ``EVERY_S``.
 
         If something cannot be fetched or written, the page is out of date; the job is not affected.
+        MLflow is told in a thread: a slow server does not delay the watching.
         """
         if time.monotonic() - self.left < EVERY_S or not self.record.is_dir():
             return
@@ -52,3 +55,5 @@ class Live:
                     await asyncio.to_thread(add_text, self.record, name, whole)
         except (ClusterError, OSError) as error:
             log.info("the page of the run is not up to date: %s", error)
+        if self.following is None or self.following.done():
+            self.following = asyncio.create_task(asyncio.to_thread(follow, self.record))

@@ -24,7 +24,8 @@ SHARED = {
         f"fastcpt.{name}"
         for name in ("recipe", "recipe_form", "recipe_sections", "shapes", "step_memory")
     ),
-    *(f"fastcpt.{name}" for name in ("gpus", "held_out", "intervals", "recurring", "yaml_files")),
+    *(f"fastcpt.{name}" for name in ("gpus", "held_out", "intervals", "mlflow_server")),
+    *(f"fastcpt.{name}" for name in ("recurring", "yaml_files")),
 }
 GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}
 
@@ -82,6 +83,7 @@ def test_the_library_does_not_know_airflow_plugins_or_dags() -> None:
             "run_tasks",
             "scheduled",
             "steps",
+            "tracking",
         }, path
 
 

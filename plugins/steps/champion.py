@@ -7,6 +7,7 @@ from airflow.sdk import get_current_context
 from fastcpt.files import HOME
 from fastcpt.registry import champion
 from notifications import tell
+from tracking import follow
 
 
 def change() -> str:
@@ -22,5 +23,6 @@ def change() -> str:
     else:
         done, event = champion.retire(HOME, recipe, who, why), champion.RETIRED
     print(done)
+    follow(patience=10.0)
     tell(context, event, f"{done} ({who})")
     return done

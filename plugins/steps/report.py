@@ -11,6 +11,7 @@ from fastcpt.files import HOME
 from notifications import AlreadyTold
 from steps.results import HostFacts, Plan, result_or_none
 from steps.run import price_of, recipe_of
+from tracking import follow
 
 
 class RunFailed(ValueError, AlreadyTold):
@@ -58,6 +59,7 @@ def report() -> Reported:
     add(record, "plan_and_actual.json", {"rows": compared})
     outcome = read(record, "run.json").get("marked") or _outcome(states)
     close_record(record, outcome)
+    follow(record, patience=10.0)
     written = str(write_report(record))
     _require_success(states, outcome)
     return {"report": written, "state": outcome}

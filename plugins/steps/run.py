@@ -13,6 +13,7 @@ from airflow.sdk import Context, get_current_context
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.recurring import Start
 from steps.results import HostFacts, Plan, result_of
+from tracking import follow
 
 P = ParamSpec("P")
 Returned = TypeVar("Returned")
@@ -45,11 +46,13 @@ def noted(step: Callable[P, Returned]) -> Callable[P, Returned]:
 
 
 def note(context: Context, record: Path, began: float) -> None:
+    """Note in the record when a task worked; MLflow, where there is one, is told what is new."""
     from fastcpt.reporting.record import add_time
 
     task = context["ti"]
     part = "" if task.map_index in (None, -1) else f"-{task.map_index}"
     add_time(record, f"{task.task_id}{part}", began, time.time())
+    follow(record)
 
 
 def price_of(recipe: Recipe, cluster: HostFacts | None) -> float | None:
