@@ -1,12 +1,12 @@
-"""Scoring and tokenizing spread over two Celery workers: processes of their own with one shared folder.
+"""Scoring and tokenizing distributed over two Celery workers: separate processes with a shared folder.
 
     . include/scripts/tools.sh; .env/airflow/bin/python benchmarks/celery_workers.py --data FOLDER --tokenizer FOLDER
 
 Starts an Airflow with the CeleryExecutor (the broker is a folder), two workers of one task each and
 an OpenSSH server, triggers the DAG and waits for `build`. The corpus must be, byte for byte, the
-one that a single process builds. Celery's packages (requirements-celery.txt) are put under
-``.env/celery``. The last line is one JSON object: which worker did how many mapped tasks, and
-whether the corpora are ``identical``; the exit code is 0 only where both workers did both steps.
+one that a single process builds. Celery's packages (requirements-celery.txt) are installed under
+``.env/celery``. The last line is one JSON object: the number of mapped tasks of each worker, and
+whether the corpora are ``identical``; the exit code is 0 only if both workers did both steps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def install() -> None:
 
 
 def settings(home: Path) -> dict[str, str]:
-    """What makes the local stack's Airflow one of Celery workers."""
+    """Settings that give the local stack's Airflow Celery workers."""
     queue = home / "queue"
     queue.mkdir()
     return {
@@ -71,7 +71,7 @@ def start_worker(name: str, home: Path, environment: dict[str, str]) -> int:
 
 
 def built_by_workers(home: Path, conf: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """The mapped tasks by worker, seconds until the corpus was there, and where it is."""
+    """The mapped tasks by worker, seconds until the corpus was built, and its path."""
     os.environ["FASTCPT_HOME"] = str(home)
     import local_stack
     import process_groups

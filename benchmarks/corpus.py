@@ -1,4 +1,4 @@
-"""The corpus engine beside datatrove, on the same documents, machine and cores, in one run.
+"""The corpus engine compared with datatrove, on the same documents, machine and cores, in one run.
 
     python benchmarks/corpus.py --data FOLDER --tokenizer FOLDER [--no_ten] [--peer_python PYTHON]
 
@@ -7,9 +7,9 @@ with the same tokenizer and write token files. Ours also collapses versions, che
 packs and compresses. The peer runs two of its own filters (Gopher's and FineWeb's quality) and
 keeps what they would drop, so that both tokenize the same. Documents are counted before duplicates.
 
-datatrove (0.10.1) has an environment of its own; the script makes it under ``.env/datatrove``
-where ``--peer_python`` is not given. Peak memory is the sum over a run's processes of their
-proportional set sizes (pages that several share count once), sampled five times a second. The ten
+datatrove (0.10.1) has a separate environment, which the script makes under ``.env/datatrove``
+without ``--peer_python``. Peak memory is the sum of the proportional set sizes of a run's
+processes (shared pages count once), sampled five times a second. The ten
 copies of the tenfold corpus differ in every fifth word. The last line is one JSON object.
 """
 
@@ -166,7 +166,7 @@ print(tokens, time.monotonic() - started)
 
 @dataclass
 class Run:
-    """What a command took: wall and CPU seconds, peak memory of its processes, its output."""
+    """A command's wall and CPU seconds, the peak memory of its processes, and its output."""
 
     seconds: float
     cpu: float
@@ -225,7 +225,7 @@ def peer_python(given: str | None) -> str:
 
 
 def ten_times(part: str, folder: Path) -> None:
-    """Ten copies of every document of a part, no two alike: every fifth word is the copy's own."""
+    """Ten copies of every document of a part, no two alike: every fifth word is unique to the copy."""
     import io
 
     import zstandard
@@ -263,10 +263,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--data", type=Path, required=True, help="Folder of .jsonl.zst files.")
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--peer_python", help="A Python that has datatrove 0.10.1 and spacy.")
+    parser.add_argument("--peer_python", help="A Python with datatrove 0.10.1 and spacy.")
     parser.add_argument("--no_ten", action="store_true", help="Leave the tenfold corpus out.")
     parser.add_argument("--no_peer", action="store_true", help="Leave datatrove out.")
-    parser.add_argument("--web_sample", type=int, default=248, help="Acts put to web filters.")
+    parser.add_argument("--web_sample", type=int, default=248, help="Acts tested with web filters.")
     arguments = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY / "include"))
     with tempfile.TemporaryDirectory() as scratch:
@@ -327,7 +327,7 @@ def beside_datatrove(
 
 
 def tokenize_ratio(tokenizer: str, parts: list[str], home: Path, processes: int) -> float:
-    """Our tokens per second over those of bare ``encode_batch_fast``."""
+    """Our tokens per second divided by those of bare ``encode_batch_fast``."""
     bare = bare_rate(tokenizer, parts, processes)
     run = measured([sys.executable, "-c", TOKENIZE, tokenizer, str(home), *parts])
     tokens, seconds = map(float, run.output.split())

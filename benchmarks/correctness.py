@@ -1,4 +1,4 @@
-"""Fused blocks against transformers' layers on this GPU: loss and gradients, in bf16 and FP8.
+"""Fused blocks compared with transformers' layers on this GPU: loss and gradients, in bf16 and FP8.
 
     python benchmarks/correctness.py [--only frozen|families|llama]
 
@@ -40,7 +40,7 @@ ROPES = {
 }  # fmt: skip
 
 
-# what sets each family apart, beside another width of heads than hidden size over heads
+# each family's special settings, and a head width that is not hidden size / heads
 OWN = {"llama": {}, "mistral": {"head_dim": 128}, "qwen2": {}, "qwen3": {"head_dim": 128}}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -107,7 +107,7 @@ def compared(
     recompute: Any,
     batch: Any,
 ) -> dict[str, Any]:
-    """Losses of one model by four ways of computing it, and how far their gradients are off."""
+    """Losses of one model computed in four ways, and the errors of their gradients."""
     plain, adapted = model_of(kind, tied, rope, targets), bool(targets)
     wide, fused = copy.deepcopy(plain).float(), copy.deepcopy(plain)
     wide.config._attn_implementation = "sdpa"
@@ -139,7 +139,7 @@ def compared(
 
 
 def two_losses(trainee: Trainee, batch: Any) -> list[float]:
-    """Of one batch, its gradients added up; weights are quantized for the first alone."""
+    """Losses of one batch, with gradients accumulated; weights are quantized only for the first."""
     losses = []
     for _ in range(2):
         loss = trainee(batch, GPU)
@@ -152,10 +152,10 @@ def two_losses(trainee: Trainee, batch: Any) -> list[float]:
 def frozen(
     kind: str, attention: str, recompute: Any, keep: bool, on_host: bool, batch: Any
 ) -> dict[str, Any]:
-    """Adapters in FP8: weights quantized every time, beside weights quantized once, in one byte.
+    """Adapters in FP8: weights quantized every time compared with weights quantized once, in one byte.
 
-    ``keep``: with their transposed copies. Attention's backward adds in any order: how far a way is off
-    from itself (``again``) bounds the gradients; losses and logits have to be equal.
+    ``keep``: with their transposed copies. Attention's backward sums in any order, so the difference
+    between two equal runs (``again``) bounds that of the gradients; losses and logits have to be equal.
     """
     plain = model_of(kind, False, "llama3", LINEARS)
     found = {}
@@ -191,7 +191,7 @@ def frozen(
         for way in ("again", "one byte")
     }
     again, own = differing["again"], differing["one byte"]
-    # in a recomputed layer the copies are the recomputation's own and go with it
+    # in a checkpointed layer the copies belong to the recomputation and are freed with it
     right = all(kept) if keep and recompute != "full" else not any(kept) or keep
     return {
         "case": f"{kind}, {attention}, recompute {recompute}, transposed {'kept' if keep else 'made'}"
@@ -226,7 +226,7 @@ def frozen_cases(batch: Any) -> list[dict[str, Any]]:
 
 
 def against_transformers(only: str | None, batch: Any) -> list[dict[str, Any]]:
-    """Every way to run a Llama, and of the other families what is their own."""
+    """Every way to run a Llama, and the special settings of the other families."""
     llamas = itertools.product(
         ("llama",),
         ((False, "llama3"), (True, "default")),

@@ -1,11 +1,11 @@
-"""How fast evaluation and generation are on this host, and whether batches show in the figure.
+"""The speed of evaluation and generation on this host, and whether batching changes the result.
 
     python benchmarks/evaluation.py [--shape 8b] [--tokens 400000]
     deepspeed --num_gpus 2 benchmarks/evaluation.py --shape 70b
 
 A Llama of the trainer's benchmark shapes with random weights reads random documents of 200 to
 20,000 tokens in windows of 3072, with batches of several sizes, then answers 64 prompts. The last
-line is one JSON object. ``tokens_per_s`` counts what the figure counts, over all GPUs: at training
+line is one JSON object. ``tokens_per_s`` counts evaluated tokens, over all GPUs: at training
 rate R (tokens/s over the same GPUs), with a share s of the corpus held out, base and trained model
 take 2 s R / tokens_per_s of one pass over the corpus.
 """
@@ -42,7 +42,7 @@ ANSWERS, NEW_TOKENS = 64, 128
 
 
 class Words:
-    """As much of a tokenizer as generation asks for; no token ends an answer."""
+    """The parts of a tokenizer that generation needs; no token ends an answer."""
 
     pad_token_id, eos_token_id = 0, 1
 
@@ -65,7 +65,7 @@ def documents(tokens: int, words: int) -> list[HeldOutDocument]:
 
 
 def write_model(folder: Path, shape: dict[str, Any], device: torch.device) -> None:
-    """Written once a host; the other ranks wait for it."""
+    """Written once per host; the other ranks wait for it."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         torch.manual_seed(0)
         more = {"max_position_embeddings": 8192, "initializer_range": 0.05}
@@ -78,7 +78,7 @@ def write_model(folder: Path, shape: dict[str, Any], device: torch.device) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--tokens", type=int, default=400_000, help="of the documents")
+    parser.add_argument("--tokens", type=int, default=400_000, help="in the documents")
     parser.add_argument("--in_parts", action="store_true", default=None)
     parser.add_argument("--local_rank", type=int)
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Which pinned packages a Mac (arm64, Python 3.11) gets no wheel for, and what their source needs.
+"""Pinned packages without a wheel for a Mac (arm64, Python 3.11), and whether their source is pure Python.
 
     macos_wheels.py [requirements.txt ...]
 
-pip's index is asked (its simple API, PEP 691); nothing is downloaded but the source of what has no
-wheel: it is built here, and is pure Python where the wheel it makes is for any platform. Exits 1
-where a package has neither.
+It asks pip's index (simple API, PEP 691) and downloads only the sources of packages without a
+wheel. These are built here; they are pure Python if the resulting wheel is for any platform. Exits 1
+if a package has neither.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def main() -> int:
 
 
 def pins(text: str) -> list[str]:
-    """``name==version`` of each line; extras do not change which file is wanted."""
+    """``name==version`` of each line; extras do not affect which file is needed."""
     lines = (re.sub(r"\s*#.*|\[.*?\]", "", line).strip() for line in text.splitlines())
     return [line for line in lines if line]
 
 
 def index() -> str:
-    """The index that pip is set to, else its own."""
+    """The index that pip is configured for, or else PyPI."""
     done = subprocess.run(
         [*PIP, "config", "get", "global.index-url"], capture_output=True, text=True
     )
@@ -73,7 +73,7 @@ def index() -> str:
 
 
 def files_of(client: httpx.Client, pin: str) -> list[str]:
-    """Names of the files that the index has of the pinned version."""
+    """Names of the index's files for the pinned version."""
     name, version = pin.split("==")
     answer = client.get(f"{INDEX}/{canonicalize_name(name)}/", headers=JSON)
     answer.raise_for_status()
@@ -84,7 +84,7 @@ def files_of(client: httpx.Client, pin: str) -> list[str]:
 def version_of(name: str) -> Version | None:
     try:
         return (parse_wheel_filename if name.endswith(".whl") else parse_sdist_filename)(name)[1]
-    except ValueError:  # an egg, an installer, or a name from before there were rules
+    except ValueError:  # an egg, an installer, or a name older than the naming rules
         return None
 
 
@@ -101,7 +101,7 @@ def is_wheel_for(name: str, tags: set[Tag]) -> bool:
 
 
 def built(pin: str) -> str:
-    """What the source of a package without a wheel needs in order to be built."""
+    """What the source of a package without a wheel needs to be built."""
     with tempfile.TemporaryDirectory() as folder:
         name = pin.split("==")[0]
         build = [*PIP, "wheel", "-q", "--no-deps", "--no-binary", name, "-w", folder, pin]

@@ -1,12 +1,12 @@
-"""The same models trained with each kind of optimizer states, side by side on this host's GPUs.
+"""The same models trained with each kind of optimizer states, in parallel on this host's GPUs.
 
     python benchmarks/optimizer_states.py --corpus FOLDER [--shape 146m] [--seeds 0,1,2] [--steps 1500]
 
-Each training is the product's own command in processes of its own, on one GPU, several on a GPU where
-there are more trainings than GPUs; its model is then evaluated on the corpus's validation sets. A seed gives the
+Each training runs the product's command in separate processes on one GPU, several per GPU if
+there are more trainings than GPUs; its model is then evaluated on the corpus's validation sets. A seed sets the
 initial weights and the order of the rows, the same for all states. ``nearest`` is bfloat16 states without
-stochastic rounding. Steps are of 16,384 tokens. After ``--seconds`` what still runs is ended, and the
-curves are compared as far as all have come. The last line is one JSON object.
+stochastic rounding. Steps have 16,384 tokens. After ``--seconds`` running trainings are ended, and the
+curves are compared up to the last step that all have reached. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def recipe_file(args: argparse.Namespace, states: str, seed: int, folder: Path) 
 
 
 class Host:
-    """What the trainings of one call share: the time there is, and the processes that run."""
+    """Shared by the trainings of one call: the remaining time, and the running processes."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
@@ -84,7 +84,7 @@ class Host:
         }
 
     def run(self, log: Path, gpu: int, *command: object) -> bool:
-        """Run a command on one GPU to its end, or until there is no time left; whether it succeeded."""
+        """Run a command on one GPU until it ends or the time is over; returns whether it succeeded."""
         environment = self.environment
         if self.args.gpus:
             environment = {**environment, "CUDA_VISIBLE_DEVICES": str(gpu)}
@@ -132,7 +132,7 @@ class Host:
 
 
 def train_to_nearest() -> None:
-    """The training command, with every random number in the middle: rounding to the nearest."""
+    """The training command with every random number fixed at the middle, which rounds to nearest."""
     import torch
 
     from fastcpt.training.rounded_adamw import RoundedAdamW
@@ -147,15 +147,15 @@ def train_to_nearest() -> None:
 
 
 def curve(out: Path) -> dict[int, float]:
-    """Loss by step, as far as the training has come."""
+    """Loss by step so far."""
     file = out / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
     return {line["step"]: line["loss"] for line in map(json.loads, lines)}
 
 
 def figures(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Of each training: the mean loss of the last tenth of the steps that all have made, held-out bits per byte,
-    steps skipped by the guard."""
+    """For each training: the mean loss over the last tenth of the common steps, held-out bits per byte,
+    and steps skipped by the guard."""
     curves = {name: curve(folder / name) for name in names}
     common = min((max(steps, default=0) for steps in curves.values()), default=0)
     found: dict[str, dict[str, Any]] = {}
@@ -177,7 +177,7 @@ def figures(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def print_table(found: dict[str, dict[str, Any]], states: list[str], seeds: list[str]) -> None:
-    """Each figure's mean over the seeds, and how far it lies from float32's of the same seed."""
+    """Each figure's mean over the seeds, and its difference from float32's for the same seed."""
     for key in ("loss", "bits_random", "bits_newest"):
         values = {name: one.get(key) for name, one in found.items()}
         print(f"\n{key:14}{'mean':>10}{'beside float32, by seed':>34}")
@@ -210,8 +210,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rate", type=float, default=6e-4, help="learning rate, cosine to 0")
-    parser.add_argument("--micro", type=int, default=8, help="rows of a micro-batch")
-    parser.add_argument("--gpus", type=int, help="0 trains on the CPU; all that are there if left")
+    parser.add_argument("--micro", type=int, default=8, help="rows per micro-batch")
+    parser.add_argument("--gpus", type=int, help="0 trains on the CPU; default: all")
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--keep", type=Path, help="folder for the curves and logs")
     args = parser.parse_args()

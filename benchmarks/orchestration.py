@@ -1,12 +1,12 @@
-"""What orchestration costs: a run of tasks that do nothing, a wait of hours, a hundred waits at once.
+"""The cost of orchestration: a run of empty tasks, a wait of hours, a hundred waits at once.
 
     .env/airflow/bin/python benchmarks/orchestration.py [--jobs 100] [--watch 60]
 
-Starts an Airflow (SQLite) and an OpenSSH server of its own. ``overhead_s`` is the time from
-triggering to the end of a run of as many tasks as the main DAG has, none of which does anything.
-``triggerer_cpu_s_per_hour`` is the processor time of the triggerer and its ssh processes while one
-job is watched, less that of the idle triggerer, scaled to an hour. ``jobs_watched`` is how many of
-``--jobs`` jobs were seen to their end by one triggerer at once. Last line: one JSON object.
+Starts its own Airflow (SQLite) and OpenSSH server. ``overhead_s`` is the time from
+triggering to the end of a run with as many tasks as the main DAG, all of them empty.
+``triggerer_cpu_s_per_hour`` is the CPU time of the triggerer and its ssh processes while one
+job is watched, minus that of the idle triggerer, scaled to an hour. ``jobs_watched`` is how many of
+``--jobs`` jobs one triggerer watched to their end at once. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from airflow.sdk import dag, task
 from remote_job import RemoteJob, RemoteJobOperator
 
 @dag(schedule=None)
-def interrupted():  # the name that the stack waits for
+def interrupted():  # the stack waits for a DAG with this name
     @task
     def nothing():
         pass
@@ -51,7 +51,7 @@ interrupted()
 
 def job(context):
     conf = context["dag_run"].conf
-    # a line a second, until the benchmark says that it is enough
+    # one line per second, until the benchmark ends it
     beat = 'i=0; until [ -e "$0" ]; do i=$((i + 1)); echo step $i; sleep 1; done'
     command = ["bash", "-c", beat, conf["enough"]]
     return RemoteJob("local_cluster", conf["root"], [command], alone="no")
@@ -75,7 +75,7 @@ watched()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=100)
-    parser.add_argument("--watch", type=int, default=60, help="seconds one job is watched")
+    parser.add_argument("--watch", type=int, default=60, help="seconds to watch one job")
     arguments = parser.parse_args()
     machines.DAGS = DAGS
     machines.SEEN_SOON = {}  # Airflow's own thresholds: nothing is killed here
@@ -104,7 +104,7 @@ def measure(airflow: machines.Airflow, root: Path, arguments: argparse.Namespace
     conf = {"root": str(root), "jobs": 1, "enough": str(one)}
     run = airflow.trigger("watched", conf)
     states(run, "deferred", 1, 120)
-    time.sleep(remote_job.SHORT_S)  # then a job is polled as it is for hours
+    time.sleep(remote_job.SHORT_S)  # after this, a job is polled at the long interval
     busy = watched_cpu(airflow, arguments.watch)
     print(f"one job watched: {busy:.2f} s of CPU in {arguments.watch} s", flush=True)
     one.touch()
@@ -118,7 +118,7 @@ def measure(airflow: machines.Airflow, root: Path, arguments: argparse.Namespace
     ended(run, 900)
     instances = [task for task in tasks(run) if task["map_index"] >= 0]
     succeeded = sum(task["state"] == "success" for task in instances)
-    # a sample of the logs: every step once, in order
+    # check the log: every step once, in order
     sample = range(0, arguments.jobs, max(1, arguments.jobs // 10))
     logs = [[line for line in log(run, number) if line.startswith("step ")] for number in sample]
     complete = sum(
@@ -181,7 +181,7 @@ def states(run: machines.Run, state: str, count: int, seconds: float) -> int:
 
 
 def watched_cpu(airflow: machines.Airflow, seconds: float) -> float:
-    """Processor seconds of the triggerer and all it started, over ``seconds``."""
+    """CPU seconds of the triggerer and its child processes, over ``seconds``."""
     before = cpu(airflow)
     time.sleep(seconds)
     return cpu(airflow) - before
@@ -195,7 +195,7 @@ def cpu(airflow: machines.Airflow) -> float:
             fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        # its own, and that of its children that have ended
+        # its own, and that of its ended children
         ticks += sum(int(field) for field in fields[11:15])
     return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -1,12 +1,12 @@
-"""How well the cost model predicts what was measured, also what it was not fitted on.
+"""How well the cost model predicts measurements, including those it was not fitted on.
 
     python benchmarks/planning.py [--fit]
 
 Fits the efficiencies of ``fastcpt.planning.costs`` on the rows of ``measured.yaml`` and, for each
-row, on all others alone: the error left out is what a plan of something new has to expect. Rows help
-their likes, so whole groups are left out too (a model size, a number of GPUs): how often does the
-plan's range, made without them, hold what was measured? Beside it the range as it was before it
-widened with distance, and the rates of other programs: published, and measured on the trainer's hosts
+row, on all other rows: the left-out error is the expected error for something new. Similar rows help
+each other, so whole groups are left out too (a model size, a number of GPUs): how often does the
+resulting range contain the measurement? It also shows the earlier range, which did not
+widen with distance, and the rates of other programs: published, and measured on the trainer's hosts
 (``other_programs.yaml``). No GPU; a minute. ``--fit`` prints the efficiencies to put into ``costs.Efficiency`` after a new row. The last line
 is one JSON object.
 """
@@ -39,16 +39,16 @@ from fastcpt.planning.measured import (
 from fastcpt.planning.ranges import OF_MEASUREMENTS, Range, called, measured_range, published_rate
 from fastcpt.recipe import DEFAULT_RECIPE, load_recipe
 
-# What one would say before any run: shares of peak that kernels of the kind are known for, passes
-# counted by hand. A number that few rows speak of stays near it.
+# Prior estimates: typical shares of peak for such kernels, passes counted by hand. An efficiency that
+# few rows determine stays near its prior.
 BEFORE = Efficiency(
     bf16=0.65, fp8=0.5, flash=0.5, sdpa=0.2, cudnn=0.6,
     passes_liger=8.0, passes_fused=6.0, passes_fp8=2.0,
     passes_lora=40.0, passes_lora_fused=10.0, passes_fp8_weights=6.0, micro_batch_ms=20.0,
     memory=0.85, link=0.3, hidden=0.25, hidden_fused=0.6,
 )  # fmt: skip
-FIXED = ("network", "memory")  # no row tells them
-TRUST, DOUBT = 0.03, 0.2  # spread of a measurement, and of what is said before, in logarithms
+FIXED = ("network", "memory")  # not determined by any row
+TRUST, DOUBT = 0.03, 0.2  # spread of a measurement, and of a prior estimate, in logarithms
 
 
 def fit(rows: list[Row]) -> Efficiency:
@@ -97,7 +97,7 @@ GROUPS: dict[str, Callable[[Job], Any]] = {
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A measured or published rate (tokens/s per GPU) that the range did not know of."""
+    """A measured or published rate (tokens/s per GPU) that was not used for the range."""
 
     group: str
     what: str
@@ -116,10 +116,10 @@ class LeftOut:
 
 
 def left_out_groups(rows: list[Row]) -> list[LeftOut]:
-    """The trainer's rows, each with the range of a plan that knows neither it nor its group.
+    """The trainer's rows, each with the range of a plan without it and its group.
 
-    For every model size and every number of GPUs among the trainer's rows: all rows of it left out
-    (other programs' too), the efficiencies fitted on the rest, and the range made from the rest.
+    For every model size and every number of GPUs among the trainer's rows, all its rows are left out
+    (also other programs'); the efficiencies are fitted on the rest, and the range is made from it.
     """
     found = []
     for group, key in GROUPS.items():
@@ -146,7 +146,7 @@ OTHER_PROGRAMS = Path(__file__).with_name("other_programs.yaml")
 
 def peers(rows: list[Row], of_others: list[Published]) -> list[LeftOut]:
     """Each rate of another program and the range of a plan for its model, method, GPUs and sequence,
-    which knows of the other published rates only. Their programs are not this one."""
+    made from the other published rates only."""
     found = []
     published = published_rows()
     for row in of_others:
@@ -163,7 +163,7 @@ def peers(rows: list[Row], of_others: list[Published]) -> list[LeftOut]:
 
 
 def _planned(row: Published) -> Job | None:
-    """The trainer's own way of running a published row's job; None where it does not fit."""
+    """How the trainer would run a published row's job; None if it does not fit."""
     assert row.hardware.gpu is not None
     recipe = changed(
         load_recipe(DEFAULT_RECIPE),
@@ -198,7 +198,7 @@ def earlier_range(
 
 
 def print_left_out(rows: list[LeftOut], title: str) -> dict[str, Any]:
-    """A line a row, and the share inside; as JSON too."""
+    """Prints one line per row and the share inside; returns both for JSON."""
     print(f"\n{title:<72}{'rate':>9}{'range':>20}{'':>4}{'earlier range':>20}")
     for row in rows:
         ends = [f"{r.low:,.0f} to {r.high:,.0f}" for r in (row.range, row.earlier)]

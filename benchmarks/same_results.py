@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 PARTS = ("corpus", "names", "plans", "training")
-# of a training, what does not depend on the machine's mood
+# a training's files that do not depend on timing
 METRICS = ("step", "loss", "learning_rate", "grad_norm", "tokens", "skipped_steps")
 RESULT = (
     "steps",
@@ -39,7 +39,7 @@ RESULT = (
 )
 STEPS = {"max_steps": 8, "warmup_steps": 2, "logging_steps": 1, "save_steps": 4}
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
-# of everything that is found again by its name
+# the files of everything that is found by its digest
 NAMES = """
 import json
 from pathlib import Path
@@ -74,14 +74,14 @@ print(build_instructions(load_recipe(sys.argv[1]), Path(sys.argv[2]))["path"])
 
 
 class Tree:
-    """A work tree, and the folder for what it makes."""
+    """A work tree, and the folder for its results."""
 
     def __init__(self, root: Path, made: Path) -> None:
         self.root, self.made = root.resolve(), made
         made.mkdir(parents=True, exist_ok=True)
 
     def run(self, environment: str, *command: object, may_fail: bool = False) -> str:
-        """What a command of the tree prints on stdout; its environment is ``airflow`` or ``cluster``."""
+        """The stdout of a command in the tree; its environment is ``airflow`` or ``cluster``."""
         programs = self.root / ".env" / environment / "bin"
         words = [str(programs / command[0]), *map(str, command[1:])]
         print("+", " ".join(words).replace("\n", " ")[:200], file=sys.stderr, flush=True)
@@ -156,7 +156,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def plans(tree: Tree) -> dict[str, str]:
-    """What is said of the recipes on several clusters, and of the published measurements."""
+    """Plans of the recipes on several clusters, and of the published measurements."""
     asked: list[tuple[object, ...]] = [("--check",)]
     for cluster in ("8xH100", "4xB200", "16xA100", "1xH200"):
         on = ("--cluster", cluster, "--tokens", 900_000_000)
@@ -202,7 +202,7 @@ def _figures(output: Path) -> dict[str, Any]:
 
 
 def _without(content: Any, words: tuple[str, ...]) -> Any:
-    """``content`` without the keys that have one of these words in them."""
+    """``content`` without the keys that contain one of these words."""
     if isinstance(content, list):
         return [_without(item, words) for item in content]
     if not isinstance(content, dict):
@@ -238,7 +238,7 @@ def results_of(tree: Tree, parts: set[str], data: Path | None) -> dict[str, Any]
 
 
 def differences(old: Any, new: Any, where: str) -> list[str]:
-    """Where two results differ, each as one line."""
+    """The differences between two results, one line each."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = [f"{where}/{key}: in one tree alone" for key in sorted(old.keys() ^ new.keys())]
         for key in sorted(old.keys() & new.keys()):
@@ -257,14 +257,14 @@ def main() -> int:
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--data", type=Path, help="a folder of documents to build a corpus of too")
-    parser.add_argument("--keep", type=Path, help="an empty folder; what is made stays there")
+    parser.add_argument("--data", type=Path, help="documents to build a further corpus from")
+    parser.add_argument("--keep", type=Path, help="an empty folder in which the results are kept")
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="same_results-"))
     found = []
     try:
         for name in ("old", "new"):
-            # one path for both: names depend on the paths of documents
+            # one path for both trees: digests depend on the paths of documents
             tree = Tree(getattr(arguments, name), folder.resolve() / "work")
             found.append(results_of(tree, set(arguments.only), arguments.data))
             tree.made.rename(folder / name)

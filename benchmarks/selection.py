@@ -2,8 +2,8 @@
 
     python benchmarks/selection.py [--documents 10000000]
 
-The table has what selection reads of real ones: components, dates, subject matters, four citations
-a document, signatures; every twentieth document is a near-duplicate of another, every tenth an
+The table has everything that selection reads: components, dates, subject matters, four citations
+per document, signatures; every twentieth document is a near-duplicate of another, every tenth an
 older version of an act. The last line is one JSON object.
 """
 
@@ -40,14 +40,14 @@ def columns_of(part: int, rows: int, documents: int) -> dict[str, Any]:
     rng = np.random.default_rng(part)
     first = part * rows
     numbers = np.arange(first, first + rows)
-    # every tenth is a version of the document before it
+    # every tenth is a version of the previous document
     act = np.where(numbers % 10 == 9, numbers - 1, numbers)
     version = np.where(numbers % 10 == 8, 20_200_101, 0)
     hashes = (act.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     own = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
     year = rng.integers(1980, 2026, rows)
     signatures = rng.integers(0, 1 << 16, (rows, BINS), dtype=np.uint16)
-    # every twentieth agrees with the one before in nine tenths of the entries
+    # every twentieth agrees with the previous one in nine tenths of the entries
     again = np.arange(1, rows, 20)
     shared = rng.random((len(again), BINS)) < 0.9
     signatures[again] = np.where(shared, signatures[again - 1], signatures[again])

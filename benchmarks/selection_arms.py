@@ -1,6 +1,6 @@
 """The arms of ``selection_value.py``: ways to spend a budget of tokens on one pool of documents.
 
-An arm is a function of the pool, the budget and a random generator; it answers with spans of the
+An arm is a function of the pool, the budget and a random generator; it returns spans of the
 pool's tokens: an array ``[n, 2]`` of begin and length, in the pool's order.
 """
 
@@ -20,9 +20,11 @@ from fastcpt.files import whole_file
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-POINTS_A_DOUBLING = 12.0  # what ``short-legal`` takes off the score for each doubling of the length
+POINTS_A_DOUBLING = (
+    12.0  # ``short-legal`` subtracts these from the score per doubling of the length
+)
 PASSAGE = 512  # tokens
-RUNNING = 0.7  # a passage with less of running text is a table, a form or a list of codes
+RUNNING = 0.7  # a passage with less running text is a table, a form or a list of codes
 HALF_LIFE = 15.0  # years, as in the score's recency
 
 
@@ -65,7 +67,7 @@ def published(pool: Pool, budget: int, drawn: np.random.Generator) -> Ints:
 
 
 def short_legal(pool: Pool, budget: int, drawn: np.random.Generator) -> Ints:
-    """The legal score less points for length."""
+    """The legal score minus points for length."""
     score = pool.table["legal"].to_numpy() - POINTS_A_DOUBLING * np.log2(pool.length)
     return _whole(pool, np.argsort(-score, kind="stable"), budget)
 
@@ -82,7 +84,7 @@ def articles(pool: Pool, budget: int, drawn: np.random.Generator) -> Ints:
 
 
 def unrepeated(pool: Pool, budget: int, drawn: np.random.Generator) -> Ints:
-    """Every document without passages that mostly stand in a document before, cut at one length."""
+    """Every document without passages that mostly repeat earlier documents, cut at one length."""
     begin, length, document = passages(pool)
     grams = _grams(pool.ids, 8)
     of = np.repeat(np.arange(len(begin)), length)
@@ -92,12 +94,12 @@ def unrepeated(pool: Pool, budget: int, drawn: np.random.Generator) -> Ints:
 
 
 def novel(pool: Pool, budget: int, drawn: np.random.Generator) -> Ints:
-    """The passages that together cover most of what the pool's documents have in common."""
+    """The passages that together cover most of the content that the pool's documents share."""
     return _covering(pool, budget, np.ones(len(pool.length)))
 
 
 def novel_recent(pool: Pool, budget: int, drawn: np.random.Generator) -> Ints:
-    """``novel``, where a document counts the more the newer it is."""
+    """``novel``, with more weight for newer documents."""
     year = pool.table["year"].to_numpy().astype(float)
     age = np.maximum(0.0, np.quantile(year, 0.99) - np.where(year > 0, year, np.median(year)))
     return _covering(pool, budget, 0.5 ** (age / HALF_LIFE))
@@ -119,11 +121,11 @@ ARMS: dict[str, Arm] = {
     "novel-recent": novel_recent,
 }
 TRIVIAL = ("lots", "shortest", "head", "window", "all")
-DRAWN = ("lots", "window")  # those whose documents or places depend on the seed
+DRAWN = ("lots", "window")  # arms that choose documents or places by the seed
 
 
 def spans_of(arm: str, seed: int, pool: Pool, budget: int, folder: Path) -> Ints:
-    """An arm's spans, worked out once and kept in ``folder``."""
+    """An arm's spans, computed once and kept in ``folder``."""
     drawn = seed if arm in DRAWN else 0
     file = folder / f"{arm}-{drawn}-{budget}.npy"
     if not file.is_file():
@@ -140,7 +142,7 @@ def _whole(pool: Pool, order: Ints, budget: int) -> Ints:
 
 
 def passages(pool: Pool) -> tuple[Ints, Ints, Ints]:
-    """Begin, length and document of all passages: the documents in steps of ``PASSAGE`` tokens."""
+    """Begin, length and document of all passages of ``PASSAGE`` tokens."""
     counts = -(-pool.length // PASSAGE)
     document = np.repeat(np.arange(len(counts)), counts)
     place = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -166,7 +168,7 @@ def _heads_of(
 
 
 def joined(spans: Ints, pool: Pool) -> Ints:
-    """Spans in order, those that touch inside of a document as one."""
+    """Spans in order, with adjacent spans of a document merged."""
     spans = spans[np.argsort(spans[:, 0])]
     ends = spans.sum(axis=1)
     apart = np.ones(len(spans), dtype=bool)
@@ -207,10 +209,10 @@ def _grams(ids: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.uint64]:
 def _covering(pool: Pool, budget: int, weight: Floats) -> Ints:
     """Passages chosen one by one, each for what it adds to the sum over n-grams of w log(1 + c).
 
-    c is how often the chosen passages have the n-gram, w how often documents have it, each document
-    with its weight, those that are the n-gram's only document left out. The sum is submodular: the
+    c is the n-gram's count in the chosen passages, w its weighted count over the documents, without
+    n-grams that occur in only one document. The sum is submodular: the
     greedy choice reaches 63 % of the best one (Nemhauser et al. 1978), and a passage's gain only
-    falls, so that most need not be looked at again (Minoux 1978).
+    falls, so most passages need not be evaluated again (Minoux 1978).
     """
     begin, length, _ = passages(pool)
     gram, value = shared_grams(pool, np.repeat(np.arange(len(pool.length)), pool.length), weight)
@@ -242,7 +244,7 @@ def _covering(pool: Pool, budget: int, weight: Floats) -> Ints:
 
 
 def shared_grams(pool: Pool, document: Ints, weight: Floats, size: int = 3) -> tuple[Ints, Floats]:
-    """Each token's n-gram (-1 where one document alone has it), and the n-grams' values."""
+    """Each token's n-gram (-1 if only one document has it), and the n-grams' values."""
     hashes = _grams(pool.ids, size)
     _, gram = np.unique(hashes, return_inverse=True)
     order = np.lexsort((document, gram))

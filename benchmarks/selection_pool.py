@@ -1,6 +1,6 @@
-"""The pool of ``selection_value.py``: what is left to train on of a folder of documents, as token ids.
+"""The pool of ``selection_value.py``: the training documents of a folder, as token ids.
 
-Made by the product's own steps: scores, duplicates, held-out works, overlaps. The folder holds all
+Made by the product's own steps: scores, duplicates, held-out works, overlaps. The folder holds everything
 that the arms and the trainings need, so that a GPU host needs neither documents nor corpus packages.
 """
 
@@ -32,7 +32,7 @@ class Pool:
     ids: npt.NDArray[np.int32]
     begin: Ints
     length: Ints  # in tokens
-    pieces: Ints  # where text begins that did not stand behind the token before it
+    pieces: Ints  # starts of text that did not follow the previous token in the document
     table: pa.Table  # id, year, legal, published (scores), legal_rank, published_rank
     tokenizer: Path
 
@@ -57,7 +57,7 @@ class Pool:
 
 
 def make_pool(folder: Path, recipe: Recipe, home: Path, processes: int | None = None) -> None:
-    """Write the pool of the recipe's documents to ``folder``; nothing where it is complete."""
+    """Write the pool of the recipe's documents to ``folder``, unless it is complete."""
     if (folder / "pool.json").is_file():
         return
     from fastcpt.corpus.build import build
@@ -77,7 +77,7 @@ def make_pool(folder: Path, recipe: Recipe, home: Path, processes: int | None = 
     for name in ("tokenizer", *(f"validation{part}" for part in ("", "_newest"))):
         shutil.copytree(Path(corpus["path"]) / name, folder / name, dirs_exist_ok=True)
     ids, pieces, rows = _training_ids(selection["path"], recipe, folder / "tokenizer", home)
-    # a byte a token: the folder may have to travel
+    # one byte per token, as the folder may be sent to a host
     pq.write_table(
         pa.table({"id": ids}),
         folder / "tokens.parquet",
@@ -100,7 +100,7 @@ def make_pool(folder: Path, recipe: Recipe, home: Path, processes: int | None = 
 def _training_ids(
     selection: str, recipe: Recipe, tokenizer_folder: Path, home: Path
 ) -> tuple[npt.NDArray[np.int32], Ints, list[dict[str, Any]]]:
-    """Ids of all training documents, where their pieces begin, and a row for each document."""
+    """Ids of all training documents, the starts of their pieces, and a row per document."""
     from fastcpt.corpus.decontamination import cut_passages, drop_overlapping, find_overlaps
     from fastcpt.corpus.replay import GeneralHeldOut
     from fastcpt.corpus.selected import Selected

@@ -11,7 +11,7 @@ from fastcpt.training.data import Ints, Row
 
 
 class SpanRows:
-    """Spans of a pool as rows of ``size`` tokens, packed as a corpus is."""
+    """Spans of a pool as rows of ``size`` tokens, packed like a corpus."""
 
     def __init__(self, pool: Pool, spans: npt.NDArray[np.int64], size: int) -> None:
         self.ids, self.size = pool.ids, size
@@ -44,7 +44,7 @@ class SpanRows:
 def at_pieces(
     spans: npt.NDArray[np.int64], pieces: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Begin and length of spans (in order), cut where a piece of the pool begins inside of one."""
+    """Begin and length of spans (in order), cut where a piece of the pool begins inside one."""
     ends = spans.sum(axis=1)
     owner = np.searchsorted(spans[:, 0], pieces, side="right") - 1
     inside = (owner >= 0) & (pieces > spans[owner, 0]) & (pieces < ends[owner])

@@ -14,10 +14,10 @@ LOTS = "lots"
 
 
 def table_of(results: list[dict[str, Any]], trivial: list[str]) -> tuple[str, dict[str, Any]]:
-    """A Markdown table and its figures, of each arm the mean over its seeds.
+    """A Markdown table and its figures, with each arm's mean over its seeds.
 
-    The differences are in percent of the other's bits: to documents drawn by lot, and to the trivial arm
-    that is best on that set, each with a 95 % interval.
+    The differences are in percent of the other's bits: from randomly drawn documents, and from the trivial
+    arm that is best on that set, each with a 95 % interval.
     """
     arms: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
@@ -83,7 +83,7 @@ def _mean(nats: npt.NDArray[Any], weight: npt.NDArray[Any]) -> float:
 
 
 def bits_of(found: dict[str, list[float]]) -> float:
-    """Bits per byte of a set's documents together, from their losses in nats."""
+    """Bits per byte over all documents of a set, from their losses in nats."""
     return sum(found["nats"]) / math.log(2) / sum(found["bytes"])
 
 

@@ -1,14 +1,14 @@
-"""What a selection is worth: arms of one pool and one budget, trained at equal compute.
+"""The value of a selection: arms of one pool and one budget, trained at equal compute.
 
     python benchmarks/selection_value.py --documents FOLDER --model SmolLM2-135M-Instruct.Q4_1.gguf \\
         --work FOLDER --arms head,legal,novel --seeds 0,1,2 --share 0.4 --steps 350 --side_by_side 3
 
-Without ``--model`` a Llama of 45 M parameters begins from nothing, with a vocabulary of 16,384 trained on
+Without ``--model`` a Llama of 45 M parameters is trained from scratch, with a vocabulary of 16,384 trained on
 the pool. All arms get ``--share`` of the pool's training tokens, the same steps, and for one seed the same
-order drawn; bits per byte are those of the held-out documents (random by work, and newest). The trivial arms
-are always among them. Intervals are paired over documents and seeds.
+random order; bits per byte are those of the held-out documents (random by work, and newest). The trivial arms
+are always included. Intervals are paired over documents and seeds.
 
-``--work`` keeps pool, arms and results: a call that was ended goes on, and a folder with a pool needs no
+``--work`` keeps pool, arms and results: an interrupted call resumes, and a folder with a pool needs no
 documents. ``--only_arms`` stops before the trainings: make pool and arms on one machine, train on another.
 The last line is one JSON object.
 """
@@ -138,7 +138,7 @@ def arguments() -> argparse.Namespace:
 
 
 def train_and_evaluate(args: argparse.Namespace, arm: str, seed: int, out: Path) -> None:
-    """Train on an arm with the product's trainer and write what the held-out documents then cost."""
+    """Train on an arm with the product's trainer and write the losses on the held-out documents."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if not args.gpus:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -205,7 +205,7 @@ def documents_in(spans: Any, pool: Pool) -> int:
 
 
 def run_all(args: argparse.Namespace, runs: list[tuple[str, int]], results: Path) -> list[Any]:
-    """Results of these runs, those of ``results`` among them, which is written as they come."""
+    """Results of these runs, including those already in ``results``, which is updated after each."""
     done: dict[str, Any] = read_json(results) if results.is_file() else {}
     left = [(arm, seed) for arm, seed in runs if name_of(args, arm, seed) not in done]
     places: Queue[int] = Queue()
@@ -235,7 +235,7 @@ def run_all(args: argparse.Namespace, runs: list[tuple[str, int]], results: Path
 
 
 def name_of(args: argparse.Namespace, arm: str, seed: int) -> str:
-    """A run's name among the results: all that a call may change."""
+    """A run's key in the results: everything that the arguments may change."""
     return (
         f"{arm} seed={seed} share={args.share:g} steps={args.steps} rate={args.rate} {args.shape}"
     )
@@ -244,7 +244,7 @@ def name_of(args: argparse.Namespace, arm: str, seed: int) -> str:
 def in_a_process(
     args: argparse.Namespace, arm: str, seed: int, places: Queue[int], end: float
 ) -> dict[str, Any] | None:
-    """One run in a process of its own on a free GPU; None where it fails or the time is over."""
+    """One run in a separate process on a free GPU; None if it fails or the time is over."""
     gpu = places.get()
     try:
         left = end - time.monotonic()

@@ -1,4 +1,4 @@
-"""Tokens per second of the trainer on this host's GPUs, beside the figures to reach.
+"""The trainer's tokens per second on this host's GPUs, compared with target figures.
 
     python benchmarks/training.py [--cases 8b-lora-bf16,8b-full-fp8@4] [--steps 2] [--profile]
 
@@ -55,7 +55,7 @@ SHAPES = {
 
 
 class Case(NamedTuple):
-    """What is trained, on how many GPUs, and the tokens/s per GPU to reach on which."""
+    """What is trained, on how many GPUs, and the target tokens/s per GPU on which card."""
 
     shape: str
     lora: bool
@@ -141,11 +141,11 @@ def worker(args: argparse.Namespace) -> None:
             "tokens_per_s_per_gpu": round(rate),
             "mfu": round(rate * flop_per_token(shape, lora) / PEAK, 3),
             "memory_gb": round(peak_memory_gb(device), 1),
-            # weights, optimizer and what is left of making them
+            # weights, optimizer and remains of creating them
             "loaded_gb": round(loaded / 1e9, 2),
             **memory_parts(trained, device),
             "recomputed": f"{chosen['checkpointing']} of {chosen['layers_recomputed']} layers",
-            # pages given back and fetched again because the memory was full: they cost time
+            # memory released to the driver and allocated again because it was full: this costs time
             "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
             "micro_batch": micro,
             "accumulation": args.accumulation,
@@ -160,7 +160,7 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def replace_parts(args: argparse.Namespace) -> None:
-    """Random weights made on the GPU in place of files, and what is asked for in place of the product's."""
+    """Use random weights made on the GPU instead of files, and the arguments' settings instead of the product's."""
     from fastcpt import step_memory
     from fastcpt.training import engine, layers
 
@@ -190,7 +190,7 @@ def recipe_values(args: argparse.Namespace, case: Case) -> dict[str, Any]:
 
 
 def write_config(shape: dict[str, Any], folder: Path) -> None:
-    """The model's config.json, by rank 0; returns when it is there."""
+    """Rank 0 writes the model's config.json; all ranks return when it exists."""
     from transformers import AutoConfig
 
     # beyond 2^31 the mask of positions is longer than any row here
@@ -203,7 +203,7 @@ def write_config(shape: dict[str, Any], folder: Path) -> None:
 
 
 def random_model(path: str, attention: str, dtype: str, device: Any) -> tuple[Any, str]:
-    """``fastcpt.training.model.load_model`` of a folder without weights: random ones."""
+    """``fastcpt.training.model.load_model`` for a folder without weights: random ones."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -224,7 +224,7 @@ def random_model(path: str, attention: str, dtype: str, device: Any) -> tuple[An
 
 
 def random_layerwise(path: str, attention: str, dtype: str, device: Any) -> tuple[Any, str, Any]:
-    """``fastcpt.training.layerwise.load_layerwise`` of a folder without weights: random ones."""
+    """``fastcpt.training.layerwise.load_layerwise`` for a folder without weights: random ones."""
     import torch
     from transformers import AutoConfig
 
@@ -246,13 +246,13 @@ def random_layerwise(path: str, attention: str, dtype: str, device: Any) -> tupl
 
 
 def fill(words: str, weight: Any) -> Any:
-    """The weight of that name, filled as a new model's is."""
+    """The weight with that name, initialised as in a new model."""
     values = weight.data
     return values.fill_(1.0) if "norm" in words else values.normal_(0.0, 0.02)
 
 
 def memory_parts(engine: Any, device: Any) -> dict[str, float]:
-    """After a step: GB of what is kept for each weight, of what else stays, of what a step adds."""
+    """After a step: GB kept for weights, GB that otherwise stays, and GB that a step adds."""
     import torch
 
     zero, kept = engine.optimizer, {}
@@ -284,7 +284,7 @@ def memory_parts(engine: Any, device: Any) -> dict[str, float]:
 
 
 def random_rows(words: int, pieces: int, count: int) -> Any:
-    """``count`` full rows of random tokens below ``words``, each of so many documents."""
+    """``count`` full rows of random tokens below ``words``, each with so many documents."""
     import numpy as np
 
     from fastcpt.training.data import ListRows, Row
@@ -300,7 +300,7 @@ def random_rows(words: int, pieces: int, count: int) -> Any:
 
 
 def timed_steps(loop: Any, steps: int, rate: float) -> tuple[list[float], list[float]]:
-    """Seconds and losses of one step to warm up and of ``steps`` more, at this learning rate."""
+    """Seconds and losses of one warm-up step and ``steps`` more, at this learning rate."""
     import torch
 
     times, losses = [], []
@@ -338,7 +338,7 @@ def print_profile(loop: Any) -> None:
 
 
 def run(case: str, options: list[str], seconds: float) -> dict[str, Any] | None:
-    """A case in processes of its own; None where it fails."""
+    """A case in separate processes; None if it fails."""
     gpus = case_of(case).gpus
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -362,21 +362,21 @@ def run(case: str, options: list[str], seconds: float) -> dict[str, Any] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", help="names, separated by commas; those for this host if left")
+    parser.add_argument("--cases", help="names, separated by commas; default: those for this host")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--accumulation", type=int, default=16)
     parser.add_argument("--micro", type=int)
     parser.add_argument("--attention", default="auto", choices=("auto", "flash_attention_2"))
     parser.add_argument("--scaling", choices=("current", "delayed"), default="current")
     parser.add_argument("--states", choices=("float32", "bfloat16", "int8"), help="the optimizer's")
-    parser.add_argument("--rows", type=int, default=64, help="different ones, then again")
+    parser.add_argument("--rows", type=int, default=64, help="different ones, then repeated")
     parser.add_argument("--rate", type=float, default=1e-5, help="learning rate of every step")
     parser.add_argument("--pieces", type=int, default=1, help="documents packed into a row")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--share", type=float, help="of the memory that the plan may fill")
+    parser.add_argument("--share", type=float, help="share of memory that the plan may use")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--seconds", type=float, default=300.0, help="at most for one case")
+    parser.add_argument("--seconds", type=float, default=300.0, help="limit for one case")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()

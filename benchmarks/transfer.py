@@ -1,11 +1,11 @@
-"""How fast a corpus gets to the cluster, beside one plain ``cat | ssh cat`` of the same bytes.
+"""The speed of sending a corpus to the cluster, compared with a plain ``cat | ssh cat`` of the same bytes.
 
     PYTHONPATH=include .env/airflow/bin/python benchmarks/transfer.py [--shards 16] [--megabytes 130]
 
-Both go to an OpenSSH server on the loopback, in turns (the best of each counts). ``rate_ratio`` is
-the transfer's rate over that of a plain ``ssh``; ``same_cipher_ratio`` over one that is told to use
-the transfer's ciphers too. That is moving the bytes; the digests, which ``cat`` does not check, are
-in ``whole_rate_ratio``. Last line: one JSON object.
+Both send to an OpenSSH server on the loopback, alternately (the best of each counts). ``rate_ratio`` is
+the transfer's rate divided by that of a plain ``ssh``; ``same_cipher_ratio`` by that of an ``ssh`` with
+the transfer's ciphers. These cover only moving the bytes; ``whole_rate_ratio`` includes the digests, which
+``cat`` does not check. Last line: one JSON object.
 """
 
 from __future__ import annotations
