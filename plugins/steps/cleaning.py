@@ -1,4 +1,4 @@
-"""What nothing needs any more goes, here and on a GPU host, when a person says so."""
+"""Removes what nothing needs any more, on this machine and on a GPU host, when a person triggers it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Cleaned(TypedDict):
 
 
 def clean() -> Cleaned:
-    """Remove what the form's policy lets go, or (``remove`` off) only list it with sizes."""
+    """Remove what the form's policy allows, or only list it with sizes (``remove`` off)."""
     from fastcpt.cluster.remote import ask_through
     from fastcpt.registry.cleaning import clean as clean_here
     from fastcpt.registry.cleaning import line
 
     values = get_current_context()["params"]
     policy, remove = Policy(values["days"], values["candidates"]), values["remove"]
-    # asked for first: once records are gone here, nothing is known of what the host has to keep for them
+    # first, because the records here say what the host has to keep
     asked, sizes = on_host(HOME, policy), {"here": 0, "there": 0}
     if connection := values["connection"]:
         root = connection_of(connection).extra_dejson.get("root")

@@ -1,4 +1,4 @@
-"""Removing what nothing in FASTCPT_HOME needs any more (``in_use``)."""
+"""Removes what nothing in FASTCPT_HOME needs any more (``in_use``)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from fastcpt.registry.in_use import Policy, unused
 
 
 def clean(home: Path, policy: Policy, dry_run: bool) -> Iterator[tuple[Path, int]]:
-    """Remove, or in a ``dry_run`` only name, one folder after another: each with its bytes.
+    """Remove folder after folder, or only list them (``dry_run``); yields each with its bytes.
 
-    ``InUseError`` before anything is removed.
+    Raises ``InUseError`` before anything is removed.
     """
     gone = unused(home, policy)
     if not dry_run:
         for left in home.glob("*/.*.removed"):
-            shutil.rmtree(left)  # what a removal that was killed had begun
+            shutil.rmtree(left)  # left by a removal that was killed
     for folder in gone:
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if not dry_run:
-            # under another name first: half of a folder is never taken for the whole
+            # rename first, so that a half-removed folder is never used
             aside = folder.with_name(f".{folder.name}.removed")
             folder.rename(aside)
             shutil.rmtree(aside)
@@ -29,5 +29,5 @@ def clean(home: Path, policy: Policy, dry_run: bool) -> Iterator[tuple[Path, int
 
 
 def line(place: object, size: int) -> str:
-    """A folder, or the word for them all, with its size."""
+    """One line of the list: a folder, or a word for the sum, with its size."""
     return f"{size / 1e9:8.2f} GB  {place}"

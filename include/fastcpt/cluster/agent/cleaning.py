@@ -1,7 +1,7 @@
-"""What under the root nothing uses any more, and its removal.
+"""Removes folders below the root that nothing uses any more.
 
-What a job's script names is touched when the job is started or found (``touch_named``), so a folder's age tells
-whether a run may still want it. A job that has not ended keeps all that its script names, however old that is.
+``touch_named`` renews the age of what a job's script names, when the job is started or found. So a folder's age
+tells whether a run may still need it. Until a job has ended, all that its script names stays at any age.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from fastcpt.cluster.agent.job_folder import ACTIVE, cleaning_lock
 from fastcpt.cluster.agent.jobs import job_state
 from fastcpt.cluster.agent.processes import processes_of
 
-# The end of a folder's name while it is removed: half of it is never taken for the whole.
+# Suffix of a folder while it is removed, so that a half-removed folder is never used.
 REMOVED = ".removed"
 
 
@@ -27,10 +27,10 @@ def clean(
     only: Dict[str, List[str]],
     remove: bool,
 ) -> Answer:
-    """Remove, or only name, what was not used for ``idle_s`` seconds: ``{folders: [{path, bytes}]}``.
+    """Remove, or only list, what was not used for ``idle_s`` seconds: ``{folders: [{path, bytes}]}``.
 
-    ``keep`` has the kinds of folders below the root that are looked at, each with the names that stay;
-    of a kind in ``only`` no other names are looked at.
+    The keys of ``keep`` are the kinds of folders that are cleaned, its values the names that stay. Of a
+    kind in ``only`` no other names than those are cleaned.
     """
     root = expand(root)
     if remove:
@@ -51,7 +51,7 @@ def clean(
 
 
 def entries(folder: str, hidden: bool = False) -> List[str]:
-    """The folders in a folder; ``hidden``: those whose removal was not finished."""
+    """The folders in a folder; with ``hidden``, those whose removal was interrupted."""
     try:
         found = [entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)]
     except OSError:
@@ -61,7 +61,7 @@ def entries(folder: str, hidden: bool = False) -> List[str]:
 
 
 def unused(root: str, kind: str, name: str, idle_s: float, scripts: str) -> bool:
-    """Whether a folder is old, and is and has no part in a job that has not ended."""
+    """Whether a folder is old and no unfinished job is in it or names it."""
     folder = os.path.join(root, kind, name)
     if time.time() - last_used(folder) < idle_s:
         return False
@@ -69,7 +69,7 @@ def unused(root: str, kind: str, name: str, idle_s: float, scripts: str) -> bool
 
 
 def scripts_of_jobs(root: str) -> str:
-    """The scripts of the jobs that have not ended, one after another."""
+    """The scripts of all unfinished jobs, joined."""
     found = []
     for name in entries(os.path.join(root, "jobs")):
         folder = os.path.join(root, "jobs", name)
@@ -80,15 +80,15 @@ def scripts_of_jobs(root: str) -> str:
 
 
 def goes_on(folder: str) -> bool:
-    """Whether a job has not ended, or left a process."""
+    """Whether a job has not ended or has left a process."""
     folder = os.path.realpath(folder)
     if not os.path.exists(os.path.join(folder, "lock")):
-        return False  # its result was there: it was never started
+        return False  # never started: its result was found
     return job_state(folder)["state"] in ACTIVE or bool(processes_of(folder))
 
 
 def last_used(folder: str) -> float:
-    """Seconds since 1970, by what lies in it at most two levels deep: an environment has 50,000 files."""
+    """Seconds since 1970; looks two levels deep only, because an environment has 50,000 files."""
     moments = [os.lstat(folder).st_mtime]
     for entry in os.scandir(folder):
         moments.append(entry.stat(follow_symlinks=False).st_mtime)
@@ -98,7 +98,7 @@ def last_used(folder: str) -> float:
 
 
 def size_of(folder: str) -> int:
-    """Bytes of the files below a folder; what vanishes meanwhile counts nothing."""
+    """Bytes of the files below a folder; files that vanish meanwhile are not counted."""
     size = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -108,7 +108,7 @@ def size_of(folder: str) -> int:
 
 
 def take_away(root: str, kind: str, name: str, idle_s: float) -> bool:
-    """Remove a folder under another name first; False where it is in use since it was looked at."""
+    """Rename a folder, then remove it; False if it came into use since it was listed."""
     aside = os.path.join(root, kind, "." + name + REMOVED)
     with cleaning_lock(root, fcntl.LOCK_EX):
         if not unused(root, kind, name, idle_s, scripts_of_jobs(root)):

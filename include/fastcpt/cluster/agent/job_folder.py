@@ -37,7 +37,7 @@ def job_folder(root: str, name: str) -> str:
 
 @contextmanager
 def cleaning_lock(root: str, kind: int) -> Iterator[None]:
-    """Held shared (``fcntl.LOCK_SH``) while a job says what it uses, alone while a folder is taken away."""
+    """Held shared (``fcntl.LOCK_SH``) while a job touches what it uses, exclusively while a folder is renamed."""
     lock = os.open(os.path.join(expand(root), "cleaning.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, kind)
@@ -47,11 +47,12 @@ def cleaning_lock(root: str, kind: int) -> Iterator[None]:
 
 
 def touch_named(root: str, script: str, folder: str) -> None:
-    """Make a job's ``folder`` young, and all that its script names: age tells what is in use."""
-    with cleaning_lock(root, fcntl.LOCK_SH):
+    """Renew the age of a job's ``folder`` and of all that its script names: ``cleaning`` goes by it."""
+    # a full disk may have no room for the lock: then a job that runs is still kept by its script
+    with suppress(OSError), cleaning_lock(root, fcntl.LOCK_SH):
         os.utime(folder)
         for kind in NAMED:
-            with suppress(OSError):  # none of this kind, or somebody else's
+            with suppress(OSError):  # no folder of this kind, or another user's
                 for name in os.listdir(os.path.join(expand(root), kind)):
                     if f"/{kind}/{name}" in script:
                         os.utime(os.path.join(expand(root), kind, name))
