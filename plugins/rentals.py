@@ -1,7 +1,7 @@
-"""Rented machines that nobody else gives back: those of runs that ended, were deleted, or spent their money.
+"""Releases rented machines of runs that ended, were deleted, or spent their money.
 
-A run whose machine was taken away, or was not what had been planned, begins again: each of its steps
-finds what it had made, and its training goes on from the newest checkpoint that was brought.
+A run that lost its machine, or got one that differs from the plan, begins again: each of its steps
+finds its earlier result, and its training resumes from the newest copied checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MINUTES = 3
 
 
 def look_after() -> None:
-    """Look at every machine of the ledger, and again at the moment when one has to go."""
+    """Check every machine of the ledger, and again at the moment when one has to be released."""
     from fastcpt.rent import machines
 
     context, until = get_current_context(), time.time() + 60 * MINUTES - 30
@@ -32,7 +32,7 @@ def look_after() -> None:
             tell(context, f"rented machine of {rental.run}: {news.what}", news.reason)
         for rental in machines.to_begin_again(HOME, _goes_on):
             print(f"{rental.key}: {rental.why}: {rental.run} begins again")
-            # all of the run is cleared
+            # the whole run is cleared
             wanted = TriggerDagRun(dag_id=rental.dag, run_id=rental.run, reset_dag_run=True)
             task_runner.SUPERVISOR_COMMS.send(wanted)
             machines.begun_again(HOME, rental)
@@ -43,7 +43,7 @@ def look_after() -> None:
 
 
 def _goes_on(dag: str, run: str) -> bool | None:
-    """Whether a run has not ended; None where it was deleted."""
+    """Whether a run has not ended; None if it was deleted."""
     if goes_on(dag, run):
         return True
     return False if RuntimeTaskInstance.get_dr_count(dag, run_ids=[run]) else None

@@ -1,9 +1,9 @@
 """A training that goes on from the recipe's champion: its settings, where it begins, its length.
 
 It begins with the champion as it was before fine-tuning, and reads the documents that the champion was
-not trained on and a replay of the others. The learning rate is warmed up and decays again, over as
-many steps as the documents are of all: each is read as often as from the base model (A. Ibrahim et al.,
-Simple and Scalable Strategies to Continually Pre-train Large Language Models, 2024).
+not trained on and a replay of the others. The learning rate is warmed up and decays again; the number of
+steps shrinks in proportion to the documents, so each is read as often as from the base model (A. Ibrahim
+et al., Simple and Scalable Strategies to Continually Pre-train Large Language Models, 2024).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Start(TypedDict):
 
     model: str
     training: str  # its training before fine-tuning: models/<training>/final on the GPU host
-    record: str  # the folder's name of its run's record
-    corpora: list[str]  # digests of all that it was trained on, the oldest first
+    record: str  # the name of its run's record folder
+    corpora: list[str]  # digests of all corpora it was trained on, the oldest first
 
 
 def share_of_all(corpus: CorpusManifest) -> float:
-    """The share of all its documents' tokens that a corpus trains on: 1 from the base model."""
+    """The share of all documents' tokens that the corpus trains on: 1 for the base model."""
     gone_on = corpus.get("gone_on")
     if not gone_on:
         return 1.0

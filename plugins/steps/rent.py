@@ -1,6 +1,6 @@
-"""The rented host: taken when the plan is approved, made ready, and given back whatever happens.
+"""The rented host: rented once the plan is approved, prepared, and released in any case.
 
-The ledger knows what a run has (``fastcpt.rent``). A recipe without ``cluster.rent`` has nothing to do here.
+The ledger (``fastcpt.rent``) lists a run's machines. Without ``cluster.rent`` these steps do nothing.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from steps.run import noted, recipe_of
 if TYPE_CHECKING:
     from fastcpt.rent.ledger import Rental
 
-# So long a machine that its provider calls ready may be silent.
+# How long a machine may not answer after its provider calls it ready.
 SILENT_S = 900.0
-# At least so long before the money is spent no job runs: the time is for the last checkpoint's way here.
+# At least this long before the money is spent no job runs, to leave time for copying the last checkpoint.
 RESERVE_S = 300.0
 NOTHING = "cluster.connection names a host that is there: nothing is rented."
 
 
 @noted
 def acquire_cluster(plan: Plan) -> HostFacts | None:
-    """Rent the run's machine, or find it; what it is and has. One that cannot take the run goes back."""
+    """Rent or find the run's machine and return its facts. A machine that cannot take the run is released."""
     from fastcpt.rent import machines
 
     recipe, context = recipe_of(plan), get_current_context()
@@ -60,7 +60,7 @@ def acquire_cluster(plan: Plan) -> HostFacts | None:
 
 
 class NotAsPlanned(ValueError):
-    """The machine is another than the plan is of; ``offered`` is what of it counts."""
+    """The machine differs from the planned one; ``offered`` describes its GPUs."""
 
     def __init__(self, offered: dict[str, Any]) -> None:
         self.offered = offered
@@ -71,7 +71,7 @@ class NotAsPlanned(ValueError):
 
 
 def _not_as_planned(recipe: Recipe, rental: Rental, facts: HostFacts) -> dict[str, Any] | None:
-    """GPUs and their kind where they are others than the plan's."""
+    """The machine's GPUs and their kind if they differ from the plan's."""
     from fastcpt.cluster.remote import ClusterError
 
     machine, cluster = rental.machine, recipe.cluster
@@ -88,7 +88,7 @@ def _not_as_planned(recipe: Recipe, rental: Rental, facts: HostFacts) -> dict[st
 
 
 def _kind(cluster: Cluster, facts: HostFacts | None) -> str | None:
-    """The name of the GPUs that a recipe names, or a host has; None where the table has none of it."""
+    """The name of the GPUs in the recipe, or on the host; None if the table does not have them."""
     from fastcpt.gpus import HardwareError
     from fastcpt.planning.hardware import hardware_of
 
@@ -100,9 +100,9 @@ def _kind(cluster: Cluster, facts: HostFacts | None) -> str | None:
 
 
 def as_offered(recipe: Recipe, dag: str, run: str) -> dict[str, Any]:
-    """What of the recipe is another value for the machine that was offered last in place of the planned one.
+    """The recipe's values that change for the machine that was last offered instead of the planned one.
 
-    The batch stays: what a training has learnt already counts. ``RecipeError`` where so many GPUs cannot share it.
+    The batch size stays, so that a begun training stays valid. Raises ``RecipeError`` if the GPUs cannot divide it.
     """
     from fastcpt.rent import ledger
 
@@ -146,7 +146,7 @@ def replaces_a_machine(context: Context) -> bool:
 
 
 def note_spending(record: Path, dag: str, run: str) -> None:
-    """What the run has rented goes into its record."""
+    """Write the run's rented machines into its record."""
     from fastcpt.rent import ledger
     from fastcpt.reporting.record import add
 
@@ -162,7 +162,7 @@ def note_spending(record: Path, dag: str, run: str) -> None:
 
 
 def _needs(recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """What the provider is asked for; hours are the plan's, None where it knows none."""
+    """The request to the provider; hours are the plan's, None if unknown."""
     from fastcpt.reporting.record import read
 
     hours = read(Path(plan["record"]), "plan.json").get("hours") or {}
@@ -179,7 +179,7 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
 
 
 def _checked(recipe: Recipe, rental: Rental) -> HostFacts:
-    """The machine's facts as soon as it answers; ``ClusterError`` where it has not what its provider says."""
+    """The machine's facts as soon as it answers. Raises ``ClusterError`` if the provider's description is wrong."""
     from fastcpt.cluster.check import check_cluster
     from fastcpt.cluster.remote import ConnectionLost
 
@@ -198,7 +198,7 @@ def _checked(recipe: Recipe, rental: Rental) -> HostFacts:
 
 
 def _reserve_seconds(plan: Plan) -> float:
-    """What the plan keeps for saving the last checkpoint and bringing it here."""
+    """The plan's reserve for saving the last checkpoint and copying it here."""
     from fastcpt.reporting.record import read
 
     hours: float | None = read(Path(plan["record"]), "plan.json").get("reserve_hours")
@@ -206,7 +206,7 @@ def _reserve_seconds(plan: Plan) -> float:
 
 
 def _watch(recipe: Recipe, rental: Rental, root: str, reserve_seconds: float) -> None:
-    """Have the machine end itself where nobody else does (``cluster.jobs.watch``)."""
+    """Make the machine release itself if nobody else does (``cluster.jobs.watch``)."""
     from fastcpt.cluster import jobs
     from fastcpt.rent import ledger
 
@@ -222,7 +222,7 @@ def _watch(recipe: Recipe, rental: Rental, root: str, reserve_seconds: float) ->
 
 
 def prepare_rented(context: Context) -> RemoteJob | Mapping[str, Any]:
-    """Packages and code on the rented machine; corpus and recipe follow (``bring_to_rented``)."""
+    """Install packages and code on the rented machine; corpus and recipe follow (``bring_to_rented``)."""
     if recipe_of(result_of(context, "plan")).cluster.rent is None:
         print(NOTHING)
         return {}
@@ -238,7 +238,7 @@ def bring_to_rented(context: Context, files: Files, environment: Environment) ->
 
 
 def release_cluster() -> None:
-    """Give the run's machine back, or keep it for a while where the run failed and the recipe says so."""
+    """Release the run's machine, or keep it for a while if the run failed and the recipe says so."""
     from fastcpt.rent import ledger, machines
 
     context = get_current_context()

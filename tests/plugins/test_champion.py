@@ -103,8 +103,8 @@ def test_only_a_better_model_takes_the_champion_s_place(ended: Ended) -> None:
     # the report has every condition
     (record,) = ended.home.glob("runs/worse-????????")
     report = write_report(record).with_suffix(".md").read_text()
-    assert "sample-two kept as a candidate: missed: share of bits a byte saved" in report
-    assert "| share of bits a byte saved of the champion's" in report
+    assert "sample-two kept as a candidate: missed: relative saving in bits" in report
+    assert "| relative saving in bits per byte over the champion" in report
 
 
 def test_a_person_s_rollback_is_noted_with_name_and_reason_and_told(ended: Ended) -> None:

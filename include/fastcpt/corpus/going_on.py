@@ -1,4 +1,4 @@
-"""What a training that goes on from the champion reads: new documents, and a replay of earlier ones."""
+"""The documents for a training that continues from the champion: new ones, and a replay of earlier ones."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class NothingNew(BuildError):
 def keep_new(
     documents: Selected, lengths: Ints, start: Start, recipe: Recipe, home: Path
 ) -> GoneOn:
-    """Leave, of the training documents, those that the champion was not trained on, and a replay.
+    """Keep the training documents that the champion was not trained on, and a replay of the others.
 
-    ``lengths`` are the tokens of every document. Earlier documents have the share ``recurring.replay``
-    of the tokens, drawn by their text and the champion: others each time. Of the newest acts those
-    judge no more that the champion was trained on. ``NothingNew``; ``HeldOutError`` where the ledger
-    does not know what the champion was trained on.
+    ``lengths`` are the tokens of every document. Earlier documents get the share ``recurring.replay``
+    of the tokens, drawn by a hash of text and champion, so they differ each time. The newest acts that
+    the champion was trained on no longer count in the evaluation. Raises ``NothingNew``, or
+    ``HeldOutError`` if the ledger does not have the champion's training documents.
     """
     texts, works = trained_on(home, start["corpora"])
     newest = documents.rows(NEWEST)

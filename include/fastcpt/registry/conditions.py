@@ -46,7 +46,7 @@ def decide(
         _better(publish.margin, evaluation, champion["evaluation"] if champion else None),
     ]
     if champion:
-        what = "documents of the comparison set that it or the champion was trained on"
+        what = "documents of the comparison set that the model or the champion was trained on"
         conditions.append(
             _unmeasured(what, 0, "the ledger does not know one of their corpora")
             if trained_on is None
@@ -62,9 +62,9 @@ def decide(
 
 
 def _better(margin: float, evaluation: Evaluation, champion: Evaluation | None) -> dict[str, Any]:
-    """The share of bits that the model saves of the champion's, or the base model's, reaches the margin."""
-    of = "the champion's" if champion else "the base model's"
-    what = f"share of bits a byte saved of {of}, at least the margin and beyond noise"
+    """Whether the relative saving in bits over the champion, or the base model, reaches the margin."""
+    of = "the champion" if champion else "the base model"
+    what = f"relative saving in bits per byte over {of}, at least the margin and beyond noise"
     ours = _documents(evaluation)
     theirs, who = (_documents(champion), "model") if champion else (ours, "base")
     why = _not_comparable(evaluation, champion, ours, theirs) if champion else ""
@@ -82,7 +82,7 @@ def _answers_not_worse(evaluation: Evaluation, champion: Evaluation) -> list[dic
     theirs = str(champion.get("questions", {}).get("model", {}).get("right", ""))
     if not ours and not theirs:
         return []
-    what = "share of questions answered rightly beyond the champion's, not below 0 beyond noise"
+    what = "share of right answers minus the champion's, not below 0 beyond noise"
     if len(ours) != len(theirs):  # evaluation.questions changed
         why = f"{len(ours)} questions were asked, the champion {len(theirs)}"
         return [_unmeasured(what, 0.0, why)]
@@ -98,21 +98,21 @@ def _over_base(publish: Publish, evaluation: Evaluation) -> list[dict[str, Any]]
     asked: list[tuple[float | None, str, Found | None, Callable[[Found, float], bool], str]] = [
         (
             wanted.improvement,
-            "bits a byte saved of the base model's, at least and beyond noise",
+            "bits per byte saved over the base model, at least and beyond noise",
             _saved(evaluation, evaluation["validation_set"]),
             _above,
             "the base model was not evaluated",
         ),
         (
             wanted.tasks,
-            "share of questions answered rightly beyond the base model's, not below beyond noise",
+            "share of right answers minus the base model's, not below beyond noise",
             answers.get("gain"),
             _not_below,
             "no questions were asked (evaluation.questions)",
         ),
         (
             wanted.forgotten,
-            "bits a byte lost on general texts beside the base model, at most",
+            "bits per byte lost on general texts against the base model, at most",
             _negative(_saved(evaluation, "general")),
             _at_most,
             "no general set (documents.replay)",

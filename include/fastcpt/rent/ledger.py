@@ -1,7 +1,7 @@
-"""The ledger of rented machines: one file a machine under ``HOME/rented/``, each written whole.
+"""The ledger of rented machines: one file per machine under ``HOME/rented/``, each written atomically.
 
-A line is written before the provider is asked, so that whatever is killed leaves a name to look for.
-A run has one machine at a time: whoever changes its lines holds the run's lock.
+The entry is written before the provider is asked, so that a killed process leaves a key to look for.
+A run has one machine at a time: a process that changes the run's entries holds the run's lock.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fastcpt.files import digest_of, read_json, whole_file, write_json
 log = logging.getLogger(__name__)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_\[\]][A-Za-z0-9_.:\[\]-]{0,252}$")]
-# what sshd writes into its .pub file, without the comment
+# the content of sshd's .pub file, without the comment
 HostKey = Annotated[
     str, StringConstraints(pattern=r"^(ssh|ecdsa|sk)-[a-z0-9@.-]+ [A-Za-z0-9+/]{40,}={0,2}$")
 ]
 
 
 class Machine(BaseModel):
-    """What a provider says of a machine; more than this is left unread. Price: USD, whole machine."""
+    """A provider's description of a machine; other keys are ignored. Price: USD, whole machine."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -39,15 +39,15 @@ class Machine(BaseModel):
     host_key: HostKey
     price_per_hour: float = Field(ge=0.0, allow_inf_nan=False)
     gpus: int = Field(ge=0)
-    # what ends the machine from inside, as words; none: only the provider's release does
+    # arguments of a command that ends the machine from inside; None: only the provider can
     release_command: list[str] | None = None
 
 
 class Rental(BaseModel):
-    """A line of the ledger. Times are seconds since the epoch.
+    """An entry of the ledger. Times are seconds since the epoch.
 
-    asked: the provider may have begun; held: it has answered; unverified: given back, and the
-    provider still names it or says nothing; released: the provider says that it is gone.
+    asked: the provider may have begun; held: it has answered; unverified: released, but the
+    provider still lists it or does not answer; released: the provider says that it is gone.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -55,7 +55,7 @@ class Rental(BaseModel):
     key: str
     dag: str
     run: str
-    connection: str = ""  # Airflow's, with the key that logs in
+    connection: str = ""  # Airflow's, with the login key
     state: Literal["asked", "held", "unverified", "released"] = "asked"
     commands: dict[str, list[str]]
     needs: dict[str, Any]
@@ -65,12 +65,12 @@ class Rental(BaseModel):
     released: float | None = None
     keep_until: float | None = None
     why: str = ""
-    # what it was instead of what had been planned: ``gpus``, and ``gpu`` where that is another
+    # if it differs from the plan: its ``gpus``, and ``gpu`` if that differs
     offered: dict[str, Any] | None = None
     told: tuple[str, ...] = ()
 
     def cost(self, now: float) -> float:
-        """USD from the moment that the provider was asked; 0 where it never named a machine."""
+        """USD since the provider was asked; 0 if it never named a machine."""
         if self.machine is None:
             return 0.0
         return ((self.released or now) - self.asked) / 3600 * self.machine.price_per_hour
@@ -81,13 +81,13 @@ def _folder(home: Path) -> Path:
 
 
 def name_of_run(dag: str, run: str) -> str:
-    """What the names of a run's machines begin with: readable, and no other run's."""
+    """The prefix of the names of a run's machines: readable, and unique to the run."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", run).strip("-").lower()
     return f"fast-cpt-{readable[:24].strip('-')}-{digest_of(dag, run)[:10]}"
 
 
 def write(home: Path, rental: Rental, **changes: Any) -> Rental:
-    """Put the rental with ``changes`` into the ledger, and return it so."""
+    """Write the rental with ``changes`` into the ledger, and return it."""
     rental = rental.model_copy(update=changes)
     write_json(_folder(home) / f"{rental.key}.json", rental.model_dump(mode="json"))
     return rental
@@ -99,7 +99,7 @@ def of_run(home: Path, dag: str, run: str) -> list[Rental]:
 
 
 def of_name(home: Path, name: str) -> list[Rental]:
-    """The machines of the run of this ``name_of_run``, the newest last."""
+    """The machines of the run with this ``name_of_run``, the newest last."""
     files = _folder(home).glob(f"{name}-[0-9]*.json")
     return sorted(map(_read, files), key=lambda rental: rental.asked)
 
@@ -110,15 +110,15 @@ def every(home: Path) -> list[Rental]:
     for file in _folder(home).glob("*.json"):
         try:
             rental = _read(file)
-        except ValueError:  # it keeps no other machine from being looked after
-            log.exception("%s is damaged: look at the provider what became of its machine", file)
+        except ValueError:  # other machines must still be looked after
+            log.exception("%s is damaged: check at the provider whether its machine is gone", file)
             continue
         found.append(rental)
     return sorted(found, key=lambda one: one.asked)
 
 
 def not_released(home: Path) -> list[Rental]:
-    """Those that may still cost money, the oldest first."""
+    """The machines that may still cost money, the oldest first."""
     return [rental for rental in every(home) if rental.state != "released"]
 
 
@@ -131,17 +131,17 @@ def _read(file: Path) -> Rental:
 
 
 def next_key(home: Path, dag: str, run: str) -> str:
-    """The key of the run's next machine: the provider knows two requests with it for one."""
+    """The key of the run's next machine: for the provider, requests with the same key are the same."""
     return f"{name_of_run(dag, run)}-{len(of_run(home, dag, run)) + 1}"
 
 
 def spent(rentals: Iterable[Rental], now: float) -> float:
-    """USD of all these machines, up to now or to the end of each."""
+    """USD for all these machines, each until its end or now."""
     return sum(rental.cost(now) for rental in rentals)
 
 
 def deadline(rentals: Iterable[Rental], rental: Rental) -> float | None:
-    """When the run's money is spent while it has this machine; None: never."""
+    """When the run's money will be spent with this machine; None: never."""
     if rental.money is None or rental.machine is None or not rental.machine.price_per_hour:
         return None
     before = spent((one for one in rentals if one.key != rental.key), rental.asked)
@@ -149,7 +149,7 @@ def deadline(rentals: Iterable[Rental], rental: Rental) -> float | None:
 
 
 def known_hosts(home: Path, rental: Rental) -> Path:
-    """A file with the key that the provider named, and no other: it alone is believed."""
+    """A file with only the host key that the provider gave: no other is accepted."""
     machine = rental.machine
     if machine is None:
         raise ValueError(f"{rental.key}: the provider has named no machine yet")
@@ -163,7 +163,7 @@ def known_hosts(home: Path, rental: Rental) -> Path:
 
 @contextmanager
 def locked(home: Path, dag: str, run: str, wait: bool = True) -> Iterator[bool]:
-    """The run's lines are one process's to change; False where another has them and ``wait`` is off."""
+    """Hold the lock on the run's entries; yields False if another process has it and ``wait`` is off."""
     _folder(home).mkdir(parents=True, exist_ok=True)
     with (_folder(home) / f"{name_of_run(dag, run)}.lock").open("w") as lock:
         try:

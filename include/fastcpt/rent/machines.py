@@ -1,7 +1,7 @@
-"""A run's machine: taken once, given back for certain, and looked after when the run is not there.
+"""A run's machine: rented once, reliably released, and looked after even if the run is gone.
 
 ``take`` and ``give_back`` may be killed at any instant and called again. ``look_after`` is for a
-process that runs every few minutes, whatever became of the runs.
+process that runs every few minutes, independently of the runs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from fastcpt.rent import ledger, provider
 from fastcpt.rent.ledger import Rental
 from fastcpt.rent.provider import PROJECT, AnswerRefused, ProviderError
 
-# A provider that ends a machine takes its time to say so.
+# A provider may take a while to report that a machine is gone.
 VERIFY_S, VERIFY_POLL_S = 120.0, 5.0
-# Whoever asked and was killed may have left a command behind that still rents.
+# A killed process may have left a command behind that still rents.
 LATE_S = provider.PATIENCE_S["acquire"] + 300.0
-# Of the money: people are told then.
+# The share of the money at which people are notified.
 TOLD_SHARE = 0.8
 
 What = Literal[
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class MoneySpent(ValueError):
-    """The run has spent what it may: no machine is rented for it any more."""
+    """The run has spent its money: no further machine is rented for it."""
 
 
 class NotReleased(OSError):
@@ -64,16 +64,15 @@ def take(
     money: float | None = None,
     connection: str = "",
 ) -> Rental:
-    """The run's machine: found where it is still there, rented otherwise; never a second one.
+    """The run's machine: the existing one if there is one, otherwise newly rented; never a second one.
 
-    ``money`` is what all of the run's machines together may cost, in USD; ``connection`` is kept with
-    the machine. Raises ``ProviderError``
-    and ``NotReleased`` (again later), ``MoneySpent``.
+    ``money`` is the limit for all of the run's machines together, in USD; ``connection`` is stored with
+    the machine. Raises ``ProviderError`` and ``NotReleased`` (try again later), or ``MoneySpent``.
     """
     with ledger.locked(home, dag, run):
         for rental in _not_released(home, dag, run):
             if rental.state == "asked":
-                # the same key again: the provider finds what a killed try has rented
+                # the same key again, so that the provider finds a machine rented by a killed try
                 return _ask(home, rental)
             if rental.state == "held" and _is_there(rental):
                 return ledger.write(home, rental, keep_until=None, money=money)
@@ -104,7 +103,7 @@ def _ask(home: Path, rental: Rental) -> Rental:
     try:
         machine = provider.acquire(rental)
     except AnswerRefused as error:
-        # something may have been rented that nobody can use
+        # a machine that nobody can use may have been rented
         _give_back(home, rental, str(error))
         raise
     rental = ledger.write(home, rental, state="held", machine=machine)
@@ -117,9 +116,10 @@ def _ask(home: Path, rental: Rental) -> Rental:
 def give_back(
     home: Path, dag: str, run: str, why: str, offered: dict[str, Any] | None = None
 ) -> list[Rental]:
-    """End what the run has rented, and return when the provider says that it is gone.
+    """Release the run's machines, and return when the provider says that they are gone.
 
-    ``offered`` is what it was instead of what had been planned. Raises ``ProviderError`` or ``NotReleased``; the ledger says so too.
+    ``offered`` describes a machine that differs from the plan. Raises ``ProviderError`` or ``NotReleased``;
+    the ledger then has the state ``unverified``.
     """
     with ledger.locked(home, dag, run):
         left = [ledger.write(home, one, offered=offered) for one in _not_released(home, dag, run)]
@@ -127,14 +127,14 @@ def give_back(
 
 
 def keep(home: Path, dag: str, run: str, minutes: float) -> None:
-    """The ended run's machine stays for so long; ``look_after`` gives it back then."""
+    """Keep the ended run's machine for this long; then ``look_after`` releases it."""
     with ledger.locked(home, dag, run):
         for rental in _not_released(home, dag, run):
             ledger.write(home, rental, keep_until=time.time() + minutes * 60)
 
 
 def machine_of(home: Path, name: str) -> Rental:
-    """The machine that the run of this ``name_of_run`` has; ``NoMachine`` where it has none, ``MachineLost``."""
+    """The machine of the run with this ``name_of_run``. Raises ``NoMachine`` or ``MachineLost``."""
     rentals = ledger.of_name(home, name)
     if rentals and rentals[-1].state == "held":
         return rentals[-1]
@@ -149,9 +149,9 @@ def _not_released(home: Path, dag: str, run: str) -> list[Rental]:
 
 
 def _give_back(home: Path, rental: Rental, why: str) -> Rental:
-    """End the machine; it is ``released`` when the provider names none under its key.
+    """Release the machine; it is ``released`` when the provider lists none under its key.
 
-    One that never was named stays ``unverified`` while a late answer may still rent it.
+    A machine that was never named stays ``unverified`` while a late answer may still rent it.
     """
     machine = rental.machine.id if rental.machine else None
     rental = ledger.write(home, rental, state="unverified", why=why)
@@ -171,7 +171,7 @@ def _give_back(home: Path, rental: Rental, why: str) -> Rental:
 
 
 def command_to_type(rental: Rental) -> str:
-    """What gives a machine back from a shell."""
+    """The command that releases a machine from a shell."""
     machine = rental.machine.id if rental.machine else None
     request = json.dumps({"key": rental.key, "run": rental.run, "id": machine})
     words = shlex.join(rental.commands["release"])
@@ -180,7 +180,7 @@ def command_to_type(rental: Rental) -> str:
 
 @dataclass(frozen=True)
 class News:
-    """What people have to know of a machine."""
+    """A notification about a machine."""
 
     rental: Rental
     what: What
@@ -188,10 +188,10 @@ class News:
 
 
 def look_after(home: Path, goes_on: Callable[[str, str], bool | None]) -> Iterator[News]:
-    """Give back each machine whose run has ended, is gone, or has spent its money.
+    """Release each machine of a run that has ended, was deleted, or has spent its money.
 
-    ``goes_on(dag, run)`` is Airflow's word; None where there is no such run any more, for which no
-    machine is kept. A machine that another process is at work on is left to it.
+    ``goes_on(dag, run)`` says whether the run is running in Airflow; None if it was deleted, in which
+    case no machine is kept. A machine that another process has locked is left to it.
     """
     for listed in ledger.not_released(home):
         with ledger.locked(home, listed.dag, listed.run, wait=False) as mine:
@@ -230,10 +230,10 @@ def _look_at(home: Path, rental: Rental, goes_on: bool | None) -> Iterator[News]
 
 
 def to_begin_again(home: Path, goes_on: Callable[[str, str], bool | None]) -> list[Rental]:
-    """The last machines of runs that need another: it was taken away, or was not what had been planned.
+    """The last machines of runs that need another, as it was taken away or differed from the plan.
 
-    A run ends by itself when its machine was not what had been planned; one that has ended otherwise needs
-    none. ``begun_again`` says that it was done.
+    A run ends when its machine differs from the plan; a run that ended for another reason needs
+    no machine. ``begun_again`` marks these as done.
     """
     last = {(rental.dag, rental.run): rental for rental in ledger.every(home)}
     return [
@@ -247,7 +247,7 @@ def to_begin_again(home: Path, goes_on: Callable[[str, str], bool | None]) -> li
 
 
 def begun_again(home: Path, rental: Rental) -> None:
-    """The run of this machine, its last, begins again."""
+    """Mark the run of this machine, its last, as begun again."""
     with ledger.locked(home, rental.dag, rental.run):
         ledger.write(home, rental, told=(*rental.told, BEGUN_AGAIN))
 
@@ -260,7 +260,7 @@ def _once(home: Path, rental: Rental, what: What, reason: str) -> Iterator[News]
 
 
 def next_due(home: Path) -> float | None:
-    """When the next machine has to go: its money is spent, or it was kept long enough."""
+    """When the next machine has to be released: its money is spent, or its keep time is over."""
     due = []
     for rental in ledger.not_released(home):
         if rental.state == "held":

@@ -4,8 +4,8 @@
     release  {"key", "run", "id"}  -> anything
     status   {"key", "run", "id"}  -> {"machines": ["the id of each that still costs money", ...]}
 
-The same key is the same machine: ``acquire`` twice finds it. ``id`` is null where no answer came.
-Exit code 75 of ``acquire`` (EX_TEMPFAIL) means that there is none to be had now. The last line of
+The same key means the same machine: a second ``acquire`` finds it. ``id`` is null if no answer came.
+Exit code 75 of ``acquire`` (EX_TEMPFAIL) means that no machine is available now. The last line of
 stdout is the answer; stderr is for people.
 """
 
@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from fastcpt.rent.ledger import Machine, Rental
 
 PROJECT = Path(__file__).resolve().parents[3]
-# A large machine takes up to a quarter of an hour to start; the other two are questions.
+# A large machine takes up to a quarter of an hour to start; the other two commands are quick.
 PATIENCE_S = {"acquire": 1800.0, "release": 300.0, "status": 60.0}
 NO_CAPACITY = 75
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class ProviderError(OSError):
-    """The provider did not do what it was asked; trying again may help."""
+    """The provider did not carry out a request; a retry may help."""
 
 
 class NoCapacity(ProviderError):
@@ -42,11 +42,11 @@ class NoCapacity(ProviderError):
 
 
 class AnswerRefused(ProviderError):
-    """The provider's answer is not one of its kind: the message has what is wrong with it."""
+    """The provider's answer is not valid; the message says what is wrong."""
 
 
 def acquire(rental: Rental) -> Machine:
-    """Rent the machine of this key, or find it."""
+    """Rent the machine with this key, or find it."""
     answer = _ask(rental, "acquire", rental.needs)
     try:
         return Machine.model_validate(answer)
@@ -58,12 +58,12 @@ def acquire(rental: Rental) -> Machine:
 
 
 def release(rental: Rental, machine_id: str | None) -> None:
-    """Have a machine ended; ``machines`` tells whether it is."""
+    """Ask for a machine's release; ``machines`` says whether it is gone."""
     _ask(rental, "release", {"id": machine_id})
 
 
 def machines(rental: Rental) -> set[str]:
-    """The ids of the machines under the rental's key that cost money now."""
+    """The ids of the machines with the rental's key that cost money now."""
     answer = _ask(rental, "status", {"id": rental.machine and rental.machine.id})
     found = answer.get("machines")
     if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
@@ -97,7 +97,7 @@ def _words(rental: Rental, do: str) -> str:
 
 
 def _run(command: Sequence[str], request: str, patience: float) -> tuple[int | None, str, str]:
-    """Exit code (None: out of patience), stdout and stderr; what it started ends with it."""
+    """Exit code (None: timed out), stdout and stderr; its child processes end with it."""
     try:
         process = subprocess.Popen(
             command,
