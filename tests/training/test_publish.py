@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,10 +21,11 @@ from fastcpt import __version__
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.training import publish as publishing
+from fastcpt.training.card import licence_of
 from fastcpt.training.model import ModelError
 from fastcpt.training.publish import PublishError, model_card, publish
 from fastcpt.training.sft import PLAIN_TEMPLATE
-from training.conftest import start, write_recipe
+from training.conftest import environment, start, write_recipe
 
 FIGURES = {
     "base": {"perplexity": 40.126, "bits_per_byte": 1.23456, "tokens": 12345},
@@ -108,6 +112,30 @@ def test_a_published_model_answers_as_the_trained_one(
     assert tokenizer.chat_template == PLAIN_TEMPLATE
     assert list(output.glob("*.bin")) == []
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def code_of(card: str) -> str:
+    """The card's own lines of Python."""
+    found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert found
+    return found[1]
+
+
+@pytest.mark.parametrize("is_tuned", [True, False])
+def test_the_cards_own_code_runs_without_a_warning(
+    recipe: Recipe, tuned: Path, record: Path, tmp_path: Path, is_tuned: bool
+) -> None:
+    output = tmp_path / "published"
+    if not is_tuned:
+        (record / "train_sft" / "training.json").unlink()
+    publish(recipe, tuned, record, output)
+    code = code_of((output / "README.md").read_text()).replace("path/to/this/folder", str(output))
+    command = [sys.executable, "-W", "always", "-c", code]
+    settings = {**environment(), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    ran = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip()
+    assert ran.stderr == ""
 
 
 def test_adapters_are_merged_and_rounded_once(
@@ -235,7 +263,7 @@ def card_of(recipe: Recipe, record: Path) -> str:
         name: json.loads(file.read_text()) if (file := record / f"{name}.json").is_file() else {}
         for name in names
     }
-    return model_card(recipe, facts, name="m", parameters=8_030_261_248)
+    return model_card(recipe, facts, parameters=8_030_261_248)
 
 
 def test_the_card_has_every_condition_of_the_decision(recipe: Recipe, record: Path) -> None:
@@ -256,7 +284,12 @@ def test_the_card_of_a_hub_model_names_it_and_how_it_was_adapted(
     model = {"name_or_path": "meta-llama/Llama-3.1-8B", "config": None}
     recipe = load_recipe(write_recipe(tmp_path / "r", model=model, lora={"r": 64}))
     card = card_of(recipe, record)
-    assert "base_model: meta-llama/Llama-3.1-8B\n" in card
+    hub = ModelCard(card).data
+    assert (hub.base_model, hub.base_model_relation) == ("meta-llama/Llama-3.1-8B", "finetune")
+    assert (hub.library_name, hub.pipeline_tag) == ("transformers", "text-generation")
+    assert hub.license == "llama3.1"
+    title = "# Llama-3.1-8B continued on legal texts, then fine-tuned on instructions"
+    assert title in card.splitlines()
     assert "8,030,261,248 parameters, trained from `meta-llama/Llama-3.1-8B`" in card
     assert "Low-rank adapters (r 64, alpha 128, on q_proj, k_proj, v_proj, o_proj)" in card
 
@@ -270,7 +303,8 @@ def test_the_cards_front_matter_is_yaml_whatever_the_base_model_is_called(
         model = plain.model.model_copy(update={"name_or_path": name})
         card = card_of(plain.model_copy(update={"model": model}), record)
         front = yaml.safe_load(card.split("---\n")[1])
-        told = {"base_model": name} if name in ("yes", "1e5") else {}
+        is_name = name in ("yes", "1e5")
+        told = {"base_model": name, "base_model_relation": "finetune"} if is_name else {}
         assert front == {
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
@@ -307,6 +341,30 @@ def test_the_card_says_nothing_of_what_was_not_measured(recipe: Recipe, tmp_path
     card = card_of(recipe, tmp_path)
     for word in ("Perplexity on", "Training data", "Answers to", "fine-tun", "gate"):
         assert word not in card
+
+
+def test_the_title_says_what_the_model_is(recipe: Recipe, tmp_path: Path) -> None:
+    assert "\n# A model of 8.0 B parameters trained on legal texts\n" in card_of(recipe, tmp_path)
+    folder = recipe.model.model_copy(update={"name_or_path": "/base/folder", "config": None})
+    of_folder = recipe.model_copy(update={"model": folder})
+    title = "\n# A model of 8.0 B parameters continued on legal texts\n"
+    assert title in card_of(of_folder, tmp_path)
+    write_json(tmp_path / "gguf.json", {"file": "a.gguf", "sha256": "b1", "name": "Smollm2 135M"})
+    assert "\n# Smollm2 135M continued on legal texts\n" in card_of(of_folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("base", "licence"),
+    [
+        ("meta-llama/Llama-3.1-70B-Instruct", "llama3.1"),
+        ("Qwen/Qwen2.5-7B", "apache-2.0"),
+        ("Qwen/Qwen2.5-3B", None),  # Qwen's research licence, which has no name on the hub
+        ("google/gemma-3-4b-it", "gemma"),
+        ("someone/Llama-3.1-8B-tuned", None),
+    ],
+)
+def test_a_licence_is_told_where_it_is_known(base: str, licence: str | None) -> None:
+    assert licence_of(base) == licence
 
 
 def test_after_stage_2_the_card_has_its_perplexity(recipe: Recipe, record: Path) -> None:

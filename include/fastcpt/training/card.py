@@ -15,6 +15,7 @@ import yaml
 from fastcpt.files import read_json
 from fastcpt.gate import words
 from fastcpt.recipe import Recipe
+from fastcpt.yaml_files import read_yaml
 
 HUB_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 TRAININGS = {
@@ -28,6 +29,17 @@ LIMITS = (
     "state law that does not exist and cite acts that say something else: check what it writes "
     "against the official text. The base model's licence goes on to apply."
 )
+# The pipeline by itself sets a length twice, and asks for a clean-up that byte-level tokenizers
+# refuse: transformers 5.17 warns of its own defaults.
+USE = """```python
+from transformers import GenerationConfig, pipeline
+
+model = pipeline("text-generation", model="path/to/this/folder", clean_up_tokenization_spaces=False)
+prompt = {prompt}
+length = GenerationConfig(max_new_tokens=200)
+print(model(prompt, generation_config=length)[0]["generated_text"])
+```"""
+CHAT_PROMPT = '[{"role": "user", "content": "What does the act regulate?"}]'
 # The files of a run's record that the card is made of, without ``.json``.
 FACTS = (
     *("gguf", "corpus_manifest", "evaluation", "evaluation_stage2", "gate", "gate_stage2"),
@@ -47,11 +59,16 @@ def hub_name(recipe: Recipe) -> str | None:
     return name if name and re.fullmatch(HUB_NAME, name) else None
 
 
+def licence_of(hub_name: str) -> str | None:
+    """The hub's word for a base model's licence (``licences.yaml``); None where it is not known."""
+    known: dict[str, str] = read_yaml(Path(__file__).with_name("licences.yaml"))
+    return next((word for name, word in known.items() if hub_name.startswith(name)), None)
+
+
 def model_card(
     recipe: Recipe,
     facts: Mapping[str, Any],
     *,
-    name: str,
     parameters: int,
     areas: Sequence[str] = (),
     version: str = "",
@@ -63,29 +80,18 @@ def model_card(
     those whose adapters lie in ``adapters/``. ``version`` is that of Fast CPT; the words that name
     a publication (``made_from``) are without it, so that a new version publishes nothing again.
     """
-    base, licence = hub_name(recipe), facts["gguf"].get("license")
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **({"base_model": base} if base else {}),
-        **({"license": licence} if licence else {}),
-        "tags": ["legal", "continued-pretraining"],
-    }
-    tuned = ", then fine-tuned on instructions" if facts["train_sft/training"] else ""
+    is_tuned = bool(facts["train_sft/training"])
+    tuned = ", then fine-tuned on instructions" if is_tuned else ""
     program = f"Fast CPT {version}".rstrip()
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {name}",
+        f"---\n{yaml.safe_dump(_front_matter(recipe, facts['gguf']), sort_keys=False)}---",
+        f"# {_title(recipe, facts['gguf'], parameters)}{tuned}",
         f"A language model of {parameters:,} parameters, trained from {_origin(recipe, facts['gguf'])} on legal texts"
         f"{tuned} by the {program} recipe `{recipe.name}`. {recipe.description}".rstrip(),
         "## Use",
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-        "```",
+        USE.format(prompt=CHAT_PROMPT if is_tuned else '"Article 1"'),
     ]
-    if facts["train_sft/training"]:
+    if is_tuned:
         parts.append(
             "It was fine-tuned with the tokenizer's chat template; give it prompts through "
             "`tokenizer.apply_chat_template(..., add_generation_prompt=True)`."
@@ -103,6 +109,33 @@ def model_card(
     parts += _section("Recommended or not", _decision(facts["decision"]))
     parts += ["## Limits", LIMITS]
     return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(recipe: Recipe, gguf: Mapping[str, Any]) -> dict[str, Any]:
+    """The hub's own fields (https://huggingface.co/docs/hub/model-cards); what is not known is left out."""
+    base = hub_name(recipe)
+    licence = licence_of(base) if base else gguf.get("license")
+    lineage = {"base_model": base, "base_model_relation": "finetune"} if base else {}
+    return {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **lineage,
+        **({"license": licence} if licence else {}),
+        "tags": ["legal", "continued-pretraining"],
+    }
+
+
+def _title(recipe: Recipe, gguf: Mapping[str, Any], parameters: int) -> str:
+    """What the model is, in a line."""
+    if recipe.model.config is not None:
+        return f"A model of {_rounded(parameters)} parameters trained on legal texts"
+    base = (hub_name(recipe) or "").rpartition("/")[2] or gguf.get("name")
+    return f"{base or f'A model of {_rounded(parameters)} parameters'} continued on legal texts"
+
+
+def _rounded(parameters: int) -> str:
+    billions = parameters / 1e9
+    return f"{billions:.1f} B" if billions >= 1 else f"{parameters / 1e6:.1f} M"
 
 
 def _origin(recipe: Recipe, gguf: Mapping[str, Any]) -> str:

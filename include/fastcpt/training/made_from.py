@@ -101,7 +101,7 @@ def answers_name(recipe: Recipe, *, instructions: str) -> str:
 
 def publication_name(recipe: Recipe, facts: Mapping[str, Any], model: Any) -> str:
     """The name of a published model: the model and the text of its card, which has all else that counts."""
-    card = model_card(recipe, facts, name="", parameters=0)
+    card = model_card(recipe, facts, parameters=0)
     return digest_of("publication", PUBLICATION_FORMAT, model, recipe.model.dtype, card)
 
 

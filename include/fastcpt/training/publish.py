@@ -68,9 +68,7 @@ def publish(recipe: Recipe, model: Path, record: Path, output: Path) -> dict[str
         causal.save_pretrained(str(partial), max_shard_size=SHARD)
     AutoTokenizer.from_pretrained(str(model)).save_pretrained(str(partial))
     areas = _copy_adapters(model, partial, hub_name(recipe))
-    card = model_card(
-        recipe, facts, name=output.name, parameters=parameters, areas=areas, version=__version__
-    )
+    card = model_card(recipe, facts, parameters=parameters, areas=areas, version=__version__)
     (partial / "README.md").write_text(card, encoding="utf-8")
     result = {
         "made_from": made_from,
