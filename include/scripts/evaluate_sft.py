@@ -15,6 +15,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="the recipe (YAML)")
     parser.add_argument("--model", required=True, help="the fine-tuned model (or adapter)")
+    parser.add_argument("--base_model", help="answers a few of the prompts too, to be compared")
     parser.add_argument("--instructions", required=True, type=Path, help="folder of held_out.jsonl")
     parser.add_argument("--output", type=Path, default=Path("evaluation_sft.json"))
     parser.add_argument("--batch", type=int, help="prompts per batch and device")
@@ -36,6 +37,7 @@ def main() -> None:
         args.output,
         batch=args.batch or BATCH,
         in_parts=args.in_parts,
+        base=args.base_model,
     )
 
 

@@ -251,14 +251,16 @@ def train_sft(context: Context) -> RemoteJob | Trained:
 
 
 def evaluate_sft(context: Context) -> RemoteJob | Evaluated:
-    """Evaluate ROUGE-L and citation accuracy on the held-out instructions."""
+    """Evaluate answers to the held-out instructions; the base model answers a few of them too."""
     from fastcpt.training import commands, made_from
 
     recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
     if places["instructions"] is None:
         return {"skipped": "the recipe has no instructions"}
     model = trained_by(context, "train_sft")["model"]
-    name = made_from.answers_name(recipe, instructions=places["instructions_digest"])
+    base = trained_by(context, "train_cpt")["base_model"]
+    of = base.removeprefix(f"{places['root']}/")
+    name = made_from.answers_name(recipe, base=of, instructions=places["instructions_digest"])
     result = f"{Path(model).parent}/evaluation_sft-{name}.json"
     evaluate = commands.evaluate_sft_command(
         recipe,
@@ -266,6 +268,7 @@ def evaluate_sft(context: Context) -> RemoteJob | Evaluated:
         _port(result),
         instructions=places["instructions"],
         model=model,
+        base=base,
         output=result,
     )
     return job_of_run(context, [evaluate], result, {"evaluation": result})

@@ -94,7 +94,9 @@ def test_what_follows_the_gate_takes_the_model_it_let_through(context: Any, reco
     for passed, model in ((True, MODEL), (False, SECOND)):
         gate(record, passed)
         assert words(training.train_sft(context))["--model"] == model
-    assert words(training.evaluate_sft(context))["--model"] == "/r/models/tuned/final"
+    answers = words(training.evaluate_sft(context))
+    assert answers["--model"] == "/r/models/tuned/final"
+    assert answers["--base_model"] == BASE
 
 
 def test_without_instructions_the_gates_model_is_handed_on_as_it_is(

@@ -80,7 +80,13 @@ def finished(home, tmp_path):
             "citation_accuracy": {"value": 0.41, "low": 0.30, "high": 0.52, "counted": 128},
             "examples": 64,
             "samples": [
-                {"prompt": "Summarise <this>", "response": "It | lays down", "reference": "It"}
+                {
+                    "id": "a",
+                    "prompt": "Summarise <this>",
+                    "base": "this this this",
+                    "answer": "It | lays down",
+                    "reference": "It",
+                }
             ],
         },
     )

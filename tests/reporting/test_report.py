@@ -133,6 +133,18 @@ def test_markdown_shows_its_pictures(finished, page):
         assert ElementTree.parse(finished / name).getroot().tag.endswith("svg")
 
 
+def test_base_and_trained_model_answer_side_by_side(page):
+    shown = re.findall(
+        r'<section aria-label="([^"]+)"><strong>[^<]+</strong><pre>([^<]*)</pre>', page
+    )
+    assert shown == [
+        ("prompt", "Summarise &lt;this&gt;"),
+        ("base model", "this this this"),
+        ("fine-tuned model", "It | lays down"),
+        ("reference", "It"),
+    ]
+
+
 def test_what_a_record_holds_is_shown_not_run(finished):
     hostile = "<script>alert(1)</script>| `x` \n# heading"
     sft = records.read(finished, "evaluation_sft.json")

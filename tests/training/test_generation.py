@@ -174,6 +174,28 @@ def test_an_evaluation_is_written_whole_and_once(
     assert evaluate_sft(settings, str(model), instructions, output) == result
 
 
+def test_the_base_model_answers_the_first_prompts_beside_it(
+    model: Path, instructions: Path, recipe: Path, tmp_path: Path
+) -> None:
+    base = model_folder(tmp_path / "base", seed=1)
+    causal = LlamaForCausalLM.from_pretrained(str(base), dtype=torch.float32).eval()
+    output = tmp_path / "evaluation_sft.json"
+    settings = load_recipe(recipe)
+    alone = evaluate_sft(settings, str(model), instructions, output)
+    beside = evaluate_sft(settings, str(model), instructions, output, base=str(base))
+    assert beside["made_from"] != alone["made_from"]
+    assert beside["rouge_l"] == alone["rouge_l"]
+    chat = Chat(base)
+    asked = [sample["prompt"] for sample in alone["samples"]]
+    prompts = [chat.prompt_ids(text, 116) for text in asked]
+    of_base = [sample["base"] for sample in beside["samples"]]
+    assert of_base == generate(causal, chat, prompts, 12, CPU)
+    assert of_base != [sample["answer"] for sample in beside["samples"]]
+    assert [sample["answer"] for sample in beside["samples"]] == [
+        sample["answer"] for sample in alone["samples"]
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_two_ranks_answer_as_one(

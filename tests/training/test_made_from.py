@@ -242,14 +242,16 @@ def test_an_evaluation_is_that_of_its_settings() -> None:
     assert len(others | {same}) == 6
 
     answers = {
-        answers_name(load_recipe("sample", {key: value}), instructions="i")
+        answers_name(load_recipe("sample", {key: value}), base="b", instructions="i")
         for key, value in (
             ("sft.max_new_tokens", 65),
             ("corpus.max_seq_length", 256),
             ("model.dtype", "bfloat16"),
         )
     }
-    assert len(answers | {answers_name(recipe, instructions="i")}) == 4
+    same = answers_name(recipe, base="b", instructions="i")
+    others = answers_name(recipe, base="another", instructions="i")
+    assert len(answers | {same, others}) == 5
 
 
 def test_a_publication_is_that_of_its_model_and_of_what_its_card_tells() -> None:

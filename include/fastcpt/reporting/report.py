@@ -21,7 +21,13 @@ from fastcpt.reporting.record import TRAININGS, read, read_last, recipe_of
 from fastcpt.reporting.summary import duration, interval, span, summary, summary_text
 
 COUNTS = ("documents", "characters", "tokens")  # of a row of the funnel
-ANSWERS = {"answer": "fine-tuned model", "base": "base model"}
+# An answer's texts and what stands above each.
+ANSWERS = {
+    "prompt": "prompt",
+    "base": "base model",
+    "answer": "fine-tuned model",
+    "reference": "reference",
+}
 SETS = ("random", "newest", "general")  # validation sets
 
 
@@ -273,10 +279,9 @@ def _fine_tuning(record: Path) -> list[Part]:
             rows.append((key.replace("_", " "), interval(figure, percent=True) + of_counted))
     rows.append(("held-out instructions", _number(evaluation.get("examples"))))
     parts: list[Part] = [Table(("figure", "value (95 % interval)"), rows)]
-    for sample in evaluation.get("samples", [])[:3]:
-        parts.append(
-            SideBySide([(ANSWERS.get(key, key), str(text)) for key, text in sample.items()])
-        )
+    for sample in evaluation.get("samples", []):
+        texts = [(name, str(sample[key])) for key, name in ANSWERS.items() if key in sample]
+        parts.append(SideBySide(texts))
     return parts
 
 

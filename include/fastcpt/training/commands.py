@@ -140,13 +140,14 @@ def train_sft_command(
 
 
 def evaluate_sft_command(
-    recipe: Recipe, host: Host, port: int, *, instructions: str, model: str, output: str
+    recipe: Recipe, host: Host, port: int, *, instructions: str, model: str, base: str, output: str
 ) -> Command:
     return [
         *_on_gpus(recipe, host, port),
         host.script("evaluate_sft.py"),
         *("--config", host.recipe),
         *("--model", model),
+        *("--base_model", base),
         *("--instructions", instructions),
         *("--output", output),
     ]

@@ -28,7 +28,7 @@ from fastcpt.training.ranks import rank, world_size
 from fastcpt.training.sft import Chat, Instruction, InstructionError, read_instructions
 
 BATCH = 32  # prompts decoded together
-SAMPLES = 3  # answers shown in the report
+SAMPLES = 3  # answers shown in the report, the base model's beside them
 SHOWN = 2000  # characters of each of their texts
 
 
@@ -39,13 +39,15 @@ def evaluate_sft(
     output: Path,
     batch: int = BATCH,
     in_parts: bool | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Write ``output`` (evaluation_sft.json) and return its content; called by every rank.
 
     ``rouge_l``: mean F-measure. ``citation_accuracy``: share of the answers' citations that are also in
     the reference answers; ``beyond_prompt``: the same without citations in the prompt; ``recall``: share
     of the references' citations that the answers have. Each has a ``value`` (None if nothing is counted)
-    with ``low`` and ``high``. An evaluation of the same inputs is not repeated. Raises kinds of
+    with ``low`` and ``high``. ``samples``: the first few answers; ``base``, a folder or hub name, also
+    answers their prompts. An evaluation of the same inputs is not repeated. Raises kinds of
     ``ValueError``.
     """
     model = final_of(model)
@@ -54,6 +56,7 @@ def evaluate_sft(
     made_from = digest_of(
         ANSWERS_FORMAT,
         model_identity(model),
+        model_identity(base) if base else None,
         sha256_of_file(held_out),
         recipe.sft.max_new_tokens,
         recipe.corpus.max_seq_length,
@@ -68,16 +71,29 @@ def evaluate_sft(
             f"sft.max_new_tokens ({recipe.sft.max_new_tokens}) leaves no room for a prompt in "
             f"corpus.max_seq_length ({recipe.corpus.max_seq_length})"
         )
-    chat = Chat(model)
+    # both tokenizers are looked at before hours of answers
+    chat, base_chat = Chat(model), Chat(base) if base else None
     with ranks() as device:
-        causal, in_parts = model_for_inference(
-            model, recipe.model.attn_implementation, recipe.model.dtype, device, in_parts=in_parts
-        )
-        prompts = [chat.prompt_ids(instruction.prompt, room) for instruction in asked]
-        answers = generate(
-            causal, chat, prompts, recipe.sft.max_new_tokens, device, batch, in_parts
-        )
-        result = {**answer_figures(asked, answers), "made_from": made_from}
+
+        def answers_of(path: str, by: Chat, prompts: Sequence[Instruction]) -> list[str]:
+            causal, is_in_parts = model_for_inference(
+                path,
+                recipe.model.attn_implementation,
+                recipe.model.dtype,
+                device,
+                in_parts=in_parts,
+            )
+            ids = [by.prompt_ids(instruction.prompt, room) for instruction in prompts]
+            most = recipe.sft.max_new_tokens
+            return generate(causal, by, ids, most, device, batch, is_in_parts)
+
+        answers = answers_of(model, chat, asked)
+        of_base = []
+        if base and base_chat:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the base model takes the other's place
+            of_base = answers_of(base, base_chat, asked[:SAMPLES])
+        result = {**answer_figures(asked, answers, of_base), "made_from": made_from}
         if rank() == 0:
             write_json(output, result)
             accuracy = result["citation_accuracy"]
@@ -160,8 +176,13 @@ class _SignOfLife(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def answer_figures(asked: Sequence[Instruction], answers: Sequence[str]) -> dict[str, Any]:
-    """ROUGE-L, citation accuracy and a few samples of the answers to instructions."""
+def answer_figures(
+    asked: Sequence[Instruction], answers: Sequence[str], of_base: Sequence[str] = ()
+) -> dict[str, Any]:
+    """ROUGE-L, citation accuracy and a few samples of the answers to instructions.
+
+    ``of_base`` are the base model's answers to the samples' prompts; empty where it was not asked.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
@@ -191,9 +212,10 @@ def answer_figures(asked: Sequence[Instruction], answers: Sequence[str]) -> dict
             {
                 "id": one.id,
                 "prompt": one.prompt[:SHOWN],
+                **({"base": of_base[number][:SHOWN]} if of_base else {}),
                 "answer": text[:SHOWN],
                 "reference": one.response[:SHOWN],
             }
-            for one, text in pairs[:SAMPLES]
+            for number, (one, text) in enumerate(pairs[:SAMPLES])
         ],
     }

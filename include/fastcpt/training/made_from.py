@@ -19,7 +19,7 @@ from fastcpt.training.card import model_card
 
 TRAINING_FORMAT = 1
 EVALUATION_FORMAT = 3
-ANSWERS_FORMAT = 1
+ANSWERS_FORMAT = 2
 PUBLICATION_FORMAT = 1
 # Settings that may change when a training resumes (docs/training.md), or that can only end it.
 MAY_CHANGE = frozenset(
@@ -93,10 +93,10 @@ def evaluation_name(recipe: Recipe, *, base: str, corpus: str) -> str:
     return digest_of("evaluation", EVALUATION_FORMAT, base, corpus, *settings)
 
 
-def answers_name(recipe: Recipe, *, instructions: str) -> str:
-    """The name of an evaluation of answers among those of one model: instructions and settings."""
+def answers_name(recipe: Recipe, *, base: str, instructions: str) -> str:
+    """The name of an evaluation of answers among those of one model: base, instructions and settings."""
     settings = recipe.corpus.max_seq_length, recipe.model.dtype, recipe.sft.max_new_tokens
-    return digest_of("answers", ANSWERS_FORMAT, instructions, *settings)
+    return digest_of("answers", ANSWERS_FORMAT, base, instructions, *settings)
 
 
 def publication_name(recipe: Recipe, facts: Mapping[str, Any], model: Any) -> str:
