@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -164,6 +165,7 @@ def trial(folder: Path, fault: Fault, rng: random.Random, length: float) -> dict
     if fault.answers:
         provider.fail(run.provider, **fault.answers)
     process, hit, awake_at, look_at = start(run), "", 0.0, 0.0
+    hit_time = math.inf
     while not (folder / "begun").exists():
         time.sleep(0.05)
     began = time.monotonic()
@@ -173,8 +175,10 @@ def trial(folder: Path, fault: Fault, rng: random.Random, length: float) -> dict
             time.sleep(0.4)
             now = time.monotonic()
             if hit_at is not None and now >= hit_at:
+                began_at = time.time()
                 hit = act(run, fault.act, process, rng)
                 hit_at = None if hit else now + 0.5
+                hit_time = began_at if hit else math.inf
                 awake_at = time.monotonic() + ASLEEP_S if hit and fault.then == "asleep" else 0.0
             over = process.poll() == 0
             dead = not over and process.poll() is not None
@@ -190,7 +194,7 @@ def trial(folder: Path, fault: Fault, rng: random.Random, length: float) -> dict
             if ended and not _left(run) and not ledger.not_released(run.home):
                 break
         missed = bool(fault.act) and not hit
-        return {"missed": missed, **judge(run, hit, time.monotonic() - began)}
+        return {"missed": missed, **judge(run, hit, hit_time, time.monotonic() - began)}
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -220,7 +224,7 @@ def _stays(run: Run) -> list[str]:
 # The figures
 
 
-def judge(run: Run, hit: str, seconds: float) -> dict[str, Any]:
+def judge(run: Run, hit: str, hit_time: float, seconds: float) -> dict[str, Any]:
     found, now = provider.machines(run.provider), time.time()
     money, bill = run.facts["money"], provider.bill(run.provider, now)
     spans = [(one["began"], one["ended"] or now) for one in found]
@@ -229,7 +233,7 @@ def judge(run: Run, hit: str, seconds: float) -> dict[str, Any]:
         for number, first in enumerate(spans)
         for second in spans[number + 1 :]
     ]
-    own, moved = lost(run)
+    own, moved = lost(run, hit_time)
     states = [rental.state for rental in run.rentals()]
     return {
         "hit": hit,
@@ -248,12 +252,14 @@ def judge(run: Run, hit: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def lost(run: Run) -> tuple[float, float]:
-    """Seconds of training done again: after a restart on the same machine, and on another one."""
+def lost(run: Run, hit_time: float) -> tuple[float, float]:
+    """Seconds of training that were done when the fault came, and were done again: after a restart on the same
+    machine, and on another one.
+    """
     own = moved = 0.0
     starts, steps = run.step_of("start"), run.step_of("step")
     for (_, before, old), (step, at, new) in pairwise(starts):
-        done = [number for number, when, _ in steps if before <= when <= at]
+        done = [number for number, when, _ in steps if before <= when <= min(at, hit_time)]
         again = max(0.0, (max(done, default=step) - step) * STEP_S)
         own, moved = (max(own, again), moved) if old == new else (own, max(moved, again))
     return own, moved

@@ -60,7 +60,7 @@ def _trial(stack: Renting, number: int, seed: int) -> dict[str, Any]:
         provider.fail(stack.provider, acquire=["no capacity"])
     # another number of steps each: none finds the model of another
     form = {**stack.form(), "perplexity_threshold": 90_000.0, "max_steps": 60 + number}
-    run = stack.api.trigger({**form, "require_approval": "rejected" in kind})
+    run = _triggered(stack, {**form, "require_approval": "rejected" in kind})
     ready = "approve_plan" if "rejected" in kind else "acquire_cluster"
     wanted = {"awaiting_input"} if "rejected" in kind else {"running", "success", "up_for_retry"}
     _until(lambda: stack.look(run).states().get(ready) in wanted, f"{run} has not come to {ready}")
@@ -79,6 +79,15 @@ def _trial(stack: Renting, number: int, seed: int) -> dict[str, Any]:
     result = {**result, **_judge(stack, run, time.monotonic() - began)}
     print(json.dumps(result), flush=True)
     return result
+
+
+def _triggered(stack: Renting, form: dict[str, Any]) -> str:
+    """The run's id; SQLite under several runs refuses now and then."""
+    for _ in range(10):
+        with suppress(httpx.HTTPError):
+            return str(stack.api.trigger(form))
+        time.sleep(5.0)
+    raise RuntimeError("no run could be triggered")
 
 
 def _goes_on(stack: Renting, run: str, kind: str) -> bool:

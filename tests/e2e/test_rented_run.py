@@ -31,7 +31,7 @@ def gone(stack: Renting, run_id: str, seconds: float = 30) -> None:
 
 @pytest.mark.slow
 def test_a_run_rents_its_host_trains_there_and_gives_it_back(stack: Renting) -> None:
-    run = stack.run(perplexity_threshold=PASSES)
+    run = stack.wait(stack.api.trigger({**stack.form(), "perplexity_threshold": PASSES}), 1500)
     assert run.outcome == "success", run.states()
     gone(stack, run.run_id)
     (machine,) = stack.machines(run.run_id)
