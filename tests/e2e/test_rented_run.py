@@ -38,7 +38,7 @@ def test_a_run_rents_its_host_trains_there_and_gives_it_back(stack: Renting) -> 
     bill = provider.cost([machine], time.time())
     assert summary(run.record)["cost"] == pytest.approx(bill, rel=0.2)
     # the model is here, although its host is gone
-    assert list(Path(run.result("publish")["published"]).glob("*.safetensors"))
+    assert list(Path(summary(run.record)["model"]).glob("*.safetensors"))
 
 
 @pytest.mark.slow
