@@ -36,7 +36,11 @@ def home(tmp_path):
 
 @pytest.fixture
 def finished(home, tmp_path):
-    """The record of a run whose first stage missed the gate and whose second passed."""
+    return finished_record(home, tmp_path)
+
+
+def finished_record(home, folder):
+    """The record of a run whose first stage missed the gate and whose second passed; ``folder`` for its sources."""
     record = records.open_record(home, RUN, "fast_cpt", load_recipe("cpt_config_fast"))
     records.add(
         record,
@@ -70,7 +74,7 @@ def finished(home, tmp_path):
             ],
         },
     )
-    add_trainings(record, tmp_path)
+    add_trainings(record, folder)
     add_evaluations(record)
     records.add(
         record,
