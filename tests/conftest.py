@@ -1,4 +1,4 @@
-"""What all tests share: on macOS those that need Linux are skipped, each with its reason."""
+"""Shared by all tests: on macOS, tests that need Linux are skipped with their reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes small GGUF files, as ggml's ``docs/gguf.md`` has them."""
+"""Writes small GGUF files according to ggml's ``docs/gguf.md``."""
 
 from __future__ import annotations
 

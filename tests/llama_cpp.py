@@ -1,4 +1,4 @@
-"""llama.cpp's rules for a GGUF's byte-level BPE tokenizer, written down plainly and slowly.
+"""A plain, slow implementation of llama.cpp's rules for a GGUF's byte-level BPE tokenizer.
 
 From its ``llama-vocab.cpp``: special tokens are cut out of the text first, the longest first; what is
 left is split by the expressions of ``tokenizer.ggml.pre``, one after another, each within what the

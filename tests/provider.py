@@ -1,4 +1,4 @@
-"""A provider of machines for the tests: real sshd hosts with processes of their own, billed by the second.
+"""A provider of machines for the tests: real sshd hosts with their own processes, billed by the second.
 
     provider.py FOLDER acquire|release|status
     provider.py FOLDER end ID       what a machine's own shutdown is

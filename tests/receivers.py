@@ -1,4 +1,4 @@
-"""A mail server and a web server that keep what they are sent: real ones, on the loopback."""
+"""A real mail server and web server on the loopback, which keep the messages they get."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that README, CONTRIBUTING and docs/ print: each runs here, or its reason not to is below."""
+"""The commands in README, CONTRIBUTING and docs/: each runs here, or its reason not to is below."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compose file as far as it can be read without an engine: names, mounts, secrets, settings.
+"""The compose file, as far as it can be checked without an engine: names, mounts, secrets, settings.
 
 `make deployment` runs it in one (tests/deployment).
 """

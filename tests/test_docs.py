@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING and docs/ name is there: links, files, functions, tests, targets, options."""
+"""Everything named in README, CONTRIBUTING and docs/ exists: links, files, functions, tests, targets, options."""
 
 from __future__ import annotations
 

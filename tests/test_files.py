@@ -1,4 +1,4 @@
-"""A file is absent or whole, and a digest names what it was made from."""
+"""A file is absent or complete, and a digest identifies its inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make down` and `make run` end what was started here, and never a process of somebody else."""
+"""`make down` and `make run` end the processes started here, and no others."""
 
 from __future__ import annotations
 

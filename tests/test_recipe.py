@@ -1,4 +1,4 @@
-"""A recipe is read whole, or refused with every problem named by file, line and key."""
+"""A recipe is read completely, or refused with every problem named by file, line and key."""
 
 from __future__ import annotations
 

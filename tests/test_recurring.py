@@ -1,4 +1,4 @@
-"""How long a training is that goes on from the champion."""
+"""The length of a training that goes on from the champion."""
 
 from __future__ import annotations
 

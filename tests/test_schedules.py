@@ -1,4 +1,4 @@
-"""schedules.yaml: what it says, and what is wrong with it, each with its line."""
+"""schedules.yaml: its content, and its errors, each with its line."""
 
 from __future__ import annotations
 

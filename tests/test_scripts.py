@@ -1,4 +1,4 @@
-"""Scripts, Makefile and what Python asks of the system: what a Mac has is enough (bash 3.2, make 3.81).
+"""Scripts, Makefile and Python's use of the system work with what a Mac has (bash 3.2, make 3.81).
 
 shellcheck reads them, a list of patterns looks for what it does not see, and they are run with a
 PATH that has only what a Mac has, BSD's tools played by stand-ins that refuse GNU's options.

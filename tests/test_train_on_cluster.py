@@ -1,4 +1,4 @@
-"""A run from a shell: what is printed of a job's log, and what it says comes next."""
+"""A run from a shell: the printed part of a job's log, and the next step it names."""
 
 from __future__ import annotations
 

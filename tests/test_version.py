@@ -1,4 +1,4 @@
-"""One version: where it is written, who repeats it, and that the cluster gets it too."""
+"""One version: where it is defined, where it is repeated, and that it is sent to the cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may import whom: dags -> plugins -> fastcpt, and inside the library no room another."""
+"""Who may import whom: dags -> plugins -> fastcpt, and no room of the library another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every YAML file of the project is read by one function, which refuses a key that stands twice."""
+"""Every YAML file of the project is read by one function, which refuses duplicate keys."""
 
 from __future__ import annotations
 

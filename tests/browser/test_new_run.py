@@ -1,4 +1,4 @@
-"""The page "New run" in Airflow's UI: choices, their plan beside them, and the run that they start."""
+"""The page "New run" in Airflow's UI: the choices, their plan, and the run that they start."""
 
 import httpx
 import pytest

@@ -1,4 +1,4 @@
-"""The run pages' own script, in a frame as Airflow's UI makes it; served without Airflow, which is slow."""
+"""The run pages' script in a frame like that of Airflow's UI; served without Airflow, which is slow."""
 
 import functools
 import http.server

@@ -1,4 +1,4 @@
-"""The trigger form of the DAG in Airflow's UI: recipes, fields with their words, limits kept."""
+"""The DAG's trigger form in Airflow's UI: recipes, fields with their descriptions, limits."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""How to reach the servers that the tests start, and what their logins may be bound to."""
+"""How to reach the test servers, and restrictions on their logins."""
 
 from __future__ import annotations
 

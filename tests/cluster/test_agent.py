@@ -1,4 +1,4 @@
-"""The agent as it arrives on a host: one program on standard input, without a file of its own."""
+"""The agent on a host: one program on standard input, without installed files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a host or with the way to it is said at once, and says what to do."""
+"""A problem with a host or its connection is reported at once, with what to do."""
 
 from __future__ import annotations
 

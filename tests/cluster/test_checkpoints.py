@@ -1,4 +1,4 @@
-"""Checkpoints outlive their host: the newest whole one is brought here, and back to another host."""
+"""Checkpoints outlive their host: the newest complete one is copied here, and sent to another host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPU host's environment: what it needs is known first, what was compiled is kept, what is there stays.
+"""The GPU host's environment: requirements are checked first, compiled wheels and the host's packages are kept.
 
 The real script, venv and pip; the packages are a few lines each, in a folder in place of an index.
 """

@@ -1,4 +1,4 @@
-"""The first contact: each thing that can be wrong is told apart, and OpenSSH has the last word."""
+"""The first contact: each problem has its own message, and OpenSSH decides."""
 
 from __future__ import annotations
 

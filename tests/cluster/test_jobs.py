@@ -1,4 +1,4 @@
-"""A job runs once, is found again, tells how it ended, and ends when it is told to."""
+"""A job runs once, is found again, reports its result, and ends when it is stopped."""
 
 from __future__ import annotations
 

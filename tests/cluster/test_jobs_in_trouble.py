@@ -1,4 +1,4 @@
-"""What became of a job's files, or of the clock, decides nothing: its processes do."""
+"""Damage to a job's files or a changed clock decides nothing: its processes do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Mac has that this machine has not: a folder with blanks in its path, Apple's rsync, no /proc."""
+"""Differences on a Mac: a folder with blanks in its path, Apple's rsync, no /proc."""
 
 from __future__ import annotations
 

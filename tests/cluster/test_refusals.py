@@ -1,4 +1,4 @@
-"""A login that has worked is asked for again; one that never did is refused at once."""
+"""A login that has worked before is retried; one that never did fails at once."""
 
 from __future__ import annotations
 

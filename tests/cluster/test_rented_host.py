@@ -1,4 +1,4 @@
-"""A rented host gives itself back: when nobody asks for it, and when its money is spent."""
+"""A rented host releases itself: without requests, and when its money is spent."""
 
 from __future__ import annotations
 

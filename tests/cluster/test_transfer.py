@@ -1,4 +1,4 @@
-"""What arrives is what was sent: digests decide, and what is there is not sent again."""
+"""The files that arrive are those sent: digests decide, and existing files are not sent again."""
 
 from __future__ import annotations
 

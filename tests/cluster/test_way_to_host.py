@@ -1,4 +1,4 @@
-"""The way to a host: names, ports, jump hosts and proxy commands, each mistake told apart."""
+"""The way to a host: names, ports, jump hosts and proxy commands, with a message for each mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents made for tests, and the corpora made of them."""
+"""Documents made for tests, and corpora made from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bad document costs that document: it is set aside with file, line and reason, whatever it is."""
+"""A bad document affects only itself: it is set aside with file, line and reason."""
 
 from __future__ import annotations
 

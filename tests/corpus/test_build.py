@@ -1,4 +1,4 @@
-"""The corpus as training reads it: whole, packed, apart from what is held out, made only once."""
+"""The corpus as training reads it: complete, packed, without held-out documents, built only once."""
 
 from __future__ import annotations
 

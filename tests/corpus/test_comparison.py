@@ -1,4 +1,4 @@
-"""What is held out stays held out: the frozen set, the ledger, the tokenizer, as a corpus grows."""
+"""Held-out documents stay held out as a corpus grows: the frozen set, the ledger, the tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents cut short (``selection.max_document_tokens``): what is left, and what fills a budget."""
+"""Documents cut short (``selection.max_document_tokens``): what remains, and what fills a budget."""
 
 from __future__ import annotations
 

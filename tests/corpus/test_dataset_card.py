@@ -1,4 +1,4 @@
-"""The corpus's folder as a dataset: each configuration holds the files of its set and no other."""
+"""The corpus's folder as a dataset: each configuration has exactly the files of its set."""
 
 from __future__ import annotations
 

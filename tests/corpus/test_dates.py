@@ -1,4 +1,4 @@
-"""One wrong date moves no other document's score."""
+"""A wrong date changes no other document's score."""
 
 from __future__ import annotations
 

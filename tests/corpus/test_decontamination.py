@@ -1,4 +1,4 @@
-"""Nothing that is held out is trained on: no document of its work, no passage of its text."""
+"""No held-out document is trained on: none of its work, no passage of its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents on a Mac's disks: names in decomposed Unicode, nothing that may be written beside them."""
+"""Documents on a Mac's disks: names in decomposed Unicode, read-only folders."""
 
 from __future__ import annotations
 

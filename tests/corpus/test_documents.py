@@ -1,4 +1,4 @@
-"""Readers of every format, and what is set aside."""
+"""Readers of every format, and the records that are set aside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A corpus that goes on from a champion: what is new, a replay of the rest, and nothing twice as new."""
+"""A corpus for going on from a champion: new documents, a replay of the rest, nothing counted as new twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The packer: nothing lost, nothing too long, hardly a gap."""
+"""The packer: nothing lost, nothing too long, hardly any padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""General documents: mixed into training by their share, some held out, none of them in both."""
+"""General documents: mixed into training by their share, some held out, none in both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores: the published one by hand, the project's own component by component."""
+"""Scores: the published one worked out by hand, the project's own component by component."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokenizer a corpus gets, and that running it faster changes nothing."""
+"""Which tokenizer a corpus gets, and that the fast path gives the same result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers of each kind that models have: special tokens in a text, and the same ids faster."""
+"""Every kind of tokenizer: special tokens in a text, and the same ids by the fast path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which documents are of one work, so that the splits do not part them."""
+"""Which documents belong to one work, so that the splits keep them together."""
 
 from __future__ import annotations
 

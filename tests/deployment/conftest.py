@@ -1,4 +1,4 @@
-"""The scripts that these tests use are importable."""
+"""Makes the scripts that these tests use importable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Docker engine for a test: the machine's own where one runs, else one that is started and ended here.
+"""A Docker engine for a test: the machine's if one runs, otherwise one that is started and ended here.
 
 An engine of its own needs root and a Debian. Its data lies in a folder of the test; it is ended by
 its process id, and the kernel's network rules are then what they were before it.

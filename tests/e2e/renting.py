@@ -1,4 +1,4 @@
-"""An Airflow whose recipe ``rented`` takes its host from the tests' own provider."""
+"""An Airflow with the recipe ``rented``, which takes its host from the tests' provider."""
 
 from __future__ import annotations
 

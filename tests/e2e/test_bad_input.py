@@ -1,4 +1,4 @@
-"""What is wrong with an input is said once, by the step that meets it, and is not tried again."""
+"""An input error is reported once, by the step that finds it, and is not retried."""
 
 from __future__ import annotations
 

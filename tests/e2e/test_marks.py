@@ -1,4 +1,4 @@
-"""A run that a person marks is the same in Airflow and in its record, whenever it is marked."""
+"""A run marked by a person has the same state in Airflow and in its record, whenever it is marked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A result is found again for what it was made from, and for nothing else: a real run, cleared and changed."""
+"""A result is found again only for the same inputs: a real run, cleared and changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A person's word on the plan, and a plan that has learned from the run before."""
+"""A person's approval of the plan, and a plan that uses the previous run's figures."""
 
 from __future__ import annotations
 

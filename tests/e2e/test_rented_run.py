@@ -1,4 +1,4 @@
-"""Runs that rent their host, in a real Airflow: the machine goes back however a run ends."""
+"""Runs that rent their host, in a real Airflow: the machine is released however a run ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A schedule in a running Airflow: it appears, starts a run of fast_cpt where there is something new, and no other."""
+"""A schedule in a running Airflow: it appears, and starts a run of fast_cpt only if there is something new."""
 
 from __future__ import annotations
 

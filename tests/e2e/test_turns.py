@@ -1,4 +1,4 @@
-"""Two runs that are triggered together: one has the cluster's GPUs until its end, the other says so."""
+"""Two runs triggered together: one has the cluster's GPUs until its end, the other says that it waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Three weeks of a schedule in a running Airflow: from the base model, a broken file, on from the champion.
+"""Three weeks of a schedule in a running Airflow: from the base model, with a broken file, on from the champion.
 
 What is told arrives at real receivers, each incident once; then a person rolls back.
 """

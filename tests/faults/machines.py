@@ -1,4 +1,4 @@
-"""Hosts that can be rebooted and cut off, and a training that tells what befell it.
+"""Hosts that can be rebooted and disconnected, and a training that logs what happens to it.
 
 A host is an OpenSSH server in namespaces of its own: processes, network, and a boot id of its
 own, so that killing it is what a reboot is to those that depend on it. Needs root.

@@ -1,4 +1,4 @@
-"""The far disk is full: jobs are watched and ended all the same, and say how they ended."""
+"""The host's disk is full: jobs are still watched and ended, and report their result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rented host gives itself back whatever of it has died beside the watcher."""
+"""A rented host releases itself even if everything on it but the watcher has died."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every alternative is a recipe of its own: written, read and planned again it takes what it says."""
+"""Every alternative is a recipe: written, read and planned again it gives the same figures."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The plan of a training that goes on from the champion, beside one from the base model."""
+"""The plan of a training that goes on from the champion, compared with one from the base model."""
 
 from __future__ import annotations
 

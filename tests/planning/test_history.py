@@ -1,4 +1,4 @@
-"""Learning: a measured run makes the next plan of the same key narrower, and right."""
+"""A measured run makes the next plan with the same key narrower, and correct."""
 
 import json
 from dataclasses import asdict

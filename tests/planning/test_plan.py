@@ -1,4 +1,4 @@
-"""What a user learns from a plan, on the published recipes and on changed ones."""
+"""A plan's results for users, on the published recipes and on changed ones."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A range claims no more than was measured: it says of what, and widens with the distance from it."""
+"""A range claims no more than was measured: it names its source and widens with the distance from it."""
 
 import importlib.util
 import sys

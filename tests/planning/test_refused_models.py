@@ -1,4 +1,4 @@
-"""What the trainer does not take cannot be planned either, in the same words."""
+"""Models that the trainer does not support cannot be planned either, with the same message."""
 
 import pytest
 

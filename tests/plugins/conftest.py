@@ -1,4 +1,4 @@
-"""A run of the DAG as its steps on this machine see it, on a small sample."""
+"""A run of the DAG, as seen by its steps on this machine, on a small sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a published model becomes, and what a person makes of it: in the record, at the fixed name, told."""
+"""The status of a published model and a person's changes to it: in the record, the link, and notifications."""
 
 from __future__ import annotations
 

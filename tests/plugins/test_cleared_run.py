@@ -1,4 +1,4 @@
-"""A run that is cleared after its documents changed: the steps on this machine, and what they name next.
+"""A run cleared after its documents changed: the steps on this machine, and the digests of later ones.
 
 tests/e2e/test_names.py has the whole of it, on a real Airflow and a real cluster.
 """

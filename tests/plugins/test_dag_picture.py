@@ -1,4 +1,4 @@
-"""docs/dag.svg shows the DAG as it is: every task, and which waits for which."""
+"""docs/dag.svg shows the actual DAG: every task and every edge."""
 
 from __future__ import annotations
 

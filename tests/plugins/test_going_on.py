@@ -1,4 +1,4 @@
-"""A run that goes on from the champion: what it finds, reads, trains from, and when it has nothing to do."""
+"""A run that goes on from the champion: its start, corpus and training, and a run with nothing new."""
 
 from __future__ import annotations
 

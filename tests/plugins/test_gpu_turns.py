@@ -1,4 +1,4 @@
-"""Whose turn it is: one run's at a time, in the order in which they asked, whoever asks how often."""
+"""Turns on the GPUs: one run at a time, in the order of their requests, however often each asks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which paths a run's later tasks take: those that earlier ones handed on, whatever would be computed now."""
+"""Later tasks of a run use the paths from earlier tasks, whatever they would compute now."""
 
 from __future__ import annotations
 

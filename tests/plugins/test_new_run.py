@@ -1,4 +1,4 @@
-"""What the page "New run" makes of choices: words at their fields, a plan, and what starts the run."""
+"""How the page "New run" handles choices: messages at their fields, a plan, and the request that starts the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is told of a run, as it arrives at a mail server and at a webhook."""
+"""Notifications of a run, as they arrive at a mail server and at a webhook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the plan does not know ends a run at its step with a ``ValueError``, which the DAG does not retry."""
+"""A run that cannot be planned ends at its step with a ``ValueError``, which the DAG does not retry."""
 
 from __future__ import annotations
 

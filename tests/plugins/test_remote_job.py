@@ -1,4 +1,4 @@
-"""What the operator and its trigger make of a log, and that nothing typed reaches a shell."""
+"""How the operator and its trigger handle a log, and that no user input reaches a shell."""
 
 from __future__ import annotations
 

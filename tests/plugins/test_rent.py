@@ -1,4 +1,4 @@
-"""The steps that rent: on the tests' provider, whose machines are real SSH servers."""
+"""The steps that rent, with the tests' provider, which has real SSH servers as machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages of run records, also where a file of one is damaged."""
+"""The pages of run records, also if a file is damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a schedule's time leads to a run: what is new since the last one that succeeded, and what is not."""
+"""Whether a schedule starts a run: what is new since the last successful one, and what is not."""
 
 from __future__ import annotations
 

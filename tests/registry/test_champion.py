@@ -1,4 +1,4 @@
-"""One fixed place for the champion, whatever happens and whoever changes it."""
+"""One fixed path for the champion, whatever happens and whoever changes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether training goes on from the champion, and why not, before anything is spent."""
+"""Whether training goes on from the champion, and if not, why, before any money is spent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A provider of the tests, a ledger, and a run that rents."""
+"""A test provider, a ledger, and a run that rents."""
 
 from __future__ import annotations
 

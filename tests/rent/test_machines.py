@@ -1,4 +1,4 @@
-"""A run's machine under a provider's faults: one at a time, given back, and paid for by the second."""
+"""A run's machine under a provider's faults: one at a time, released, and paid for by the second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ready commands for SkyPilot, dstack and a host that is always there, on stand-ins for the two tools.
+"""The ready commands for SkyPilot, dstack and a permanent host, with substitutes for the two tools.
 
 The stand-ins take the options that SkyPilot 0.14.1 and dstack 0.22.5 have, and print what those print.
 """

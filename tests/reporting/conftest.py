@@ -1,4 +1,4 @@
-"""A record as a finished run leaves it: small, with every file of one that took both stages."""
+"""A small record like that of a finished run, with every file of a run with both stages."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Pictures: every usable figure is drawn, what is no number is left out."""
+"""Pictures: every usable figure is drawn, values that are not numbers are left out."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A plan as tables: each figure with its limit and with how it is known."""
+"""A plan as tables: each figure with its limit and its source."""
 
 import html
 

@@ -1,4 +1,4 @@
-"""The record of a run: whole files, and a summary that says what a user asks first."""
+"""The record of a run: complete files, and a summary with what a user asks first."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What a run that rents its host has cost: its machines, from the request to the end of each."""
+"""The cost of a run that rents its host: its machines, each from the request to its release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: complete, self-contained, and safe whatever the record holds."""
+"""The report: complete, self-contained, and safe whatever the record contains."""
 
 import json
 import re

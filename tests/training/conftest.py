@@ -1,4 +1,4 @@
-"""A tiny corpus in the layout that the corpus room writes, and the launcher on two CPU ranks."""
+"""A tiny corpus in the layout of the corpus room, and the launcher on two CPU ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter a legal area: its segments, its training, its figures, and the model of all of them."""
+"""One adapter per legal area: its segments, its training, its figures, and the mean of all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged after they were written, of a real training on two CPU ranks."""
+"""Checkpoints damaged after they were written, from a real training on two CPU ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a corpus for training: what it takes of memory and disk, and who reads what."""
+"""Loading a corpus for training: memory and disk use, and which rank reads what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Perplexity: each token once, the same figure whatever the batches, the ranks or the sharding."""
+"""Perplexity: each token once, the same figure for any batches, ranks or sharding."""
 
 from __future__ import annotations
 

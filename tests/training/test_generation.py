@@ -1,4 +1,4 @@
-"""Answers and their figures: greedy whatever the batch, ROUGE-L and citations worked out by hand."""
+"""Answers and their figures: greedy for any batch, ROUGE-L and citations worked out by hand."""
 
 from __future__ import annotations
 

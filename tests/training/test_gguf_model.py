@@ -1,4 +1,4 @@
-"""The model that is made from a GGUF file computes what the model that was written into it does."""
+"""The model made from a GGUF file computes the same as the model written into it."""
 
 from __future__ import annotations
 

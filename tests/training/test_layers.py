@@ -1,4 +1,4 @@
-"""Fused blocks: the same function as transformers' layers, the same weights back."""
+"""Fused blocks: the same function as transformers' layers, and the same weights back."""
 
 from __future__ import annotations
 

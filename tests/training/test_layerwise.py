@@ -1,4 +1,4 @@
-"""Models read layer by layer: the weights of the usual way, and never all of them at once."""
+"""Models loaded layer by layer: the same weights as usual, but never all of them at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of results: they change with what the result depends on, and with nothing else."""
+"""Digests of results: they change with the result's inputs, and with nothing else."""
 
 from __future__ import annotations
 

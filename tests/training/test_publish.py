@@ -1,4 +1,4 @@
-"""Published folders: what they hold, how adapters are merged, and what the card says."""
+"""Published folders: their files, how adapters are merged, and the card."""
 
 from __future__ import annotations
 

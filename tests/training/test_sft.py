@@ -1,4 +1,4 @@
-"""Fine-tuning data: what is learned, and how conversations share rows."""
+"""Fine-tuning data: the loss mask, and how conversations share rows."""
 
 from __future__ import annotations
 

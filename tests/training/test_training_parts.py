@@ -1,4 +1,4 @@
-"""The trainer's parts: rows and labels, loss, schedules, the guard, what is looked at before the first step."""
+"""The trainer's parts: rows and labels, loss, schedules, the guard, checks before the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Llama of two layers and a tokenizer of single bytes: small enough to work figures out by hand."""
+"""A Llama with two layers and a tokenizer of single bytes: small enough to work out figures by hand."""
 
 from __future__ import annotations
 
