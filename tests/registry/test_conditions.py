@@ -45,7 +45,7 @@ def test_the_first_model_has_to_beat_the_base_model() -> None:
     better = decide(Publish(), GATE, evaluation(0.9), None)
     assert better["recommended"]
     assert better["against"] is None
-    saved = named(better, "base model's")
+    saved = named(better, "over the base model")
     # one factor for all documents: no noise
     assert [saved[key] for key in ("value", "low", "high")] == pytest.approx([0.1] * 3)
     worse = decide(Publish(), GATE, evaluation(1.01), None)
@@ -73,16 +73,14 @@ def test_a_challenger_is_better_by_the_margin_and_beyond_noise(
     found = decide(Publish(margin=0.002), GATE, evaluation(factor, noise), champion)
     assert found["recommended"] is recommended
     assert found["against"] == "sample-1"
-    saved = named(found, "champion's, at least")
+    saved = named(found, "over the champion")
     assert saved["low"] <= saved["value"] <= saved["high"]
 
 
 def test_pairs_see_what_sums_do_not() -> None:
     """Documents differ by far more than the models do: apart, the two would not be told from another."""
     champion = {"model": "sample-1", "evaluation": evaluation(0.9)}
-    saved = named(
-        decide(Publish(), GATE, evaluation(0.896, 0.002), champion), "champion's, at least"
-    )
+    saved = named(decide(Publish(), GATE, evaluation(0.896, 0.002), champion), "over the champion")
     assert saved["high"] - saved["low"] < 0.002
     assert NATS.std() / math.sqrt(len(NATS)) / NATS.mean() > 0.05
 
@@ -102,7 +100,7 @@ def test_what_cannot_be_compared_is_a_candidate(change: dict[str, Any], why: str
     champion = {"model": "sample-1", "evaluation": evaluation(0.9)}
     found = decide(Publish(), GATE, {**evaluation(0.5), **change}, champion)
     assert not found["recommended"]
-    assert why in named(found, "champion's, at least")["why"]
+    assert why in named(found, "over the champion")["why"]
 
 
 def test_answers_may_not_be_worse_than_the_champion_s() -> None:
@@ -111,7 +109,7 @@ def test_answers_may_not_be_worse_than_the_champion_s() -> None:
     assert equal["recommended"]
     found = decide(Publish(), GATE, evaluation(0.8, right="1" * 60 + "0" * 40), champion)
     assert not found["recommended"]
-    assert named(found, "questions")["value"] == pytest.approx(-0.2)
+    assert named(found, "right answers")["value"] == pytest.approx(-0.2)
     fewer = decide(Publish(), GATE, evaluation(0.8, right="1" * 50), champion)
     assert not fewer["recommended"]
     assert named(fewer, "questions")["why"] == "50 questions were asked, the champion 100"
