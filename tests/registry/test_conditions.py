@@ -50,7 +50,7 @@ def test_the_first_model_has_to_beat_the_base_model() -> None:
     assert [saved[key] for key in ("value", "low", "high")] == pytest.approx([0.1] * 3)
     worse = decide(Publish(), GATE, evaluation(1.01), None)
     assert not worse["recommended"]
-    assert named(worse, "base model's")["value"] == pytest.approx(-0.01)
+    assert named(worse, "over the base model")["value"] == pytest.approx(-0.01)
     missed = {**GATE, "passed": False, "value": 20.0}
     assert not decide(Publish(), missed, evaluation(0.9), None)["recommended"]
 
@@ -112,7 +112,7 @@ def test_answers_may_not_be_worse_than_the_champion_s() -> None:
     assert named(found, "right answers")["value"] == pytest.approx(-0.2)
     fewer = decide(Publish(), GATE, evaluation(0.8, right="1" * 50), champion)
     assert not fewer["recommended"]
-    assert named(fewer, "questions")["why"] == "50 questions were asked, the champion 100"
+    assert named(fewer, "right answers")["why"] == "50 questions were asked, the champion 100"
 
 
 def test_a_champion_that_was_trained_on_what_judges_it_is_no_measure() -> None:
