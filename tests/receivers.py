@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import socketserver
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,51 +12,31 @@ from email.message import EmailMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-
-class _Conversation(socketserver.StreamRequestHandler):
-    """SMTP (RFC 5321) as far as one mail without extensions needs it."""
-
-    server: MailServer
-
-    def handle(self) -> None:
-        self.say(220)
-        recipients: list[str] = []
-        while line := self.rfile.readline():
-            command = line[:4].upper()
-            if command == b"QUIT":
-                return self.say(221)
-            if command == b"RCPT":
-                recipients.append(line.decode().partition("<")[2].partition(">")[0])
-            if command == b"DATA":
-                self.say(354)
-                self.server.received.append((recipients, self.mail()))
-            self.say(250 if command in (b"EHLO", b"MAIL", b"RCPT", b"DATA", b"RSET") else 502)
-        return None
-
-    def mail(self) -> EmailMessage:
-        lines: list[bytes] = []
-        while (line := self.rfile.readline()) != b".\r\n":
-            lines.append(line[1:] if line.startswith(b"..") else line)
-        return message_from_bytes(b"".join(lines), policy=policy.default)  # type: ignore[return-value]
-
-    def say(self, code: int) -> None:
-        self.wfile.write(b"%d here\r\n" % code)
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import SMTP, Envelope, Session
 
 
-class MailServer(socketserver.ThreadingTCPServer):
+class MailServer:
     """``received``: recipients and mail of each message."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Conversation)
         self.received: list[tuple[list[str], EmailMessage]] = []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.controller = Controller(self, hostname="127.0.0.1", port=port)
+
+    async def handle_DATA(self, _server: SMTP, _session: Session, envelope: Envelope) -> str:
+        """What the library calls when a message has arrived."""
+        mail: Any = message_from_bytes(envelope.content, policy=policy.default)  # type: ignore[arg-type]
+        self.received.append((envelope.rcpt_tos, mail))
+        return "250 kept"
 
     @property
     def connection(self) -> str:
         """Airflow's connection ``smtp_default``, as an environment variable holds it."""
         options = {"disable_ssl": True, "disable_tls": True, "from_email": "airflow@example.org"}
-        port = self.server_address[1]
+        port = self.controller.port
         return json.dumps(
             {"conn_type": "smtp", "host": "127.0.0.1", "port": port, "extra": options}
         )
@@ -93,9 +73,12 @@ class WebServer(ThreadingHTTPServer):
 @contextmanager
 def receivers() -> Iterator[tuple[MailServer, WebServer]]:
     """Both of them, listening."""
-    with MailServer() as mail, WebServer() as web:
-        for server in (mail, web):
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield mail, web
-        for server in (mail, web):
-            server.shutdown()
+    mail = MailServer()
+    mail.controller.start()
+    try:
+        with WebServer() as web:
+            threading.Thread(target=web.serve_forever, daemon=True).start()
+            yield mail, web
+            web.shutdown()
+    finally:
+        mail.controller.stop()
