@@ -131,12 +131,13 @@ def test_each_wish_has_its_reason(outcome: Any) -> None:
         act(31, year=1999, subject_matter=["Consumers"]),
         act(32, doc_type="decision", subject_matter=["Consumers"]),
         act(33, subject_matter=["Consumerism"]),
+        act(34, doc_type="Framework decision", subject_matter=["Consumers"]),
     ]
     found = outcome(
         records,
         selection__min_characters=100,
         selection__min_year=2015,
-        selection__doc_types=["Regulation"],
+        selection__doc_types=["Regulation", "framework-decision"],
         selection__subjects=["consumer"],
     )
     reasons = {name: row["reason"] for name, row in found.items() if row["reason"]}

@@ -230,7 +230,7 @@ def score_document(document: Document, settings: Score) -> dict[str, Any]:
         "date": date,
         "year": year,
         "act_year": celex.year if celex and celex.year else year,
-        "doc_type": _kind_name(document.doc_type),
+        "doc_type": kind_name(document.doc_type),
         "title": document.title[:500],
         "subjects": list(document.subjects),
         "directory_code": document.directory_code,
@@ -264,7 +264,8 @@ def _date_number(date: str | None) -> int:
     return int("".join(found.groups())) if found else 0
 
 
-def _kind_name(kind: str) -> str:
+def kind_name(kind: str) -> str:
+    """A kind of act as documents and recipes are compared: lower case, words joined by ``_``."""
     return re.sub(r"[\s_-]+", "_", kind.strip().lower())
 
 
@@ -274,7 +275,7 @@ def _kind_name(kind: str) -> str:
 def published_points(document: Document, year: int) -> dict[str, float]:
     """The guide's points; their sum is the score. ``year`` is 0 if unknown."""
     characters = len(document.text)
-    kind = _kind_name(document.doc_type)
+    kind = kind_name(document.doc_type)
     subjects = " ".join(document.subjects).lower()
     named = ("data protection", "consumer", "environment", "digital")
     return {
@@ -319,7 +320,7 @@ _KIND_OF_SECTOR = {"1": "treaty", "2": "agreement", "6": "judgment"}
 
 @lru_cache(maxsize=4096)
 def _kind_key(name: str) -> str:
-    return _without_accents(_kind_name(name))
+    return _without_accents(kind_name(name))
 
 
 def kind_of_act(document: Document, celex: Celex | None, kinds: Mapping[str, float]) -> float:

@@ -16,7 +16,13 @@ from fastcpt.corpus.dates import newest_plausible
 from fastcpt.corpus.duplicates import SignatureStore
 from fastcpt.corpus.fingerprint import BINS
 from fastcpt.corpus.processes import Progress
-from fastcpt.corpus.score import LEGAL_COMPONENTS, PUBLISHED_COMPONENTS, named_in, naming
+from fastcpt.corpus.score import (
+    LEGAL_COMPONENTS,
+    PUBLISHED_COMPONENTS,
+    kind_name,
+    named_in,
+    naming,
+)
 from fastcpt.manifests import ScoresFolder
 from fastcpt.recipe import Recipe
 
@@ -191,7 +197,7 @@ def _of_wanted_kind(batch: pa.RecordBatch, recipe: Recipe) -> Bools:
     kinds = recipe.selection.doc_types
     if not kinds:
         return np.ones(batch.num_rows, dtype=bool)
-    wanted = pa.array([kind.strip().lower().replace(" ", "_") for kind in kinds])
+    wanted = pa.array([kind_name(kind) for kind in kinds])
     return np.asarray(pc.is_in(batch.column("doc_type"), value_set=wanted))
 
 
