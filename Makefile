@@ -5,7 +5,7 @@
 # make deployment       the compose file in a real Docker engine: minutes, as root
 # For GNU make 3.81 too, which macOS has: each line of a recipe is a shell of its own.
 SHELL := /bin/bash
-.PHONY: run up down test lint faults deployment install install-dev
+.PHONY: run up down test lint pictures faults deployment install install-dev
 
 local = . include/scripts/tools.sh && PYTHONPATH=include exec .env/airflow/bin/python include/scripts/local_stack.py
 
@@ -30,6 +30,9 @@ lint: install-dev
 
 test: lint
 	. include/scripts/tools.sh && include/scripts/test.sh
+
+pictures: install-dev
+	.env/airflow/bin/python -m pytest tests/browser/test_accessibility.py -k "light and (going or finished or new)" --pictures docs/pictures --basetemp=/tmp/fast_cpt-pictures
 
 faults: install-dev
 	. include/scripts/tools.sh && .env/airflow/bin/python -m pytest tests/faults tests/e2e/test_{names,marks,turns,rented_run,year}.py tests/plugins/test_mlflow.py --durations=0

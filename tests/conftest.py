@@ -1,10 +1,14 @@
-"""Shared by all tests: on macOS, tests that need Linux are skipped with their reason."""
+"""Shared by all tests: on macOS, tests that need Linux are skipped with their reason; ``--pictures``."""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pictures", metavar="FOLDER", help="keep pictures of the pages there")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

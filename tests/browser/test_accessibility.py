@@ -1,6 +1,10 @@
-"""axe-core finds nothing in any page of the project's own: light, dark, on a phone. Without Airflow, which is slow."""
+"""axe-core finds nothing in any page of the project's own: light, dark, on a phone. Without Airflow, which is slow.
+
+With ``--pictures FOLDER`` each page is kept as ``<page>_<look>.png``: the docs' pictures are made so (``make pictures``).
+"""
 
 import json
+from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -69,6 +73,8 @@ def opened(request, browser, pages, tmp_path):
             tab.locator("#plan table").first.wait_for()
         is_dark = tab.evaluate("document.documentElement.classList.contains('dark')")
         assert is_dark == (scheme == "dark")
+        if folder := request.config.getoption("--pictures"):
+            tab.screenshot(path=Path(folder) / f"{name}_{request.param}.png")
         tab.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
         return tab
 
