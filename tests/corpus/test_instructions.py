@@ -117,5 +117,7 @@ def test_bad_records_are_set_aside_up_to_a_share(
 def test_a_missing_file_and_too_few(recipe: Any, home: Path) -> None:
     with pytest.raises(DocumentsError, match=r"sft\.instructions: there is no file '/none'"):
         build_instructions(recipe([], sft__instructions="/none"), home)
-    with pytest.raises(DocumentsError, match=r"sft\.held_out: 3 instructions cannot be held out"):
+    with pytest.raises(
+        DocumentsError, match=r"sft\.held_out: holding out 3 of 3 instructions leaves none"
+    ):
         build_instructions(recipe([instruction(n) for n in range(3)]), home)

@@ -62,7 +62,7 @@ def test_another_corpus_is_another_training_and_the_same_one_the_same(run: Run) 
             "corpus_manifest.json",
             "build.json",
         ),
-        *("score.json", "select.json", "tokenize.json"),
+        *("start.json", "score.json", "select.json", "tokenize.json"),
     }
     (run.documents.parent / one.name).rename(one)
     assert corpus_of(run)["digest"] == first["digest"]
