@@ -44,7 +44,7 @@ Token ids for continued pre-training, made by Fast CPT from {manifest["documents
 | tokens for training | {manifest["tokens"]:,} |
 | sequences | {manifest["sequences"]:,} of {manifest["max_seq_length"]:,} tokens |
 | padding | {100 * manifest["padding_share"]:.2f} % |
-| bytes per token | {manifest["bytes_per_token"]:.2f} |
+| stored bytes per token | {manifest["bytes_per_token"]:.2f} |
 
 A training row has `input_ids`, the `lengths` of the documents in it, and their legal `areas`. A held-out row is a document. The
 tokenizer lies in `tokenizer/`; `funnel.md` says what was left out and why.

@@ -327,7 +327,7 @@ def _corpus(record: Path) -> list[Part]:
         ("tokens per sequence", _number(manifest.get("max_seq_length"))),
         ("shards", _number(len(manifest.get("shards", [])))),
         ("padding", _percent(manifest.get("padding_share"))),
-        ("bytes per token", _number(manifest.get("bytes_per_token"), 2)),
+        ("stored bytes per token", _number(manifest.get("bytes_per_token"), 2)),
     ]
     parts.append(Table(("corpus", ""), [fact for fact in facts if fact[1]]))
     return parts
