@@ -10,7 +10,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastcpt.files import read_json
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.recurring import share_of_all, shortened
 
@@ -48,7 +47,7 @@ def main() -> None:
     if recipe.cluster.cpu_only:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     model = base_model(recipe, args.model)
-    from fastcpt.training.data import AreaRows, CorpusRows, Rows, decode_corpus
+    from fastcpt.training.data import AreaRows, CorpusRows, Rows, decode_corpus, manifest_of
     from fastcpt.training.ranks import once_a_host
     from fastcpt.training.trainer import train
     from fastcpt.training.validation import tokens_read
@@ -65,7 +64,7 @@ def main() -> None:
         return CorpusRows(Path(decoded), size)
 
     training = recipe.stage2 if args.stage == "stage2" else recipe.training
-    training = shortened(training, share_of_all(read_json(args.data_dir / "corpus_manifest.json")))
+    training = shortened(training, share_of_all(manifest_of(args.data_dir)))
     evaluated = 0
     if training.time_budget_hours and any(args.data_dir.glob("validation*")):
         evaluated = 2 * tokens_read(args.data_dir, size)  # the trained model and its base

@@ -220,7 +220,8 @@ def test_a_training_learns_and_goes_on_with_the_same_curve(
     assert json.loads((out / "training.json").read_text())["optimizer_states"] == states
     files = list((out / "checkpoints" / "step_6").glob("rank_*.pt"))
     weights = 27_000  # 256 x 32 words, two layers of 9,280, norms
-    assert sum(file.stat().st_size for file in files) < weights * stored + 40_000
+    # a tensor has a record of its own in the file
+    assert sum(file.stat().st_size for file in files) < weights * stored + 60_000
     again = {}
     for count in {ranks, 1}:
         other = tmp_path / f"again_{count}"

@@ -178,19 +178,27 @@ def decode_corpus(
     return folder
 
 
+def manifest_of(corpus: Path) -> CorpusManifest:
+    """The manifest of a corpus folder; ``DataError`` where there is none."""
+    file = corpus / "corpus_manifest.json"
+    if not file.is_file():
+        raise DataError(f"{file} is missing: --data_dir must be a built corpus folder")
+    manifest: CorpusManifest = read_json(file)
+    return manifest
+
+
 def _shards(corpus: Path) -> list[tuple[Path, str]]:
     """The verified shards of a corpus folder with their digests."""
-    manifest_file = corpus / "corpus_manifest.json"
-    if not manifest_file.is_file():
-        raise DataError(f"{manifest_file} is missing: --data_dir must be a built corpus folder")
-    manifest: CorpusManifest = read_json(manifest_file)
+    manifest = manifest_of(corpus)
     files = [
         entry
         for entry in manifest["files"]
         if Path(entry["file"]).name.startswith("cpt_train_shard_")
     ]
     if not files:
-        raise DataError(f"{manifest_file}: 'files' names no cpt_train_shard_*.parquet")
+        raise DataError(
+            f"{corpus}/corpus_manifest.json: 'files' names no cpt_train_shard_*.parquet"
+        )
     files.sort(key=lambda entry: str(entry["file"]))
     for entry in files:
         _verify(corpus / entry["file"], entry)
