@@ -76,6 +76,17 @@ def finished_record(home, folder):
     )
     add_trainings(record, folder)
     add_evaluations(record)
+    add_answers(record)
+    records.add_output(record, "build", {"path": "/data/corpora/00aa11bb22cc33dd",
+                                         "digest": "00aa11bb22cc33dd", "reused": True})  # fmt: skip
+    records.add_output(record, "publish", {"path": "/data/models/fast", "digest": "beef"})
+    records.add_cost(record, gpus=4, price_per_gpu_hour=4.0)
+    add_plan_and_actual(record)
+    records.close_record(record, "success")
+    return record
+
+
+def add_answers(record):
     records.add(
         record,
         "evaluation_sft.json",
@@ -94,13 +105,6 @@ def finished_record(home, folder):
             ],
         },
     )
-    records.add_output(record, "build", {"path": "/data/corpora/00aa11bb22cc33dd",
-                                         "digest": "00aa11bb22cc33dd", "reused": True})  # fmt: skip
-    records.add_output(record, "publish", {"path": "/data/models/fast", "digest": "beef"})
-    records.add_cost(record, gpus=4, price_per_gpu_hour=4.0)
-    add_plan_and_actual(record)
-    records.close_record(record, "success")
-    return record
 
 
 def add_trainings(record, folder):

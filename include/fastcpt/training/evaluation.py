@@ -67,14 +67,12 @@ def evaluate(
 
     ``checkpoint`` and ``base`` are folders or hub names, also of adapters; a training's output folder
     means its final model. ``validation`` is the folder of a corpus or of one validation set.
-
     For each set (``random``, ``newest``) and each of ``model`` and ``base``: ``perplexity``,
     ``bits_per_byte``, ``loss`` (nats per token), ``tokens``, ``documents``, the same ``by_area`` and
     ``by_year``. ``by_document``: each document's ``id``, ``bytes`` and summed loss (nats) of both, for
     paired comparisons. If ``checkpoint`` has adapters of areas, ``adapters`` has for each of them, on its
     area's documents, ``adapter``, ``model`` (the mean of all) and ``base``. ``questions`` has for
     ``model`` and ``base`` the result of ``questions.table_of`` on the gate's set.
-
     Without a recipe there are no questions, the window is the corpus's sequence length and weights are
     bfloat16. An evaluation of the same inputs is not repeated. From ``base_evaluation``, an earlier one,
     the base's figures are reused if base and documents are the same. Raises ``EvaluationError``.

@@ -65,8 +65,7 @@ def evaluate_sft(
     if output.is_file() and (found := read_json(output)).get("made_from") == made_from:
         print(f"{output} is complete", flush=True)
         return dict(found)
-    room = recipe.corpus.max_seq_length - recipe.sft.max_new_tokens
-    if room < 1:
+    if recipe.corpus.max_seq_length <= recipe.sft.max_new_tokens:
         raise InstructionError(
             f"sft.max_new_tokens ({recipe.sft.max_new_tokens}) leaves no room for a prompt in "
             f"corpus.max_seq_length ({recipe.corpus.max_seq_length})"
@@ -74,25 +73,13 @@ def evaluate_sft(
     # both tokenizers are looked at before hours of answers
     chat, base_chat = Chat(model), Chat(base) if base else None
     with ranks() as device:
-
-        def answers_of(path: str, by: Chat, prompts: Sequence[Instruction]) -> list[str]:
-            causal, is_in_parts = model_for_inference(
-                path,
-                recipe.model.attn_implementation,
-                recipe.model.dtype,
-                device,
-                in_parts=in_parts,
-            )
-            ids = [by.prompt_ids(instruction.prompt, room) for instruction in prompts]
-            most = recipe.sft.max_new_tokens
-            return generate(causal, by, ids, most, device, batch, is_in_parts)
-
-        answers = answers_of(model, chat, asked)
+        answers = _answers(recipe, model, chat, asked, device, batch, in_parts)
         of_base = []
         if base and base_chat:
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # the base model takes the other's place
-            of_base = answers_of(base, base_chat, asked[:SAMPLES])
+            first = asked[:SAMPLES]
+            of_base = _answers(recipe, base, base_chat, first, device, batch, in_parts)
         result = {**answer_figures(asked, answers, of_base), "made_from": made_from}
         if rank() == 0:
             write_json(output, result)
@@ -103,6 +90,25 @@ def evaluate_sft(
                 flush=True,
             )
     return result
+
+
+def _answers(
+    recipe: Recipe,
+    model: str,
+    chat: Chat,
+    asked: Sequence[Instruction],
+    device: torch.device,
+    batch: int,
+    in_parts: bool | None,
+) -> list[str]:
+    """What ``model`` answers to each prompt, cut to the room that the longest answer leaves."""
+    causal, is_in_parts = model_for_inference(
+        model, recipe.model.attn_implementation, recipe.model.dtype, device, in_parts=in_parts
+    )
+    most = recipe.sft.max_new_tokens
+    room = recipe.corpus.max_seq_length - most
+    ids = [chat.prompt_ids(instruction.prompt, room) for instruction in asked]
+    return generate(causal, chat, ids, most, device, batch, is_in_parts)
 
 
 def generate(
