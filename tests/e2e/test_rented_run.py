@@ -12,7 +12,10 @@ import provider
 from e2e.renting import Renting, renting, until
 from fastcpt.reporting.summary import summary
 
-pytestmark = pytest.mark.linux("a machine's processes are found by their environment")
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.linux("a machine's processes are found by their environment"),
+]
 PASSES = 90_000.0
 
 
@@ -29,7 +32,6 @@ def gone(stack: Renting, run_id: str, seconds: float = 30) -> None:
     assert [rental.state for rental in stack.rentals(run_id)] == ["released"]
 
 
-@pytest.mark.slow
 def test_a_run_rents_its_host_trains_there_and_gives_it_back(stack: Renting) -> None:
     run = stack.wait(stack.api.trigger({**stack.form(), "perplexity_threshold": PASSES}), 1500)
     assert run.outcome == "success", run.states()
@@ -41,7 +43,6 @@ def test_a_run_rents_its_host_trains_there_and_gives_it_back(stack: Renting) -> 
     assert list(Path(summary(run.record)["model"]).glob("*.safetensors"))
 
 
-@pytest.mark.slow
 def test_a_run_that_is_marked_as_failed_gives_its_host_back(stack: Renting) -> None:
     run_id = stack.trigger_long()
     stack.wait_for_training(run_id)
@@ -50,7 +51,6 @@ def test_a_run_that_is_marked_as_failed_gives_its_host_back(stack: Renting) -> N
     gone(stack, run_id)
 
 
-@pytest.mark.faults
 def test_a_run_that_fails_gives_its_host_back_and_a_clear_takes_another(stack: Renting) -> None:
     run_id = stack.trigger_long()
     stack.wait_for_training(run_id)
@@ -73,7 +73,6 @@ def test_a_run_that_fails_gives_its_host_back_and_a_clear_takes_another(stack: R
     until(lambda: not stack.left(), 30, stack.left)
 
 
-@pytest.mark.faults
 def test_a_rejected_run_has_rented_nothing(stack: Renting) -> None:
     run_id = stack.api.trigger({**stack.form(), "require_approval": True})
     stack.until(run_id, lambda states: states.get("approve_plan") == "awaiting_input")
@@ -83,7 +82,6 @@ def test_a_rejected_run_has_rented_nothing(stack: Renting) -> None:
     assert stack.rentals(run_id) == []
 
 
-@pytest.mark.faults
 def test_a_deleted_runs_machine_is_gone_within_ten_minutes(stack: Renting) -> None:
     run_id = stack.trigger_long()
     stack.wait_for_training(run_id)
@@ -92,7 +90,6 @@ def test_a_deleted_runs_machine_is_gone_within_ten_minutes(stack: Renting) -> No
     assert [rental.state for rental in stack.rentals(run_id)] == ["released"]
 
 
-@pytest.mark.faults
 def test_a_machine_that_is_taken_away_is_replaced_and_the_training_goes_on(stack: Renting) -> None:
     # it trains for long enough to be brought a checkpoint, and was approved once
     form = {**stack.form(), "max_steps": 3000, "perplexity_threshold": PASSES}
