@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fastcpt.files import read_json, write_json
-from fastcpt.held_out import HELD_OUT_SCHEMA, TEXTS_SCHEMA, comparison, write_ledger
+from fastcpt.files import read_json
+from fastcpt.held_out import comparison
 from fastcpt.registry.champion import (
     RegistryError,
     add_model,
@@ -24,19 +24,10 @@ from fastcpt.registry.champion import (
     retire,
     rollback,
 )
+from registry.conftest import GOOD
 
 SCRIPT = Path(__file__).parents[2] / "include" / "scripts" / "champion.py"
-GOOD = {"what": "bits", "value": 0.1, "low": 0.1, "high": 0.1, "bound": 0.0, "met": True}
 BAD = {**GOOD, "value": -0.1, "met": False}
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """A home with a corpus that models were trained on."""
-    write_ledger(tmp_path, "c", TEXTS_SCHEMA.empty_table(), HELD_OUT_SCHEMA.empty_table())
-    (tmp_path / "corpora" / "c" / "tokenizer").mkdir(parents=True)
-    write_json(tmp_path / "corpora" / "c" / "corpus_manifest.json", {"selection": "s"})
-    return tmp_path
 
 
 def add(home: Path, name: str, against: str | None, *conditions: dict[str, Any]) -> str:

@@ -7,27 +7,16 @@ from typing import Any
 
 import pytest
 
-from fastcpt.files import write_json
-from fastcpt.held_out import HELD_OUT_SCHEMA, TEXTS_SCHEMA, write_ledger
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.registry.champion import add_model, promote
 from fastcpt.registry.start import StartError, start_of
 from fastcpt.reporting.record import open_record
-
-GOOD = {"what": "bits", "value": 0.1, "low": 0.1, "high": 0.1, "bound": 0.0, "met": True}
+from registry.conftest import GOOD
 
 
 def recipe_with(**settings: Any) -> Recipe:
     overrides = {key.replace("__", "."): value for key, value in settings.items()}
     return load_recipe("sample", {"recurring.start": "champion", **overrides})
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    write_ledger(tmp_path, "c", TEXTS_SCHEMA.empty_table(), HELD_OUT_SCHEMA.empty_table())
-    (tmp_path / "corpora" / "c" / "tokenizer").mkdir(parents=True)
-    write_json(tmp_path / "corpora" / "c" / "corpus_manifest.json", {"selection": "s"})
-    return tmp_path
 
 
 def publish(home: Path, name: str, recipe: Recipe, **facts: Any) -> None:

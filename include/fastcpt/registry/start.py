@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from fastcpt.recipe import Recipe, load_recipe
 from fastcpt.recurring import Start
@@ -57,17 +57,10 @@ def brought(home: Path, training: str) -> Path:
 def _differences(its: Recipe, ours: Recipe) -> list[str]:
     found = []
     for key in SAME:
-        theirs, wanted = _value(its, key), _value(ours, key)
+        theirs, wanted = map(attrgetter(key), (its, ours))
         if theirs != wanted:
             found.append(f"{key} was {theirs!r} and is {wanted!r}")
     return found
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    value: Any = recipe
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _cannot(model: str, why: str) -> StartError:

@@ -1,0 +1,21 @@
+"""A home in which models can be registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastcpt.files import write_json
+from fastcpt.held_out import HELD_OUT_SCHEMA, TEXTS_SCHEMA, write_ledger
+
+GOOD = {"what": "bits", "value": 0.1, "low": 0.1, "high": 0.1, "bound": 0.0, "met": True}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A home with a corpus that models were trained on."""
+    write_ledger(tmp_path, "c", TEXTS_SCHEMA.empty_table(), HELD_OUT_SCHEMA.empty_table())
+    (tmp_path / "corpora" / "c" / "tokenizer").mkdir(parents=True)
+    write_json(tmp_path / "corpora" / "c" / "corpus_manifest.json", {"selection": "s"})
+    return tmp_path
