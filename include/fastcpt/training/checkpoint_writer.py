@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from fastcpt.files import flush, write_json
-from fastcpt.training.checkpoints import checkpoints, own_state
+from fastcpt.training.checkpoints import checkpoints, file_of_rank, own_state, set_aside
 from fastcpt.training.digests import Digest, digest_of_file, save_tensors, write_digests
 
 SPARE = 0.1  # of the free memory of a host, left alone
@@ -101,7 +101,7 @@ class CheckpointWriter:
         if failed:
             raise OSError(f"{self._target} could not be written: {failed}")
         if dist.get_rank() == 0:
-            self._name({_own_file(rank): digest for rank, digest in enumerate(written)})
+            self._name({file_of_rank(rank): digest for rank, digest in enumerate(written)})
         dist.barrier()
         here = time.monotonic()
         return Written(self.state["step"], self.stopped + here - waited, self.ended - self.began)
@@ -116,7 +116,7 @@ class CheckpointWriter:
 
     def _write(self, content: dict[str, Any]) -> None:
         try:
-            self.outcome = save_tensors(content, self._partial / _own_file(dist.get_rank()))
+            self.outcome = save_tensors(content, self._partial / file_of_rank(dist.get_rank()))
         except Exception as error:  # told to every rank by ``complete``
             self.outcome = error
         self.ended = time.monotonic()
@@ -128,13 +128,7 @@ class CheckpointWriter:
         self._partial.rename(self._target)
         flush(self.folder)
         for old in checkpoints(self.folder)[: -self.keep]:
-            gone = old.with_name(f".{old.name}.partial")
-            old.rename(gone)
-            shutil.rmtree(gone)
-
-
-def _own_file(rank: int) -> str:
-    return f"rank_{rank}.pt"
+            shutil.rmtree(set_aside(old))
 
 
 def tensors_of(content: Any) -> list[torch.Tensor]:

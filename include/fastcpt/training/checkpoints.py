@@ -44,6 +44,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
+def file_of_rank(rank: int) -> str:
+    return f"rank_{rank}.pt"
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Take a checkpoint's name away in one step; the next one that is written removes the rest."""
+    return checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.partial"))
+
+
 def newest_whole(folder: Path) -> Path | None:
     """The newest undamaged checkpoint; None if there are no checkpoints.
 
@@ -70,7 +79,7 @@ def newest_whole(folder: Path) -> Path | None:
                 for line in damaged:
                     print(f"damaged and not used: {line}", flush=True)
                 for newer in found[found.index(checkpoint) + 1 :]:
-                    newer.rename(newer.with_name(f".{newer.name}.partial"))
+                    set_aside(newer)
             dist.barrier()
             return checkpoint
         damaged.append(f"{folder.name}/{checkpoint.name}: {'; '.join(wrong)}")
@@ -93,7 +102,7 @@ def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
         return None
     state: dict[str, Any] = read_json(newest / "state.json")
     files = [
-        torch.load(newest / f"rank_{rank}.pt", map_location="cpu", mmap=True)
+        torch.load(newest / file_of_rank(rank), map_location="cpu", mmap=True)
         for rank in range(state["ranks"])
     ]
     ours = {name for name, parameter in _trained(engine)}
