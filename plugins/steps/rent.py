@@ -104,6 +104,7 @@ def as_offered(recipe: Recipe, dag: str, run: str) -> dict[str, Any]:
 
     The batch size stays, so that a begun training stays valid. Raises ``RecipeError`` if the GPUs cannot divide it.
     """
+    from fastcpt.planning.placement import batch_of
     from fastcpt.rent import ledger
 
     rentals = ledger.of_run(HOME, dag, run)
@@ -117,8 +118,7 @@ def as_offered(recipe: Recipe, dag: str, run: str) -> dict[str, Any]:
         "sft.training": recipe.sft.training,
     }
     for name, training in trainings.items():
-        micro = training.per_device_train_batch_size
-        batch = micro * training.gradient_accumulation_steps * recipe.cluster.gpus
+        micro, batch = training.per_device_train_batch_size, batch_of(recipe, training)
         if batch % offered["gpus"]:
             raise RecipeError(
                 f"{name}: its batch of {batch} cannot be shared by the {offered['gpus']} GPUs that were "

@@ -127,7 +127,7 @@ def _cpu_plan(plain: Plan, before: Measured | None) -> Plan:
         plain,
         tokens_per_s=rate,
         hours=train.plus(sum(parts.values())),
-        hours_parts={"training": (train.low + train.high) / 2, **parts},
+        hours_parts={"training": train.middle, **parts},
         training_hours=train,
         rate_source=_last(before),
         notes=("fine-tuning is not in these hours",),
@@ -198,7 +198,7 @@ def _with_hours(
     everyone, tokens, notes = found.tokens_per_s, found.tokens, found.notes
     assert everyone is not None
     assert hardware.gpu is not None
-    middle = (everyone.low + everyone.high) / 2
+    middle = everyone.middle
     parts = _overheads(recipe, job, hardware, middle, found.corpus_tokens or tokens, before)
     train = Range(tokens / everyone.high, tokens / everyone.low).times(1 / 3600)
     budget = recipe.training.time_budget_hours
@@ -221,7 +221,7 @@ def _with_hours(
         tokens=tokens,
         flops=flops,
         hours=hours,
-        hours_parts={"training": (train.low + train.high) / 2, **parts},
+        hours_parts={"training": train.middle, **parts},
         training_hours=train,
         fits_time=recipe.budget.hours is None or hours.high <= recipe.budget.hours,
         peak_hours=flops / (hardware.gpu.peak(job.fp8) * hardware.count) / 3600,

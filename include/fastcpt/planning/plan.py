@@ -16,7 +16,6 @@ from typing import Any
 from fastcpt.planning.alternatives import Keep, alternatives
 from fastcpt.planning.figures import plan_on
 from fastcpt.planning.hardware import hardware_of
-from fastcpt.planning.ranges import Range
 from fastcpt.planning.result import CannotRun, Plan, PlanRefused
 from fastcpt.recipe import Recipe
 from fastcpt.recurring import shortened
@@ -87,14 +86,10 @@ def _saved(found: Plan, base: Plan) -> str:
         f"base model {base.corpus_tokens:,} in {base.steps:,}"
     )
     if found.hours and base.hours:
-        words += f". Saves about {_middle(base.hours) - _middle(found.hours):,.1f} h"
+        words += f". Saves about {base.hours.middle - found.hours.middle:,.1f} h"
     if found.cost and base.cost:
-        words += f" and ${_middle(base.cost) - _middle(found.cost):,.0f}"
+        words += f" and ${base.cost.middle - found.cost.middle:,.0f}"
     return words
-
-
-def _middle(of: Range) -> float:
-    return (of.low + of.high) / 2
 
 
 def require_fit(plan: Plan, command: str = "the same command with") -> None:

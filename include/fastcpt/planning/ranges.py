@@ -42,6 +42,10 @@ class Range:
     low: float
     high: float
 
+    @property
+    def middle(self) -> float:
+        return (self.low + self.high) / 2
+
     def times(self, factor: float) -> Range:
         return Range(self.low * factor, self.high * factor)
 
