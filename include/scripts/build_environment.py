@@ -240,9 +240,11 @@ def run(title: str, command: list[str], settings: dict[str, str], log: Path) -> 
     """Run a step; its output goes to ``log``, its progress is printed."""
     say(title)
     began = said = time.monotonic()
+    # else the last line would be what pip was at when its buffer was full
+    environment = {**os.environ, **settings, "PYTHONUNBUFFERED": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env={**os.environ, **settings}, stdout=output, stderr=subprocess.STDOUT
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         while process.poll() is None:
             time.sleep(0.2)
