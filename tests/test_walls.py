@@ -24,7 +24,7 @@ SHARED = {
         f"fastcpt.{name}"
         for name in ("recipe", "recipe_form", "recipe_sections", "shapes", "step_memory")
     ),
-    *(f"fastcpt.{name}" for name in ("gpus", "held_out", "intervals", "mlflow_server")),
+    *(f"fastcpt.{name}" for name in ("gpus", "held_out", "intervals", "mlflow_server", "progress")),
     *(f"fastcpt.{name}" for name in ("recurring", "yaml_files")),
 }
 GPU_LIBRARIES = {"torch", "deepspeed", "transformers", "peft", "transformer_engine", "flash_attn"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import local_sshd
 import pytest
 
-from fastcpt.cluster import transfer
+from fastcpt import progress
 from fastcpt.cluster.remote import ClusterError, Remote
 from fastcpt.cluster.transfer import fetch, files_of, send, send_base_model
 from fastcpt.gguf import base_folder
@@ -56,11 +56,11 @@ def test_progress_counts_bytes_and_tells_rate_and_time_left(
     (slow / "rsync").write_text(f'#!/bin/sh\nexec {shutil.which("rsync")} --bwlimit=4000 "$@"\n')
     (slow / "rsync").chmod(0o755)
     monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
-    monkeypatch.setattr(transfer, "TOLD_EVERY_S", 1.0)
+    monkeypatch.setattr(progress, "EVERY_S", 1.0)
     with caplog.at_level("INFO"):
         send(remote, here, str(tmp_path / "there"), files_of(here))
     found = [
-        re.fullmatch(r"([\d.]+) of 20\.0 MB, ([\d.]+) MB/s, (\d+) s left", m)
+        re.fullmatch(r"transfer: ([\d.]+) of 20 MB, ([\d.]+) MB/s, (\d+) s left", m)
         for m in caplog.messages
     ]
     told = [tuple(map(float, one.groups())) for one in found if one]

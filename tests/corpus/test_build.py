@@ -433,7 +433,7 @@ def test_a_tokenizer_trained_on_the_documents_is_the_same_again(
 def test_progress_is_logged_with_rate_and_time_left(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastcpt.corpus.processes import Progress
+    from fastcpt.progress import Progress
 
     clock = iter([0.0, 4.0, 12.0, 13.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))

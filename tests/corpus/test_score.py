@@ -197,8 +197,8 @@ def test_an_excerpt_is_part_of_its_text() -> None:
 
 def test_progress_counts_the_bytes_of_every_format(tmp_path: Path) -> None:
     from fastcpt.corpus.documents import list_parts, read_documents, size_of
-    from fastcpt.corpus.processes import Progress
     from fastcpt.corpus.sample import generate_sample
+    from fastcpt.progress import Progress
     from fastcpt.recipe_sections import Documents, Fields
 
     generate_sample(tmp_path, documents=40)

@@ -30,6 +30,7 @@ SHIPPED = (
     "fastcpt/best_fit.py",
     "fastcpt/files.py",
     "fastcpt/gate.py",
+    "fastcpt/progress.py",
     "fastcpt/ids.py",
     "fastcpt/intervals.py",
     "fastcpt/manifests.py",

@@ -13,7 +13,6 @@ import logging
 import re
 import shlex
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -38,13 +37,13 @@ from fastcpt.cluster.remote import (
 from fastcpt.files import digest_of, sha256_of_file
 from fastcpt.gguf import FOLDERS, base_folder
 from fastcpt.manifests import FileEntry
+from fastcpt.progress import Progress
 
 log = logging.getLogger(__name__)
 
 STREAMS = 4
 ROUNDS = 3  # a file that differs after being sent is sent again, twice
 IDLE_TIMEOUT_S = 120
-TOLD_EVERY_S = 5.0
 ASKED_EVERY_S = 60.0
 
 
@@ -251,7 +250,8 @@ def _rsync(
     far: str = "rsync",
 ) -> None:
     """Run one rsync per share between ``ends``; ``full`` is the error for a full disk, ``far`` the remote rsync."""
-    progress = _TransferProgress(sum(sizes[name] for share in shares for name in share))
+    total = sum(sizes[name] for share in shares for name in share)
+    progress = Progress("transfer", "MB", total / 1e6)
     command = [
         *("rsync", "-tLI", f"--timeout={IDLE_TIMEOUT_S}", "--partial-dir=.rsync-partial"),
         *("--files-from=-", "-0", "--out-format=%n", "--progress"),
@@ -266,13 +266,14 @@ def _rsync(
         with suppress(BrokenPipeError):  # rsync has ended: its exit code says why
             process.stdin.write("".join(f"{_listed(name)}\0" for name in share))
             process.stdin.close()
-        name = ""
+        name, seen = "", dict[str, int]()
         # rsync prints a file's name, then its bytes so far, again and again on one line
         for line in process.stdout:
             if line.strip() in sizes:
                 name = line.strip()
             elif so_far := re.match(r" *([\d,]+) +\d+%", line):
-                progress.tell(name, int(so_far[1].replace(",", "")))
+                before, seen[name] = seen.get(name, 0), int(so_far[1].replace(",", ""))
+                progress.add((seen[name] - before) / 1e6)
         if process.wait():
             complaints.seek(0)
             raise _rsync_error(remote, full, process.returncode, complaints.read())
@@ -310,28 +311,6 @@ def _ask_for(remote: Remote) -> None:
 def _listed(name: str) -> str:
     """A file's name in rsync's list, which treats ``#x`` and ``;x`` as comments, even with -0."""
     return f"./{name}" if name.startswith(("#", ";")) else name
-
-
-class _TransferProgress:
-    """Logs bytes, rate and time left of all streams together."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.bytes_of = total, dict[str, int]()
-        self.began = self.last = time.monotonic()
-        self.lock = threading.Lock()
-
-    def tell(self, name: str, so_far: int) -> None:
-        with self.lock:
-            self.bytes_of[name] = so_far
-            done, now = sum(self.bytes_of.values()), time.monotonic()
-            if now - self.last < TOLD_EVERY_S or not done:
-                return
-            self.last = now
-        rate = done / (now - self.began)
-        log.info(
-            "%.1f of %.1f MB, %.1f MB/s, %.0f s left",
-            *(done / 1e6, self.total / 1e6, rate / 1e6, (self.total - done) / rate),
-        )
 
 
 def _rsync_error(remote: Remote, full: str, code: int, said: str) -> Exception:

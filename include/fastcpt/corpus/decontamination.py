@@ -17,11 +17,12 @@ import pyarrow.compute as pc
 from fastcpt.corpus import leakage
 from fastcpt.corpus.fingerprint import OVERLAP
 from fastcpt.corpus.passages import Stretches, ids_without
-from fastcpt.corpus.processes import Progress, in_order, in_processes
+from fastcpt.corpus.processes import in_order, in_processes
 from fastcpt.corpus.replay import GeneralHeldOut
 from fastcpt.corpus.selected import HELD_OUT, BuildError, Selected
 from fastcpt.corpus.token_ids import TokenIds
 from fastcpt.corpus.tokenizer import CorpusTokenizer
+from fastcpt.progress import Progress
 
 Ints = npt.NDArray[np.int64]
 

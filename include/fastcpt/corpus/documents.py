@@ -24,8 +24,8 @@ from typing import Any
 import fsspec
 
 from fastcpt.corpus.parquet import DamagedParquetError, Unconvertible, read_rows
-from fastcpt.corpus.processes import Progress
 from fastcpt.corpus.streams import DamagedError, Most, elements, lines, unpacked
+from fastcpt.progress import Progress
 from fastcpt.recipe_sections import Documents, Fields
 
 log = logging.getLogger(__name__)

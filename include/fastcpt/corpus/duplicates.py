@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcpt.corpus.fingerprint import BINS, Hashes
-from fastcpt.corpus.processes import Progress
+from fastcpt.progress import Progress
 
 Rows = npt.NDArray[np.int64]
 RECALL = 0.97  # for pairs exactly at the threshold; higher for closer ones

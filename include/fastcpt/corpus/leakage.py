@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from fastcpt.corpus.documents import Document, read_documents
 from fastcpt.corpus.fingerprint import OVERLAP, ngram_hashes, word_hashes, word_spans
-from fastcpt.corpus.processes import Progress
 from fastcpt.files import whole_file
+from fastcpt.progress import Progress
 from fastcpt.recipe_sections import Fields
 
 Ints = npt.NDArray[np.int64]

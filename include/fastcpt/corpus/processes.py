@@ -8,21 +8,16 @@ a worker reads the end of its input and exits.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import pickle
 import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
-
-LOG_EVERY_S = 10.0
 LARGE = 8 << 20  # bytes or characters: less than this is not worth several processes
 
 
@@ -196,30 +191,6 @@ def _serve() -> None:
             result, failure = None, error
         pickle.dump((result, failure), results)
         results.flush()
-
-
-class Progress:
-    """Logs rate and time left of a long step, at most every 10 s."""
-
-    def __init__(self, what: str, unit: str, total: float):
-        self.what, self.unit, self.total = what, unit, total
-        self.done = 0.0
-        self.started = self.logged = time.monotonic()
-
-    def add(self, amount: float) -> None:
-        self.done += amount
-        now = time.monotonic()
-        if now - self.logged >= LOG_EVERY_S:
-            self.logged = now
-            log.info("%s", self.line(now - self.started))
-
-    def line(self, seconds: float) -> str:
-        rate = self.done / max(seconds, 1e-9)
-        left = (self.total - self.done) / rate if rate else 0.0
-        return (
-            f"{self.what}: {self.done:,.0f} of {self.total:,.0f} {self.unit}, "
-            f"{rate:,.0f} {self.unit}/s, {left:,.0f} s left"
-        )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastcpt.corpus.processes import Progress
 from fastcpt.corpus.score_columns import ScoreColumns, batches_of
 from fastcpt.manifests import ScoresFolder
+from fastcpt.progress import Progress
 from fastcpt.recipe import Recipe
 
 Floats = npt.NDArray[np.float64]

@@ -34,9 +34,10 @@ from fastcpt.corpus.documents import (
     size_of,
 )
 from fastcpt.corpus.fingerprint import BINS, Fingerprint, fingerprint
-from fastcpt.corpus.processes import Progress, in_order, over_parts
+from fastcpt.corpus.processes import in_order, over_parts
 from fastcpt.files import digest_of, hash_of, read_json, whole_file, write_json
 from fastcpt.manifests import ScoresFolder, ScoresManifest
+from fastcpt.progress import Progress
 from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Score, law_sets
 

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from fastcpt.corpus.dates import newest_plausible
 from fastcpt.corpus.duplicates import SignatureStore
 from fastcpt.corpus.fingerprint import BINS
-from fastcpt.corpus.processes import Progress
 from fastcpt.corpus.score import (
     LEGAL_COMPONENTS,
     PUBLISHED_COMPONENTS,
@@ -24,6 +23,7 @@ from fastcpt.corpus.score import (
     naming,
 )
 from fastcpt.manifests import ScoresFolder
+from fastcpt.progress import Progress
 from fastcpt.recipe import Recipe
 
 Floats = npt.NDArray[np.float64]

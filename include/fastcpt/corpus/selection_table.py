@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastcpt.corpus.processes import Progress
 from fastcpt.corpus.score import named_in
 from fastcpt.corpus.score_columns import (
     NAMING,
@@ -23,6 +22,7 @@ from fastcpt.corpus.score_columns import (
 )
 from fastcpt.files import whole_file
 from fastcpt.manifests import ScoresFolder
+from fastcpt.progress import Progress
 from fastcpt.recipe import Recipe
 
 Ints = npt.NDArray[np.int64]

@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 
 from fastcpt.corpus.fingerprint import spread
 from fastcpt.corpus.pack import Packed, pack
-from fastcpt.corpus.processes import Progress, in_processes
+from fastcpt.corpus.processes import in_processes
 from fastcpt.corpus.selected import BuildError, Selected
 from fastcpt.corpus.token_ids import TokenIds
 from fastcpt.corpus.tokens import TokenFiles
 from fastcpt.files import sha256_of_file, whole_file
 from fastcpt.manifests import HeldOutShard, Shard
+from fastcpt.progress import Progress
 from fastcpt.recipe import Recipe
 
 Ints = npt.NDArray[np.int64]

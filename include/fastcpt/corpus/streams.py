@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
-from fastcpt.corpus.processes import Progress
+from fastcpt.progress import Progress
 
 CHUNK = 1 << 20
 # Bytes of .zst per step: four bytes decompress to at most a block of 128 KiB, so a step yields 64 MiB at most

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcpt.corpus.passages import Stretches
-from fastcpt.corpus.processes import Progress, over_parts
+from fastcpt.corpus.processes import over_parts
 from fastcpt.corpus.selected import Selected
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.corpus.tokens import read_index, token_folder, tokenize_part
 from fastcpt.manifests import Tokenized
+from fastcpt.progress import Progress
 from fastcpt.recipe_sections import Fields
 
 log = logging.getLogger(__name__)

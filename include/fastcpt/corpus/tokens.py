@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fastcpt.corpus.documents import Document, in_batches, read_documents
-from fastcpt.corpus.processes import Progress, in_order
+from fastcpt.corpus.processes import in_order
 from fastcpt.corpus.tokenizer import CorpusTokenizer
 from fastcpt.files import digest_of, whole_file
 from fastcpt.ids import Ids, read_ids, to_bytes, width_of
 from fastcpt.manifests import Tokenized
+from fastcpt.progress import Progress
 from fastcpt.recipe_sections import Fields
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,6 @@ from fastcpt.recipe_sections import Model
 from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
 from fastcpt.training.made_from import EVALUATION_FORMAT
 from fastcpt.training.model import ModelError, base_of
-from fastcpt.training.progress import ProgressLines
 from fastcpt.training.questions import (
     Question,
     answered,
@@ -36,7 +35,7 @@ from fastcpt.training.questions import (
     table_of,
     texts_of,
 )
-from fastcpt.training.ranks import rank
+from fastcpt.training.ranks import rank, say
 from fastcpt.training.scoring import Scorer, document_losses
 from fastcpt.training.validation import (
     EvaluationError,
@@ -177,11 +176,10 @@ def _losses_of(
             found = document_losses(scorer, asked, window, device, batch_tokens, what)
         losses[name, label] = found
         figures = loss_figures(asked, found, f"{label} on the {name} validation set")
-        ProgressLines().say(
+        say(
             f"evaluated {label}, {name}: perplexity {figures['perplexity']:.4f}, "
             f"{figures['bits_per_byte']:.4f} bits per byte, {figures['tokens']:,} tokens "
-            f"in {time.monotonic() - begin:.1f} s",
-            now=True,
+            f"in {time.monotonic() - begin:.1f} s"
         )
     return losses
 

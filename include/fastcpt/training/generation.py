@@ -19,12 +19,12 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from fastcpt.files import digest_of, read_json, sha256_of_file, write_json
 from fastcpt.intervals import ratio
+from fastcpt.progress import Progress
 from fastcpt.recipe import Recipe
 from fastcpt.training.citations import check_citations
 from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
 from fastcpt.training.made_from import ANSWERS_FORMAT
-from fastcpt.training.progress import ProgressLines
-from fastcpt.training.ranks import rank, world_size
+from fastcpt.training.ranks import rank, say, world_size
 from fastcpt.training.sft import Chat, Instruction, InstructionError, read_instructions
 
 BATCH = 32  # prompts decoded together
@@ -136,8 +136,7 @@ def generate(
     )
     # transformers fills unset fields from the model's own configuration, which may sample
     model.generation_config = config
-    progress, done = ProgressLines(), 0
-    begin = time.monotonic()
+    progress = Progress("generate", "answers", len(prompts), say)
     answers: dict[int, str] = {}
     for numbers in mine:
         longest = len(prompts[numbers[0]])
@@ -146,7 +145,7 @@ def generate(
         for row, number in enumerate(numbers):
             ids[row, longest - len(prompts[number]) :] = torch.tensor(prompts[number])
             mask[row, longest - len(prompts[number]) :] = 1
-        sign_of_life = _SignOfLife(progress, longest, done * world_size(), len(prompts))
+        sign_of_life = _SignOfLife(progress, longest)
         with torch.no_grad():
             out = model.generate(
                 input_ids=ids.to(device),
@@ -156,29 +155,27 @@ def generate(
             )
         for number, tokens in zip(numbers, out[:, longest:].tolist(), strict=True):
             answers[number] = chat.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        done += len(numbers)
-        progress.say(f"generated {min(done * world_size(), len(prompts)):,} of {len(prompts):,}")
+        progress.add(min(len(numbers) * world_size(), len(prompts) - progress.done))
     if dist.is_initialized():
         shares: list[Any] = [None] * world_size()
         dist.all_gather_object(shares, answers)
         answers = {number: text for share in shares for number, text in share.items()}
-    progress.say(
-        f"generated {len(answers):,} answers in {time.monotonic() - begin:.1f} s", now=True
-    )
+    say(f"generated {len(answers):,} answers in {time.monotonic() - progress.started:.1f} s")
     return [answers[number] for number in range(len(prompts))]
 
 
 class _SignOfLife(StoppingCriteria):  # type: ignore[misc]
     """Prints the progress of a long batch; never stops it."""
 
-    def __init__(self, progress: ProgressLines, longest: int, done: int, total: int) -> None:
-        self.progress, self.longest, self.done, self.total = progress, longest, done, total
+    def __init__(self, progress: Progress, longest: int) -> None:
+        self.progress, self.longest = progress, longest
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.progress.say(
-            f"generated {self.done:,} of {self.total:,} answers, "
-            f"{input_ids.shape[1] - self.longest} tokens of the next"
-        )
+        if self.progress.due:
+            self.progress.tell(
+                f"generate: {self.progress.done:,.0f} of {self.progress.total:,} answers, "
+                f"{input_ids.shape[1] - self.longest} tokens of the next"
+            )
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 

@@ -24,6 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from fastcpt.progress import Progress
 from fastcpt.recipe_sections import Training
 from fastcpt.step_memory import MODEL_BYTES, checkpoint_bytes_per_weight, training_disk_bytes
 from fastcpt.training import checkpoints
@@ -33,8 +34,7 @@ from fastcpt.training.engine import begin_step, parameters
 from fastcpt.training.exits import Stopped, TrainingError
 from fastcpt.training.guard import Guard
 from fastcpt.training.metrics import MetricsLog, Work, hours_minutes_seconds, peak_memory_gb
-from fastcpt.training.progress import ProgressLines
-from fastcpt.training.ranks import StopSignal
+from fastcpt.training.ranks import StopSignal, say
 from fastcpt.training.schedule import Clock, Phase, learning_rate
 
 LAUNCHER = 5.0  # seconds of the launcher's imports, before this process began
@@ -69,7 +69,7 @@ class Loop:
         self.areas: dict[str, Any] = {}  # results of the finished areas
         self.seconds = self.loss = self.norm = 0.0
         self.peak_gb = 0.0
-        self.progress_lines = ProgressLines()
+        self.lines = Progress("train", "steps", training.max_steps, say)
         state = checkpoints.load_newest(engine, self.folder)
         if state:
             self._resume(state)
@@ -85,7 +85,7 @@ class Loop:
         self.number, self.begun = state["phase"], state["phase_begun"]
         self.areas = state["areas"]
         self.guard.resume(state)
-        self._say(f"going on from checkpoints/step_{self.step}")
+        self.lines.tell(f"going on from checkpoints/step_{self.step}")
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint, apart from the weights; JSON."""
@@ -170,7 +170,7 @@ class Loop:
             if self.step == self.begun:
                 begin_area(self.phase.area)
                 if self.phase.area:
-                    self._say(f"adapter {self.phase.area}: {len(self.phase.rows):,} rows")
+                    self.lines.tell(f"adapter {self.phase.area}: {len(self.phase.rows):,} rows")
             rate = self._learning_rate()
             stopping = self.one_step(rate)
             ended = self.progress() >= self.phase.end
@@ -257,7 +257,7 @@ class Loop:
             self.norm = math.nan
         if asked != [True]:
             self.guard.count(self.step + 1, self.loss, self.norm)
-            self._say(
+            self.lines.tell(
                 f"step {self.step + 1} skipped: loss {self.loss:.4g}, "
                 f"gradient norm {self.norm:.4g} out of bounds"
             )
@@ -265,7 +265,7 @@ class Loop:
     def _report(self, rate: float, due: bool) -> None:
         """On rank 0, print a line of progress and, if ``due``, write one to metrics.jsonl."""
         now = due or self.step == self.first + 1
-        if self.rank != 0 or not (now or self.progress_lines.due):
+        if self.rank != 0 or not (now or self.lines.due):
             return
         tokens, since, flop = self.logged
         here = time.monotonic()
@@ -275,7 +275,7 @@ class Loop:
         left *= self.training.max_steps - self.step
         if self.clock.hours:
             left = min(left, max(0.0, self.clock.seconds_left(self.seconds, self.tokens)))
-        self._say(
+        self.lines.tell(
             f"step {self.step}/{self.training.max_steps} loss {self.loss:.4f} "
             f"lr {rate:.3g} grad_norm {self.norm:.3g} "
             f"{per_gpu * self.world:,.0f} tokens/s {hours_minutes_seconds(left)} left"
@@ -331,10 +331,7 @@ class Loop:
         model = MODEL_BYTES / checkpoint_bytes_per_weight(self.training.optimizer_states)
         self.clock.saving = max(self.clock.saving, written.seconds * (1 + model))
         if not last:
-            self._say(
+            self.lines.tell(
                 f"saved checkpoints/step_{written.step} in {written.seconds:.1f} s, "
                 f"{written.stopped:.1f} s of them without training"
             )
-
-    def _say(self, line: str) -> None:
-        self.progress_lines.say(line, now=True)

@@ -20,13 +20,13 @@ from transformers.utils import logging
 
 from fastcpt import __version__
 from fastcpt.files import read_json, write_json
+from fastcpt.progress import signs_of_life
 from fastcpt.recipe import Recipe
 from fastcpt.training.card import hub_name, model_card, read_facts
 from fastcpt.training.checkpoints import put_in_place
 from fastcpt.training.inference import model_identity
 from fastcpt.training.made_from import publication_name
 from fastcpt.training.model import load_model
-from fastcpt.training.progress import signs_of_life
 from fastcpt.training.sft import Chat
 
 SHARD = "5GB"

@@ -33,6 +33,12 @@ def start_ranks() -> torch.device:
     return torch.device(accelerator.device_name(local_rank))
 
 
+def say(line: str) -> None:
+    """Print a line on rank 0."""
+    if rank() == 0:
+        print(line, flush=True)
+
+
 def once_a_host(work: Callable[[], Any]) -> Any:
     """Run ``work`` on the first rank of each host; every rank gets its host's result, which must be JSON.
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastcpt.training.progress import ProgressLines
-from fastcpt.training.ranks import rank, world_size
+from fastcpt.progress import Progress
+from fastcpt.training.ranks import rank, say, world_size
 from fastcpt.training.validation import EvaluationError, HeldOutDocument, Window, windows_of
 
 # Tokens per batch, padding included: enough to keep a GPU busy; what fits a CPU's caches.
@@ -74,8 +74,7 @@ def document_losses(
     fast = GPU_BATCH if device.type == "cuda" else CPU_BATCH
     batches = list(_batches(windows, batch_tokens or fast))
     sums = torch.zeros(len(documents), dtype=torch.float64, device=device)
-    progress = ProgressLines()
-    done = 0
+    progress = Progress(f"evaluate {what}", "windows", len(windows), say)
     for start in range(0, len(batches), world_size()):
         # One batch per rank. A partitioned model needs the same calls on all ranks, so each calls the
         # output layer as often as the largest batch needs, even if it has no batch left.
@@ -83,8 +82,7 @@ def document_losses(
         most = max(sum(window.end - window.first for window in batch) for batch in together)
         batch = together[rank()] if rank() < len(together) else []
         sums += _losses(scorer, documents, batch, math.ceil(most / SCORED_AT_ONCE), device)
-        done += sum(map(len, together))
-        progress.say(f"evaluated {what}: {done:,} of {len(windows):,} windows")
+        progress.add(sum(map(len, together)))
     if dist.is_initialized():
         dist.all_reduce(sums)
     answer: npt.NDArray[np.float64] = sums.cpu().numpy()
