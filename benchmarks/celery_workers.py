@@ -76,10 +76,10 @@ def built_by_workers(home: Path, conf: dict[str, Any]) -> tuple[dict[str, Any], 
     import local_stack
     import process_groups
 
-    local = local_stack.environment
+    local = local_stack.airflow_environment
     celery = settings(home)
-    local_stack.environment = lambda *facts: local(*facts) | celery
-    state = local_stack.start()
+    local_stack.airflow_environment = lambda *facts: local(*facts) | celery
+    state = local_stack.start_stack()
     try:
         environment = {**os.environ, **state["settings"], **celery}
         workers = [start_worker(name, home, environment) for name in WORKERS]
@@ -101,7 +101,7 @@ def built_by_workers(home: Path, conf: dict[str, Any]) -> tuple[dict[str, Any], 
                 figures[step] = Counter(t["hostname"] for t in tasks if t["task_id"] == step)
             api.end_unfinished_runs()
     finally:
-        local_stack.end(state)
+        local_stack.end_stack(state)
     (corpus,) = (home / "corpora").iterdir()
     return figures, corpus
 

@@ -177,7 +177,7 @@ class Run:
 def measured(command: list[str]) -> Run:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=python_environment())
     peak = [0]
     ended = threading.Event()
     watch = threading.Thread(target=watch_memory, args=(process.pid, peak, ended))
@@ -208,7 +208,7 @@ def watch_memory(pid: int, peak: list[int], ended: threading.Event) -> None:
         peak[0] = max(peak[0], total)
 
 
-def environment() -> dict[str, str]:
+def python_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY / "include")}
 
 
@@ -270,10 +270,10 @@ def main() -> None:
     arguments = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY / "include"))
     with tempfile.TemporaryDirectory() as scratch:
-        print(json.dumps(compare(arguments, Path(scratch))))
+        print(json.dumps(ratios(arguments, Path(scratch))))
 
 
-def compare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def ratios(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     data, tokenizer = str(arguments.data.resolve()), str(arguments.tokenizer.resolve())
     parts = sorted(str(path) for path in Path(data).glob("*.jsonl.zst"))
     processes = len(os.sched_getaffinity(0))
@@ -358,7 +358,7 @@ def bare_rate(tokenizer: str, parts: list[str], processes: int) -> float:
             [sys.executable, "-c", BARE, tokenizer, *parts[number::processes]],
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(),
+            env=python_environment(),
         )
         for number in range(processes)
     ]

@@ -36,13 +36,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", default=FILES, help="(default: %(default)s)")
     files = [REPOSITORY / file for file in parser.parse_args().files]
-    pinned = sorted({pin for file in files for pin in pins(file.read_text())}, key=str.lower)
+    pinned = sorted({pin for file in files for pin in pinned(file.read_text())}, key=str.lower)
     context = ssl.create_default_context()
     with (
         httpx.Client(verify=context, timeout=60, follow_redirects=True) as client,
         ThreadPoolExecutor(4) as threads,
     ):
-        released = list(threads.map(lambda pin: files_of(client, pin), pinned))
+        released = list(threads.map(lambda pin: index_files(client, pin), pinned))
     mac = tags_of_a_mac()
     without = [
         (pin, names)
@@ -58,7 +58,7 @@ def main() -> int:
     return int(missing > 0)
 
 
-def pins(text: str) -> list[str]:
+def pinned(text: str) -> list[str]:
     """``name==version`` of each line; extras do not affect which file is needed."""
     lines = (re.sub(r"\s*#.*|\[.*?\]", "", line).strip() for line in text.splitlines())
     return [line for line in lines if line]
@@ -72,7 +72,7 @@ def index() -> str:
     return (done.stdout.strip() or PyPI.simple_url).rstrip("/")
 
 
-def files_of(client: httpx.Client, pin: str) -> list[str]:
+def index_files(client: httpx.Client, pin: str) -> list[str]:
     """Names of the index's files for the pinned version."""
     name, version = pin.split("==")
     answer = client.get(f"{INDEX}/{canonicalize_name(name)}/", headers=JSON)

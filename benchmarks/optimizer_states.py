@@ -40,7 +40,7 @@ SHAPES = {
 STEP_TOKENS = 16_384
 
 
-def recipe_file(args: argparse.Namespace, states: str, seed: int, folder: Path) -> Path:
+def write_recipe(args: argparse.Namespace, states: str, seed: int, folder: Path) -> Path:
     """The training's recipe, written to ``folder``."""
     size = int(json.loads((args.corpus / "corpus_manifest.json").read_text())["max_seq_length"])
     rows = STEP_TOKENS // size
@@ -104,7 +104,7 @@ class Host:
 
     def initialise(self, seed: int) -> None:
         """A model with random weights."""
-        recipe = recipe_file(self.args, "float32", seed, self.folder / f"seed_{seed}")
+        recipe = write_recipe(self.args, "float32", seed, self.folder / f"seed_{seed}")
         words, model = self.args.corpus / "tokenizer", recipe.parent / "model"
         given = ("--config", recipe, "--tokenizer", words, "--output_dir", model)
         self.run(recipe.parent / "log.txt", 0, SCRIPTS / "initialise_model.py", *given)
@@ -112,7 +112,7 @@ class Host:
     def train(self, states: str, seed: int, gpu: int) -> None:
         """Train and evaluate one model."""
         out = self.folder / f"{states}_{seed}"
-        recipe, log = recipe_file(self.args, states, seed, out), out / "log.txt"
+        recipe, log = write_recipe(self.args, states, seed, out), out / "log.txt"
         launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 1)
         worker = (__file__, "--nearest") if states == "nearest" else (SCRIPTS / "train_cpt.py",)
         given = (
@@ -153,7 +153,7 @@ def curve(out: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in map(json.loads, lines)}
 
 
-def figures(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+def curve_figures(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """For each training: the mean loss over the last tenth of the common steps, held-out bits per byte,
     and steps skipped by the guard."""
     curves = {name: curve(folder / name) for name in names}
@@ -231,7 +231,7 @@ def main() -> None:
                 for n, (seed, kind) in enumerate((s, k) for s in seeds for k in states)
             ]
         )
-        found = figures(Path(folder), names)
+        found = curve_figures(Path(folder), names)
         if args.keep:
             args.keep.mkdir(parents=True, exist_ok=True)
             curves = {name: curve(Path(folder) / name) for name in names}

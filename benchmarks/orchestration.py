@@ -80,16 +80,16 @@ def main() -> None:
     machines.DAGS = DAGS
     machines.SEEN_SOON = {}  # Airflow's own thresholds: nothing is killed here
     with tempfile.TemporaryDirectory(prefix="fast_cpt-orchestration-") as folder:
-        server = local_sshd.start(Path(folder) / "sshd")
+        server = local_sshd.start_server(Path(folder) / "sshd")
         airflow = machines.Airflow(Path(folder) / "home", server)
         try:
-            measure(airflow, Path(folder) / "cluster", arguments)
+            measure_overheads(airflow, Path(folder) / "cluster", arguments)
         finally:
             airflow.end()
             os.killpg(server["pid"], signal.SIGTERM)
 
 
-def measure(airflow: machines.Airflow, root: Path, arguments: argparse.Namespace) -> None:
+def measure_overheads(airflow: machines.Airflow, root: Path, arguments: argparse.Namespace) -> None:
     overheads = []
     for _ in range(2):
         began = time.monotonic()

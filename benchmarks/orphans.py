@@ -270,7 +270,7 @@ def whole(run: Run) -> bool:
     newest = checkpoints.newest_here(run.home / "checkpoints")
     if newest is None:
         return True
-    return not checkpoints.differing(newest, read_json(newest / checkpoints.FILES))
+    return not checkpoints.differing_files(newest, read_json(newest / checkpoints.FILES))
 
 
 def figures(results: list[dict[str, Any]], transfer_s: float) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def orchestrate(run: Run) -> None:
             break
     while True:
         try:
-            machines.give_back(run.home, DAG, run.name, "the run has ended")
+            machines.release_machines(run.home, DAG, run.name, "the run has ended")
             return
         except (ProviderError, machines.NotReleased) as error:
             print(f"{time.time():.1f} {type(error).__name__}: {error}", flush=True)
@@ -131,7 +131,7 @@ def orchestrate(run: Run) -> None:
 def _take(run: Run) -> ledger.Rental:
     """The run's machine, checked and watched; one that is silent goes back."""
     rent = Rent(**provider.commands(run.provider))
-    rental = machines.take(run.home, DAG, run.name, rent, {"gpus": 1}, run.facts["money"])
+    rental = machines.rent_machine(run.home, DAG, run.name, rent, {"gpus": 1}, run.facts["money"])
     until = time.monotonic() + SILENT_S
     while True:
         try:
@@ -139,7 +139,9 @@ def _take(run: Run) -> ledger.Rental:
             break
         except (ConnectionLost, ClusterError) as error:
             if time.monotonic() > until or isinstance(error, ClusterError):
-                machines.give_back(run.home, DAG, run.name, f"it could not take the run: {error}")
+                machines.release_machines(
+                    run.home, DAG, run.name, f"it could not take the run: {error}"
+                )
                 raise
             time.sleep(0.5)
     assert rental.machine is not None
@@ -183,7 +185,9 @@ def _train(run: Run, rental: ledger.Rental) -> bool:
                 answered = time.monotonic()
             except ConnectionLost as error:
                 if time.monotonic() - answered > SILENT_S:
-                    machines.give_back(run.home, DAG, run.name, f"it does not answer: {error}")
+                    machines.release_machines(
+                        run.home, DAG, run.name, f"it does not answer: {error}"
+                    )
                     raise
                 continue
             state = answer["jobs"][0].get("status", {}).get("state")

@@ -92,7 +92,7 @@ def columns_of(part: int, rows: int, documents: int) -> dict[str, Any]:
     }
 
 
-def generate(folder: Path, part: int, rows: int, documents: int) -> Path:
+def write_part(folder: Path, part: int, rows: int, documents: int) -> Path:
     columns = columns_of(part, rows, documents)
     schema = score_schema("legal")
     arrays = [pa.array(columns[field.name]).cast(field.type) for field in schema]
@@ -114,7 +114,7 @@ def main() -> None:
         folder = Path(scratch)
         started = time.monotonic()
         scores = [
-            str(generate(folder, part, rows, arguments.documents))
+            str(write_part(folder, part, rows, arguments.documents))
             for part in range(arguments.documents // rows)
         ]
         generated = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

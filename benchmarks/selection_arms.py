@@ -164,10 +164,10 @@ def _heads_of(
     before = np.cumsum(left) - left
     before -= before[np.searchsorted(document, document)]
     taken = np.clip(most - before, 0, left)
-    return joined(np.stack([begin, taken], axis=1)[taken > 0], pool)
+    return merged(np.stack([begin, taken], axis=1)[taken > 0], pool)
 
 
-def joined(spans: Ints, pool: Pool) -> Ints:
+def merged(spans: Ints, pool: Pool) -> Ints:
     """Spans in order, with adjacent spans of a document merged."""
     spans = spans[np.argsort(spans[:, 0])]
     ends = spans.sum(axis=1)
@@ -240,7 +240,7 @@ def _covering(pool: Pool, budget: int, weight: Floats) -> Ints:
         chosen.append(best)
         counts[features[best][0]] += features[best][1]
         budget -= int(length[best])
-    return joined(np.stack([begin, length], axis=1)[np.array(chosen)], pool)
+    return merged(np.stack([begin, length], axis=1)[np.array(chosen)], pool)
 
 
 def shared_grams(pool: Pool, document: Ints, weight: Floats, size: int = 3) -> tuple[Ints, Floats]:

@@ -13,7 +13,9 @@ RESAMPLES = 5_000
 LOTS = "lots"
 
 
-def table_of(results: list[dict[str, Any]], trivial: list[str]) -> tuple[str, dict[str, Any]]:
+def comparison_table(
+    results: list[dict[str, Any]], trivial: list[str]
+) -> tuple[str, dict[str, Any]]:
     """A Markdown table and its figures, with each arm's mean over its seeds.
 
     The differences are in percent of the other's bits: from randomly drawn documents, and from the trivial

@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "include"))
 
 from selection_arms import ARMS, TRIVIAL, spans_of
 from selection_pool import Pool, make_pool
-from selection_table import SETS, bits_of, table_of
+from selection_table import SETS, bits_of, comparison_table
 
 from fastcpt.files import HOME, read_json, write_json
 from fastcpt.gguf import base_folder
@@ -58,7 +58,7 @@ FROM_NOTHING = {
 BASE = "base"  # among the results: the model before training
 
 
-def recipe_of(args: argparse.Namespace, seed: int = 0) -> Recipe:
+def experiment_recipe(args: argparse.Namespace, seed: int = 0) -> Recipe:
     """The product's recipe of the experiment: no selection, and one GPU for each training."""
     given = args.model and base_folder(args.model)
     config = FROM_NOTHING | json.loads(args.shape)
@@ -97,7 +97,7 @@ def recipe_of(args: argparse.Namespace, seed: int = 0) -> Recipe:
     )
 
 
-def arguments() -> argparse.Namespace:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument(
         "--documents", help="folder of documents; not needed where the pool is made"
@@ -152,7 +152,7 @@ def train_and_evaluate(args: argparse.Namespace, arm: str, seed: int, out: Path)
     from fastcpt.training.validation import read_held_out, validation_files
 
     begun = time.monotonic()
-    recipe, folder = recipe_of(args, seed), args.work / "pool"
+    recipe, folder = experiment_recipe(args, seed), args.work / "pool"
     tokenizer = folder / "tokenizer"
     model = recipe.model.name_or_path
     if model is None:
@@ -207,7 +207,7 @@ def documents_in(spans: Any, pool: Pool) -> int:
 def run_all(args: argparse.Namespace, runs: list[tuple[str, int]], results: Path) -> list[Any]:
     """Results of these runs, including those already in ``results``, which is updated after each."""
     done: dict[str, Any] = read_json(results) if results.is_file() else {}
-    left = [(arm, seed) for arm, seed in runs if name_of(args, arm, seed) not in done]
+    left = [(arm, seed) for arm, seed in runs if result_key(args, arm, seed) not in done]
     places: Queue[int] = Queue()
     for place in range(max(1, args.gpus) * args.side_by_side):
         places.put(place % max(1, args.gpus))
@@ -222,7 +222,7 @@ def run_all(args: argparse.Namespace, runs: list[tuple[str, int]], results: Path
             if result is None:
                 continue
             arm, seed = found[future]
-            done[name_of(args, arm, seed)] = result
+            done[result_key(args, arm, seed)] = result
             write_json(results, done)
             bits = ", ".join(f"{name} {bits_of(result[name]):.4f}" for name in SETS)
             rate = result.get("tokens_per_s_per_gpu", 0)
@@ -230,11 +230,11 @@ def run_all(args: argparse.Namespace, runs: list[tuple[str, int]], results: Path
                 f"{arm} seed {seed}: {bits}; {rate:,.0f} tokens/s, {result['seconds']} s",
                 flush=True,
             )
-    wanted = [name_of(args, arm, seed) for arm, seed in runs]
+    wanted = [result_key(args, arm, seed) for arm, seed in runs]
     return [done[name] for name in wanted if name in done]
 
 
-def name_of(args: argparse.Namespace, arm: str, seed: int) -> str:
+def result_key(args: argparse.Namespace, arm: str, seed: int) -> str:
     """A run's key in the results: everything that the arguments may change."""
     return (
         f"{arm} seed={seed} share={args.share:g} steps={args.steps} rate={args.rate} {args.shape}"
@@ -279,7 +279,7 @@ def in_a_process(
 
 
 def main() -> None:
-    args = arguments()
+    args = parsed()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if args.run:
         arm, seed, out = args.run.split(",", 2)
@@ -290,7 +290,7 @@ def main() -> None:
     if unknown := set(arms) - ARMS.keys():
         sys.exit(f"--arms: no {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    recipe = recipe_of(args)
+    recipe = experiment_recipe(args)
     make_pool(args.work / "pool", recipe, HOME)
     pool = Pool.read(args.work / "pool")
     budget = budget_of(args, pool)
@@ -305,7 +305,7 @@ def main() -> None:
     runs = [(BASE, 0)] if args.model else []
     runs += [(arm, seed) for seed, arm in product(seeds, arms)]
     results = run_all(args, runs, args.results or args.work / "results.json")
-    table, figures = table_of(results, [arm for arm in TRIVIAL if arm in arms])
+    table, figures = comparison_table(results, [arm for arm in TRIVIAL if arm in arms])
     print(table)
     print(json.dumps({"benchmark": "selection_value", "arms": figures}))
 

@@ -143,7 +143,7 @@ def worker(args: argparse.Namespace) -> None:
             "memory_gb": round(peak_memory_gb(device), 1),
             # weights, optimizer and remains of creating them
             "loaded_gb": round(loaded / 1e9, 2),
-            **memory_parts(trained, device),
+            **measured_memory(trained, device),
             "recomputed": f"{chosen['checkpointing']} of {chosen['layers_recomputed']} layers",
             # memory released to the driver and allocated again because it was full: this costs time
             "alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
@@ -219,7 +219,7 @@ def random_model(path: str, attention: str, dtype: str, device: Any) -> tuple[An
     model.tie_weights()
     model.config.use_cache = False
     for words, parameter in model.named_parameters():
-        fill(words, parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter)
+        new_weight(words, parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter)
     return model, attention
 
 
@@ -235,23 +235,23 @@ def random_layerwise(path: str, attention: str, dtype: str, device: Any) -> tupl
     model = without_layers(AutoConfig.from_pretrained(path), attention, kind, device)
     for words, parameter in model.named_parameters():
         if not words.startswith(LAYERS):
-            fill(words, parameter)
+            new_weight(words, parameter)
     shapes = {words: weight.shape for words, weight in model.model.layers[0].named_parameters()}
 
     def read(_: int) -> dict[str, Any]:
         empty = {words: torch.empty(s, dtype=kind, device=device) for words, s in shapes.items()}
-        return {words: fill(words, weight) for words, weight in empty.items()}
+        return {words: new_weight(words, weight) for words, weight in empty.items()}
 
     return model, attention, read
 
 
-def fill(words: str, weight: Any) -> Any:
+def new_weight(words: str, weight: Any) -> Any:
     """The weight with that name, initialised as in a new model."""
     values = weight.data
     return values.fill_(1.0) if "norm" in words else values.normal_(0.0, 0.02)
 
 
-def memory_parts(engine: Any, device: Any) -> dict[str, float]:
+def measured_memory(engine: Any, device: Any) -> dict[str, float]:
     """After a step: GB kept for weights, GB that otherwise stays, and GB that a step adds."""
     import torch
 
@@ -337,7 +337,7 @@ def print_profile(loop: Any) -> None:
         print(f"{ms:9.1f} ms {100 * ms / total:5.1f} % {int(count):6d} x {kernel}")
 
 
-def run(case: str, options: list[str], seconds: float) -> dict[str, Any] | None:
+def run_case(case: str, options: list[str], seconds: float) -> dict[str, Any] | None:
     """A case in separate processes; None if it fails."""
     gpus = case_of(case).gpus
     with tempfile.TemporaryDirectory() as folder:
@@ -391,7 +391,7 @@ def main() -> None:
         if args.cases
         else [name for name, case in CASES.items() if case.gpus == gpus and case.aim]
     )
-    results = [(case, run(case, sys.argv[1:], args.seconds)) for case in cases]
+    results = [(case, run_case(case, sys.argv[1:], args.seconds)) for case in cases]
     print(f"{'case':18} {'tokens/s/GPU':>12} {'to reach':>9} {'MFU':>6} {'GB':>6} {'B/weight':>9}")
     for case, result in results:
         if result is None:

@@ -37,14 +37,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fast_cpt-transfer-") as folder:
-        server = local_sshd.start(Path(folder) / "sshd")
+        server = local_sshd.start_server(Path(folder) / "sshd")
         try:
-            measure(Path(folder), server, arguments)
+            measure_transfer(Path(folder), server, arguments)
         finally:
             os.killpg(server["pid"], signal.SIGTERM)
 
 
-def measure(folder: Path, server: dict[str, object], arguments: argparse.Namespace) -> None:
+def measure_transfer(
+    folder: Path, server: dict[str, object], arguments: argparse.Namespace
+) -> None:
     remote = Remote(
         str(server["host"]),
         str(server["user"]),
@@ -53,7 +55,7 @@ def measure(folder: Path, server: dict[str, object], arguments: argparse.Namespa
         str(server["known_hosts"]),
     )
     shards = folder / "corpus"
-    write_shards(shards, arguments.shards, arguments.megabytes)
+    random_files(shards, arguments.shards, arguments.megabytes)
     files = transfer.files_of(shards)
     total = sum(file["bytes"] for file in files)
     plain, same_cipher, moved = [], [], []
@@ -105,7 +107,7 @@ def measure(folder: Path, server: dict[str, object], arguments: argparse.Namespa
     )
 
 
-def write_shards(folder: Path, count: int, megabytes: int) -> None:
+def random_files(folder: Path, count: int, megabytes: int) -> None:
     """Files of random bytes."""
     folder.mkdir()
     for number in range(count):

@@ -56,7 +56,7 @@ from fastcpt.held_out import comparison, trained_and_held_out  # noqa: E402
 from fastcpt.manifests import CorpusFolder  # noqa: E402
 from fastcpt.recipe import Recipe, load_recipe  # noqa: E402
 from fastcpt.registry import champion as registry  # noqa: E402
-from fastcpt.registry.conditions import decide  # noqa: E402
+from fastcpt.registry.conditions import recommend  # noqa: E402
 from fastcpt.registry.in_use import Policy, unused  # noqa: E402
 from fastcpt.reporting.record import add, add_output, close_record, open_record, read  # noqa: E402
 
@@ -106,7 +106,7 @@ class Year:
         self.documents.mkdir(parents=True)
         self.first, characters = (SMALL_FIRST, SMALL_CHARACTERS) if small else (FIRST, None)
         self.stream, self.judges = stream_of(folder, seed, 2 * self.first, characters)
-        self.recipe = recipe_of(folder)
+        self.recipe = year_recipe(folder)
         self.seen: State = {}
         self.delivered: dict[str, Record] = {}
         self.models: dict[str, tuple[Model, Read, Read]] = {}  # read: the judges, the frozen set
@@ -283,7 +283,7 @@ class Year:
                 continue
             gate = {"value": 1.0, "threshold": 2.0, "passed": True, "validation_set": "random"}
             against = {"model": best, "evaluation": evaluation(about, its_judged, old)}
-            decision = decide(self.recipe.publish, gate, evaluation(about, judged, new), against)
+            decision = recommend(self.recipe.publish, gate, evaluation(about, judged, new), against)
             self.trials.append({"truth": truth, "recommended": decision["recommended"]})
 
     def train(self, corpus: dict[str, Any], event: str) -> Model:
@@ -314,8 +314,8 @@ class Year:
         row |= {"seconds": round(time.perf_counter() - began, 2), "outcome": outcome}
         for folder in unused(self.home, Policy(0.0, candidates=2)):
             shutil.rmtree(folder)
-        row["bytes"] = bytes_of(self.home)
-        row["document_bytes"] = bytes_of(self.documents)
+        row["bytes"] = size_on_disk(self.home)
+        row["document_bytes"] = size_on_disk(self.documents)
         self.rows.append(row)
         figures = "".join(
             f" {key} {row[key]:+.3%}"
@@ -358,7 +358,7 @@ def corpus_of(recipe: Recipe, home: Path) -> CorpusFolder:
     return build(chosen["path"], recipe, home, 1)
 
 
-def recipe_of(folder: Path) -> Recipe:
+def year_recipe(folder: Path) -> Recipe:
     return load_recipe(
         "sample",
         {
@@ -379,11 +379,11 @@ def full_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_DISK, SMALL_DISK))
 
 
-def bytes_of(folder: Path) -> int:
+def size_on_disk(folder: Path) -> int:
     return sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def judged(year: Year) -> dict[str, Any]:
+def year_figures(year: Year) -> dict[str, Any]:
     """The year's figures, for the last line."""
     twice = 2 * year.recipe.publish.margin
     decided = [row for row in year.rows if "truth" in row]
@@ -415,7 +415,7 @@ def judged(year: Year) -> dict[str, Any]:
         "home_bytes_of_document_bytes": [
             round(row["bytes"] / row["document_bytes"], 2) for row in year.rows
         ],
-        "ledger_bytes": bytes_of(year.home / "ledger"),
+        "ledger_bytes": size_on_disk(year.home / "ledger"),
         "incidents": year.told.due.total(),
         "told_wrongly": year.told.wrong(),
         "reasons": dict(Counter(last["reason"].to_pylist())),
@@ -451,7 +451,7 @@ def main() -> None:
     parser.add_argument("--corpus_of", type=Path, help=argparse.SUPPRESS)  # a year's, in trouble
     arguments = parser.parse_args()
     if arguments.corpus_of:
-        corpus_of(recipe_of(arguments.corpus_of), arguments.corpus_of / "home")
+        corpus_of(year_recipe(arguments.corpus_of), arguments.corpus_of / "home")
         return
     logging.disable(logging.INFO)
     with tempfile.TemporaryDirectory(prefix="fast_cpt-year-") as folder:
@@ -459,7 +459,7 @@ def main() -> None:
         for week in range(1, arguments.weeks + 1):
             year.week(week)
         year.told.close()
-        figures = judged(year)
+        figures = year_figures(year)
     print(json.dumps(figures))
     if wrong := missed(figures):
         sys.exit(f"missed: {'; '.join(wrong)}")

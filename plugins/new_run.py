@@ -82,7 +82,7 @@ def _field(name: str) -> dict[str, Any]:
     }
 
 
-def judged(home: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
+def checked(home: Path, typed: Mapping[str, Any]) -> dict[str, Any]:
     """The result of the form's values: errors by field (``wrong``), other ``problems``, the recipe's ``own``
     values, the ``plan`` as HTML, and, if there are no errors, the ``conf`` that starts the run."""
     name = str(typed.get("recipe", DEFAULT_RECIPE))
@@ -142,7 +142,7 @@ def _tokens(name: str, recipe: Recipe) -> tuple[int | None, str]:
     return estimated_tokens(size, recipe), f"The documents are {size / 1e6:,.1f} MB of text."
 
 
-def app(home: Path) -> FastAPI:
+def new_run_app(home: Path) -> FastAPI:
     """The page and its checks, for users who may start runs of the DAG."""
     # Imported here because workers and the scheduler load this module too, but serve no pages.
     from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
@@ -170,7 +170,7 @@ def app(home: Path) -> FastAPI:
     # only JSON, which another site's form cannot send
     @pages.post("/judge")
     def judge(typed: dict[str, Any] = body) -> JSONResponse:
-        return JSONResponse(judged(home, typed), headers=SECURITY)
+        return JSONResponse(checked(home, typed), headers=SECURITY)
 
     return pages
 
@@ -190,4 +190,4 @@ class NewRun(AirflowPlugin):
     @functools.cached_property
     def fastapi_apps(self) -> list[dict[str, Any]]:
         """Only the API server asks for this."""
-        return [{"app": app(HOME), "url_prefix": PREFIX, "name": "New Fast CPT run"}]
+        return [{"app": new_run_app(HOME), "url_prefix": PREFIX, "name": "New Fast CPT run"}]

@@ -24,7 +24,7 @@ from fastcpt.reporting.progress import progress
 from fastcpt.reporting.record import RecordError, failures, read, record_folder
 from fastcpt.reporting.report import sections
 from fastcpt.reporting.summary import duration, summary
-from run_tasks import TaskNow, lines, tasks_of
+from run_tasks import TaskNow, task_lines, tasks_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -207,7 +207,7 @@ def run_page(record: Path, tasks_of: TasksOf = lambda dag, run: ()) -> str:
                 for task in tasks
                 if task.state == "awaiting_input"
             }
-            found["waits"] = lines(record, dag, run, tasks, links)
+            found["waits"] = task_lines(record, dag, run, tasks, links)
             found["progress"] = progress(record)
         report = sections(record)
     except DAMAGED as error:
@@ -266,7 +266,7 @@ def compare_page(home: Path, names: Sequence[str]) -> str:
     return page("compare.html", title=title, home="./", problem=problem, sections=found)
 
 
-def app(home: Path, tasks_of: TasksOf = tasks_of) -> FastAPI:
+def run_pages_app(home: Path, tasks_of: TasksOf = tasks_of) -> FastAPI:
     """The pages, behind Airflow's login and the permission to read the DAG's runs."""
     # Imported here because workers and the scheduler load this module too, but serve no pages.
     from airflow.api_fastapi.auth.managers.models.resource_details import DagAccessEntity
@@ -350,4 +350,4 @@ class RunPages(AirflowPlugin):
     @functools.cached_property
     def fastapi_apps(self) -> list[dict[str, Any]]:
         """Only the API server asks for this."""
-        return [{"app": app(HOME), "url_prefix": PREFIX, "name": "Fast CPT runs"}]
+        return [{"app": run_pages_app(HOME), "url_prefix": PREFIX, "name": "Fast CPT runs"}]

@@ -47,7 +47,7 @@ def tasks_of(dag: str, run: str) -> list[TaskNow]:
         ]
 
 
-def lines(
+def task_lines(
     record: Path, dag: str, run: str, tasks: Sequence[TaskNow], links: Mapping[str, str]
 ) -> list[Line]:
     """What runs and what waits, and for what; tasks that wait for a person come first."""

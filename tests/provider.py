@@ -163,7 +163,9 @@ def _start(folder: Path, key: str, needs: dict[str, Any], fault: str = "") -> di
     gpus = needs["gpus"] // 2 if fault == "half the GPUs" else needs["gpus"]
     name = "NVIDIA H200" if fault == "other GPUs" else "NVIDIA H100 80GB HBM3"
     home = {MARK: str(place), "HOME": str(place / "home")}
-    server = local_sshd.start(place, home | ({"PATH": _gpus(place, gpus, name)} if gpus else {}))
+    server = local_sshd.start_server(
+        place, home | ({"PATH": _gpus(place, gpus, name)} if gpus else {})
+    )
     kind, text = (place / "host_key.pub").read_text().split()[:2]
     answer = {name: server[name] for name in ("host", "port", "user")}
     answer |= {"id": machine_id, "host_key": f"{kind} {text}"}

@@ -81,7 +81,7 @@ def test_a_group_that_was_started_here_is_ended_with_all_in_it() -> None:
     leader = subprocess.Popen(["bash", "-c", program], start_new_session=True)
     entry = process_groups.entry(leader.pid, "sleeps")
     children = _children(leader.pid, 2)
-    assert process_groups.end([entry], MARK) == []
+    assert process_groups.end_groups([entry], MARK) == []
     assert leader.poll() is not None
     assert not any(lives(child) for child in children)
 
@@ -98,7 +98,7 @@ def test_what_outlived_its_leader_is_known_by_the_mark_and_by_nothing_else() -> 
         entry = process_groups.entry(leader.pid, "sleeps")
         leader.kill()
         leader.wait()
-        left = process_groups.end([entry], MARK)
+        left = process_groups.end_groups([entry], MARK)
         assert left == ([] if mark == MARK else [entry])
     assert not lives(survivors[MARK])
     assert lives(survivors["another"])

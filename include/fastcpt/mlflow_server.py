@@ -41,7 +41,7 @@ class Login:
     password: str | None = field(default=None, repr=False)
 
 
-def name_of(recipe: str) -> str:
+def mlflow_name(recipe: str) -> str:
     """The name of a recipe's experiment and of its registered model."""
     return f"fast_cpt-{recipe}"
 
@@ -85,7 +85,7 @@ class Mlflow:
 
     def experiment(self, recipe: str) -> str:
         """The id of a recipe's experiment, which is created if it is missing."""
-        name = name_of(recipe)
+        name = mlflow_name(recipe)
         wanted = {"filter": f"name = '{name}'", "max_results": 1, "view_type": "ALL"}
         found = self.ask("POST", "experiments/search", **wanted).get("experiments")
         if not found:

@@ -105,7 +105,7 @@ def clock(began: float) -> str:
     return f"{minutes:3d}:{seconds:02d}"
 
 
-def watch(api: Api, run: str, began: float) -> str:
+def follow_run(api: Api, run: str, began: float) -> str:
     """Print each task's changes of state and its progress lines until the run ends."""
     shown: dict[tuple[str, int], str | None] = {}
     lines: dict[tuple[str, int], int] = {}

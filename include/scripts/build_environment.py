@@ -97,11 +97,11 @@ def build(folder: Path, wheels: Path, plain: list[Path], on_gpus: list[Path]) ->
         steps.append((f"{pin[0]}, {how}", command, compiler_settings()))
     log = folder.with_name(f"{folder.name}.log")
     for number, (title, command, settings) in enumerate(steps, start=1):
-        run(f"{number}/{len(steps)} {title}", command, settings, log)
+        run_step(f"{number}/{len(steps)} {title}", command, settings, log)
     if compiled:
         (kept / "complete").touch()
     (folder / "complete").touch()
-    say(f"ready after {duration(time.monotonic() - began)}")
+    say(f"ready after {minutes_and_seconds(time.monotonic() - began)}")
 
 
 def say(text: str) -> None:
@@ -114,7 +114,7 @@ def refuse(problem: str) -> NoReturn:
     sys.exit(CANNOT_HEAL)
 
 
-def duration(seconds: float) -> str:
+def minutes_and_seconds(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
@@ -236,7 +236,7 @@ def compiler_settings() -> dict[str, str]:
     }
 
 
-def run(title: str, command: list[str], settings: dict[str, str], log: Path) -> None:
+def run_step(title: str, command: list[str], settings: dict[str, str], log: Path) -> None:
     """Run a step; its output goes to ``log``, its progress is printed."""
     say(title)
     began = said = time.monotonic()
@@ -250,13 +250,13 @@ def run(title: str, command: list[str], settings: dict[str, str], log: Path) -> 
             time.sleep(0.2)
             if time.monotonic() - said >= SAY_EVERY_S:
                 said = time.monotonic()
-                say(f"  {duration(said - began)}: {last_lines(log, 1)}")
+                say(f"  {minutes_and_seconds(said - began)}: {last_lines(log, 1)}")
     if process.returncode:
         print(last_lines(log, 30))
         sys.exit(
             f"environment: {title} ended with {process.returncode}; all it printed is in {log}"
         )
-    say(f"  took {duration(time.monotonic() - began)}")
+    say(f"  took {minutes_and_seconds(time.monotonic() - began)}")
 
 
 def last_lines(log: Path, count: int) -> str:

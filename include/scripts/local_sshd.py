@@ -29,7 +29,7 @@ class Server(TypedDict):
     known_hosts: str
 
 
-def start(
+def start_server(
     folder: Path,
     environment: dict[str, str] | None = None,
     address: str = "127.0.0.1",

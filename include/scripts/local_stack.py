@@ -27,7 +27,7 @@ from typing import Any
 
 import local_sshd
 import process_groups
-from airflow_api import DAG, USER, Api, clock, watch
+from airflow_api import DAG, USER, Api, clock, follow_run
 
 from fastcpt import files
 from fastcpt.cluster.agent.jobs import stop
@@ -137,7 +137,7 @@ def nearby_instructions(documents: Path) -> str:
 # The processes
 
 
-def environment(cluster: local_sshd.Server, port: int) -> dict[str, str]:
+def airflow_environment(cluster: local_sshd.Server, port: int) -> dict[str, str]:
     """The Airflow processes' environment: one configuration for all four."""
     connection = {
         "conn_type": "gpuhost",
@@ -217,7 +217,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start() -> dict[str, Any]:
+def start_stack() -> dict[str, Any]:
     """Start the SSH server and Airflow; returns the state for ``end``, which is also kept in a file."""
     HOME.mkdir(mode=0o700, parents=True, exist_ok=True)
     if STATE.exists():
@@ -227,13 +227,13 @@ def start() -> dict[str, Any]:
                 raise RuntimeError(
                     "Airflow is already running here. End it with `make down` first."
                 )
-        end(left)
+        end_stack(left)
     port = free_port()
     state: dict[str, Any] = {"processes": [], "port": port, "marker": secrets.token_hex(8)}
     try:
         # gloo resolves the machine's hostname, which may fail on a Mac
         loopback = {"GLOO_SOCKET_IFNAME": "lo0"} if sys.platform == "darwin" else None
-        cluster = local_sshd.start(HOME / "sshd", loopback)
+        cluster = local_sshd.start_server(HOME / "sshd", loopback)
         state["processes"].append(process_groups.entry(cluster["pid"], "sshd"))
         write_json(STATE, state)
         passwords = HOME / "passwords.json"
@@ -242,7 +242,7 @@ def start() -> dict[str, Any]:
                 json.dump({USER: secrets.token_urlsafe(12)}, file)
         # without the second, processes that set their title overwrite the mark
         marks = {process_groups.MARK: state["marker"], "SPT_NOENV": "1"}
-        settings = environment(cluster, port) | marks
+        settings = airflow_environment(cluster, port) | marks
         airflow = str(REPOSITORY / ".env/airflow/bin/airflow")
         _call([airflow, "db", "migrate"], settings)
         (HOME / "logs").mkdir(exist_ok=True)
@@ -266,7 +266,7 @@ def start() -> dict[str, Any]:
         with Api(state["url"], HOME) as api:
             api.wait_until_ready()
     except BaseException:
-        end(state)
+        end_stack(state)
         raise
     write_json(STATE, {key: value for key, value in state.items() if key != "settings"})
     return state
@@ -282,7 +282,7 @@ def _call(command: list[str], settings: dict[str, str]) -> None:
         )
 
 
-def end(state: dict[str, Any]) -> None:
+def end_stack(state: dict[str, Any]) -> None:
     """End every process group of the stack, and no other with a reused pid."""
     # a second signal (make and the shell send one each) must not leave half of it running
     for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -293,7 +293,7 @@ def end(state: dict[str, Any]) -> None:
     if "processes" not in state:
         print(f"{STATE} is of an older version and says too little to end anything safely.")
         print(f"Look at these processes and end them by hand: {state.get('pids')}")
-    for stranger in process_groups.end(state.get("processes", []), state["marker"]):
+    for stranger in process_groups.end_groups(state.get("processes", []), state["marker"]):
         print(
             f"Process {stranger['pid']} is not (or no longer) this stack's '{stranger['command']}': left alone."
         )
@@ -302,7 +302,7 @@ def end(state: dict[str, Any]) -> None:
 
 def up() -> int:
     """Start everything and leave it running."""
-    state = start()
+    state = start_stack()
     password = json.loads((HOME / "passwords.json").read_text())[USER]
     print(f"Airflow: {state['url']}  user {USER}  password {password}")
     print(f"The DAG: {state['url']}/dags/{DAG}   End all of it with `make down`.")
@@ -312,7 +312,7 @@ def up() -> int:
 def down() -> int:
     """End everything that ``up`` started, if anything."""
     if STATE.exists():
-        end(json.loads(STATE.read_text()))
+        end_stack(json.loads(STATE.read_text()))
         print("Ended.")
     else:
         print("Nothing is running.")
@@ -324,19 +324,19 @@ def run_once(conf: dict[str, Any]) -> int:
     began = time.monotonic()
     outcome = "failed"
     print(f"Starting Airflow and the cluster's SSH server (logs: {HOME}/logs) ...", flush=True)
-    state = start()
+    state = start_stack()
     try:
         with Api(state["url"], HOME) as api:
             api.log_in()
             api.end_unfinished_runs()
             run = api.trigger(conf)
             print(f"{clock(began)}  run {run}: {json.dumps(conf)}", flush=True)
-            outcome = watch(api, run, began)
+            outcome = follow_run(api, run, began)
         record = record_folder(HOME, run)
         if record.is_dir():
             print(summary_text(record))
     finally:
-        end(state)
+        end_stack(state)
     print(
         f"The run {'succeeded' if outcome == 'success' else 'failed'} after {clock(began).strip()}."
     )

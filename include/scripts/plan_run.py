@@ -141,7 +141,7 @@ def one_recipe(arguments: argparse.Namespace) -> int:
     if arguments.take is not None:
         recipe, found = taken(arguments, recipe, tokens)
     else:
-        recipe, found = planned(arguments, recipe, tokens)
+        recipe, found = with_plan(arguments, recipe, tokens)
     print(json.dumps(found.to_json(), indent=2) if arguments.json else found.text())
     if arguments.out and (found.fits or arguments.take is not None):
         with whole_file(arguments.out) as aside:
@@ -152,7 +152,7 @@ def one_recipe(arguments: argparse.Namespace) -> int:
     return 2 if found.problems else 0 if found.fits else 1
 
 
-def planned(
+def with_plan(
     arguments: argparse.Namespace, recipe: Recipe, tokens: int | None
 ) -> tuple[Recipe, Plan]:
     """The recipe as it is, or solved for hours and money; with its plan."""
@@ -175,7 +175,7 @@ def taken(arguments: argparse.Namespace, recipe: Recipe, tokens: int | None) -> 
     cluster, history = arguments.cluster, arguments.history
     if solving(arguments):
         try:
-            planned(arguments, recipe, tokens)
+            with_plan(arguments, recipe, tokens)
         except PlanRefused:
             pass  # the alternatives are in its plan
         else:

@@ -37,7 +37,7 @@ def is_ours(started: Entry, mark: str) -> bool:
     return _any_lives(processes) and any(_proves(one, started, mark) for one in processes)
 
 
-def end(entries: Sequence[Entry], mark: str) -> list[Entry]:
+def end_groups(entries: Sequence[Entry], mark: str) -> list[Entry]:
     """End our groups with SIGTERM, then SIGKILL. Returns groups of others, which are left alone."""
     ours = {one["pid"]: _group(one["pid"]) for one in entries if is_ours(one, mark)}
     strangers = [

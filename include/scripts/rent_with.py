@@ -36,7 +36,7 @@ SHUTDOWN = ["sudo", "-n", "shutdown", "-h", "now"]
 Answer = dict[str, Any]
 
 
-def run(*words: str, may_fail: bool = False) -> tuple[int, str]:
+def run_tool(*words: str, may_fail: bool = False) -> tuple[int, str]:
     """Exit code and stdout of a tool; its own words where it fails are this program's."""
     try:
         done = subprocess.run(
@@ -53,7 +53,7 @@ def run(*words: str, may_fail: bool = False) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def parsed(text: str, opens: str) -> Any:
+def json_in(text: str, opens: str) -> Any:
     """The JSON that a tool printed, after whatever it said before."""
     start = text.find(opens)
     if start < 0:
@@ -66,7 +66,7 @@ def launched(words: Sequence[str], task: Answer, none_free: str) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".dstack.yml") as file:
         yaml.safe_dump(task, file)
         file.flush()
-        code, said = run(*(word.replace("TASK", file.name) for word in words), may_fail=True)
+        code, said = run_tool(*(word.replace("TASK", file.name) for word in words), may_fail=True)
     if code:
         print(said[-1500:], file=sys.stderr)
         sys.exit(NO_CAPACITY if re.search(none_free, said) else 1)
@@ -76,7 +76,7 @@ def shown_key(*words: str) -> str:
     """The host key that the task printed: it comes by the tool's own way, not by a first connection of ours."""
     until = time.monotonic() + KEY_S
     while time.monotonic() < until:
-        if found := HOST_KEY.search(run(*words, may_fail=True)[1]):
+        if found := HOST_KEY.search(run_tool(*words, may_fail=True)[1]):
             return found[0]
         time.sleep(POLL_S)
     sys.exit(f"{' '.join(words)} has shown no host key in {KEY_S:.0f} s")
@@ -98,7 +98,7 @@ class SkyPilot:
             )
         state = self._state(key)
         settings = dict(
-            line.split(" ", 1) for line in run("ssh", "-G", key)[1].splitlines() if " " in line
+            line.split(" ", 1) for line in run_tool("ssh", "-G", key)[1].splitlines() if " " in line
         )
         gpus = re.search(r":\s*(\d+)", state.get("accelerators") or "")
         return {
@@ -113,7 +113,7 @@ class SkyPilot:
 
     def release(self, request: Answer) -> None:
         if self._state(request["key"]):
-            run("sky", "down", "-y", request["key"])
+            run_tool("sky", "down", "-y", request["key"])
 
     def status(self, request: Answer) -> list[str]:
         # one that is stopped costs its disk
@@ -121,7 +121,7 @@ class SkyPilot:
 
     def _state(self, key: str) -> Answer:
         """The cluster as SkyPilot finds it at the cloud; empty where there is none."""
-        found = parsed(run("sky", "status", "--refresh", "-o", "json", key)[1], "[")
+        found = json_in(run_tool("sky", "status", "--refresh", "-o", "json", key)[1], "[")
         return next((one for one in found if one["name"] == key), {})
 
 
@@ -161,7 +161,7 @@ class Dstack:
 
     def release(self, request: Answer) -> None:
         if self.status(request):
-            run("dstack", "stop", "-y", self._name(request))
+            run_tool("dstack", "stop", "-y", self._name(request))
 
     def status(self, request: Answer) -> list[str]:
         name = self._name(request)
@@ -183,10 +183,10 @@ class Dstack:
         sys.exit(f"{name} does not run after {KEY_S:.0f} s")
 
     def _run(self, name: str) -> Answer:
-        code, said = run("dstack", "run", "get", name, "--json", may_fail=True)
+        code, said = run_tool("dstack", "run", "get", name, "--json", may_fail=True)
         if code and "not found" not in said:
             sys.exit(f"dstack run get ended with {code}: {said[-1500:]}")
-        return {} if code else parsed(said, "{")
+        return {} if code else json_in(said, "{")
 
     def _name(self, request: Answer) -> str:
         # dstack's names have 41 characters at most

@@ -60,7 +60,7 @@ def main() -> None:
                 arguments.known_hosts or None,
             )
         else:
-            server = local_sshd.start(HOME / "sshd")
+            server = local_sshd.start_server(HOME / "sshd")
             remote = Remote(
                 server["host"],
                 server["user"],
@@ -70,7 +70,7 @@ def main() -> None:
             )
             overrides = {"cluster.root": str(HOME / "cluster")}
             recipe = load_recipe(arguments.config, overrides)
-        train(remote, recipe, arguments)
+        train_on(remote, recipe, arguments)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     finally:
@@ -78,7 +78,7 @@ def main() -> None:
             os.killpg(server["pid"], signal.SIGTERM)
 
 
-def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None:
+def train_on(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None:
     recipe, facts = with_gpus_of(remote, recipe)
     root = facts["root"]
     code = environment.ship_code(remote, root, REPOSITORY)["path"]
@@ -95,7 +95,7 @@ def train(remote: Remote, recipe: Recipe, arguments: argparse.Namespace) -> None
     host = commands.Host(python, code, f"{place}/recipe.yaml")
     base = send_base_model(remote, recipe.model.name_or_path, root)
     job, output = training_job(recipe, host, root, corpus, manifest, base)
-    run(remote, root, job, arguments.output)
+    follow_job(remote, root, job, arguments.output)
     paths = {name: f"{output}/{name}" for name in ("training.json", "metrics.jsonl")}
     files = ask(remote, "read_files", paths={**paths, "evaluation.json": job.result})
     for name, text in files.items():
@@ -144,7 +144,7 @@ def python_of(
     folder = environment.environment_folder(recipe, root, REPOSITORY)
     build = environment.build_commands(recipe, root, code, folder)
     name = f"environment-{digest_of(folder)}"
-    run(remote, root, jobs.Job(name, build, result=f"{folder}/complete", alone="no"), output)
+    follow_job(remote, root, jobs.Job(name, build, result=f"{folder}/complete", alone="no"), output)
     return f"{folder}/bin/python"
 
 
@@ -200,7 +200,7 @@ def with_gpus_of(remote: Remote, recipe: Recipe) -> tuple[Recipe, dict[str, Any]
     return recipe, check_cluster(remote, recipe.cluster)
 
 
-def run(remote: Remote, root: str, job: jobs.Job, output: Path) -> None:
+def follow_job(remote: Remote, root: str, job: jobs.Job, output: Path) -> None:
     """Run a job to its end: its log is copied into ``output``, the project's own lines are printed."""
     found = jobs.submit(remote, root, job)
     log = output / f"{job.name}.log"

@@ -14,7 +14,7 @@ from fastcpt.manifests import CorpusManifest
 from fastcpt.recurring import Start
 from remote_job import RemoteJob, remote_of
 from steps.results import Built, Environment, HostFacts, Places, Plan, result_of
-from steps.run import noted, recipe_of, start_of_run
+from steps.run import noted, planned_recipe, start_of_run
 
 if TYPE_CHECKING:
     from fastcpt.cluster.remote import Remote
@@ -30,7 +30,7 @@ def check_cluster(plan: Plan) -> HostFacts | None:
     """The host's facts, or one error with everything that is missing."""
     from fastcpt.cluster.check import check_cluster as check
 
-    recipe = recipe_of(plan)
+    recipe = planned_recipe(plan)
     if recipe.cluster.rent:
         print(LATER)
         return None
@@ -39,7 +39,7 @@ def check_cluster(plan: Plan) -> HostFacts | None:
 
 def prepare_environment(context: Context) -> RemoteJob | Mapping[str, Any]:
     """``environment_of`` for a host that is not rented."""
-    if recipe_of(result_of(context, "plan")).cluster.rent:
+    if planned_recipe(result_of(context, "plan")).cluster.rent:
         print(LATER)
         return {}
     return environment_of(context)
@@ -49,7 +49,7 @@ def environment_of(context: Context) -> RemoteJob | Environment:
     """Ship the code; compare the host's packages with the pinned ones, or build them there."""
     from fastcpt.cluster import environment
 
-    recipe = recipe_of(result_of(context, "plan"))
+    recipe = planned_recipe(result_of(context, "plan"))
     root = result_of(context, "check_cluster")["root"]
     remote = remote_of(recipe.cluster.connection)
     code = environment.ship_code(remote, root, REPOSITORY)
@@ -75,16 +75,16 @@ def sync(
     if cluster is None:
         print(LATER)
         return None
-    return bring(plan, built, cluster, environment)
+    return send_inputs(plan, built, cluster, environment)
 
 
-def bring(plan: Plan, built: Built, cluster: HostFacts, environment: Environment) -> Places:
+def send_inputs(plan: Plan, built: Built, cluster: HostFacts, environment: Environment) -> Places:
     """Send corpus, instructions and recipe to the cluster, which verifies their digests."""
     from fastcpt.cluster.transfer import files_of, send, send_base_model
     from fastcpt.reporting.record import add_output
     from fastcpt.training.made_from import tokenizer_digest
 
-    recipe, root, record = recipe_of(plan), cluster["root"], Path(plan["record"])
+    recipe, root, record = planned_recipe(plan), cluster["root"], Path(plan["record"])
     remote = remote_of(recipe.cluster.connection)
     corpus, instructions = built["corpus"], built["instructions"]
     listed: CorpusManifest = read_json(Path(corpus["path"]) / "corpus_manifest.json")

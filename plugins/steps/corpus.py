@@ -11,7 +11,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 from fastcpt.files import HOME
 from fastcpt.manifests import Tokenized
 from steps.results import Built, Made, Plan
-from steps.run import noted, recipe_of, start_of_run
+from steps.run import noted, planned_recipe, start_of_run
 
 
 def _brief(facts: Mapping[str, Any]) -> Made:
@@ -31,7 +31,9 @@ def score(plan: Plan, parts: list[str]) -> list[Made]:
     """Score the documents of a group of files."""
     from fastcpt.corpus.score import score_parts
 
-    return [_brief(facts) for facts in score_parts(parts, recipe_of(plan), HOME, _processes(plan))]
+    return [
+        _brief(facts) for facts in score_parts(parts, planned_recipe(plan), HOME, _processes(plan))
+    ]
 
 
 @noted
@@ -42,7 +44,7 @@ def select(plan: Plan, scores: list[list[Made]]) -> Made:
     from fastcpt.corpus.select import select as select_documents
     from fastcpt.reporting.record import add
 
-    recipe = recipe_of(plan)
+    recipe = planned_recipe(plan)
     tables = sorted(table["path"] for group in scores for table in group)
     selection = _brief(select_documents(tables, recipe, HOME))
     prepare_tokenizer(selection["path"], recipe, HOME)
@@ -55,7 +57,7 @@ def tokenize(plan: Plan, selection: Made, parts: list[str]) -> Tokenized:
     """Tokenize the selected documents of a group of files."""
     from fastcpt.corpus.build import tokenize as tokenize_documents
 
-    recipe, processes = recipe_of(plan), _processes(plan)
+    recipe, processes = planned_recipe(plan), _processes(plan)
     return tokenize_documents(selection["path"], parts, recipe, HOME, processes)
 
 
@@ -67,7 +69,7 @@ def build(plan: Plan, selection: Made) -> Built:
     from fastcpt.corpus.instructions import build_instructions
     from fastcpt.reporting.record import add, add_output
 
-    recipe = recipe_of(plan)
+    recipe = planned_recipe(plan)
     instructions = build_instructions(recipe, HOME)
     record = Path(plan["record"])
     try:

@@ -12,7 +12,7 @@ from fastcpt.gate import decide, words
 from fastcpt.recipe import RecipeError
 from notifications import AlreadyTold, tell_once
 from steps.results import result_of, trained_by
-from steps.run import recipe_of
+from steps.run import planned_recipe
 
 
 def _decide(context: Context, evaluation: str, gate: str, missed: str) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def _decide(context: Context, evaluation: str, gate: str, missed: str) -> dict[s
     from fastcpt.reporting.record import add
 
     plan = result_of(context, "plan")
-    settings, record = recipe_of(plan).gate, Path(plan["record"])
+    settings, record = planned_recipe(plan).gate, Path(plan["record"])
     decision = decide(
         read_json(record / evaluation), settings.perplexity_threshold, settings.validation_set
     )

@@ -22,7 +22,7 @@ from fastcpt.recurring import Start, share_of_all
 from remote_job import RENTED, connection_of
 from steps.rent import as_offered, note_spending
 from steps.results import Plan, result_of
-from steps.run import note, price_of, recipe_of
+from steps.run import note, planned_recipe, price_of
 
 if TYPE_CHECKING:
     from fastcpt.corpus.new_documents import State
@@ -145,7 +145,7 @@ def final_plan(context: Context) -> FinalPlan:
     from fastcpt.reporting.record import add, read
 
     first = result_of(context, "plan")
-    recipe = recipe_of(first)
+    recipe = planned_recipe(first)
     cluster = None if recipe.cluster.rent else result_of(context, "check_cluster")
     tokens = result_of(context, "build")["corpus"]["tokens"]
     corpus = cast(CorpusManifest, read(Path(first["record"]), "corpus_manifest.json"))

@@ -16,8 +16,8 @@ from fastcpt.recipe import Recipe
 from notifications import first_time, tell
 from remote_job import RemoteJob, remote_of
 from steps.results import Files, Published, result_of, result_or_none, trained_by
-from steps.run import recipe_of, start_of_run
-from steps.training import gated, homes_of, host_of, job_of_run, name_of, note_job
+from steps.run import planned_recipe, start_of_run
+from steps.training import gated, homes_of, host_of, job_of_run, note_job, training_of
 
 if TYPE_CHECKING:
     from fastcpt.cluster.remote import Remote
@@ -31,10 +31,10 @@ def publish(context: Context) -> RemoteJob:
     from fastcpt.training.made_from import publication_name
 
     plan, places = result_of(context, "plan"), result_of(context, "sync")
-    recipe, record = recipe_of(plan), Path(plan["record"])
+    recipe, record = planned_recipe(plan), Path(plan["record"])
     model = trained_by(context, "train_sft")["model"]
-    _decide(record, recipe, name_of(model))
-    name = publication_name(recipe, read_facts(record), name_of(model))
+    _decide(record, recipe, training_of(model))
+    name = publication_name(recipe, read_facts(record), training_of(model))
     # in a separate folder, as the run's folder may have files of an earlier attempt
     facts = [f"{fact}.json" for fact in FACTS if (record / f"{fact}.json").is_file()]
     sent = send(
@@ -56,7 +56,7 @@ def _decide(record: Path, recipe: Recipe, training: str) -> None:
     """Write ``decision.json`` into the record; a known model keeps its decision."""
     from fastcpt.held_out import HeldOutError, trained_and_held_out
     from fastcpt.registry.champion import champion, evaluation_of, models
-    from fastcpt.registry.conditions import decide
+    from fastcpt.registry.conditions import recommend
     from fastcpt.reporting.record import add, read_last
 
     known, best = models(HOME, recipe.name), champion(HOME, recipe.name)
@@ -76,7 +76,7 @@ def _decide(record: Path, recipe: Recipe, training: str) -> None:
             trained_on = None
         compared = {"model": best, "evaluation": evaluation_of(HOME, recipe.name, best)}
     gate, evaluation = read_last(record, "gate"), read_last(record, "evaluation")
-    add(record, "decision.json", decide(recipe.publish, gate, evaluation, compared, trained_on))
+    add(record, "decision.json", recommend(recipe.publish, gate, evaluation, compared, trained_on))
 
 
 def _corpora(record: Path) -> list[str]:
@@ -97,8 +97,8 @@ def _take_in(context: Context, recipe: Recipe, record: Path, path: str, folder: 
         "run": context["run_id"],
         "record": record.name,
         "path": path,
-        "training": name_of(trained_by(context, "train_sft")["model"]),
-        "before_sft": name_of(gated(context)["model"]),
+        "training": training_of(trained_by(context, "train_sft")["model"]),
+        "before_sft": training_of(gated(context)["model"]),
         "corpus": read(record, "outputs/build.json")["digest"],
         "corpora": _corpora(record),
         "gone_on_from": start["model"] if start else None,
@@ -117,7 +117,7 @@ def _bring_before_sft(remote: Remote, model: str) -> None:
     from fastcpt.cluster.transfer import fetch
     from fastcpt.registry.start import brought
 
-    here = brought(HOME, name_of(model))
+    here = brought(HOME, training_of(model))
     if not here.is_dir():
         partial = here.with_name(f".{here.name}.partial")
         fetch(remote, model, partial)
@@ -131,7 +131,7 @@ def keep_published(context: Context, files: Files, hands_on: Published) -> dict[
     from fastcpt.reporting.record import add_output
 
     plan, began = result_of(context, "plan"), time.time()
-    recipe, record, folder = recipe_of(plan), Path(plan["record"]), hands_on["published"]
+    recipe, record, folder = planned_recipe(plan), Path(plan["record"]), hands_on["published"]
     if recipe.cluster.rent and recipe.recurring.start == "champion":
         _bring_before_sft(remote_of(recipe.cluster.connection), gated(context)["model"])
     if recipe.publish.destination == "bring_back":

@@ -16,9 +16,9 @@ from fastcpt.files import HOME
 from fastcpt.recipe import Recipe, RecipeError
 from fastcpt.recipe_sections import Cluster
 from remote_job import RemoteJob, remote_of
-from steps.cluster import bring, environment_of
+from steps.cluster import environment_of, send_inputs
 from steps.results import Environment, Files, HostFacts, Places, Plan, result_of, result_or_none
-from steps.run import noted, recipe_of
+from steps.run import noted, planned_recipe
 
 if TYPE_CHECKING:
     from fastcpt.rent.ledger import Rental
@@ -35,13 +35,15 @@ def acquire_cluster(plan: Plan) -> HostFacts | None:
     """Rent or find the run's machine and return its facts. A machine that cannot take the run is released."""
     from fastcpt.rent import machines
 
-    recipe, context = recipe_of(plan), get_current_context()
+    recipe, context = planned_recipe(plan), get_current_context()
     if recipe.cluster.rent is None:
         print(NOTHING)
         return None
     ids = context["dag"].dag_id, context["run_id"]
     needs, money = _needs(recipe, plan), recipe.budget.money
-    rental = machines.take(HOME, *ids, recipe.cluster.rent, needs, money, plan.get("login", ""))
+    rental = machines.rent_machine(
+        HOME, *ids, recipe.cluster.rent, needs, money, plan.get("login", "")
+    )
     machine = rental.machine
     assert machine is not None
     print(f"{rental.key}: {machine.id} at {machine.host}, {machine.price_per_hour:g} USD an hour")
@@ -52,7 +54,7 @@ def acquire_cluster(plan: Plan) -> HostFacts | None:
         _watch(recipe, rental, facts["root"], _reserve_seconds(plan))
     except Exception as error:
         offered = error.offered if isinstance(error, NotAsPlanned) else None
-        machines.give_back(HOME, *ids, f"it could not take the run: {error}", offered)
+        machines.release_machines(HOME, *ids, f"it could not take the run: {error}", offered)
         raise
     finally:
         note_spending(Path(plan["record"]), *ids)
@@ -138,7 +140,7 @@ def replaces_a_machine(context: Context) -> bool:
     rentals = ledger.of_run(HOME, context["dag"].dag_id, context["run_id"])
     if not rentals or rentals[-1].why != machines.TAKEN_AWAY:
         return False
-    asked = _asked(recipe_of(result_of(context, "plan")))
+    asked = _asked(planned_recipe(result_of(context, "plan")))
     like_it = all(rentals[-1].needs.get(name) == value for name, value in asked.items())
     if like_it:
         print("Approved before: a machine like it was taken away.")
@@ -223,7 +225,7 @@ def _watch(recipe: Recipe, rental: Rental, root: str, reserve_seconds: float) ->
 
 def prepare_rented(context: Context) -> RemoteJob | Mapping[str, Any]:
     """Install packages and code on the rented machine; corpus and recipe follow (``bring_to_rented``)."""
-    if recipe_of(result_of(context, "plan")).cluster.rent is None:
+    if planned_recipe(result_of(context, "plan")).cluster.rent is None:
         print(NOTHING)
         return {}
     wanted = environment_of(context)
@@ -234,7 +236,7 @@ def prepare_rented(context: Context) -> RemoteJob | Mapping[str, Any]:
 
 def bring_to_rented(context: Context, files: Files, environment: Environment) -> Places:
     plan, built = result_of(context, "plan"), result_of(context, "build")
-    return bring(plan, built, result_of(context, "check_cluster"), environment)
+    return send_inputs(plan, built, result_of(context, "check_cluster"), environment)
 
 
 def release_cluster() -> None:
@@ -247,13 +249,13 @@ def release_cluster() -> None:
         print(NOTHING)
         return
     plan: Plan | None = result_or_none(context, "plan")
-    rent = recipe_of(plan).cluster.rent if plan else None
+    rent = planned_recipe(plan).cluster.rent if plan else None
     states = context["ti"].get_task_states(dag, run_ids=[run])[run]
     if rent and rent.keep_minutes and states["publish"] != "success":
         machines.keep(HOME, dag, run, rent.keep_minutes)
         print(f"The machine is kept for {rent.keep_minutes:g} minutes: clear the step that failed.")
     else:
-        machines.give_back(HOME, dag, run, "the run has ended")
+        machines.release_machines(HOME, dag, run, "the run has ended")
     rentals = ledger.of_run(HOME, dag, run)
     spent = ledger.spent(rentals, time.time())
     if plan:

@@ -10,7 +10,7 @@ from airflow.sdk import get_current_context
 from fastcpt.files import HOME
 from notifications import AlreadyTold
 from steps.results import HostFacts, Plan, result_or_none
-from steps.run import price_of, recipe_of
+from steps.run import planned_recipe, price_of
 from tracking import follow
 
 
@@ -46,7 +46,7 @@ def report() -> Reported:
         # `success` without a result means that the run was marked as successful while `plan` ran
         _require_success(states, states["plan"])
         return {}
-    record, recipe = Path(plan["record"]), recipe_of(plan)
+    record, recipe = Path(plan["record"]), planned_recipe(plan)
     cluster: HostFacts | None = result_or_none(context, "check_cluster")
     evaluations = {"train_cpt": "evaluation.json", "train_cpt_stage2": "evaluation_stage2.json"}
     for training, evaluation in evaluations.items():

@@ -19,7 +19,7 @@ P = ParamSpec("P")
 Returned = TypeVar("Returned")
 
 
-def recipe_of(plan: Plan) -> Recipe:
+def planned_recipe(plan: Plan) -> Recipe:
     """The run's recipe as ``plan`` resolved it."""
     return load_recipe(plan["recipe"])
 

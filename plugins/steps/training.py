@@ -16,7 +16,7 @@ from fastcpt.recipe_sections import CONFIGS, Training
 from notifications import first_time, tell
 from remote_job import RemoteJob, remote_of
 from steps.results import Evaluated, Files, Places, Trained, result_of, result_or_none, trained_by
-from steps.run import note, price_of, recipe_of, start_of_run
+from steps.run import note, planned_recipe, price_of, start_of_run
 
 if TYPE_CHECKING:
     from fastcpt.training.commands import Host
@@ -34,7 +34,7 @@ def job_of_run(
     from fastcpt.cluster.jobs import alone
     from fastcpt.training import commands as training
 
-    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    recipe, places = planned_recipe(result_of(context, "plan")), result_of(context, "sync")
     name = _job_of(context)
     fetch["status"] = f"{places['root']}/jobs/{name}/status.json"
     return RemoteJob(
@@ -95,7 +95,7 @@ def gated(context: Context) -> Trained:
     return trained_by(context, "train_cpt" if gate["passed"] else "train_cpt_stage2")
 
 
-def name_of(model: str) -> str:
+def training_of(model: str) -> str:
     """The name of a training: that of its output folder, which contains ``final``."""
     return Path(model).parent.name
 
@@ -104,7 +104,7 @@ def _output(context: Context, training: Training, model: str, data: dict[str, st
     """A training's folder on the cluster, named by what it is made from."""
     from fastcpt.training.made_from import training_name
 
-    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    recipe, places = planned_recipe(result_of(context, "plan")), result_of(context, "sync")
     name = training_name(recipe, training, model=model, data=data, deepspeed=CONFIGS)
     return f"{places['root']}/models/{name}"
 
@@ -113,7 +113,7 @@ def train_cpt(context: Context) -> RemoteJob:
     """Stage 1, from the base model or from the champion."""
     from fastcpt.training import commands, made_from
 
-    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    recipe, places = planned_recipe(result_of(context, "plan")), result_of(context, "sync")
     host = host_of(places)
     base = places.get("base_model") or made_from.base_name(recipe, places["tokenizer_digest"])
     start = start_of_run(Path(result_of(context, "plan")["record"]))
@@ -139,9 +139,9 @@ def train_cpt_stage2(context: Context) -> RemoteJob:
     """Stage 2, from stage 1's final checkpoint."""
     from fastcpt.training import commands
 
-    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    recipe, places = planned_recipe(result_of(context, "plan")), result_of(context, "sync")
     before = trained_by(context, "train_cpt")
-    begins = name_of(before["model"])
+    begins = training_of(before["model"])
     output = _output(context, recipe.stage2, begins, {"corpus": places["corpus_digest"]})
     train = commands.train_cpt_command(
         recipe,
@@ -171,7 +171,7 @@ def _bring(context: Context, output: str) -> dict[str, Any] | None:
     from fastcpt.cluster import checkpoints, jobs
     from fastcpt.planning.history import line_of
 
-    recipe, root = recipe_of(result_of(context, "plan")), result_of(context, "sync")["root"]
+    recipe, root = planned_recipe(result_of(context, "plan")), result_of(context, "sync")["root"]
     minutes = recipe.checkpoints.bring_every_minutes
     if minutes is None:
         return None
@@ -200,7 +200,7 @@ def homes_of(recipe: Recipe, output: str) -> tuple[Path, str | None]:
 def _evaluate(context: Context, trained: Trained, base_evaluation: str | None = None) -> RemoteJob:
     from fastcpt.training import commands, made_from
 
-    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    recipe, places = planned_recipe(result_of(context, "plan")), result_of(context, "sync")
     model, base = trained["model"], trained["base_model"]
     of = base.removeprefix(f"{places['root']}/")
     name = made_from.evaluation_name(recipe, base=of, corpus=places["corpus_digest"])
@@ -233,12 +233,12 @@ def train_sft(context: Context) -> RemoteJob | Trained:
     """Fine-tune the model that passed the gate on the instructions."""
     from fastcpt.training import commands
 
-    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    recipe, places = planned_recipe(result_of(context, "plan")), result_of(context, "sync")
     before = gated(context)["model"]
     if places["instructions"] is None:
         return {"model": before, "skipped": "the recipe has no instructions"}
     data = {"instructions": places["instructions_digest"]}
-    output = _output(context, recipe.sft.training, name_of(before), data)
+    output = _output(context, recipe.sft.training, training_of(before), data)
     train = commands.train_sft_command(
         recipe,
         host_of(places),
@@ -254,7 +254,7 @@ def evaluate_sft(context: Context) -> RemoteJob | Evaluated:
     """Evaluate answers to the held-out instructions; the base model answers a few of them too."""
     from fastcpt.training import commands, made_from
 
-    recipe, places = recipe_of(result_of(context, "plan")), result_of(context, "sync")
+    recipe, places = planned_recipe(result_of(context, "plan")), result_of(context, "sync")
     if places["instructions"] is None:
         return {"skipped": "the recipe has no instructions"}
     model = trained_by(context, "train_sft")["model"]
@@ -285,14 +285,14 @@ def keep_training(context: Context, files: Files, hands_on: Trained) -> Trained:
     totals = json.loads(files["result"] or "{}")
     if metrics := files.get("metrics"):
         add_text(record, f"{name}/metrics.jsonl", metrics)
-    add(record, f"{name}/training.json", {**totals, "job_seconds": job_seconds(files)})
+    add(record, f"{name}/training.json", {**totals, "job_seconds": status_seconds(files)})
     note_job(context, files)
     return cast(Trained, {**totals, **hands_on})
 
 
 def note_job(context: Context, files: Files, ended: float | None = None) -> None:
     """Record when a job ran, by this machine's clock, assuming that it ended just now."""
-    seconds, ended = job_seconds(files) or 0.0, ended or time.time()
+    seconds, ended = status_seconds(files) or 0.0, ended or time.time()
     note(context, Path(result_of(context, "plan")["record"]), ended - seconds)
     _tell_of_spending(context)
 
@@ -302,7 +302,7 @@ def _tell_of_spending(context: Context) -> None:
     from fastcpt.reporting.record import add_cost, read
 
     plan = result_of(context, "plan")
-    recipe, record = recipe_of(plan), Path(plan["record"])
+    recipe, record = planned_recipe(plan), Path(plan["record"])
     price = price_of(recipe, result_or_none(context, "check_cluster"))
     spent = add_cost(record, recipe.cluster.gpus, price)["cost"]
     # stage 2 is planned separately, as it may not run
@@ -316,7 +316,7 @@ def _tell_of_spending(context: Context) -> None:
         tell(context, "spent more than planned", reason)
 
 
-def job_seconds(files: Files) -> float | None:
+def status_seconds(files: Files) -> float | None:
     seconds: float | None = json.loads(files.get("status") or "{}").get("seconds")
     return seconds
 
@@ -332,7 +332,7 @@ def keep_evaluation(context: Context, files: Files, hands_on: Evaluated) -> Eval
         "evaluate_sft": "evaluation_sft.json",
     }[context["ti"].task_id]
     evaluation = json.loads(files["result"] or "{}")
-    evaluation["job_seconds"] = job_seconds(files)
+    evaluation["job_seconds"] = status_seconds(files)
     path = add(record, name, evaluation)
     note_job(context, files)
     return {"path": str(path), **hands_on}

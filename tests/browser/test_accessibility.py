@@ -60,7 +60,7 @@ def opened(request, browser, pages, tmp_path):
             script = (TEMPLATES / name.rpartition("/")[2]).read_text()
             route.fulfill(body=script, content_type="text/javascript")
         elif name.endswith("judge"):
-            told = new_run.judged(tmp_path, json.loads(route.request.post_data))
+            told = new_run.checked(tmp_path, json.loads(route.request.post_data))
             route.fulfill(json=told)
         else:
             route.fulfill(body=pages[name.partition("/")[0]], content_type="text/html")

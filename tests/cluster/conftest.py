@@ -24,7 +24,7 @@ from cluster.servers import remote_of
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    facts = local_sshd.start(tmp_path_factory.mktemp("sshd"))
+    facts = local_sshd.start_server(tmp_path_factory.mktemp("sshd"))
     yield facts
     os.killpg(facts["pid"], signal.SIGTERM)
     os.waitpid(facts["pid"], 0)
@@ -36,7 +36,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Remote]]:
     running = []
 
     def begin(name: str = "sshd", **more: object) -> Remote:
-        facts = local_sshd.start(tmp_path / name, more=more)
+        facts = local_sshd.start_server(tmp_path / name, more=more)
         running.append(facts["pid"])
         return remote_of(facts)
 

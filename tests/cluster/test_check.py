@@ -69,7 +69,7 @@ def test_a_host_without_rsync_is_refused(tmp_path: Path) -> None:
     (bare / "python3").symlink_to(Path(sys.executable).resolve())
     for program in ("bash", "sh"):
         (bare / program).symlink_to(Path(shutil.which(program) or "").resolve())
-    facts = local_sshd.start(tmp_path / "sshd")
+    facts = local_sshd.start_server(tmp_path / "sshd")
     # the login's own start-up files may put more on the path: this comes after them
     keys = tmp_path / "sshd" / "authorized_keys"
     only = f'exec {shutil.which("env")} -i PATH={bare} {bare}/sh -c \\"$SSH_ORIGINAL_COMMAND\\"'

@@ -274,7 +274,7 @@ def test_a_training_step_puts_the_newest_checkpoint_on_a_host_without_it(
     shutil.rmtree(training)
     content = {"name": "r", "checkpoints": {"bring_every_minutes": 30.0, "to": str(home)}}
     recipe = Recipe.model_validate(content)
-    monkeypatch.setattr(step, "recipe_of", lambda plan: recipe)
+    monkeypatch.setattr(step, "planned_recipe", lambda plan: recipe)
     monkeypatch.setattr(step, "result_of", lambda context, task: {"root": str(root)})
     monkeypatch.setattr(step, "remote_of", lambda connection: remote)
     monkeypatch.setattr(step, "_job_of", lambda context: "train")

@@ -20,7 +20,7 @@ from cluster.test_jobs import log_of, poll, processes, wait
 from fastcpt.cluster import jobs
 from fastcpt.cluster.agent import program
 from fastcpt.cluster.remote import Remote, ask
-from steps.training import job_seconds
+from steps.training import status_seconds
 
 # Python's wall clock, as a host's whose clock is set: seconds in a file are added to it.
 CLOCK = """
@@ -174,7 +174,7 @@ def test_a_step_of_a_second_hosts_clock_ends_no_training(clock: Path, tmp_path: 
 
 
 def test_a_step_of_the_clock_changes_no_seconds_of_a_job(clock: Path, tmp_path: Path) -> None:
-    facts = local_sshd.start(tmp_path / "sshd", {"PYTHONPATH": str(clock)})
+    facts = local_sshd.start_server(tmp_path / "sshd", {"PYTHONPATH": str(clock)})
     to = Remote(
         facts["host"], facts["user"], facts["port"], facts["key_file"], facts["known_hosts"]
     )
@@ -188,7 +188,7 @@ def test_a_step_of_the_clock_changes_no_seconds_of_a_job(clock: Path, tmp_path: 
     finally:
         os.killpg(facts["pid"], signal.SIGTERM)
         os.waitpid(facts["pid"], 0)
-    seconds = job_seconds({"status": (tmp_path / "jobs" / "j" / "status.json").read_text()})
+    seconds = status_seconds({"status": (tmp_path / "jobs" / "j" / "status.json").read_text()})
     assert seconds is not None
     assert 4 <= seconds <= took
 

@@ -23,7 +23,7 @@ from fastcpt.cluster.transfer import fetch, files_of, send
 def without_proc(tmp_path: Path) -> Iterator[Remote]:
     """A host whose processes are nowhere to be read."""
     hidden = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
-    facts = local_sshd.start(tmp_path / "sshd", inside=hidden)
+    facts = local_sshd.start_server(tmp_path / "sshd", inside=hidden)
     yield remote_of(facts)
     os.killpg(facts["pid"], signal.SIGTERM)
     os.waitpid(facts["pid"], 0)

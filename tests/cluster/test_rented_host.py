@@ -52,7 +52,7 @@ class Rented:
     def __init__(self, folder: Path) -> None:
         self.folder, self.root, self.home = folder, folder / "root", folder / "home"
         self.home.mkdir()
-        self.facts = local_sshd.start(folder / "sshd", {"HOME": str(self.home)})
+        self.facts = local_sshd.start_server(folder / "sshd", {"HOME": str(self.home)})
         self.remote = remote_of(dict(self.facts))
         (folder / "launcher.py").write_text(LAUNCHER)
         (folder / "rank.py").write_text(RANK)

@@ -174,7 +174,7 @@ def test_files_whose_names_begin_like_comments_arrive(
 
 
 def test_an_ipv6_host_is_sent_to_and_fetched_from(shards: Path, tmp_path: Path) -> None:
-    facts = local_sshd.start(tmp_path / "sshd", address="::1")
+    facts = local_sshd.start_server(tmp_path / "sshd", address="::1")
     try:
         host = Remote("::1", facts["user"], facts["port"], facts["key_file"], facts["known_hosts"])
         there = str(tmp_path / "there")

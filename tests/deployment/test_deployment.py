@@ -19,7 +19,7 @@ from typing import Any
 
 import local_sshd
 import pytest
-from airflow_api import Api, watch
+from airflow_api import Api, follow_run
 
 from deployment.engine import Engine, call, engine
 from deployment.images import provide
@@ -129,7 +129,9 @@ def cluster(deployment: Deployment) -> Iterator[dict[str, Any]]:
     folder = deployment.folder / "cluster"
     shutil.rmtree(folder, ignore_errors=True)
     bridge = json.loads(deployment.engine.docker("network", "inspect", "bridge"))[0]
-    server = local_sshd.start(folder / "sshd", address=bridge["IPAM"]["Config"][0]["Gateway"])
+    server = local_sshd.start_server(
+        folder / "sshd", address=bridge["IPAM"]["Config"][0]["Gateway"]
+    )
     shutil.copy(server["key_file"], deployment.clone / "my_key")  # 0600, as ssh wants it
     shutil.copy(server["known_hosts"], deployment.clone / "my_known_hosts")
     python = REPOSITORY / ".env/cluster/bin/python"
@@ -195,7 +197,9 @@ def trained_over_a_restart_of_the_engine(deployment: Deployment, cluster: dict[s
         until = time.monotonic() + 2 * WAIT_S
         while state_of(api, run, "train_cpt") != "deferred":
             assert time.monotonic() < until
-            assert api.get(f"dagRuns/{run}")["state"] != "failed", watch(api, run, time.monotonic())
+            assert api.get(f"dagRuns/{run}")["state"] != "failed", follow_run(
+                api, run, time.monotonic()
+            )
             time.sleep(2)
     said("train_cpt is at work: the engine is restarted")
     if deployment.engine.own:
@@ -205,7 +209,7 @@ def trained_over_a_restart_of_the_engine(deployment: Deployment, cluster: dict[s
     else:
         deployment.type("docker compose restart")
     with deployment.api() as api:
-        assert watch(api, run, time.monotonic()) == "success"
+        assert follow_run(api, run, time.monotonic()) == "success"
     return run
 
 
@@ -270,7 +274,7 @@ def trained_again_by_workers(deployment: Deployment) -> None:
         names = deployment.containers()
         assert sum("-worker-" in name for name in names) == 2
         run = api.trigger(sample_conf())
-        assert watch(api, run, time.monotonic()) == "success"
+        assert follow_run(api, run, time.monotonic()) == "success"
         tasks = api.get(f"dagRuns/{run}/taskInstances", limit=1000)["task_instances"]
     hosts = {task["hostname"] for task in tasks if task["hostname"]}
     scheduler = deployment.type("docker compose exec -T scheduler hostname").strip()

@@ -37,7 +37,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[dict[str, Any]]:
     """An SSH server on the loopback, as `make run` starts it."""
-    facts = local_sshd.start(tmp_path / "sshd")
+    facts = local_sshd.start_server(tmp_path / "sshd")
     yield facts
     with contextlib.suppress(ProcessLookupError):
         os.killpg(facts["pid"], signal.SIGTERM)
@@ -64,7 +64,7 @@ def disk_of(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    facts = local_sshd.start(tmp_path_factory.mktemp("sshd"))
+    facts = local_sshd.start_server(tmp_path_factory.mktemp("sshd"))
     yield facts
     os.killpg(facts["pid"], signal.SIGTERM)
     os.waitpid(facts["pid"], 0)

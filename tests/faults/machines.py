@@ -212,7 +212,7 @@ class Host:
         (self.folder / "boot_id").write_text(f"{uuid.uuid4()}\n")
         mount = f"mount --bind {self.folder}/boot_id /proc/sys/kernel/random/boot_id"
         machine = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        self.facts = local_sshd.start(
+        self.facts = local_sshd.start_server(
             self.folder / "sshd",
             address=self.address,
             port=2222,

@@ -77,7 +77,9 @@ class Slurm:
             self._start("slurmd", "-D", "-f", str(self.configuration), "-N", "127.0.0.2"),
         ]
         eventually(lambda: "idle" in self.call("sinfo", "-h", "-o", "%T"), 180)
-        self.login = local_sshd.start(folder / "sshd", {"SLURM_CONF": str(self.configuration)})
+        self.login = local_sshd.start_server(
+            folder / "sshd", {"SLURM_CONF": str(self.configuration)}
+        )
 
     def _munge(self) -> list[str]:
         names = {"key-file": "munge.key", "pid-file": "munged.pid", "log-file": "munged.log"}

@@ -41,7 +41,9 @@ def pair(host: Host, tmp_path: Path) -> Iterator[tuple[Remote, str]]:
     programs.mkdir()
     (programs / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {config} "$@"\n')
     (programs / "ssh").chmod(0o755)
-    first = local_sshd.start(tmp_path / "first", {"PATH": f"{programs}:{os.environ['PATH']}"})
+    first = local_sshd.start_server(
+        tmp_path / "first", {"PATH": f"{programs}:{os.environ['PATH']}"}
+    )
     yield remote_of(first), "second"
     os.killpg(first["pid"], 15)
     os.waitpid(first["pid"], 0)

@@ -66,7 +66,7 @@ def test_sshd_killed_and_back_after_a_minute(
         os.kill(pid, signal.SIGKILL)
     os.waitpid(server["pid"], 0)
     time.sleep(60)
-    server.update(local_sshd.start(Path(server["key_file"]).parent, port=server["port"]))
+    server.update(local_sshd.start_server(Path(server["key_file"]).parent, port=server["port"]))
     assert watch.wait(300)["status"]["state"] == "succeeded"
     assert watch.steps == list(range(1, 181))
     assert training.numbers("starts") == [0]
@@ -241,7 +241,7 @@ def test_orchestrators_with_roots_of_their_own_share_the_gpus_of_a_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # a login whose home is the test's
-    facts = local_sshd.start(tmp_path / "sshd", {"HOME": str(tmp_path)})
+    facts = local_sshd.start_server(tmp_path / "sshd", {"HOME": str(tmp_path)})
     to = remote_of(facts)
     try:
         one, other = Training(tmp_path / "one"), Training(tmp_path / "other")

@@ -116,7 +116,7 @@ def test_a_task_marked_failed_while_sshd_is_down_ends_its_job(
     run.mark_failed()
     time.sleep(45)
     assert alive(pid)
-    server.update(local_sshd.start(Path(server["key_file"]).parent, port=server["port"]))
+    server.update(local_sshd.start_server(Path(server["key_file"]).parent, port=server["port"]))
     eventually(lambda: not alive(pid), 30)
     assert training.numbers("starts") == [0]
 

@@ -73,7 +73,7 @@ def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ended:
         monkeypatch.setattr(module, "HOME", tmp_path)
         monkeypatch.setattr(module, "tell", lambda _, event, reason: told.append((event, reason)))
     monkeypatch.setattr(publish, "note_job", lambda *_: None)
-    assert training.name_of("/r/models/one/final") == "one"
+    assert training.training_of("/r/models/one/final") == "one"
     return Ended(tmp_path, told)
 
 

@@ -185,7 +185,7 @@ print("the second:", waiting.test().state, flush=True)
 @pytest.mark.slow
 def test_a_task_waits_for_the_run_that_has_the_gpus_and_says_for_which(tmp_path: Path) -> None:
     """A real Airflow in one process: its database, its tasks, its triggers. A long wait is told."""
-    facts = local_sshd.start(tmp_path / "sshd")
+    facts = local_sshd.start_server(tmp_path / "sshd")
     connection = {
         "conn_type": "ssh",
         "host": "127.0.0.1",

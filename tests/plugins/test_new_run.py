@@ -29,7 +29,7 @@ def test_choices_become_a_plan_and_what_starts_the_run(tmp_path: Path) -> None:
         "max_steps": "30",
         "require_approval": True,
     }
-    answer = new_run.judged(tmp_path, typed)
+    answer = new_run.checked(tmp_path, typed)
     assert (answer["wrong"], answer["problems"]) == ({}, [])
     assert answer["own"]["max_steps"] == "120"
     assert answer["conf"] == {
@@ -45,15 +45,15 @@ def test_choices_become_a_plan_and_what_starts_the_run(tmp_path: Path) -> None:
 
 def test_wrong_values_are_told_at_their_fields_and_start_nothing(tmp_path: Path) -> None:
     typed = {"recipe": "sample", "max_steps": "many", "gpus": "0", "budget_hours": "-1"}
-    answer = new_run.judged(tmp_path, typed)
+    answer = new_run.checked(tmp_path, typed)
     assert set(answer["wrong"]) == {"max_steps", "gpus", "budget_hours"}
     assert "greater than or equal to 1" in answer["wrong"]["gpus"]
     assert "conf" not in answer
-    assert "conf" not in new_run.judged(tmp_path, {"recipe": "../../etc/passwd"})
+    assert "conf" not in new_run.checked(tmp_path, {"recipe": "../../etc/passwd"})
 
 
 def test_a_plan_that_does_not_fit_names_what_would(tmp_path: Path) -> None:
-    answer = new_run.judged(tmp_path, {"recipe": "cpt_config_fast", "documents": "/not/here"})
+    answer = new_run.checked(tmp_path, {"recipe": "cpt_config_fast", "documents": "/not/here"})
     words = html.unescape(re.sub(r"<[^>]*>", " ", answer["plan"]))
     assert "The plan does not fit." in words
     assert "What would fit" in words

@@ -163,7 +163,7 @@ def test_another_machine_than_planned_goes_back_and_is_planned_for(
 def test_gpus_that_cannot_share_the_batch_are_refused(renting: Renting) -> None:
     plan = renting.plan(**GPUS)
     recipe = load_recipe(plan["recipe"])
-    rental = machines.take(renting.home, DAG_ID, RUN, recipe.cluster.rent, {"gpus": 4})
+    rental = machines.rent_machine(renting.home, DAG_ID, RUN, recipe.cluster.rent, {"gpus": 4})
     ledger.write(renting.home, rental, offered={"gpus": 3, "gpu": None})
     with pytest.raises(RecipeError, match="its batch of 8 cannot be shared by the 3 GPUs"):
         rent.as_offered(recipe, DAG_ID, RUN)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastcpt.recipe_sections import Conditions, Publish
-from fastcpt.registry.conditions import decide
+from fastcpt.registry.conditions import recommend
 
 GATE = {"validation_set": "random", "value": 9.0, "threshold": 18.0, "passed": True}
 NATS = 1000 * np.random.default_rng(1).lognormal(size=200)  # of a base model; some acts are long
@@ -42,17 +42,17 @@ def named(decision: dict[str, Any], words: str) -> dict[str, Any]:
 
 
 def test_the_first_model_has_to_beat_the_base_model() -> None:
-    better = decide(Publish(), GATE, evaluation(0.9), None)
+    better = recommend(Publish(), GATE, evaluation(0.9), None)
     assert better["recommended"]
     assert better["against"] is None
     saved = named(better, "over the base model")
     # one factor for all documents: no noise
     assert [saved[key] for key in ("value", "low", "high")] == pytest.approx([0.1] * 3)
-    worse = decide(Publish(), GATE, evaluation(1.01), None)
+    worse = recommend(Publish(), GATE, evaluation(1.01), None)
     assert not worse["recommended"]
     assert named(worse, "over the base model")["value"] == pytest.approx(-0.01)
     missed = {**GATE, "passed": False, "value": 20.0}
-    assert not decide(Publish(), missed, evaluation(0.9), None)["recommended"]
+    assert not recommend(Publish(), missed, evaluation(0.9), None)["recommended"]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_challenger_is_better_by_the_margin_and_beyond_noise(
     factor: float, noise: float, recommended: bool
 ) -> None:
     champion = {"model": "sample-1", "evaluation": evaluation(0.9)}
-    found = decide(Publish(margin=0.002), GATE, evaluation(factor, noise), champion)
+    found = recommend(Publish(margin=0.002), GATE, evaluation(factor, noise), champion)
     assert found["recommended"] is recommended
     assert found["against"] == "sample-1"
     saved = named(found, "over the champion")
@@ -80,7 +80,9 @@ def test_a_challenger_is_better_by_the_margin_and_beyond_noise(
 def test_pairs_see_what_sums_do_not() -> None:
     """Documents differ by far more than the models do: apart, the two would not be told from another."""
     champion = {"model": "sample-1", "evaluation": evaluation(0.9)}
-    saved = named(decide(Publish(), GATE, evaluation(0.896, 0.002), champion), "over the champion")
+    saved = named(
+        recommend(Publish(), GATE, evaluation(0.896, 0.002), champion), "over the champion"
+    )
     assert saved["high"] - saved["low"] < 0.002
     assert NATS.std() / math.sqrt(len(NATS)) / NATS.mean() > 0.05
 
@@ -98,29 +100,29 @@ def test_pairs_see_what_sums_do_not() -> None:
 )
 def test_what_cannot_be_compared_is_a_candidate(change: dict[str, Any], why: str) -> None:
     champion = {"model": "sample-1", "evaluation": evaluation(0.9)}
-    found = decide(Publish(), GATE, {**evaluation(0.5), **change}, champion)
+    found = recommend(Publish(), GATE, {**evaluation(0.5), **change}, champion)
     assert not found["recommended"]
     assert why in named(found, "over the champion")["why"]
 
 
 def test_answers_may_not_be_worse_than_the_champion_s() -> None:
     champion = {"model": "sample-1", "evaluation": evaluation(0.9, right="1" * 80 + "0" * 20)}
-    equal = decide(Publish(), GATE, evaluation(0.8, right="1" * 79 + "0" * 21), champion)
+    equal = recommend(Publish(), GATE, evaluation(0.8, right="1" * 79 + "0" * 21), champion)
     assert equal["recommended"]
-    found = decide(Publish(), GATE, evaluation(0.8, right="1" * 60 + "0" * 40), champion)
+    found = recommend(Publish(), GATE, evaluation(0.8, right="1" * 60 + "0" * 40), champion)
     assert not found["recommended"]
     assert named(found, "right answers")["value"] == pytest.approx(-0.2)
-    fewer = decide(Publish(), GATE, evaluation(0.8, right="1" * 50), champion)
+    fewer = recommend(Publish(), GATE, evaluation(0.8, right="1" * 50), champion)
     assert not fewer["recommended"]
     assert named(fewer, "right answers")["why"] == "50 questions were asked, the champion 100"
 
 
 def test_a_champion_that_was_trained_on_what_judges_it_is_no_measure() -> None:
     champion = {"model": "sample-1", "evaluation": evaluation(0.9)}
-    found = decide(Publish(), GATE, evaluation(0.8), champion, trained_on=3)
+    found = recommend(Publish(), GATE, evaluation(0.8), champion, trained_on=3)
     assert not found["recommended"]
     assert named(found, "was trained on")["value"] == 3
-    unknown = decide(Publish(), GATE, evaluation(0.8), champion, trained_on=None)
+    unknown = recommend(Publish(), GATE, evaluation(0.8), champion, trained_on=None)
     assert not unknown["recommended"]
 
 
@@ -140,7 +142,7 @@ def test_the_recipe_s_own_conditions() -> None:
 
     def met(**wanted: float) -> list[bool]:
         publish = Publish(conditions=Conditions(**wanted))
-        return [one["met"] for one in decide(publish, GATE, found, None)["conditions"][2:]]
+        return [one["met"] for one in recommend(publish, GATE, found, None)["conditions"][2:]]
 
     assert met() == []
     assert met(forgotten=0.05, tasks=0.0) == [True, True]
@@ -148,8 +150,8 @@ def test_the_recipe_s_own_conditions() -> None:
     saved = 0.1 * NATS.sum() / math.log(2) / (1000 * len(NATS))
     assert met(improvement=saved - 1e-9) == [True]
     assert met(improvement=saved + 1e-9) == [False]
-    unmeasured = decide(Publish(conditions=Conditions(forgotten=1.0)), GATE, evaluation(0.9), None)[
-        "conditions"
-    ][-1]
+    unmeasured = recommend(
+        Publish(conditions=Conditions(forgotten=1.0)), GATE, evaluation(0.9), None
+    )["conditions"][-1]
     assert (unmeasured["met"], unmeasured["value"]) == (False, None)
     assert "documents.replay" in unmeasured["why"]

@@ -27,10 +27,10 @@ class Renting:
 
     def take(self, money: float | None = None) -> Rental:
         needs = {"gpus": 2, "gpu": "H100", "disk_gb": 50.0}
-        return machines.take(self.home, DAG, RUN, self.rent, needs, money)
+        return machines.rent_machine(self.home, DAG, RUN, self.rent, needs, money)
 
     def give_back(self) -> list[Rental]:
-        return machines.give_back(self.home, DAG, RUN, "the run has ended")
+        return machines.release_machines(self.home, DAG, RUN, "the run has ended")
 
     def look_after(self) -> list[News]:
         return list(machines.look_after(self.home, lambda dag, run: self.goes_on))

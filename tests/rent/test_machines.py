@@ -217,7 +217,7 @@ def test_a_deleted_runs_machine_is_not_kept(renting: Renting) -> None:
 
 def test_the_machine_of_another_run_is_left_alone(renting: Renting) -> None:
     renting.take()
-    assert machines.give_back(renting.home, DAG, "another", "it has ended") == []
+    assert machines.release_machines(renting.home, DAG, "another", "it has ended") == []
     assert list(machines.look_after(renting.home, lambda dag, run: run == RUN)) == []
     assert renting.running() == ["m1"]
 
@@ -276,8 +276,8 @@ def test_a_command_that_does_not_end_is_ended_with_what_it_started(
     rent = renting.rent.model_copy(update={"acquire": ["sh", "-c", "sleep 321 & sleep 321"]})
     began = time.monotonic()
     with pytest.raises(ProviderError, match=r"did not end in 0 s|did not end in 1 s"):
-        machines.take(renting.home, DAG, RUN, rent, {})
+        machines.rent_machine(renting.home, DAG, RUN, rent, {})
     assert time.monotonic() - began < 5
     with pytest.raises(ProviderError, match="no-such-program cannot be run"):
         rent = renting.rent.model_copy(update={"acquire": ["no-such-program"]})
-        machines.take(renting.home, DAG, "other", rent, {})
+        machines.rent_machine(renting.home, DAG, "other", rent, {})

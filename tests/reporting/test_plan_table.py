@@ -24,7 +24,7 @@ def test_every_figure_has_its_limit_and_where_it_is_from():
     counted = {row[0]: row[1:] for row in plan_table.figures(found, plan_table.COUNTED)}
     assert counted["tokens of the corpus"][2] == "counted in the corpus"
     assert plan_table.verdict(found) == "The plan does not fit."
-    assert len(plan_table.alternatives(found)) == len(found["alternatives"]) > 0
+    assert len(plan_table.alternative_rows(found)) == len(found["alternatives"]) > 0
 
 
 def test_unknown_figures_are_called_unknown():

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import selection_arms
 from selection_pool import Pool
 from selection_rows import SpanRows
-from selection_table import difference, table_of
+from selection_table import comparison_table, difference
 
 from fastcpt.corpus.sample import generate_sample
 
@@ -92,7 +92,7 @@ def test_the_best_trivial_arm_is_named_for_each_set() -> None:
             name: {"nats": [nats], "bytes": [10]} for name, nats in sets.items()
         }
 
-    _, figures = table_of(
+    _, figures = comparison_table(
         [run("lots", 8, 4), run("head", 4, 8), run("legal", 2, 2)], ["lots", "head"]
     )
     own = figures["legal"]

@@ -28,7 +28,7 @@ from typing import Any
 from fastcpt.cluster import checkpoint_urls
 from fastcpt.cluster.checkpoint_urls import FILES
 from fastcpt.cluster.remote import ClusterError, ConnectionLost, Remote, ask_through
-from fastcpt.cluster.transfer import differing, receive, send
+from fastcpt.cluster.transfer import differing_files, receive, send
 from fastcpt.exit_codes import STOPPED
 from fastcpt.files import flush, read_json, write_json
 from fastcpt.manifests import FileEntry
@@ -117,7 +117,7 @@ def _fetch_newer(url: str, home: Path) -> None:
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     partial = home / f".step_{step}.partial"
     checkpoint_urls.download(url, step, files, partial)
-    if damaged := differing(partial, files):
+    if damaged := differing_files(partial, files):
         shutil.rmtree(partial)
         raise ClusterError(f"{url}: {', '.join(damaged[:3])} arrived damaged; clear this task")
     _complete(partial, home / f"step_{step}", files)

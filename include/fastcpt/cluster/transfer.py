@@ -134,7 +134,7 @@ def receive(
     """Fetch ``files`` of the folder ``there`` to ``local``; ``gently``: one at a time, at low priority."""
     began = time.monotonic()
     local.mkdir(parents=True, exist_ok=True)
-    differ = differing(local, files)
+    differ = differing_files(local, files)
     sizes = {file["file"]: int(file["bytes"]) for file in files}
     fetched = list(differ)
     by_name = {file["file"]: file for file in files}
@@ -145,7 +145,7 @@ def receive(
         differ,
         sizes,
         1 if gently else streams,
-        lambda names: differing(local, [by_name[name] for name in names]),
+        lambda names: differing_files(local, [by_name[name] for name in names]),
     )
     if differ:
         raise ClusterError(
@@ -196,7 +196,7 @@ def _move(
     return differ
 
 
-def differing(local: Path, files: Sequence[FileEntry]) -> list[str]:
+def differing_files(local: Path, files: Sequence[FileEntry]) -> list[str]:
     def same(file: FileEntry) -> bool:
         path = local / file["file"]
         right_size = path.is_file() and path.stat().st_size == file["bytes"]

@@ -119,10 +119,10 @@ def reason(decision: dict[str, Any]) -> str:
     missed = [condition for condition in decision["conditions"] if not condition["met"]]
     if not missed:
         return f"it meets all {len(decision['conditions'])} conditions"
-    return "; ".join(f"missed: {words(condition)}" for condition in missed)
+    return "; ".join(f"missed: {condition_words(condition)}" for condition in missed)
 
 
-def words(condition: dict[str, Any]) -> str:
+def condition_words(condition: dict[str, Any]) -> str:
     """A condition with its figures."""
     if condition["value"] is None:
         return f"{condition['what']} ({condition['bound']:g}): not measured: {condition['why']}"

@@ -22,7 +22,7 @@ Evaluation = Mapping[str, Any]
 Found = Mapping[str, Any]  # value, low, high
 
 
-def decide(
+def recommend(
     publish: Publish,
     gate: Mapping[str, Any],
     evaluation: Evaluation,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastcpt.mlflow_server import LONGEST_TAG, Mlflow, as_list, as_mapping, name_of
+from fastcpt.mlflow_server import LONGEST_TAG, Mlflow, as_list, as_mapping, mlflow_name
 from fastcpt.registry.champion import champion, models, reason
 
 MODEL = "fast_cpt.model"  # a version's tag: the model's name, by which it is found again
@@ -23,7 +23,7 @@ def send_models(server: Mlflow, home: Path, recipe: str, place: Callable[[str], 
     ``candidate`` is the newest model that is not the champion. ``place`` turns a model's ``path`` into a
     URI. Raises ``MlflowError``.
     """
-    registered, known = name_of(recipe), models(home, recipe)
+    registered, known = mlflow_name(recipe), models(home, recipe)
     wanted = {"filter": f"name = '{registered}'"}
     found = server.ask("GET", "registered-models/search", **wanted).get("registered_models")
     if not found:
@@ -65,7 +65,7 @@ def _create(server: Mlflow, recipe: str, model: str, facts: Mapping[str, Any], s
     made = server.ask(
         "POST",
         "model-versions/create",
-        name=name_of(recipe),
+        name=mlflow_name(recipe),
         source=source,
         description=reason(facts["decision"])[:LONGEST_DESCRIPTION],
         tags=as_list({key: value[:LONGEST_TAG] for key, value in tags.items()}),

@@ -122,7 +122,7 @@ def not_released(home: Path) -> list[Rental]:
     return [rental for rental in every(home) if rental.state != "released"]
 
 
-def read(home: Path, key: str) -> Rental:
+def rental_of(home: Path, key: str) -> Rental:
     return _read(_folder(home) / f"{key}.json")
 
 

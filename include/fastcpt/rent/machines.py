@@ -55,7 +55,7 @@ class MachineLost(OSError):
     """The provider took the run's machine away; the run begins again with another."""
 
 
-def take(
+def rent_machine(
     home: Path,
     dag: str,
     run: str,
@@ -113,7 +113,7 @@ def _ask(home: Path, rental: Rental) -> Rental:
     return rental
 
 
-def give_back(
+def release_machines(
     home: Path, dag: str, run: str, why: str, offered: dict[str, Any] | None = None
 ) -> list[Rental]:
     """Release the run's machines, and return when the provider says that they are gone.
@@ -195,13 +195,13 @@ def look_after(home: Path, goes_on: Callable[[str, str], bool | None]) -> Iterat
     """
     for listed in ledger.not_released(home):
         with ledger.locked(home, listed.dag, listed.run, wait=False) as mine:
-            rental = ledger.read(home, listed.key)
+            rental = ledger.rental_of(home, listed.key)
             if not mine or rental.state == "released":
                 continue
             try:
                 yield from _look_at(home, rental, goes_on(rental.dag, rental.run))
             except (ProviderError, NotReleased) as error:
-                if ledger.read(home, rental.key).state == "unverified":
+                if ledger.rental_of(home, rental.key).state == "unverified":
                     reason = f"{error}. Look there, or type: {command_to_type(rental)}"
                     yield from _once(home, rental, "not given back", reason)
                 else:
@@ -253,7 +253,7 @@ def begun_again(home: Path, rental: Rental) -> None:
 
 
 def _once(home: Path, rental: Rental, what: What, reason: str) -> Iterator[News]:
-    rental = ledger.read(home, rental.key)
+    rental = ledger.rental_of(home, rental.key)
     if what not in rental.told:
         yield News(rental, what, reason)
         ledger.write(home, rental, told=(*rental.told, what))

@@ -72,7 +72,7 @@ def _figures(plan: Plan, corpus: str) -> Iterator[tuple[str, str, str, str]]:
         yield "disk on the GPU host", f"{plan['checkpoint_disk_gb']:,.0f} GB", free, "computed"
 
 
-def alternatives(plan: Plan) -> list[tuple[str, ...]]:
+def alternative_rows(plan: Plan) -> list[tuple[str, ...]]:
     """Rows under ``ALTERNATIVES``, best first; empty if the plan fits."""
     return [
         (
@@ -104,7 +104,7 @@ def markdown(plan: Plan, corpus: str) -> str:
     parts.append("\n".join(f"- **{name}**: {_plain(source)}" for name, _, _, source in rows))
     parts += [f"- {_plain(line)}" for line in (*plan["problems"], *plan["notes"])]
     if plan["alternatives"]:
-        parts += ["What would fit:", _table(ALTERNATIVES, alternatives(plan))]
+        parts += ["What would fit:", _table(ALTERNATIVES, alternative_rows(plan))]
     return "\n\n".join(parts)
 
 

@@ -14,14 +14,14 @@ from fastcpt.reporting.summary import duration, planned, span
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     training: str
     step: int
     steps: int
     facts: tuple[tuple[str, str], ...]  # name and text
 
 
-def progress(record: Path) -> Progress | None:
+def progress(record: Path) -> TrainingProgress | None:
     """The progress of the running training, from its last line of metrics; None if none is running."""
     going = [
         name
@@ -38,7 +38,9 @@ def progress(record: Path) -> Progress | None:
         "train_sft": (recipe.get("sft") or {}).get("training"),
     }[going[-1]]
     steps = int((section or {}).get("max_steps") or last["step"])
-    return Progress(going[-1], int(last["step"]), steps, tuple(_facts(record, recipe, last)))
+    return TrainingProgress(
+        going[-1], int(last["step"]), steps, tuple(_facts(record, recipe, last))
+    )
 
 
 def _facts(

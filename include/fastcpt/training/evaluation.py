@@ -35,7 +35,7 @@ from fastcpt.training.questions import (
     table_of,
     texts_of,
 )
-from fastcpt.training.ranks import rank, say
+from fastcpt.training.ranks import rank, say_once
 from fastcpt.training.scoring import Scorer, document_losses
 from fastcpt.training.validation import (
     EvaluationError,
@@ -176,7 +176,7 @@ def _losses_of(
             found = document_losses(scorer, asked, window, device, batch_tokens, what)
         losses[name, label] = found
         figures = loss_figures(asked, found, f"{label} on the {name} validation set")
-        say(
+        say_once(
             f"evaluated {label}, {name}: perplexity {figures['perplexity']:.4f}, "
             f"{figures['bits_per_byte']:.4f} bits per byte, {figures['tokens']:,} tokens "
             f"in {time.monotonic() - begin:.1f} s"

@@ -24,7 +24,7 @@ from fastcpt.recipe import Recipe
 from fastcpt.training.citations import check_citations
 from fastcpt.training.inference import final_of, model_for_inference, model_identity, ranks
 from fastcpt.training.made_from import ANSWERS_FORMAT
-from fastcpt.training.ranks import rank, say, world_size
+from fastcpt.training.ranks import rank, say_once, world_size
 from fastcpt.training.sft import Chat, Instruction, InstructionError, read_instructions
 
 BATCH = 32  # prompts decoded together
@@ -136,7 +136,7 @@ def generate(
     )
     # transformers fills unset fields from the model's own configuration, which may sample
     model.generation_config = config
-    progress = Progress("generate", "answers", len(prompts), say)
+    progress = Progress("generate", "answers", len(prompts), say_once)
     answers: dict[int, str] = {}
     for numbers in mine:
         longest = len(prompts[numbers[0]])
@@ -160,7 +160,7 @@ def generate(
         shares: list[Any] = [None] * world_size()
         dist.all_gather_object(shares, answers)
         answers = {number: text for share in shares for number, text in share.items()}
-    say(f"generated {len(answers):,} answers in {time.monotonic() - progress.started:.1f} s")
+    say_once(f"generated {len(answers):,} answers in {time.monotonic() - progress.started:.1f} s")
     return [answers[number] for number in range(len(prompts))]
 
 

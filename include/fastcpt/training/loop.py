@@ -34,7 +34,7 @@ from fastcpt.training.engine import begin_step, parameters
 from fastcpt.training.exits import Stopped, TrainingError
 from fastcpt.training.guard import Guard
 from fastcpt.training.metrics import MetricsLog, Work, hours_minutes_seconds, peak_memory_gb
-from fastcpt.training.ranks import StopSignal, say
+from fastcpt.training.ranks import StopSignal, say_once
 from fastcpt.training.schedule import Clock, Phase, learning_rate
 
 LAUNCHER = 5.0  # seconds of the launcher's imports, before this process began
@@ -69,7 +69,7 @@ class Loop:
         self.areas: dict[str, Any] = {}  # results of the finished areas
         self.seconds = self.loss = self.norm = 0.0
         self.peak_gb = 0.0
-        self.lines = Progress("train", "steps", training.max_steps, say)
+        self.lines = Progress("train", "steps", training.max_steps, say_once)
         state = checkpoints.load_newest(engine, self.folder)
         if state:
             self._resume(state)

@@ -33,7 +33,7 @@ def start_ranks() -> torch.device:
     return torch.device(accelerator.device_name(local_rank))
 
 
-def say(line: str) -> None:
+def say_once(line: str) -> None:
     """Print a line on rank 0."""
     if rank() == 0:
         print(line, flush=True)

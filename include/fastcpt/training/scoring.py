@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastcpt.progress import Progress
-from fastcpt.training.ranks import rank, say, world_size
+from fastcpt.training.ranks import rank, say_once, world_size
 from fastcpt.training.validation import EvaluationError, HeldOutDocument, Window, windows_of
 
 # Tokens per batch, padding included: enough to keep a GPU busy; what fits a CPU's caches.
@@ -74,7 +74,7 @@ def document_losses(
     fast = GPU_BATCH if device.type == "cuda" else CPU_BATCH
     batches = list(_batches(windows, batch_tokens or fast))
     sums = torch.zeros(len(documents), dtype=torch.float64, device=device)
-    progress = Progress(f"evaluate {what}", "windows", len(windows), say)
+    progress = Progress(f"evaluate {what}", "windows", len(windows), say_once)
     for start in range(0, len(batches), world_size()):
         # One batch per rank. A partitioned model needs the same calls on all ranks, so each calls the
         # output layer as often as the largest batch needs, even if it has no batch left.

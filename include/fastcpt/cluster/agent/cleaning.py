@@ -41,10 +41,10 @@ def clean(
     for kind, stay in keep.items():
         for name in entries(os.path.join(root, kind)):
             may_go = name not in stay and name in only.get(kind, [name])
-            if not may_go or not unused(root, kind, name, idle_s, scripts):
+            if not may_go or not is_unused(root, kind, name, idle_s, scripts):
                 continue
             folder = os.path.join(root, kind, name)
-            size = size_of(folder)
+            size = bytes_below(folder)
             if not remove or take_away(root, kind, name, idle_s):
                 gone.append({"path": folder, "bytes": size})
     return {"folders": gone}
@@ -60,12 +60,12 @@ def entries(folder: str, hidden: bool = False) -> List[str]:
     return sorted(left if hidden else [name for name in found if not name.startswith(".")])
 
 
-def unused(root: str, kind: str, name: str, idle_s: float, scripts: str) -> bool:
+def is_unused(root: str, kind: str, name: str, idle_s: float, scripts: str) -> bool:
     """Whether a folder is old and no unfinished job is in it or names it."""
     folder = os.path.join(root, kind, name)
-    if time.time() - last_used(folder) < idle_s:
+    if time.time() - last_changed(folder) < idle_s:
         return False
-    return not goes_on(folder) if kind == "jobs" else f"/{kind}/{name}" not in scripts
+    return not is_unfinished(folder) if kind == "jobs" else f"/{kind}/{name}" not in scripts
 
 
 def scripts_of_jobs(root: str) -> str:
@@ -73,13 +73,13 @@ def scripts_of_jobs(root: str) -> str:
     found = []
     for name in entries(os.path.join(root, "jobs")):
         folder = os.path.join(root, "jobs", name)
-        if goes_on(folder):
+        if is_unfinished(folder):
             with open(os.path.join(folder, "job.sh"), encoding="utf-8") as script:
                 found.append(script.read())
     return "\n".join(found)
 
 
-def goes_on(folder: str) -> bool:
+def is_unfinished(folder: str) -> bool:
     """Whether a job has not ended or has left a process."""
     folder = os.path.realpath(folder)
     if not os.path.exists(os.path.join(folder, "lock")):
@@ -87,7 +87,7 @@ def goes_on(folder: str) -> bool:
     return job_state(folder)["state"] in ACTIVE or bool(processes_of(folder))
 
 
-def last_used(folder: str) -> float:
+def last_changed(folder: str) -> float:
     """Seconds since 1970; looks two levels deep only, because an environment has 50,000 files."""
     moments = [os.lstat(folder).st_mtime]
     for entry in os.scandir(folder):
@@ -97,7 +97,7 @@ def last_used(folder: str) -> float:
     return max(moments)
 
 
-def size_of(folder: str) -> int:
+def bytes_below(folder: str) -> int:
     """Bytes of the files below a folder; files that vanish meanwhile are not counted."""
     size = 0
     for parent, _, names in os.walk(folder):
@@ -111,7 +111,7 @@ def take_away(root: str, kind: str, name: str, idle_s: float) -> bool:
     """Rename a folder, then remove it; False if it came into use since it was listed."""
     aside = os.path.join(root, kind, "." + name + REMOVED)
     with cleaning_lock(root, fcntl.LOCK_EX):
-        if not unused(root, kind, name, idle_s, scripts_of_jobs(root)):
+        if not is_unused(root, kind, name, idle_s, scripts_of_jobs(root)):
             return False
         os.rename(os.path.join(root, kind, name), aside)
     shutil.rmtree(aside)

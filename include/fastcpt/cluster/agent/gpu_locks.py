@@ -12,7 +12,7 @@ from fastcpt.cluster.agent.processes import (
     HOLDS,
     MARK,
     boot_id,
-    job_of,
+    job_folder_of,
     process_environment,
     processes,
     signal_quietly,
@@ -89,7 +89,7 @@ def other_holder(lock: str, folder: str) -> str:
         boot, supervisor, *locks = environment.get(HOLDS, "\n").split("\n")
         other = environment.get(MARK, "")
         if lock in locks and other != folder:
-            if boot == boot_id() and job_of(int(supervisor)) != other:
+            if boot == boot_id() and job_folder_of(int(supervisor)) != other:
                 signal_quietly(os.kill, pid, signal.SIGKILL)
             return other
     return ""

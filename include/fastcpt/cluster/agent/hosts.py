@@ -64,7 +64,7 @@ def start_node(rank: int, host: str, command: List[str]) -> "subprocess.Popen[by
     node = subprocess.Popen(words, stdin=subprocess.PIPE)
     words = [str(rank) if word == "{node_rank}" else word for word in command]
     settings = {"cwd": os.getcwd(), "environment": dict(os.environ), "command": words}
-    tell(node, json.dumps(settings))
+    send_line(node, json.dumps(settings))
     return node
 
 
@@ -82,12 +82,12 @@ def wait_for_nodes(nodes: "List[subprocess.Popen[bytes]]") -> int:
         elif time.monotonic() - beat > HEARTBEAT_S and not told:
             beat = time.monotonic()
             for node in nodes:
-                tell(node, "alive")
+                send_line(node, "alive")
         time.sleep(0.2)
     return code or next((node.returncode for node in nodes if node.returncode), 0)
 
 
-def tell(node: "subprocess.Popen[bytes]", line: str) -> None:
+def send_line(node: "subprocess.Popen[bytes]", line: str) -> None:
     try:
         assert node.stdin is not None
         node.stdin.write(line.encode() + b"\n")

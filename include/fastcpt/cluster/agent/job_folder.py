@@ -13,7 +13,7 @@ from fastcpt.cluster.agent.processes import (
     HOLDS,
     MARK,
     boot_id,
-    job_of,
+    job_folder_of,
     process_environment,
     processes,
 )
@@ -175,5 +175,5 @@ def supervisor_lives(folder: str, status: Answer) -> bool:
     if status.get("boot_id") != boot_id():
         return False
     if status.get("supervisor") and os.path.isdir("/proc/self"):
-        return job_of(status["supervisor"]) == folder
+        return job_folder_of(status["supervisor"]) == folder
     return lock_held(folder)

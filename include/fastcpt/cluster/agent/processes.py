@@ -48,7 +48,7 @@ def process_environment(pid: int) -> Dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def job_of(pid: int) -> str:
+def job_folder_of(pid: int) -> str:
     """The folder of the job that a process belongs to, or "".
 
     Not the job's name: another orchestrator with another root may use the same one.
@@ -57,7 +57,7 @@ def job_of(pid: int) -> str:
 
 
 def processes_of(folder: str) -> List[int]:
-    return [pid for pid in processes() if job_of(pid) == folder]
+    return [pid for pid in processes() if job_folder_of(pid) == folder]
 
 
 def parent_of(pid: int) -> int:

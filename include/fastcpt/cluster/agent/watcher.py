@@ -31,7 +31,7 @@ def attend() -> None:
     while rent is not None:
         if why := due(rent, jobs_end_in(rent)):
             if ended := end_jobs(rent):
-                say(f"{why}: ended {', '.join(map(os.path.basename, ended))}")
+                log_line(f"{why}: ended {', '.join(map(os.path.basename, ended))}")
             # somebody may have asked, or extended the deadline, while the jobs saved
             rent = rent_here()
             if rent and (why := due(rent, seconds_left(rent))):
@@ -97,16 +97,18 @@ def run_release_command(rent: Answer, why: str) -> None:
     """Run the release command, which should end this host."""
     command: Optional[List[str]] = rent["command"]
     if command:
-        say(f"{why}: giving this host back")
+        log_line(f"{why}: giving this host back")
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, timeout=COMMAND_S)
-            say(f"the release command ended with {done.returncode}, and this host is still there")
+            log_line(
+                f"the release command ended with {done.returncode}, and this host is still there"
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
-            say(f"the release command: {error}")
+            log_line(f"the release command: {error}")
         time.sleep(AGAIN_S)
 
 
-def say(line: str) -> None:
+def log_line(line: str) -> None:
     """Print to watch.log; on a full disk, do nothing."""
     with suppress(OSError):
         print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
