@@ -52,7 +52,8 @@ def test_the_page_needs_nothing_else(page):
 
 def test_the_version_is_in_page_and_markdown(finished, page):
     assert f"| Fast CPT | {__version__} |" in (finished / "report.md").read_text()
-    assert f"<td>{__version__}</td>" in page
+    # a commit's name of digits alone makes the column one of numbers
+    assert re.search(rf"<td[^>]*>{re.escape(__version__)}</td>", page)
 
 
 def test_figures_are_in_page_and_markdown(finished, page):
