@@ -2,18 +2,18 @@
 
     .env/airflow/bin/python benchmarks/year.py [--weeks 52] [--small] [--seed 0] [--work FOLDER]
 
-The corpus, the ledger, the comparison, the registry and the cleaning are the project's own. What is
-small is the trainer: counts of three tokens, interpolated with those of a base model, so that a
-training takes a second, and a better or worse one can be made to measure. Weeks have events: none or
+The corpus, the ledger, the comparison, the registry and the cleaning are the project's own. Only the
+trainer is a small one: trigram counts, interpolated with those of a base model. A training takes a
+second, and can be made better or worse by a given amount. Weeks have events: none or
 many new documents, corrected and repealed acts, copies of held-out acts, broken files, a worse and
 a better learning rate, a poisoned batch, a training that diverges, a host that is down or slow, a full
-disk, a killed orchestrator, a person who rolls back. What is told of them arrives at real receivers
+disk, a killed orchestrator, a person who rolls back. The messages about them go to real receivers
 (``year_told``).
 
 Whether a model is really better than the champion of its week is judged on 300 documents that no
-decision sees. Better or worse is what differs by twice ``publish.margin``. Each week decides two more
-pairs, of which one is better and one is worse by two to four margins, and promotes neither. Last line:
-one JSON object; the exit code is 1 where one of ``missed`` was.
+decision sees. Better or worse means by at least twice ``publish.margin``. Each week two more pairs are
+decided, one better and one worse by two to four margins, and neither is promoted. The last line is
+one JSON object; the exit code is 1 if a goal of ``missed`` was missed.
 """
 
 from __future__ import annotations
@@ -60,14 +60,12 @@ from fastcpt.registry.conditions import recommend  # noqa: E402
 from fastcpt.registry.in_use import Policy, unused  # noqa: E402
 from fastcpt.reporting.record import add, add_output, close_record, open_record, read  # noqa: E402
 
-FIRST, WEEKLY = 900, 10  # documents of the first week and of each other
-SMALL_FIRST, SMALL_CHARACTERS = (
-    450,
-    1_500,
-)  # of --small: documents are cut, for a machine that is busy
+FIRST, WEEKLY = 900, 10  # documents of the first week and of every other week
+# with --small, for a busy machine: documents are cut
+SMALL_FIRST, SMALL_CHARACTERS = 450, 1_500
 MARGIN = 0.005
 MOST_DISK = 2.0  # bytes of FASTCPT_HOME for each of the documents
-SMALL_DISK = 300_000  # bytes a file may have in the week of the full disk
+SMALL_DISK = 300_000  # the largest file, in bytes, in the week of the full disk
 EVENTS = {
     3: "nothing new",
     6: "worse learning rate",
@@ -109,7 +107,9 @@ class Year:
         self.recipe = year_recipe(folder)
         self.seen: State = {}
         self.delivered: dict[str, Record] = {}
-        self.models: dict[str, tuple[Model, Read, Read]] = {}  # read: the judges, the frozen set
+        self.models: dict[
+            str, tuple[Model, Read, Read]
+        ] = {}  # with its losses on the judges and the frozen set
         self.told = Told(self.home)
         self.trials: list[dict[str, Any]] = []
         self.base: Counts | None = None
@@ -120,7 +120,7 @@ class Year:
     # Documents
 
     def deliver(self, week: int, event: str) -> None:
-        """What comes to the folder this week."""
+        """Write this week's documents to the folder."""
         count = {"nothing new": 0, "40 % more": len(self.delivered) * 2 // 5}.get(event, WEEKLY)
         records = [self.stream.pop() for _ in range(self.first if week == 1 else count)]
         if event == "corrected acts":
@@ -168,7 +168,7 @@ class Year:
         return dict(corpus_of(self.recipe, self.home))
 
     def in_trouble(self, limited: bool = False, killed_after: float | None = None) -> None:
-        """The same in a process of its own that has a full disk, or is killed. ``OSError``."""
+        """The same in its own process, which has a full disk or is killed. Raises ``OSError``."""
         command = [sys.executable, __file__, "--corpus_of", str(self.home.parent)]
         child = subprocess.Popen(
             command,
@@ -210,7 +210,7 @@ class Year:
             close_record(record, "failed")
             run.failed("sync" if event == "host down" else "build", error)
             self.told.expect("failed", name)
-            if event == "broken file":  # mended, as the message asks for
+            if event == "broken file":  # repaired, as the message asks
                 file = self.documents / f"week-{week:02}.jsonl"
                 good = [
                     line for line in file.read_text().splitlines() if not line.endswith("broken")
@@ -269,7 +269,7 @@ class Year:
     def try_pairs(
         self, best: str, model: Model, judges: Read, judged: Read, about: dict[str, Any]
     ) -> None:
-        """Decide on the week's model beside a champion made worse, and made worse beside the champion."""
+        """Decide between the week's model and a worse champion, and between a worse model and the champion."""
         champion, its_judges, its_judged = self.models[best]
         for sign in (1, -1):
             effect = sign * MARGIN * self.trial_effects.uniform(2.0, 4.0)
@@ -344,7 +344,7 @@ def held_out(corpus: Path) -> tuple[dict[str, Any], list[Ids]]:
 
 
 def evaluation(about: dict[str, Any], judged: Read, rate: float) -> dict[str, Any]:
-    """What ``evaluate_cpt`` writes, as far as a decision reads it."""
+    """The part of ``evaluate_cpt``'s result that a decision needs."""
     losses = {"model": judged.losses(rate), "base": judged.losses(0.0)}
     tokens = int(judged.ends[-1])
     figures = {who: {"perplexity": math.exp(sum(nats) / tokens)} for who, nats in losses.items()}
@@ -423,7 +423,7 @@ def year_figures(year: Year) -> dict[str, Any]:
 
 
 def missed(figures: dict[str, Any]) -> list[str]:
-    """What the year was to come to, and did not."""
+    """The goals that the year missed."""
     good = figures["better_by_twice_the_margin"] + figures["better_pairs"]
     refused = figures["of_them_refused"] + figures["better_pairs_refused"]
     wanted = {
@@ -447,7 +447,7 @@ def main() -> None:
     parser.add_argument("--weeks", type=int, default=52)
     parser.add_argument("--small", action="store_true", help="fewer and shorter documents")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, help="an empty folder; a temporary one without it")
+    parser.add_argument("--work", type=Path, help="an empty folder; default: a temporary one")
     parser.add_argument("--corpus_of", type=Path, help=argparse.SUPPRESS)  # a year's, in trouble
     arguments = parser.parse_args()
     if arguments.corpus_of:

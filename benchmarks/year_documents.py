@@ -1,4 +1,4 @@
-"""The year's documents: those of the generated sample, in the order in which they come, and the judges."""
+"""The year's documents, from the generated sample, in their order of arrival; and the judges."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from fastcpt.corpus.sample import generate_sample
 
 Record = dict[str, Any]
 JUDGES = 300  # documents that no decision sees
-MORE = 800  # documents of the sample beside those that are asked for
+MORE = 800  # documents of the sample, for the judges and unreadable records
 
 
 def stream_of(
     folder: Path, seed: int, documents: int, characters: int | None
 ) -> tuple[list[Record], list[str]]:
-    """Documents in the order in which they come (from the end), and the texts that judge.
+    """Documents in their order of arrival (the last comes first), and the texts of the judges.
 
-    ``documents`` of the sample, and ``MORE`` for the judges and what cannot be read. Of each the middle
-    ``characters``, as beginnings and ends are formulas; None: the whole.
+    Of each document the middle ``characters``, as beginnings and ends are formulas; None: the whole.
     """
     generate_sample(folder / "sample", documents=MORE + documents, seed=seed)
     parsed = folder / "sample" / "parsed"

@@ -1,4 +1,4 @@
-"""The year's small language model: counts of three tokens, interpolated with those of a base model."""
+"""The year's small language model: trigram counts, interpolated with those of a base model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Floats = npt.NDArray[np.float64]
 
 
 class Counts(NamedTuple):
-    """How often each sequence of one, two and three tokens stands in what was trained on."""
+    """How often each sequence of one, two and three tokens occurs in the training data."""
 
     keys: tuple[Ids, Ids, Ids]
     values: tuple[Ids, Ids, Ids]
@@ -30,7 +30,7 @@ class Counts(NamedTuple):
         return cls(keys, values, vocabulary)
 
     def shares(self, ids: Ids) -> tuple[Floats, ...]:
-        """The probability of each token but the first two after none, one and two before it."""
+        """The probability of each token from the third on, given none, one and two preceding tokens."""
         found = [
             self._count(n, key[2 - n :]) for n, key in enumerate(sequences(ids, self.vocabulary))
         ]
@@ -56,7 +56,7 @@ def sequences(ids: Ids, vocabulary: int) -> tuple[Ids, Ids, Ids]:
 
 
 class Model(NamedTuple):
-    """``rate``: how much of it is what was learnt; the rest is the base model."""
+    """``rate``: the weight of what was learnt; the rest is the base model's."""
 
     base: Counts
     learnt: Counts
@@ -73,14 +73,14 @@ class Model(NamedTuple):
 
 
 class Read(NamedTuple):
-    """How likely what a model learnt, and its base model, find each token of some documents."""
+    """The probability of each token of some documents by what a model learnt, and by its base model."""
 
     learnt: Floats
     base: Floats
     ends: Ids
 
     def losses(self, rate: float) -> list[float]:
-        """The summed loss (nats) of each document, its first two tokens left out; 0: the base model's."""
+        """The summed loss (nats) of each document without its first two tokens; rate 0 is the base model."""
         nats = -np.log(rate * self.learnt + (1 - rate) * self.base)
         return np.diff(np.cumsum(nats)[self.ends - 1], prepend=0.0).tolist()
 
@@ -94,7 +94,7 @@ def _likelihoods(counts: Counts, ids: Ids) -> Floats:
 
 
 def weaker(judges: Read, rate: float, nats: float) -> float:
-    """The rate below ``rate`` at which a model needs so many nats on the judges (bisection)."""
+    """The rate below ``rate`` at which a model's loss on the judges is ``nats`` (bisection)."""
     low = 0.0
     for _ in range(30):
         middle = (low + rate) / 2

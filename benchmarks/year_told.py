@@ -1,8 +1,8 @@
-"""The project's own steps that tell, called as Airflow calls them, and what arrives of it.
+"""The project's steps that send messages, called as Airflow calls them, and the messages that arrive.
 
-Messages go through Airflow's notifiers to a real mail server and a real web server. A step is called
-twice, as when its worker is killed after its work and the task is tried again. Airflow calls
-``on_failure_callback`` once, at a task's last try: ``failed`` does.
+Messages go through Airflow's notifiers to a real mail server and a real web server. Each step is called
+twice, as if its worker was killed after the work and the task was retried. Airflow calls
+``on_failure_callback`` once, after a task's last try; so does ``failed``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Incident(NamedTuple):
 
 
 class Run:
-    """A run of ``fast_cpt`` after its corpus, step by step; its record is ``record``."""
+    """The steps of a run of ``fast_cpt`` after its corpus was built; ``record`` is its record."""
 
     def __init__(self, name: str, record: Path, recipe: Recipe) -> None:
         self.name, self.record, self.recipe = name, record, recipe
@@ -64,7 +64,7 @@ class Run:
         return {"ti": ti, "run_id": self.name, "dag": DAG("fast_cpt"), "dag_run": run, **more}
 
     def train(self, training: str, hours: float, planned: float) -> None:
-        """A training that took so long; its plan's high end is of ``planned`` hours."""
+        """A training that took ``hours``; its plan's high end is ``planned`` hours."""
         self.results["train_cpt"] = self.results["train_sft"] = {
             "model": f"/root/models/{training}/final"
         }
@@ -78,7 +78,7 @@ class Run:
         twice(lambda: steps.training.keep_training(context, files, {"model": ""}))
 
     def gates(self) -> bool:
-        """Whether the model passes the gate; one that misses it misses stage 2's too."""
+        """Whether the model passes the gate; if not, it misses stage 2's gate too."""
         if self._step("gate", steps.gate.gate) == "train_sft":
             return True
         self.results["train_cpt_stage2"] = self.results["train_cpt"]
@@ -97,7 +97,7 @@ class Run:
             return twice(step)
 
     def publish(self, training: str, path: Path) -> str:
-        """What the model becomes, in words."""
+        """Publish; returns what the model becomes, in words."""
         steps.publish._decide(self.record, self.recipe, training)
         context = self.context("publish")
         return twice(
@@ -108,7 +108,7 @@ class Run:
         notifications.tell_failure(self.context(task, exception=error))
 
     def roll_back(self, why: str) -> None:
-        """What a person does in the DAG ``fast_cpt_champion``, whose task has one try."""
+        """Roll back by the DAG ``fast_cpt_champion``, whose task has one try."""
         form = {"recipe": self.recipe.name, "action": "rollback", "model": None, "why": why}
         context = self.context("change", params=form)
         context["dag_run"].triggering_user_name = "ann"
@@ -124,7 +124,7 @@ def twice(step: Callable[[], Any]) -> Any:
 
 
 class Told:
-    """What is told by mail and by webhook while it is open, beside what there was to tell."""
+    """The messages that arrive by mail and by webhook while it is open, and those that should."""
 
     def __init__(self, home: Path) -> None:
         for module in (notifications, steps.publish, steps.champion):
@@ -145,7 +145,7 @@ class Told:
         self._open.close()
 
     def wrong(self) -> list[str]:
-        """What was told too often, too seldom or without a reason for it, by either way."""
+        """Messages that came too often, too seldom or without cause, by either way."""
         found = []
         subjects = [str(mail["Subject"]).replace("\n", "") for _, mail in self._mail.received]
         heads = [post["text"].partition("\n")[0].strip("*") for post in self._web.received]

@@ -1,11 +1,11 @@
 """Mirrors runs and models on an MLflow server, if the connection ``fast_cpt_mlflow`` names one.
 
-The run's record and ``models.json`` stay the source. At each step, and every 15 s during a training, the
-server gets what it lacks of them. If it does not answer, the run goes on and a later step catches up.
+The run's record and ``models.json`` remain the source. At each step, and every 15 s during a training,
+the server gets what it lacks of them. If it does not answer, the run goes on and a later step catches up.
 
     HOME/mlflow/behind/<record>   a run that may not be complete on the server
     HOME/mlflow/models/<recipe>   the digest of the models.json that the server has
-    HOME/mlflow/away              touched when the server did not answer
+    HOME/mlflow/away              exists if the server did not answer; its time is that of the last try
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from fastcpt.reporting.mlflow_run import send_run
 from fastcpt.reporting.record import read
 
 CONNECTION = "fast_cpt_mlflow"
-# After no answer, seconds until the server is asked again.
-QUIET_S = 60.0
+QUIET_S = 60.0  # after no answer, until the server is asked again
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def follow(record: Path | None = None, patience: float = 0.0) -> None:
             if alone:
                 _catch_up(Mlflow(login), record)
                 away.unlink(missing_ok=True)
-    except Exception as error:  # whatever it is, the run does not depend on it
+    except Exception as error:  # the run does not depend on MLflow
         if not away.exists():
             log.warning("MLflow is behind; a later step catches up: %s", error)
         with suppress(OSError):  # a full disk
@@ -83,7 +82,7 @@ def login_of(connection_id: str) -> Login:
 
 @contextmanager
 def _alone(lock: Path, patience: float) -> Iterator[bool]:
-    """Whether no other process is sending: two at once would create a run twice."""
+    """Yields whether this is the only sending process: two would create a run twice."""
     until = time.monotonic() + patience
     with lock.open("w") as held:
         while True:
@@ -120,7 +119,7 @@ def _send(server: Mlflow, record: Path) -> None:
         send_run(server, record, f"{base}/dags/{facts['dag']}/runs/{quote(facts['run'], safe='')}")
         complete = bool(facts.get("ended"))
     except (Refused, ValueError, LookupError, TypeError) as error:
-        # a damaged record, or one that the server refuses: the others are still sent
+        # one damaged or refused record must not stop the others
         log.warning("run %s is not in MLflow: %s", record.name, error)
         complete = True
     if complete:

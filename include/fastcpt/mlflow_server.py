@@ -1,6 +1,6 @@
 """A client for the part of MLflow's REST API that mirroring runs and models needs.
 
-https://mlflow.org/docs/latest/api_reference/rest-api.html has the arguments of each request. MLflow's own
+https://mlflow.org/docs/latest/api_reference/rest-api.html documents the requests. MLflow's own
 ``mlflow-skinny`` is not used: it would downgrade two packages that Airflow's pins hold and add nine more,
 among them Databricks' and Google's clients.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-# Seconds for one request, and for all requests of one step: the most that a slow server delays it.
+# Seconds for one request, and for all requests of one step: a slow server delays a step by no more.
 REQUEST_S, AT_ONCE_S = 5.0, 20.0
 # MLflow's limits for one log-batch request.
 MOST_METRICS, MOST_PARAMS = 1000, 100
@@ -29,7 +29,7 @@ class MlflowError(OSError):
 
 
 class Refused(MlflowError):
-    """The server answered that this request is wrong: the same again would be refused again."""
+    """The server refused the request; it would refuse it again."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Mlflow:
         return {"Authorization": f"Bearer {token}"} if token else {}
 
     def experiment(self, recipe: str) -> str:
-        """The id of a recipe's experiment, which is created if it is missing."""
+        """The id of a recipe's experiment, created if it is missing."""
         name = mlflow_name(recipe)
         wanted = {"filter": f"name = '{name}'", "max_results": 1, "view_type": "ALL"}
         found = self.ask("POST", "experiments/search", **wanted).get("experiments")

@@ -6,7 +6,7 @@
     rent_with.py TOOL release|status
 
 The request comes as JSON on stdin, the answer goes to stdout, what the tools print to stderr. ``--price``
-(USD an hour, the whole machine) is the most that the tool may take, and what is counted.
+(USD per hour, for the whole machine) is the most that the tool may pay, and the price that is counted.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fastcpt.files import HOME, digest_of
 
 NO_CAPACITY = 75
-# A machine shows its key when its first commands have run.
-KEY_S, POLL_S = 900.0, 10.0
+KEY_S, POLL_S = 900.0, 10.0  # a machine shows its key after its first commands
 HOST_KEY = re.compile(r"(?:ssh-ed25519|ecdsa-sha2-\S+|ssh-rsa) [A-Za-z0-9+/]{40,}={0,2}")
 SHUTDOWN = ["sudo", "-n", "shutdown", "-h", "now"]
 Answer = dict[str, Any]
 
 
 def run_tool(*words: str, may_fail: bool = False) -> tuple[int, str]:
-    """Exit code and stdout of a tool; its own words where it fails are this program's."""
+    """Exit code and output of a tool. If it fails, this program ends with the tool's message."""
     try:
         done = subprocess.run(
             words,
@@ -54,7 +53,7 @@ def run_tool(*words: str, may_fail: bool = False) -> tuple[int, str]:
 
 
 def json_in(text: str, opens: str) -> Any:
-    """The JSON that a tool printed, after whatever it said before."""
+    """The JSON in a tool's output, which may begin with other lines."""
     start = text.find(opens)
     if start < 0:
         sys.exit(f"no JSON in what the tool printed: {text[-500:]}")
@@ -62,7 +61,7 @@ def json_in(text: str, opens: str) -> Any:
 
 
 def launched(words: Sequence[str], task: Answer, none_free: str) -> None:
-    """Start a task from a file; exit code 75 where the tool says in these words that there is no machine."""
+    """Start a task from a file. Exits with 75 if the output matches ``none_free``: no machine is available."""
     with tempfile.NamedTemporaryFile("w", suffix=".dstack.yml") as file:
         yaml.safe_dump(task, file)
         file.flush()
@@ -73,7 +72,7 @@ def launched(words: Sequence[str], task: Answer, none_free: str) -> None:
 
 
 def shown_key(*words: str) -> str:
-    """The host key that the task printed: it comes by the tool's own way, not by a first connection of ours."""
+    """The host key that the task printed. It comes through the tool, not from our first connection to the host."""
     until = time.monotonic() + KEY_S
     while time.monotonic() < until:
         if found := HOST_KEY.search(run_tool(*words, may_fail=True)[1]):
@@ -83,7 +82,7 @@ def shown_key(*words: str) -> str:
 
 
 class SkyPilot:
-    """A cluster of one machine; its name is the key. https://docs.skypilot.co/en/stable/reference/cli.html"""
+    """A cluster of one machine, named by the request's key. https://docs.skypilot.co/en/stable/reference/cli.html"""
 
     def acquire(self, request: Answer, given: argparse.Namespace) -> Answer:
         key = request["key"]
@@ -116,11 +115,11 @@ class SkyPilot:
             run_tool("sky", "down", "-y", request["key"])
 
     def status(self, request: Answer) -> list[str]:
-        # one that is stopped costs its disk
+        # a stopped machine still costs its disk
         return [request["key"]] if self._state(request["key"]) else []
 
     def _state(self, key: str) -> Answer:
-        """The cluster as SkyPilot finds it at the cloud; empty where there is none."""
+        """The cluster's state in the cloud; empty if there is none."""
         found = json_in(run_tool("sky", "status", "--refresh", "-o", "json", key)[1], "[")
         return next((one for one in found if one["name"] == key), {})
 
@@ -137,7 +136,7 @@ class Dstack:
             task = {
                 "type": "task",
                 "name": name,
-                # of the machine, not of the container
+                # the machine's key, not the container's
                 "volumes": [{"instance_path": "/etc/ssh", "path": "/host-ssh"}],
                 "commands": ["cat /host-ssh/ssh_host_ed25519_key.pub", "sleep infinity"],
                 "resources": resources,
@@ -169,7 +168,7 @@ class Dstack:
         return [] if state in ("terminated", "failed", "done") else [name]
 
     def _place(self, name: str) -> Answer:
-        """Where the task runs, as soon as that is known; exit code 75 where no machine was free."""
+        """Where the task runs, once that is known. Exits with 75 if no machine was free."""
         until = time.monotonic() + KEY_S
         while time.monotonic() < until:
             found = self._run(name)
@@ -194,7 +193,7 @@ class Dstack:
 
 
 class Ssh:
-    """A host that is always there: nothing is rented, only noted as taken."""
+    """A host that is always there: it is not rented, only noted as taken."""
 
     def acquire(self, request: Answer, given: argparse.Namespace) -> Answer:
         note = self._note(request)
@@ -227,7 +226,7 @@ def _gpus(request: Answer) -> str:
 
 
 def _disk(request: Answer) -> int:
-    """GB: what the run needs, and the system's own."""
+    """GB for the run and the system."""
     return int(request["disk_gb"]) + 100
 
 

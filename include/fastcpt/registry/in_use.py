@@ -1,9 +1,9 @@
 """Which folders of FASTCPT_HOME and of a GPU host are still needed, and which a policy removes.
 
-Needed are: what the champion of a recipe, its predecessor and the other models that are kept were made
-from, what a run that goes on may use, and all that is younger than the policy says. Everything else
-can be made again from recipe and documents. The ledger and the comparison sets are never touched,
-nor a model that no recipe's ``models.json`` knows.
+A folder is needed if a recipe's champion, its predecessor or another kept model was made from it, if an
+unfinished run may use it, or if it is younger than the policy says. Everything else can be made again
+from recipe and documents. The ledger, the comparison sets, and models that no recipe's ``models.json``
+lists are never removed.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from fastcpt.registry.champion import champion, models, predecessor
 
 
 class InUseError(ValueError):
-    """A file that says what is needed cannot be read: nothing may be removed until it is repaired."""
+    """A file that says what is needed is unreadable: nothing may be removed until it is repaired."""
 
 
 class Policy(NamedTuple):
-    """``days``: what was used within so many days stays. ``candidates``: so many of each recipe stay, the
-    newest; if None, all models and records stay, and checkpoints of trainings that produced no model."""
+    """``days``: folders used in the last so many days stay. ``candidates``: how many of each recipe's newest
+    candidates stay; if None, all models and records stay, and checkpoints of trainings without a model."""
 
     days: float
     candidates: int | None
 
 
 def unused(home: Path, policy: Policy) -> list[Path]:
-    """The folders that may be removed; a folder that refers to others comes before them."""
+    """The folders that may be removed, each before those that it refers to."""
     records = _records(home)
     before = _before(policy, records)
 
@@ -51,7 +51,7 @@ def unused(home: Path, policy: Policy) -> list[Path]:
     runs: list[Path] = []
     checkpoints: list[Path] = []
     if policy.candidates is not None:
-        # checkpoints of trainings that produced a model were removed then
+        # checkpoints of a training that produced a model were removed at that time
         runs, checkpoints = old("runs", needed), old("checkpoints", ())
     corpora = {known[name]["corpus"] for name in left}
     corpora |= _corpora_of(record for record in records if record not in runs)
@@ -76,8 +76,8 @@ def unused(home: Path, policy: Policy) -> list[Path]:
 def on_host(home: Path, policy: Policy) -> dict[str, Any]:
     """The same policy for a GPU host, as the arguments of ``cluster.agent.cleaning.clean``.
 
-    What can be sent or built again is removed when it is old, except corpora of models that stay. With
-    ``candidates`` trainings, published models and records are removed too, except those of models that stay.
+    Old folders that can be sent or built again are removed, except corpora of models that stay. With
+    ``candidates``, trainings, published models and records are removed too, except those of models that stay.
     """
     records = _records(home)
     idle_s = time.time() - _before(policy, records)
@@ -90,12 +90,12 @@ def on_host(home: Path, policy: Policy) -> dict[str, Any]:
         "corpora": sorted({facts["corpus"] for facts in stay.values()}),
     }
     if policy.candidates is not None:
-        # only models that were left there: of one that was brought here the host has a second copy
+        # only models that are on the host alone: of one that was fetched the host has a second copy
         keep["published"] = sorted(
             name for name, facts in stay.items() if not Path(facts["path"]).is_absolute()
         )
         keep["runs"] = [folder.name for folder in folders(home, "runs") if folder not in removed]
-        # a model of an earlier version does not say which training it came from: then all stay
+        # a model of an earlier version does not name its training: then all trainings stay
         if all("before_sft" in facts for facts in stay.values()):
             trained = {
                 facts[name] for facts in stay.values() for name in ("training", "before_sft")
@@ -105,7 +105,7 @@ def on_host(home: Path, policy: Policy) -> dict[str, Any]:
 
 
 def _begun_with(records: Mapping[Path, Mapping[str, Any]]) -> set[str]:
-    """The trainings with whose weights unfinished runs begin."""
+    """The trainings from whose weights unfinished runs start."""
     starts = [_read(record / "start.json") for record, its in records.items() if "ended" not in its]
     return {start["training"] for start in starts if start}
 
@@ -116,13 +116,13 @@ def _records(home: Path) -> dict[Path, dict[str, Any]]:
 
 def _before(policy: Policy, records: Mapping[Path, Mapping[str, Any]]) -> float:
     """Folders that were last used before this moment are old; seconds since 1970."""
-    # no file names yet what an unfinished run has made or found, so all since its start counts as used
+    # no file lists yet what an unfinished run uses, so everything since its start counts as used
     begun = [_started(facts) for facts in records.values() if "ended" not in facts]
     return min([time.time() - policy.days * 86_400, *begun])
 
 
 def _models(home: Path, candidates: int | None) -> tuple[dict[str, dict[str, Any]], set[str]]:
-    """All models that the recipes know, and the names of those that stay at any age."""
+    """All models of all recipes, and the names of those that stay at any age."""
     known: dict[str, dict[str, Any]] = {}
     wanted: set[str] = set()
     for file in sorted(home.glob("models/*/models.json")):
@@ -137,7 +137,7 @@ def _models(home: Path, candidates: int | None) -> tuple[dict[str, dict[str, Any
 
 
 def _last_of_schedules(records: Mapping[Path, Mapping[str, Any]]) -> set[str]:
-    """The newest successful record of each schedule: the next run finds by it what is new."""
+    """The newest successful record of each schedule, by which the next run finds new documents."""
     last: dict[str, tuple[float, str]] = {}
     for record, facts in records.items():
         schedule, scheduled, _ = str(facts.get("run", "")).partition("__")
@@ -147,19 +147,19 @@ def _last_of_schedules(records: Mapping[Path, Mapping[str, Any]]) -> set[str]:
 
 
 def _corpora_of(records: Iterable[Path]) -> set[str]:
-    """The corpora that records name, by their digest: FASTCPT_HOME may have been moved since."""
+    """The digests of the records' corpora; not their paths, as FASTCPT_HOME may have been moved since."""
     named = (record / "outputs" / "build.json" for record in records)
     return {Path(_read(file)["path"]).name for file in named if file.is_file()}
 
 
 def folders(home: Path, kind: str) -> list[Path]:
-    """The results of a kind, without those being written or removed and without ``models/<recipe>``."""
+    """The folders of a kind, except those being written or removed, and ``models/<recipe>``."""
     found = sorted(path for path in (home / kind).glob("[!.]*") if path.is_dir())
     return [path for path in found if kind != "models" or not (path / "models.json").is_file()]
 
 
 def last_used(folder: Path) -> float:
-    """Seconds since 1970. Folders that a run finds again are touched."""
+    """Seconds since 1970; a run touches the folders that it reuses."""
     return max(path.lstat().st_mtime for path in [folder, *folder.rglob("*")])
 
 
@@ -168,18 +168,18 @@ def _started(facts: Mapping[str, Any]) -> float:
         return datetime.fromisoformat(str(facts["started"])).timestamp()
     except (KeyError, ValueError) as error:
         why = f"run.json of run '{facts.get('run')}' does not say when it began"
-        raise InUseError(f"{why}, so nothing is removed: mend or remove the record") from error
+        raise InUseError(f"{why}, so nothing is removed: repair or remove the record") from error
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none yet. ``InUseError`` where it is damaged."""
+    """A JSON object; empty if there is no file yet. Raises ``InUseError`` if it is damaged."""
     try:
         content = read_json(file)
         if isinstance(content, dict):
             return content
-        why = "it holds no named values"
+        why = "it is not a JSON object"
     except FileNotFoundError:
         return {}
     except ValueError as error:
         why = str(error)
-    raise InUseError(f"{file} cannot be read ({why}), so nothing is removed: mend or remove it")
+    raise InUseError(f"{file} cannot be read ({why}), so nothing is removed: repair or remove it")

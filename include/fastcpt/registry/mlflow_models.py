@@ -13,12 +13,11 @@ from fastcpt.mlflow_server import LONGEST_TAG, Mlflow, as_list, as_mapping, mlfl
 from fastcpt.registry.champion import champion, models, reason
 
 MODEL = "fast_cpt.model"  # a version's tag: the model's name, by which it is found again
-# The report has the whole reason.
-LONGEST_DESCRIPTION = 4000
+LONGEST_DESCRIPTION = 4000  # characters; the report has the whole reason
 
 
 def send_models(server: Mlflow, home: Path, recipe: str, place: Callable[[str], str]) -> None:
-    """Register the models that are missing there, and set both aliases.
+    """Register the models that the server lacks, and set both aliases.
 
     ``candidate`` is the newest model that is not the champion. ``place`` turns a model's ``path`` into a
     URI. Raises ``MlflowError``.

@@ -1,6 +1,6 @@
-"""Sends a run's record to MLflow as a run: creates it if it is missing, and adds what it lacks.
+"""Sends a run's record to MLflow as a run: creates the run if it is missing, and adds what it lacks.
 
-What is sent is the difference between the record and what the server has. So a server that was away
+What is sent is the difference between the record and what the server has. So a server that was down
 catches up the next time, and sending twice changes nothing.
 """
 
@@ -21,7 +21,7 @@ from fastcpt.reporting.record import TRAININGS, failures, read, read_last, recip
 from fastcpt.reporting.summary import summary
 
 STARTED = "fast_cpt.started"
-# MLflow's status by the record's state; a record without a state is of a run that goes on.
+# MLflow's status by the record's state; a record without a state belongs to a running run.
 STATES = {"success": "FINISHED", "failed": "FAILED", None: "RUNNING"}
 
 
@@ -33,7 +33,7 @@ def send_run(server: Mlflow, record: Path, link: str) -> None:
     """
     facts, recipe = read(record, "run.json"), recipe_of(record)
     if not recipe:
-        return  # it failed before it had a recipe
+        return  # the run failed before its recipe was written
     passes = server.runs(server.experiment(recipe["name"]), record.name)
     tags = _tags(record, facts, link)
     mine = [one for one in passes if _tags_of(one).get(STARTED) == facts["started"]]
@@ -74,7 +74,7 @@ def _create(
 
 
 def _end(server: Mlflow, run: Mapping[str, Any], state: str, ended: str | None) -> None:
-    """Set a run's status, also back to RUNNING if it goes on."""
+    """Set a run's status, or set it back to RUNNING if the run continues."""
     when = {"end_time": _milliseconds(ended)} if ended else {}
     server.ask("POST", "runs/update", run_id=run["info"]["run_id"], status=state, **when)
 

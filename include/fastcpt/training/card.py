@@ -1,6 +1,6 @@
 """The model card: how a model came to be and what it was measured to do. No torch.
 
-It tells only what the run's record holds, and no place on any machine.
+It has only facts of the run's record, and no paths or hosts.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ TRAININGS = {
 }
 LIMITS = (
     "The figures above are all that was measured. Nothing here says how the model does on other "
-    "tasks, languages or legal systems, or what it forgot of its base model's skills. It can "
+    "tasks, languages or legal systems, or what it forgot of its base model's skills. It may "
     "state law that does not exist and cite acts that say something else: check what it writes "
-    "against the official text. The base model's licence goes on to apply."
+    "against the official text. The base model's licence still applies."
 )
-# The pipeline by itself sets a length twice, and asks for a clean-up that byte-level tokenizers
-# refuse: transformers 5.17 warns of its own defaults.
+# Without these arguments transformers 5.17 warns of its own defaults: a length that is set twice, and a
+# clean-up that byte-level tokenizers refuse.
 USE = """```python
 from transformers import GenerationConfig, pipeline
 
@@ -40,7 +40,7 @@ length = GenerationConfig(max_new_tokens=200)
 print(model(prompt, generation_config=length)[0]["generated_text"])
 ```"""
 CHAT_PROMPT = '[{"role": "user", "content": "What does the act regulate?"}]'
-# The files of a run's record that the card is made of, without ``.json``.
+# The files of a run's record that the card is made from, without ``.json``.
 FACTS = (
     *("gguf", "corpus_manifest", "evaluation", "evaluation_stage2", "gate", "gate_stage2"),
     *("evaluation_sft", "decision", *(f"{training}/training" for training in TRAININGS)),
@@ -48,19 +48,19 @@ FACTS = (
 
 
 def read_facts(record: Path) -> dict[str, dict[str, Any]]:
-    """The content of each of ``FACTS``; an empty one for each that the run does not have."""
+    """The content of each of ``FACTS``; empty if the run does not have the file."""
     files = {name: record / f"{name}.json" for name in FACTS}
     return {name: dict(read_json(file)) if file.is_file() else {} for name, file in files.items()}
 
 
 def hub_name(recipe: Recipe) -> str | None:
-    """The base model's hub name; None for random weights or a folder, which means nothing here."""
+    """The base model's hub name; None for random weights or a folder."""
     name = recipe.model.name_or_path
     return name if name and re.fullmatch(HUB_NAME, name) else None
 
 
 def licence_of(hub_name: str) -> str | None:
-    """The hub's word for a base model's licence (``licences.yaml``); None where it is not known."""
+    """The hub's word for a base model's licence (``licences.yaml``); None if it is not known."""
     known: dict[str, str] = read_yaml(Path(__file__).with_name("licences.yaml"))
     return next((word for name, word in known.items() if hub_name.startswith(name)), None)
 
@@ -73,12 +73,11 @@ def model_card(
     areas: Sequence[str] = (),
     version: str = "",
 ) -> str:
-    """The text of README.md: how the model came to be and what it was measured to do.
+    """The text of README.md.
 
-    ``facts`` are the JSON files of the run's record by their name without ``.json``, an empty
-    mapping for each that the run does not have. What was not measured is not told. ``areas`` are
-    those whose adapters lie in ``adapters/``. ``version`` is that of Fast CPT; the words that name
-    a publication (``made_from``) are without it, so that a new version publishes nothing again.
+    ``facts`` are those of ``read_facts``; a section without facts is left out. ``areas`` are the legal areas
+    that have an adapter in ``adapters/``. ``version`` is that of Fast CPT. It is left out of the text that
+    names a publication (``made_from``), so that a new version does not publish the same model again.
     """
     is_tuned = bool(facts["train_sft/training"])
     tuned = ", then fine-tuned on instructions" if is_tuned else ""
@@ -98,8 +97,8 @@ def model_card(
         )
     if areas:
         parts.append(
-            f"Adapters of single legal areas lie in `adapters/`: {', '.join(areas)}. Each goes on "
-            "the base model, not on this one, which is the base model with the mean of them merged: "
+            f"Adapters of single legal areas are in `adapters/`: {', '.join(areas)}. Each is for the "
+            "base model, not for this model, which has the mean of the adapters merged into it: "
             '`PeftModel.from_pretrained(base_model, "path/to/this/folder/adapters/AREA")`.'
         )
     parts += _section("Training data", _data(facts["corpus_manifest"]))
@@ -112,7 +111,7 @@ def model_card(
 
 
 def _front_matter(recipe: Recipe, gguf: Mapping[str, Any]) -> dict[str, Any]:
-    """The hub's own fields (https://huggingface.co/docs/hub/model-cards); what is not known is left out."""
+    """The hub's own fields (https://huggingface.co/docs/hub/model-cards); unknown ones are left out."""
     base = hub_name(recipe)
     licence = licence_of(base) if base else gguf.get("license")
     lineage = {"base_model": base, "base_model_relation": "finetune"} if base else {}
@@ -126,7 +125,7 @@ def _front_matter(recipe: Recipe, gguf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _title(recipe: Recipe, gguf: Mapping[str, Any], parameters: int) -> str:
-    """What the model is, in a line."""
+    """What the model is, in one line."""
     if recipe.model.config is not None:
         return f"A model of {_rounded(parameters)} parameters trained on legal texts"
     base = (hub_name(recipe) or "").rpartition("/")[2] or gguf.get("name")
@@ -144,7 +143,7 @@ def _origin(recipe: Recipe, gguf: Mapping[str, Any]) -> str:
     if base := hub_name(recipe):
         return f"`{base}`"
     if not gguf:
-        return "a base model kept in a folder of its own"
+        return "a base model in a local folder"
     maker = f" by {gguf['organization']}" if gguf.get("organization") else ""
     licence = f", licence {gguf['license']}" if gguf.get("license") else ""
     return f"`{gguf['file']}`{maker} (GGUF, SHA-256 `{gguf['sha256']}`{licence})"
@@ -231,7 +230,7 @@ def _perplexity(facts: Mapping[str, Any]) -> list[str]:
     parts = [
         _table(("validation set", "model", "perplexity", "bits per byte", "tokens"), rows),
         "Each token counts once, in strided windows. `random`: acts held out at random; `newest`: "
-        "the newest acts; `general`: general texts, to see what was forgotten. No version of a "
+        "the newest acts; `general`: general texts, to measure forgetting. No version of a "
         "held-out text was trained on.",
     ]
     gate = facts["gate_stage2"] or facts["gate"]
@@ -239,7 +238,7 @@ def _perplexity(facts: Mapping[str, Any]) -> list[str]:
         parts.append(f"At the gate: {words(gate)}.")
     parts += _questions(evaluation.get("questions"))
     if facts["train_sft/training"]:
-        parts.append("All this was measured before fine-tuning.")
+        parts.append("These figures were measured before fine-tuning.")
     return parts
 
 
@@ -258,8 +257,8 @@ def _questions(asked: Mapping[str, Any] | None) -> list[str]:
         for kind, row in asked["model"]["table"].items()
     ]
     return [
-        "Questions made from the held-out documents, four answers each (a guess: 0.25), the share "
-        "answered rightly with 95 % intervals:",
+        "Questions made from the held-out documents, with four answers each (guessing: 0.25). Share "
+        "of right answers, with 95 % intervals:",
         _table(("kind", "asked", "base model", "this model", "gain"), rows),
     ]
 
@@ -299,7 +298,7 @@ def _answers(evaluation: Mapping[str, Any]) -> list[str]:
     if beyond:
         rows.append(
             (
-                "the same, without those the prompt names",
+                "the same, without citations in the prompt",
                 _interval(beyond),
                 f"{beyond['counted']:,} citations",
             )
