@@ -115,6 +115,11 @@ class Run:
         with set_current_context(context), redirect_stdout(StringIO()):
             steps.champion.change()
 
+    def look_for_untold(self) -> None:
+        """What the DAG ``fast_cpt_messages`` does after a change in a shell."""
+        with set_current_context(self.context("tell_untold")):
+            twice(steps.champion.tell_untold)
+
 
 def twice(step: Callable[[], Any]) -> Any:
     with redirect_stdout(StringIO()):

@@ -56,6 +56,16 @@ def tell_once(context: Context, event: str, reason: str) -> None:
         tell(context, event, reason)
 
 
+def tell_changes(context: Context, recipe: str) -> None:
+    """Send a message about each new model of a recipe and each change of its champion that has none yet."""
+    # not above: the DAG file imports this module, and the registry reads with pyarrow
+    from fastcpt.registry.champion import AT_ONCE, event_kind, event_words, take_untold
+
+    while event := take_untold(HOME, recipe):
+        by = "" if event["who"] == AT_ONCE else f" ({event['who']})"
+        tell(context, event_kind(event), event_words(event) + by)
+
+
 def tell_failure(context: Context) -> None:
     """A task's ``on_failure_callback``, after its last try failed: record the reason and send a message; for
     mapped tasks only the first one does.

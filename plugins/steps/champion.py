@@ -1,4 +1,7 @@
-"""Lets a person promote a model, roll back to the previous champion, or retire the champion."""
+"""Lets a person promote a model, roll back to the previous champion, or retire the champion.
+
+Changes made in a shell (``champion.py``) are only recorded there: ``tell_untold`` sends their messages.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from airflow.sdk import get_current_context
 
 from fastcpt.files import HOME
 from fastcpt.registry import champion
-from notifications import tell
+from notifications import tell_changes
 from tracking import follow
 
 
@@ -17,12 +20,21 @@ def change() -> str:
     recipe, action, why = values["recipe"], values["action"], values["why"]
     if action == "promote":
         model = values["model"] or ""
-        done, event = champion.promote(HOME, recipe, model, who, why), champion.PROMOTED
+        done = champion.promote(HOME, recipe, model, who, why)
     elif action == "rollback":
-        done, event = champion.rollback(HOME, recipe, who, why), champion.ROLLED_BACK
+        done = champion.rollback(HOME, recipe, who, why)
     else:
-        done, event = champion.retire(HOME, recipe, who, why), champion.RETIRED
+        done = champion.retire(HOME, recipe, who, why)
     print(done)
+    tell_changes(context, recipe)
     follow(patience=10.0)
-    tell(context, event, f"{done} ({who})")
     return done
+
+
+def tell_untold() -> None:
+    """Send what no message was sent of: changes from a shell, or of a task that was killed before it sent it."""
+    context = get_current_context()
+    for recipe in champion.untold(HOME):
+        print(f"{recipe}: its history has changes of which no message was sent")
+        tell_changes(context, recipe)
+    follow(patience=10.0)

@@ -13,7 +13,7 @@ from airflow.sdk import Context
 
 from fastcpt.files import HOME
 from fastcpt.recipe import Recipe
-from notifications import first_time, tell
+from notifications import tell_changes
 from remote_job import RemoteJob, remote_of
 from steps.results import Files, Published, result_of, result_or_none, trained_by
 from steps.run import planned_recipe, start_of_run
@@ -89,7 +89,7 @@ def _corpora(record: Path) -> list[str]:
 
 def _take_in(context: Context, recipe: Recipe, record: Path, path: str, folder: str) -> str:
     """Make the published model champion or candidate, and send a message once; the result in words."""
-    from fastcpt.registry.champion import add_model, champion
+    from fastcpt.registry.champion import add_model
     from fastcpt.reporting.record import read, read_last
 
     decision, name, start = read(record, "decision.json"), Path(folder).name, start_of_run(record)
@@ -106,9 +106,7 @@ def _take_in(context: Context, recipe: Recipe, record: Path, path: str, folder: 
     }
     standing = add_model(HOME, recipe.name, name, facts, read_last(record, "evaluation"))
     print(standing)
-    if first_time(record, "standing"):
-        is_best = champion(HOME, recipe.name) == name
-        tell(context, "promoted" if is_best else "kept as a candidate", standing)
+    tell_changes(context, recipe.name)
     return standing
 
 

@@ -1,6 +1,6 @@
 """Three weeks of a schedule in a running Airflow: from the base model, with a broken file, on from the champion.
 
-What is told arrives at real receivers, each incident once; then a person rolls back.
+What is told arrives at real receivers, each incident once; then a person rolls back, and promotes in a shell.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from fastcpt.files import read_json, write_json
 from fastcpt.registry.champion import champion, models
 from fastcpt.reporting.record import read
 from receivers import MailServer, WebServer, receivers
+from stack_module import SCRIPTS
 
 if TYPE_CHECKING:
     from conftest import Run, Stack
@@ -150,12 +153,19 @@ def test_three_weeks_and_a_rollback(stack: Stack) -> None:
         weeks.end(weeks.begin())
         assert len(weeks.runs()) == 4
 
+        again = champion(stack.home, RECIPE)
         form = {"recipe": RECIPE, "action": "rollback", "model": None, "why": "wrong dates"}
         weeks.post("dags/fast_cpt_champion/dagRuns", logical_date=None, conf=form)
         weeks.until(lambda: champion(stack.home, RECIPE) == best, 120)
         weeks.until(lambda: len(weeks.web.received) == len(weeks.mail.received) == 4, 60)
         assert weeks.told()[3:] == ["rolled back"]
         assert (stack.home / "models" / RECIPE / "champion").resolve().name == best
+
+        # in a shell, which knows nothing of Airflow's connections
+        words = ["--recipe", RECIPE, "promote", str(again), "--why", "the dates are right"]
+        subprocess.run([sys.executable, SCRIPTS / "champion.py", *words], check=True)
+        weeks.until(lambda: len(weeks.web.received) == len(weeks.mail.received) == 5, 300)
+        assert weeks.told()[4:] == ["promoted"]
     (stack.home / "schedules.yaml").unlink()
 
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from airflow.sdk.execution_time.context import set_current_context
 
+import notifications
 from fastcpt.files import read_json, write_json
-from fastcpt.held_out import HELD_OUT_SCHEMA, TEXTS_SCHEMA, write_ledger
 from fastcpt.recipe import load_recipe
 from fastcpt.registry.champion import champion, events, models
 from fastcpt.reporting.record import open_record, read
 from fastcpt.reporting.report import write_report
+from registry.conftest import add_corpus
 from steps import champion as by_hand
 from steps import publish, training
 from steps.results import Published
@@ -41,9 +42,7 @@ class Ended:
 
     def __init__(self, home: Path, told: list[tuple[str, str]]) -> None:
         self.home, self.told = home, told
-        write_ledger(home, "c", TEXTS_SCHEMA.empty_table(), HELD_OUT_SCHEMA.empty_table())
-        (home / "corpora" / "c" / "tokenizer").mkdir(parents=True)
-        write_json(home / "corpora" / "c" / "corpus_manifest.json", {"selection": "s"})
+        add_corpus(home)
 
     def publish(self, run: str, of_base: float, trained: str) -> dict[str, Any]:
         record = open_record(self.home, run, "fast_cpt", RECIPE)
@@ -69,9 +68,11 @@ class Ended:
 @pytest.fixture
 def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ended:
     told: list[tuple[str, str]] = []
-    for module in (publish, by_hand):
+    for module in (notifications, publish, by_hand):
         monkeypatch.setattr(module, "HOME", tmp_path)
-        monkeypatch.setattr(module, "tell", lambda _, event, reason: told.append((event, reason)))
+    monkeypatch.setattr(
+        notifications, "tell", lambda _, event, reason: told.append((event, reason))
+    )
     monkeypatch.setattr(publish, "note_job", lambda *_: None)
     assert training.training_of("/r/models/one/final") == "one"
     return Ended(tmp_path, told)
@@ -94,7 +95,9 @@ def test_only_a_better_model_takes_the_champion_s_place(ended: Ended) -> None:
         else f"{RECIPE.cluster.connection}:/r/published/sample-three"
     )
     # the same model again, in another run or after a clear, is what it was; nobody is told twice
-    assert ended.publish("better", 0.88, "three")["recommended"] is True
+    for run in ("better", "another"):
+        assert ended.publish(run, 0.88, "three")["recommended"] is True
+    assert len(ended.told) == 4
     assert champion(ended.home, "sample") == "sample-three"
     assert (
         len([event for event in events(ended.home, "sample") if event["model"] == "sample-three"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ from fastcpt.corpus.new_documents import state_of
 from fastcpt.corpus.sample import generate_sample
 from fastcpt.files import write_json
 from fastcpt.recipe import load_recipe
+from fastcpt.registry.champion import take_untold
 from fastcpt.reporting.record import close_record, open_record
 from receivers import MailServer, WebServer, receivers
+from registry.conftest import GOOD, add_corpus
+from registry.test_champion import SCRIPT, add
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +38,7 @@ facts = {"dags": sorted(bag.dags), "errors": {k.rpartition("/")[2]: v for k, v i
 for name, scheduled in bag.dags.items():
     if name != "fast_cpt":
         facts[name] = [scheduled.max_active_runs, scheduled.catchup]
+        facts.setdefault("times", {})[name] = str(scheduled.schedule)
 if len(sys.argv) > 2:
     began = sum(os.times()[:4])
     run = bag.dags[sys.argv[2]].test()
@@ -48,6 +54,7 @@ class Airflow:
     def __init__(self, folder: Path, mail: MailServer, web: WebServer) -> None:
         self.home, self.mail, self.web = folder / "home", mail, web
         self.documents = folder / "sample" / "parsed"
+        self.home.mkdir()
         generate_sample(folder / "sample", documents=20)
         self.environment = {
             **os.environ,
@@ -90,9 +97,18 @@ class Airflow:
 
 
 @pytest.fixture(scope="module")
-def airflow(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Airflow]:
     with receivers() as servers:
         yield Airflow(tmp_path_factory.mktemp("airflow"), *servers)
+
+
+@pytest.fixture
+def airflow(started: Airflow) -> Airflow:
+    """No schedules yet, nothing received."""
+    (started.home / "schedules.yaml").unlink(missing_ok=True)
+    started.mail.received.clear()
+    started.web.received.clear()
+    return started
 
 
 def test_a_schedule_with_nothing_new_is_skipped_within_seconds(airflow: Airflow) -> None:
@@ -106,6 +122,7 @@ def test_a_schedule_with_nothing_new_is_skipped_within_seconds(airflow: Airflow)
         "fast_cpt",
         "fast_cpt_champion",
         "fast_cpt_cleaning",
+        "fast_cpt_messages",
         "fast_cpt_other",
         "fast_cpt_rentals",
         "fast_cpt_weekly",
@@ -145,8 +162,34 @@ def test_a_file_that_is_wrong_is_an_import_error_and_leaves_fast_cpt_alone(
         "fast_cpt",
         "fast_cpt_champion",
         "fast_cpt_cleaning",
+        "fast_cpt_messages",
         "fast_cpt_rentals",
     ]
     assert list(found["errors"]) == ["fast_cpt_schedules.py"]
     error = found["errors"]["fast_cpt_schedules.py"]
     assert "schedules.yaml:2: weekly.tme: unknown key; did you mean 'time'?" in error
+
+
+def test_a_rollback_in_a_shell_is_told_once_and_only_then_is_there_a_schedule(
+    airflow: Airflow,
+) -> None:
+    add_corpus(airflow.home)
+    for model, against in (("law-1", None), ("law-2", "law-1")):
+        add(airflow.home, model, against, GOOD)
+        # what the run that published it has told
+        assert take_untold(airflow.home, "law") is not None
+    airflow.call(str(SCRIPT), "--recipe", "law", "rollback", "--why", "wrong dates")
+    airflow.web.answer = 500
+    try:
+        found = airflow.parse("fast_cpt_messages")
+    finally:
+        airflow.web.answer = 200
+    assert found["times"]["fast_cpt_messages"] == "*/2 * * * *"
+    # a webhook that fails changes nothing
+    assert found["states"] == {"tell_untold": "success"}
+    ((_, message),) = airflow.mail.received
+    assert message["Subject"].startswith("Fast CPT: rolled back: tell_untold of fast_cpt_messages")
+    (post,) = airflow.web.received
+    told = f"law-1 rolled back (instead of law-2): wrong dates ({getpass.getuser()})"
+    assert post["text"].split("\n")[1] == told
+    assert airflow.parse()["times"]["fast_cpt_messages"] == "None"

@@ -10,11 +10,11 @@ import pytest
 
 import notifications
 from fastcpt.files import write_json
-from fastcpt.held_out import HELD_OUT_SCHEMA, TEXTS_SCHEMA, write_ledger
 from fastcpt.recipe import load_recipe
-from fastcpt.registry.champion import champion
+from fastcpt.registry.champion import champion, promote, retire, untold
 from fastcpt.reporting.record import open_record
 from plugins.test_champion import evaluation
+from registry.conftest import add_corpus
 from steps import champion as by_hand
 from steps import publish
 
@@ -31,9 +31,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Told:
         monkeypatch.setattr(module, "HOME", tmp_path)
     for name in ("VAR_FAST_CPT_MAIL_TO", "CONN_SMTP_DEFAULT", "CONN_FAST_CPT_WEBHOOK"):
         monkeypatch.setenv(f"AIRFLOW_{name}", "")
-    write_ledger(tmp_path, "c", TEXTS_SCHEMA.empty_table(), HELD_OUT_SCHEMA.empty_table())
-    (tmp_path / "corpora" / "c" / "tokenizer").mkdir(parents=True)
-    write_json(tmp_path / "corpora" / "c" / "corpus_manifest.json", {"selection": "s"})
+    add_corpus(tmp_path)
     return Told(tmp_path)
 
 
@@ -69,7 +67,14 @@ def test_each_incident_is_told_exactly_once(told: Told, tmp_path: Path) -> None:
     last.roll_back("wrong dates")
     told.expect("rolled back", "better")
     assert champion(tmp_path, "sample") == "sample-first"
-    assert told.due.total() == 8
+    # in a shell, which sends no message
+    promote(tmp_path, "sample", "sample-better", "bob", "the dates are right")
+    retire(tmp_path, "sample", "bob", "another tokenizer")
+    begin("look", 0.9).look_for_untold()
+    told.expect("promoted", "look")
+    told.expect("retired", "look")
+    assert untold(tmp_path) == []
+    assert told.due.total() == 10
     told.close()
     assert told.wrong() == []
     # one that is missing is seen

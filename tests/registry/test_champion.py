@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastcpt.files import read_json
+from fastcpt.files import read_json, write_json
 from fastcpt.held_out import comparison
 from fastcpt.registry.champion import (
     RegistryError,
@@ -23,6 +23,8 @@ from fastcpt.registry.champion import (
     promote,
     retire,
     rollback,
+    take_untold,
+    untold,
 )
 from registry.conftest import GOOD
 
@@ -133,6 +135,31 @@ def test_a_process_that_died_before_the_link_was_set_is_made_good(home: Path) ->
     link.unlink()
     promote(home, "law", "law-1", "ann", "the link is gone")
     assert served(home) == "law-1"
+
+
+def test_each_event_is_told_by_one_of_those_who_look_at_the_same_time(home: Path) -> None:
+    add(home, "law-1", None, GOOD)
+    for n in range(6):
+        add(home, f"law-{n + 2}", "law-1", BAD)
+    assert untold(home) == ["law"]
+    with ThreadPoolExecutor(4) as threads:
+        taken = list(threads.map(lambda _: take_untold(home, "law"), range(10)))
+    names = sorted(event["model"] for event in taken if event)
+    assert names == [f"law-{n}" for n in range(1, 8)]
+    assert untold(home) == []
+
+
+def test_what_an_earlier_version_noted_is_not_told_anew(home: Path) -> None:
+    add(home, "law-1", None, GOOD)
+    file = home / "models" / "law" / "models.json"
+    state = read_json(file)
+    del state["events"][0]["told"]
+    write_json(file, state)
+    assert untold(home) == []
+    retire(home, "law", "ann", "another tokenizer")
+    event = take_untold(home, "law")
+    assert event is not None
+    assert event["what"] == "retired"
 
 
 def test_the_command(home: Path) -> None:

@@ -41,8 +41,23 @@ def models(home: Path, recipe: str) -> dict[str, dict[str, Any]]:
 
 
 def events(home: Path, recipe: str) -> list[dict[str, Any]]:
-    """All events, the oldest first: ``time``, ``what``, ``model``, ``instead_of``, ``who``, ``why``."""
+    """All events, the oldest first: ``time``, ``what``, ``model``, ``instead_of``, ``who``, ``why``, ``told``."""
     return list(_read(home, recipe)["events"])
+
+
+def untold(home: Path) -> list[str]:
+    """The recipes with events of which no message was sent, whoever caused them."""
+    recipes = [file.parent.name for file in sorted(home.glob("models/*/models.json"))]
+    return [recipe for recipe in recipes if any(map(_is_untold, events(home, recipe)))]
+
+
+def take_untold(home: Path, recipe: str) -> dict[str, Any] | None:
+    """The oldest event of which no message was sent, or None. It is marked as told, so one caller gets it."""
+    with _locked(home, recipe) as state:
+        event: dict[str, Any] | None = next(filter(_is_untold, state["events"]), None)
+        if event:
+            event["told"] = True
+        return event
 
 
 def champion(home: Path, recipe: str) -> str | None:
@@ -122,6 +137,18 @@ def reason(decision: dict[str, Any]) -> str:
     return "; ".join(f"missed: {condition_words(condition)}" for condition in missed)
 
 
+def event_words(event: dict[str, Any]) -> str:
+    """An event in one line, with its reason."""
+    model, before = event["model"], event["instead_of"]
+    of = f" (instead of {before})" if before and before != model and event["what"] != KEPT else ""
+    return f"{model or before} {event_kind(event)}{of}: {event['why']}"
+
+
+def event_kind(event: dict[str, Any]) -> str:
+    """What happened, as it is written for people."""
+    return "kept as a candidate" if event["what"] == KEPT else str(event["what"])
+
+
 def condition_words(condition: dict[str, Any]) -> str:
     """A condition with its figures."""
     if condition["value"] is None:
@@ -184,16 +211,17 @@ def _set(
 
 
 def _note(state: dict[str, Any], what: str, model: str | None, who: str, why: str) -> str:
-    before = _champion(state)
-    state["events"].append(
-        {
-            **{"time": _now(), "what": what, "model": model, "instead_of": before},
-            **{"who": who, "why": why},
-        }
-    )
-    of = f" (instead of {before})" if before and before != model and what != KEPT else ""
-    kind = "kept as a candidate" if what == KEPT else what
-    return f"{model or before} {kind}{of}: {why}"
+    event = {
+        **{"time": _now(), "what": what, "model": model, "instead_of": _champion(state)},
+        **{"who": who, "why": why, "told": False},
+    }
+    state["events"].append(event)
+    return event_words(event)
+
+
+def _is_untold(event: dict[str, Any]) -> bool:
+    # an earlier version's event does not say: its time is over
+    return not event.get("told", True)
 
 
 def _champion(state: dict[str, Any]) -> str | None:
