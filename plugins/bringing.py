@@ -22,9 +22,9 @@ from fastcpt.planning.history import record_transfer
 
 @dataclass(frozen=True)
 class Bring:
-    """Copy from a training's ``folder`` on the host to ``home`` here and on to ``url``, every ``minutes``.
+    """Copy from a training's ``folder`` on the host to ``home`` here and on to ``url``.
 
-    The transfer's rate is recorded under ``line`` (``planning.history.line_of``).
+    The copy is never older than ``minutes``, if checkpoints are saved and copied fast enough. The transfer's rate is recorded under ``line`` (``planning.history.line_of``).
     """
 
     line: str
@@ -35,17 +35,21 @@ class Bring:
 
 
 class Bringing:
-    """The copying rounds of one trigger; ``log`` is its task's log."""
+    """The copying rounds of one trigger; ``log`` is its task's log.
+
+    A round begins early enough to end before the copy here is as old as the interval, even if it takes
+    twice as long as the last one.
+    """
 
     def __init__(self, wanted: Bring, log: Any, clock: Callable[[], float]) -> None:
         self.wanted, self.log, self.clock = wanted, log, clock
-        self.next = clock() + 60 * wanted.minutes
+        # at once: how old the copy of an earlier trigger is, is not known
+        self.next = clock()
         self.round: asyncio.Task[None] | None = None
 
     def look(self, remote: Remote) -> None:
         """Start a round if one is due and none is running."""
         if self.clock() >= self.next and (self.round is None or self.round.done()):
-            self.next = self.clock() + 60 * self.wanted.minutes
             self.round = asyncio.get_running_loop().create_task(self._bring(remote))
 
     async def last(self, remote: Remote) -> None:
@@ -62,10 +66,14 @@ class Bringing:
                 await self.round
 
     async def _bring(self, remote: Remote) -> None:
+        began, interval = self.clock(), 60 * self.wanted.minutes
+        # if there is nothing new, or it fails
+        self.next = began + interval / 4
         try:
             found = await self._ask(remote)
             if found is None:
                 return
+            self.next = began - found["age_s"] + interval - 2 * (self.clock() - began)
             size, seconds = found["bytes"], found["seconds"]
             self.log.info(
                 "checkpoint step_%d is in %s: %.2f GB in %.0f s",

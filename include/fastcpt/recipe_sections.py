@@ -430,7 +430,7 @@ class Checkpoints(Section):
         None,
         gt=0.0,
         allow_inf_nan=False,
-        description="How often to copy the newest checkpoint here during training; never if empty.",
+        description="Copy checkpoints here during training, so that the copy is never older; never if empty.",
     )
     to: str | None = Field(
         None,

@@ -94,6 +94,17 @@ def test_what_is_being_brought_stays_whole_when_the_training_removes_it(training
     assert [path.name for path in (training / "leaving").iterdir()] == ["step_20"]
 
 
+def test_a_checkpoint_is_as_old_as_its_first_file(training: Path) -> None:
+    checkpoint = training / "checkpoints" / "step_10"
+    saved = time.time() - 90
+    os.utime(checkpoint / "rank_1.pt", (saved, saved))
+    assert agent.newest_checkpoint(str(training), -1)["age_s"] == pytest.approx(90, abs=10)
+    # a clock that was set back makes nothing negative
+    for file in checkpoint.iterdir():
+        os.utime(file, (saved + 3600, saved + 3600))
+    assert agent.newest_checkpoint(str(training), -1)["age_s"] == 0.0
+
+
 def test_without_a_checkpoint_there_is_nothing_to_bring(remote: Remote, tmp_path: Path) -> None:
     (tmp_path / "t" / "checkpoints" / ".step_3.partial").mkdir(parents=True)
     assert bring(remote, str(tmp_path / "t"), tmp_path / "home") is None

@@ -21,7 +21,7 @@ PASSES = 90_000.0
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Renting]:
-    sections = {"checkpoints": {"bring_every_minutes": 0.1}, "training": {"save_steps": 20}}
+    sections = {"checkpoints": {"bring_every_minutes": 0.5}, "training": {"save_steps": 20}}
     with renting(tmp_path_factory.mktemp("renting"), **sections) as one:
         yield one
 

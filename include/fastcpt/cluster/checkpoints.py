@@ -51,8 +51,8 @@ def _step(folder: Path | None) -> int:
 def bring(remote: Remote, folder: str, home: Path) -> dict[str, Any] | None:
     """Fetch the newest checkpoint of the training in the remote ``folder`` to ``home``; None if it is here.
 
-    Returns ``{step, bytes, seconds, from_its_beginning}``; the last is False if an interrupted transfer
-    was resumed. Raises ``ClusterError`` if this disk is too small or another process is fetching the
+    Returns ``{step, bytes, seconds, age_s, from_its_beginning}``: ``age_s`` is how long before the
+    transfer it was saved, the last is False if an interrupted transfer was resumed. Raises ``ClusterError`` if this disk is too small or another process is fetching the
     same training; ``ConnectionLost`` if the host does not answer.
     """
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -85,6 +85,7 @@ def bring(remote: Remote, folder: str, home: Path) -> dict[str, Any] | None:
             "step": state["step"],
             "bytes": moved["bytes"],
             "seconds": seconds,
+            "age_s": state["age_s"],
             "from_its_beginning": fresh,
         }
 

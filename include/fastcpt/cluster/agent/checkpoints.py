@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import time
 from contextlib import suppress
 from typing import Any, List
 
@@ -33,8 +34,9 @@ def steps(folder: str) -> List[int]:
 def newest_checkpoint(folder: str, beyond: int) -> Answer:
     """The newest complete checkpoint of a training: ``{step, path, files}``; step None if there is none.
 
-    If it is later than the step ``beyond``, it is linked into ``path`` and ``files`` ({file, bytes,
-    sha256}) lists it; otherwise ``files`` is empty. Folders linked before are removed.
+    If it is later than the step ``beyond``, it is linked into ``path``, ``files`` ({file, bytes,
+    sha256}) lists it, and ``age_s`` is how long ago it was saved; otherwise ``files`` is empty. Folders
+    linked before are removed.
     """
     folder = expand(folder)
     leaving = os.path.join(folder, "leaving")
@@ -50,7 +52,14 @@ def newest_checkpoint(folder: str, beyond: int) -> Answer:
         return {"step": step, "path": None, "files": []}
     held = os.path.join(leaving, f"step_{step}")
     files = json_or_none(os.path.join(held, FILES), list) or hold(folder, f"step_{step}", held)
-    return {"step": step, "path": held, "files": files}
+    age = age_s(os.path.join(held, "checkpoints", f"step_{step}"))
+    return {"step": step, "path": held, "files": files, "age_s": age}
+
+
+def age_s(checkpoint: str) -> float:
+    """Seconds since the first file of a checkpoint was written, by this host's clock; never below 0."""
+    written = [os.stat(os.path.join(checkpoint, name)).st_mtime for name in os.listdir(checkpoint)]
+    return max(0.0, time.time() - min(written))
 
 
 def hold(folder: str, name: str, held: str) -> List[Any]:
