@@ -1,6 +1,6 @@
 """The faults of ``orphans.py`` that hit real runs of the sample, in a real Airflow on this machine.
 
-Three runs go on beside one another, each on a machine of its own; Airflow's processes are theirs together.
+Four runs go on beside one another, each on a machine of its own; Airflow's processes are theirs together.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import httpx
 
 import provider
 from e2e.renting import Renting, kill_and_start, renting
+from fastcpt.cluster import checkpoints
 from fastcpt.files import read_json
 
 # What is done to a run. One that goes on is watched until it has a machine again, and is marked failed then.
@@ -38,10 +39,13 @@ KINDS = (
     "Airflow: no capacity",
 )
 ENDS = ("run marked failed", "deleted", "step marked", "rejected")
+HIT_TRAINING = ("taken away", "training killed")
 BESIDE, LIMIT_S, MONEY = 4, 900.0, 50.0
+# No training ends by itself.
+STEPS, SAVE_STEPS, BRING_S = 50_000, 10, 90.0
 SECTIONS: dict[str, dict[str, Any]] = {
-    "checkpoints": {"bring_every_minutes": 0.1},
-    "training": {"save_steps": 10, "max_steps": 60, "logging_steps": 1},
+    "checkpoints": {"bring_every_minutes": BRING_S / 60},
+    "training": {"save_steps": SAVE_STEPS, "max_steps": STEPS, "logging_steps": 1},
     "budget": {"money": MONEY, "max_passes": 10_000},
 }
 
@@ -59,45 +63,52 @@ def _trial(stack: Renting, number: int, seed: int) -> dict[str, Any]:
     if "no capacity" in kind:
         provider.fail(stack.provider, acquire=["no capacity"])
     # another number of steps each: none finds the model of another
-    form = {**stack.form(), "perplexity_threshold": 90_000.0, "max_steps": 60 + number}
-    run = _triggered(stack, {**form, "require_approval": "rejected" in kind})
-    ready = "approve_plan" if "rejected" in kind else "acquire_cluster"
-    wanted = {"awaiting_input"} if "rejected" in kind else {"running", "success", "up_for_retry"}
-    _until(lambda: stack.look(run).states().get(ready) in wanted, f"{run} has not come to {ready}")
-    moment = rng.uniform(0.0, 60.0)
+    form = {**stack.form(), "perplexity_threshold": 90_000.0, "max_steps": STEPS + number}
+    run = _asked(lambda: stack.api.trigger({**form, "require_approval": "rejected" in kind}))
+    wrong = _until(lambda: _comes_to_its_fault(stack, run, kind), f"{run} has not begun to rent")
+    begun, moment = time.time(), rng.uniform(0.0, 120.0 if kind.endswith(HIT_TRAINING) else 60.0)
     time.sleep(moment)
-    hit = _act(stack, run, kind)
-    wrong = ""
+    trained = _training(stack, run, begun)
+    hit = _asked(lambda: _act(stack, run, kind))
     if not any(word in kind for word in ENDS):
-        wrong = _until(lambda: _goes_on(stack, run, kind), f"{run} has no machine again")
+        wrong += _until(lambda: _goes_on(stack, run, kind), f"{run} has no machine again")
         time.sleep(rng.uniform(0.0, 20.0))
-        stack.mark(run, "failed")
+        _asked(lambda: stack.mark(run, "failed"))
     marked = time.monotonic()
     wrong += _until(lambda: not _left(stack, run), f"what is left of {run}")
     result = {"kind": kind, "seed": seed, "hit": f"{hit} after {moment:.0f} s", "wrong": wrong}
     result["gone_after_s"] = round(time.monotonic() - marked, 1)
-    result = {**result, **_judge(stack, run, time.monotonic() - began)}
+    result |= _judge(stack, run, time.monotonic() - began)
+    result |= _lost(stack, run, kind, trained)
     print(json.dumps(result), flush=True)
     return result
 
 
-def _triggered(stack: Renting, form: dict[str, Any]) -> str:
-    """The run's id; SQLite under several runs refuses now and then."""
+def _asked(ask: Callable[[], Any]) -> Any:
+    """Its answer; SQLite under several runs refuses now and then."""
     for _ in range(10):
         with suppress(httpx.HTTPError):
-            return str(stack.api.trigger(form))
+            return ask()
         time.sleep(5.0)
-    raise RuntimeError("no run could be triggered")
+    return ask()
+
+
+def _comes_to_its_fault(stack: Renting, run: str, kind: str) -> bool:
+    """Whether the run is about to rent, or trains, where that is what is hit; its moment counts from then."""
+    if kind.endswith(HIT_TRAINING):
+        return bool(_tries(stack, run))
+    if "rejected" in kind:
+        return bool(stack.look(run).states().get("approve_plan") == "awaiting_input")
+    ready = ("running", "success", "up_for_retry")
+    return stack.look(run).states().get("acquire_cluster") in ready
 
 
 def _goes_on(stack: Renting, run: str, kind: str) -> bool:
     """Whether the run has the machine that it should have by now."""
     held = [one.state for one in stack.rentals(run)]
+    if kind.endswith(HIT_TRAINING):
+        return held[-1] == "held" and len(_tries(stack, run)) == 2
     tried = stack.look(run).task("train_cpt")
-    if "taken away" in kind:
-        return held[:1] == ["released"] and held[-1] == "held"
-    if "training killed" in kind:
-        return bool(tried["try_number"] > 1 and tried["state"] == "deferred")
     return held == ["held"] and tried["state"] in ("running", "deferred")
 
 
@@ -121,21 +132,14 @@ def _act(stack: Renting, run: str, kind: str) -> str:
 
 
 def _hit_machine(stack: Renting, run: str, kind: str) -> str:
-    """The run's machine, or the training on it, as soon as there is one."""
-    until = time.monotonic() + 600
-    while time.monotonic() < until and _outcome(stack, run) == "running":
-        for machine in stack.machines(run):
-            if machine["ended"] is None and "taken away" in kind:
-                provider.end(stack.provider, machine["id"])
-                return f"{machine['id']} taken away"
-            jobs = Path(machine["place"]).glob("home/fast_cpt/jobs/*train_cpt*/status.json")
-            for pid in [read_json(file).get("pid") for file in jobs]:
-                if machine["ended"] is None and pid:
-                    with suppress(ProcessLookupError):
-                        os.killpg(pid, signal.SIGKILL)
-                    return f"training on {machine['id']} killed"
-        time.sleep(0.3)
-    return "it had ended"
+    """The run's machine, or the training on it."""
+    (machine,) = stack.machines(run)
+    if "taken away" in kind:
+        provider.end(stack.provider, machine["id"])
+        return f"{machine['id']} taken away"
+    (status,) = Path(machine["place"]).glob("home/fast_cpt/jobs/*-train_cpt-*/status.json")
+    os.killpg(read_json(status)["pid"], signal.SIGKILL)
+    return f"training on {machine['id']} killed"
 
 
 def _outcome(stack: Renting, run: str) -> str:
@@ -173,8 +177,6 @@ def _judge(stack: Renting, run: str, seconds: float) -> dict[str, Any]:
         for number, first in enumerate(spans)
         for second in spans[number + 1 :]
     ]
-    steps = [_steps(Path(one["place"])) for one in found]
-    again = [old[-1] + 1 - new[0] for old, new in pairwise(steps) if old and new]
     return {
         "seconds": round(seconds, 1),
         "ended": _outcome(stack, run),
@@ -185,19 +187,39 @@ def _judge(stack: Renting, run: str, seconds: float) -> dict[str, Any]:
         "bill": round(bill, 4),
         "over_s": round(max(0.0, bill - MONEY) / provider.PRICE * 3600, 2),
         "together_s": round(max([0.0, *together]), 2),
-        "lost_steps": max([0, *again]),
-        "lost_here_s": 0.0,
-        "lost_moved_s": 0.0,
+        "missed": False,
         "whole": True,
         "trainings_at_once": 0,
     }
 
 
-def _steps(place: Path) -> list[int]:
-    """The steps of train_cpt that a machine's log has, in order."""
-    logs = place.glob("home/fast_cpt/jobs/*train_cpt*/job.log")
-    return [
-        int(step)
-        for log in logs
-        for step in re.findall(r"^step (\d+)", log.read_text(), re.MULTILINE)
-    ]
+def _training(stack: Renting, run: str, begun: float) -> float:
+    """Seconds of training that are not here yet: since the newest checkpoint here was saved, or it ``begun``."""
+    places = [Path(machine["place"]) for machine in stack.machines(run)]
+    names = [folder.name for place in places for folder in place.glob("home/fast_cpt/models/*")]
+    newest = [checkpoints.newest_here(stack.home / "checkpoints" / name) for name in names]
+    files = [file for one in newest if one for file in one.glob("checkpoints/*/rank_*.pt")]
+    return time.time() - min([file.stat().st_mtime for file in files], default=begun)
+
+
+def _lost(stack: Renting, run: str, kind: str, trained: float) -> dict[str, float]:
+    """As ``orphans.lost``: ``trained`` seconds were not here when the machine was taken away."""
+    tries = _tries(stack, run)
+    again = max([0, *(old[-1] + 1 - new[0] for old, new in pairwise(tries))])
+    moved = trained if "taken away" in kind else 0.0
+    return {
+        "lost_steps": again,
+        "lost_here": round(again / SAVE_STEPS, 3) if "training killed" in kind else 0.0,
+        "lost_moved": round(moved / BRING_S, 3),
+        "lost_moved_s": round(moved, 2),
+    }
+
+
+def _tries(stack: Renting, run: str) -> list[list[int]]:
+    """The steps that the log of each try of train_cpt has, on one machine after the other."""
+    logs: list[Path] = []
+    for machine in stack.machines(run):
+        folder = Path(machine["place"]) / "home/fast_cpt/jobs"
+        logs += [*folder.glob("*-train_cpt-*/job.log.1"), *folder.glob("*-train_cpt-*/job.log")]
+    found = [re.findall(r"^step (\d+)", log.read_text(), re.MULTILINE) for log in logs]
+    return [[int(step) for step in steps] for steps in found if steps]

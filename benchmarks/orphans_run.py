@@ -8,19 +8,18 @@ what it brought there.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
+import asyncio
+import logging
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY / name) for name in ("include", "plugins", "tests")]
 
 import provider  # noqa: E402
+from bringing import Bring, Bringing  # noqa: E402
 from fastcpt.cluster import checkpoints, jobs, remote  # noqa: E402
 from fastcpt.cluster.agent.job_folder import ACTIVE  # noqa: E402
 from fastcpt.cluster.check import check_host  # noqa: E402
@@ -31,9 +30,9 @@ from fastcpt.rent import ledger, machines  # noqa: E402
 from fastcpt.rent.provider import ProviderError  # noqa: E402
 
 DAG = "fast_cpt"
-# The training: steps of so long, a checkpoint every few of them, brought every so often. It is
+# The training: steps of so long, a checkpoint every few of them, one never older than so here. It is
 # long beside these: what is lost could be all of a short one.
-STEPS, STEP_S, SAVE_STEPS, BRING_S = 120, 0.2, 5, 3.0
+STEPS, STEP_S, SAVE_STEPS, BRING_S = 150, 0.2, 5, 10.0
 # In place of minutes: how long a silent machine is waited for, and one that nobody asks for waits.
 SILENT_S, ORPHAN_S = 20.0, 25.0
 TRAINER = """
@@ -175,78 +174,39 @@ def _train(run: Run, rental: ledger.Rental) -> bool:
     job = jobs.Job("train", [program], {"RANK": "0"}, result=f"{folder}/training.json")
     if jobs.submit(host, root, job) == "complete":
         return True
-    bringing = Bringing(run, host, folder)
-    answered = time.monotonic()
+    return asyncio.run(_watch(run, host, root, Bring("rented", folder, str(home), BRING_S / 60)))
+
+
+async def _watch(run: Run, host: Remote, root: str, wanted: Bring) -> bool:
+    """What the trigger does: ask, and bring checkpoints; whether the training has succeeded."""
+    clock = asyncio.get_running_loop().time
+    bringing, answered = Bringing(wanted, logging.getLogger("bringing"), clock), clock()
     try:
         while True:
-            time.sleep(1.2)
+            await asyncio.sleep(1.2)
+            asked = [{"name": "train", "seen": None}]
             try:
-                answer = ask(host, "poll", root=root, jobs=[{"name": "train", "seen": None}])
-                answered = time.monotonic()
+                answer = await asyncio.to_thread(ask, host, "poll", root=root, jobs=asked)
             except ConnectionLost as error:
-                if time.monotonic() - answered > SILENT_S:
-                    machines.release_machines(
-                        run.home, DAG, run.name, f"it does not answer: {error}"
-                    )
+                if clock() - answered > SILENT_S:
+                    why = f"it does not answer: {error}"
+                    machines.release_machines(run.home, DAG, run.name, why)
                     raise
                 continue
+            answered = clock()
             state = answer["jobs"][0].get("status", {}).get("state")
-            if state not in ACTIVE:
-                # as the trigger does: the last of one that did not succeed is brought before it is left
-                bringing.end(wait=True)
-                if state != "succeeded":
-                    bringing.begin()
-                    bringing.end(wait=True)
-                return bool(state == "succeeded")
-            bringing.look()
+            if state in ACTIVE:
+                bringing.look(host)
+                continue
+            if state != "succeeded":
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(bringing.last(host), SILENT_S)
+            return bool(state == "succeeded")
     finally:
-        bringing.end(wait=False)
-
-
-class Bringing:
-    """The newest checkpoint is brought every ``BRING_S``, by the process that a trigger starts."""
-
-    def __init__(self, run: Run, host: Remote, folder: str) -> None:
-        self.run, self.process, self.began = run, None, time.monotonic()
-        home = str(run.home / "checkpoints")
-        self.request = {"remote": asdict(host), "folder": folder, "home": home, "url": None}
-
-    def look(self) -> None:
-        if self.process is not None and self.process.poll() is not None:
-            _note_transfer(self.run, time.monotonic() - self.began)
-            self.process = None
-        if self.process is None and time.monotonic() - self.began >= BRING_S:
-            self.begin()
-
-    def begin(self) -> None:
-        self.began = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "fastcpt.cluster.checkpoints"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY / "include")},
-        )
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(self.request).encode())
-        self.process.stdin.close()
-
-    def end(self, wait: bool) -> None:
-        if self.process is None:
-            return
-        if not wait:
-            self.process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(SILENT_S)
-        self.process.kill()
-        self.process.wait()
-        self.process = None
-
-
-def _note_transfer(run: Run, seconds: float) -> None:
-    with (run.folder / "transfers").open("a") as file:
-        file.write(f"{seconds:.2f}\n")
+        await bringing.end()
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(created).1f %(message)s")
     quick()
     orchestrate(Run(Path(sys.argv[1])))
