@@ -15,12 +15,14 @@ from airflow.sdk.execution_time.context import set_current_context
 
 import provider
 import remote_job
+from cluster.test_checkpoints import save
+from fastcpt.cluster import checkpoints
 from fastcpt.cluster.remote import ClusterError, ConnectionLost, ask
 from fastcpt.files import read_json, write_json
 from fastcpt.recipe import RecipeError, load_recipe
 from fastcpt.rent import ledger, machines
 from fastcpt.reporting.record import add_cost, open_record, read
-from steps import rent
+from steps import rent, training
 from steps.results import result_of
 
 pytestmark = pytest.mark.linux("a machine's processes are found by their environment")
@@ -35,7 +37,7 @@ class Renting:
         self.home, self.provider = folder / "home", provider.create(folder / "provider")
         self.states: dict[str, str] = {"publish": "success"}
         self.results: dict[str, Any] = {}
-        self.task_id, self.map_index, self.run_id = "acquire_cluster", -1, RUN
+        self.task_id, self.map_index, self.run_id, self.dag_id = "acquire_cluster", -1, RUN, DAG_ID
         self.folder = folder
 
     def plan(self, **more: Any) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class Renting:
 @pytest.fixture
 def renting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Renting]:
     one = Renting(tmp_path)
-    for module in (rent, remote_job):
+    for module in (rent, remote_job, training):
         monkeypatch.setattr(module, "HOME", one.home)
     extra = {"key_file": str(one.provider / "client_key")}
     # the login's key is the connection's; where the host is, the provider says
@@ -187,6 +189,64 @@ def test_a_machine_that_was_taken_away_is_waited_for_and_needs_no_second_approva
     assert rent.replaces_a_machine(renting.context)
     renting.plan(**{"cluster.min_free_gb": 2.0})
     assert not rent.replaces_a_machine(renting.context)
+
+
+def test_a_replacement_with_other_gpus_is_approved_again_and_resumes_from_what_is_here(
+    renting: Renting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {**GPUS, "checkpoints.bring_every_minutes": 30.0, "cluster.root": "root"}
+    first = _training_of(renting, renting.plan(**recipe))
+    assert first.bring is not None
+    folder, home = first.bring["folder"], Path(first.bring["home"])
+    save(Path(folder), 10)
+    name = load_recipe(renting.results["plan"]["recipe"]).cluster.connection
+    checkpoints.bring(remote_job.remote_of(name), folder, home)
+    provider.end(renting.provider, "m1")
+    assert len(list(machines.look_after(renting.home, lambda *_: True))) == 1
+    # as it was planned, so it is rented without asking; but the provider has one with half the GPUs
+    assert rent.replaces_a_machine(renting.context)
+    provider.fail(renting.provider, acquire=["half the GPUs"])
+    with pytest.raises(rent.NotAsPlanned):
+        renting.call(rent.acquire_cluster, renting.results["plan"])
+    assert len(machines.to_begin_again(renting.home, lambda *_: False)) == 1
+    offered = rent.as_offered(load_recipe(renting.results["plan"]["recipe"]), DAG_ID, RUN)
+    plan = renting.plan(**{**recipe, **offered})
+    assert not rent.replaces_a_machine(renting.context)
+    second = _training_of(renting, plan)
+    # the same training, on two GPUs in place of four
+    words = [job.commands[-1] for job in (first, second)]
+    assert [command[command.index("--num_gpus") + 1] for command in words] == ["4", "2"]
+    assert second.bring is not None
+    assert Path(second.bring["folder"]).name == Path(folder).name
+    assert "no checkpoint as new as step_10" in capsys.readouterr().out
+    there = Path(second.bring["folder"]) / "checkpoints" / "step_10" / "state.json"
+    assert there.read_text() == '{"step": 10}'
+    assert renting.running() == ["m3"]
+
+
+def _training_of(renting: Renting, plan: dict[str, Any]) -> remote_job.RemoteJob:
+    """The job of train_cpt on the machine that the run takes now."""
+    root = renting.call(rent.acquire_cluster, plan)["root"]
+    renting.results["sync"] = {
+        **{"root": root, "python": "python3", "code": "/code", "run": f"{root}/runs/r"},
+        **{"corpus": "/corpus", "corpus_digest": "c", "tokenizer_digest": "t"},
+    }
+    return training.train_cpt(renting.context)
+
+
+def test_a_clear_finds_the_machine_or_takes_another_which_is_given_back_too(
+    renting: Renting,
+) -> None:
+    plan = renting.plan()
+    for _ in range(2):  # cleared while the machine is there
+        renting.call(rent.acquire_cluster, plan)
+        assert renting.running() == ["m1"]
+    renting.call(rent.release_cluster)
+    renting.call(rent.acquire_cluster, plan)  # cleared after the run's end
+    assert renting.running() == ["m2"]
+    renting.call(rent.release_cluster)
+    states = [one.state for one in ledger.of_run(renting.home, DAG_ID, RUN)]
+    assert (states, renting.running()) == (["released", "released"], [])
 
 
 def test_a_machine_that_never_answers_goes_back_and_the_retry_has_another(
