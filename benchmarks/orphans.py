@@ -391,7 +391,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--airflow", type=int, default=20, help="so many of them in a real Airflow")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--beside", type=int, default=5, help="runs beside one another")
+    parser.add_argument("--beside", type=int, default=4, help="runs beside one another")
     parser.add_argument("--minutes", type=float, default=85, help="later no fault begins")
     parser.add_argument("--work", type=Path, help="kept; a folder of its own otherwise")
     given = parser.parse_args()
