@@ -144,7 +144,7 @@ def act(run: Run, what: str, process: subprocess.Popen[bytes], rng: random.Rando
     return f"{what} of {machine['id']}"
 
 
-def start(run: Run) -> subprocess.Popen[bytes]:
+def start_run(run: Run) -> subprocess.Popen[bytes]:
     with (run.folder / "log").open("ab") as log:
         words = [sys.executable, str(PROGRAM), str(run.folder)]
         env = {**os.environ, "FASTCPT_HOME": str(run.home)}
@@ -168,7 +168,7 @@ def trial(folder: Path, fault: Fault, rng: random.Random, length: float) -> dict
     provider.create(run.provider)
     if fault.answers:
         provider.fail(run.provider, **fault.answers)
-    process, hit, awake_at, look_at = start(run), "", 0.0, 0.0
+    process, hit, awake_at, look_at = start_run(run), "", 0.0, 0.0
     hit_time = math.inf
     while not (folder / "begun").exists():
         time.sleep(0.05)
@@ -189,7 +189,7 @@ def trial(folder: Path, fault: Fault, rng: random.Random, length: float) -> dict
             if now < awake_at and provider.machines(run.provider, running=True):
                 continue
             if dead and fault.then == "retry":
-                process = start(run)
+                process = start_run(run)
             ended = over or (dead and fault.then != "retry")
             if now >= look_at or (ended and now >= look_at - LOOK_S + 1.5):
                 look_at = now + LOOK_S
@@ -294,7 +294,7 @@ def whole(run: Run) -> bool:
     return not checkpoints.differing_files(newest, read_json(newest / checkpoints.FILES))
 
 
-def figures(results: list[dict[str, Any]]) -> dict[str, Any]:
+def fault_figures(results: list[dict[str, Any]]) -> dict[str, Any]:
     """What is promised, over all faults."""
     hit = [one for one in results if not one.get("missed")]
     twice = [one for one in results if one["kind"] == "twice"]
@@ -329,7 +329,7 @@ def failed(found: dict[str, Any]) -> list[str]:
     return wrong + [name for name in found if name.endswith("_intervals") and found[name] > 1]
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def fault_table(results: list[dict[str, Any]]) -> str:
     """A row a kind of fault: how many, and the worst of each figure."""
     rows = [
         "| fault | runs | machines | left | over (s) | two at once (s) | lost here, moved (intervals) |",
@@ -410,9 +410,9 @@ def main() -> int:
             return one_of_all(number, given.seed * 100_000 + number, work, length)
 
         results += until_hit(one, wanted, given.beside, until)
-    found = figures(results)
+    found = fault_figures(results)
     found |= {"seed": given.seed, "minutes": round((time.monotonic() - began) / 60, 1)}
-    print(table(results))
+    print(fault_table(results))
     wrong = failed(found)
     print(f"not as promised: {', '.join(wrong)}" if wrong else "as promised")
     print(json.dumps(found))
