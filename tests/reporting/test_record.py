@@ -155,6 +155,13 @@ def test_the_summary_as_it_is_printed(finished):
     ]
 
 
+def test_answers_without_a_citation_are_no_share(finished):
+    evaluation = read_json(finished / "evaluation_sft.json")
+    evaluation["citation_accuracy"] |= {"value": None, "low": None, "high": None, "counted": 0}
+    write_json(finished / "evaluation_sft.json", evaluation)
+    assert "  citations  none in the answers" in summary_text(finished).splitlines()
+
+
 INSTRUCTED = load_recipe("sample", {"sft.instructions": "/i.jsonl"})
 
 

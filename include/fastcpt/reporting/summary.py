@@ -100,8 +100,9 @@ def summary_text(record: Path) -> str:
         lines.append(("branch", facts["branch"]))
     if facts["rouge_l"]:
         lines.append(("ROUGE-L", interval(facts["rouge_l"])))
-    if facts["citation_accuracy"]:
-        lines.append(("citations", f"{interval(facts['citation_accuracy'], percent=True)} right"))
+    if cited := facts["citation_accuracy"]:
+        right = f"{interval(cited, percent=True)} right"
+        lines.append(("citations", "none in the answers" if cited["value"] is None else right))
     if facts["seconds"] is not None:
         lines.append(("time", _time_line(facts)))
     if facts["gpu_hours"]:
