@@ -16,6 +16,7 @@ from typing import Any
 
 # The folder of corpora, records, models and all other state on this machine.
 HOME = Path(os.environ.get("FASTCPT_HOME") or Path(__file__).resolve().parents[2] / ".fastcpt")
+BASE_MODELS = "base_models"  # folder of converted base models, in HOME and in a GPU host's root
 
 
 @contextmanager

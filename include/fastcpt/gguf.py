@@ -21,7 +21,7 @@ import numpy.typing as npt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from fastcpt.files import HOME, flush, sha256_of_file, write_json
+from fastcpt.files import BASE_MODELS, HOME, flush, sha256_of_file, write_json
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -29,7 +29,6 @@ Bytes = npt.NDArray[np.uint8]
 SUFFIX = ".gguf"
 FORMAT = 1  # of the folders; increased when the conversion changes
 INSTALLED = "gguf"  # folder under the home that is searched for named files
-FOLDERS = "base_models"  # folder under the home for the converted models
 
 
 class GgufError(ValueError):
@@ -51,7 +50,7 @@ def base_folder(name: str, home: Path = HOME) -> str:
             "give the file's whole path, or put it there (for the recipe smollm2: "
             "include/scripts/install_smollm2.sh)"
         )
-    return str(convert(file, home / FOLDERS))
+    return str(convert(file, home / BASE_MODELS))
 
 
 def convert(file: Path, folder: Path) -> Path:

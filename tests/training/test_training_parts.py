@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from fastcpt.files import write_json
 from fastcpt.recipe_sections import Training
 from fastcpt.training.data import DataError, Order, Row, decode_corpus, make_batch, targets_of
 from fastcpt.training.exits import TrainingError, exit_code
 from fastcpt.training.guard import Guard
-from fastcpt.training.model import ChunkedLoss, ModelError, load_model, packed_inputs
+from fastcpt.training.model import ChunkedLoss, ModelError, base_of, load_model, packed_inputs
 from fastcpt.training.preflight import TriedGpu, check_disk, what_is_wrong
 from fastcpt.training.schedule import Clock, learning_rate
 
@@ -191,3 +192,19 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code(wrong) == 78
     assert capsys.readouterr().err == "error: no model there\n"
     assert exit_code(lost) == 1
+
+
+@pytest.mark.parametrize("place", ["before_sft/t1", "models/t1/final"])
+def test_an_adapter_from_another_hosts_root_finds_its_base_under_this_one(
+    tmp_path: Path, place: str
+) -> None:
+    adapter, base = tmp_path / place, tmp_path / "base_models" / "small-ab12-1"
+    adapter.mkdir(parents=True)
+    write_json(adapter / "base.json", {"base": "/gone/fast_cpt/base_models/small-ab12-1"})
+    with pytest.raises(ModelError, match=r"^/gone/fast_cpt/base_models/small-ab12-1: no model"):
+        base_of(adapter)
+    base.mkdir(parents=True)
+    write_json(base / "config.json", {})
+    assert base_of(adapter) == str(base)
+    write_json(adapter / "base.json", {"base": "org/name"})
+    assert base_of(adapter) == "org/name"

@@ -34,8 +34,8 @@ from fastcpt.cluster.remote import (
     patience,
     quoted_ssh,
 )
-from fastcpt.files import digest_of, sha256_of_file
-from fastcpt.gguf import FOLDERS, base_folder
+from fastcpt.files import BASE_MODELS, digest_of, sha256_of_file
+from fastcpt.gguf import base_folder
 from fastcpt.manifests import FileEntry
 from fastcpt.progress import Progress
 
@@ -69,7 +69,7 @@ def send_base_model(remote: Remote, name: str | None, root: str) -> str | None:
     folder = Path(base_folder(name or ""))
     if not (folder / "gguf.json").is_file():
         return None
-    target = f"{root}/{FOLDERS}/{folder.name}"
+    target = f"{root}/{BASE_MODELS}/{folder.name}"
     return str(send(remote, folder, target, files_of(folder))["path"])
 
 

@@ -26,7 +26,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fastcpt.files import read_json
+from fastcpt.files import BASE_MODELS, read_json
 from fastcpt.recipe import Recipe
 from fastcpt.recipe_sections import Lora
 from fastcpt.step_memory import LOGITS_AT_ONCE
@@ -79,12 +79,17 @@ def is_adapter(path: str | Path) -> bool:
 def base_of(path: str | Path) -> str:
     """The folder or hub name of the full weights: an adapter's base, else ``path`` itself.
 
-    ``ModelError`` if it is a folder without a model.
+    An adapter that was trained on a host with another root finds its base model under this one's.
+    ``ModelError`` if there is no model in the folder.
     """
     base = str(read_json(Path(path) / BASE)["base"]) if is_adapter(path) else str(path)
-    if base.startswith(("/", ".", "~")) and not (Path(base) / "config.json").is_file():
-        raise ModelError(f"{base}: no model there (no config.json)")
-    return base
+    if not base.startswith(("/", ".", "~")):
+        return base
+    under_roots = (parent / BASE_MODELS / Path(base).name for parent in Path(path).parents)
+    for folder in (Path(base), *under_roots):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise ModelError(f"{base}: no model there (no config.json)")
 
 
 def load_config(base: str) -> Any:
