@@ -151,10 +151,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     home = tmp_path_factory.mktemp("home")
     module = load_local_stack(home)
     module.generate_sample(home / SAMPLE, documents=120)
-    state = module.start()
+    state = module.start_stack()
     try:
         with module.Api(state["url"], module.HOME) as api:
             api.log_in()
             yield Stack(module, api, home, state)
     finally:
-        module.end(state)
+        module.end_stack(state)

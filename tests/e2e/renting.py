@@ -116,13 +116,13 @@ def renting(home: Path, **sections: dict[str, Any]) -> Iterator[Renting]:
         f"AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_{name}": "60" for name in SEEN_SOON
     }
     try:
-        state = module.start()
+        state = module.start_stack()
         try:
             with module.Api(state["url"], module.HOME) as api:
                 api.log_in()
                 yield Renting(module, api, home, state)
         finally:
-            module.end(state)
+            module.end_stack(state)
     finally:
         del os.environ["AIRFLOW_CONN_RENTED_LOGIN"]
         for name in SEEN_SOON:
