@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -49,16 +50,37 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "budget": {"money": MONEY, "max_passes": 10_000},
 }
 
+# The figures of a fault that could not be made.
+UNKNOWN: dict[str, Any] = {
+    **{"missed": True, "hit": "", "machines": 0, "left": [], "not_released": 0, "whole": True},
+    **{"money": MONEY, "bill": 0.0, "over_s": 0.0, "together_s": 0.0, "trainings_at_once": 0},
+    **{"lost_here": 0.0, "lost_moved": 0.0, "lost_moved_s": 0.0},
+}
+
 
 def trials(count: int, seed: int, work: Path) -> list[dict[str, Any]]:
     """So many faults, each of a kind in turn, at a moment drawn from its seed."""
     with renting(work / "airflow", **SECTIONS) as stack, ThreadPoolExecutor(BESIDE) as pool:
-        return list(pool.map(lambda number: _trial(stack, number, seed + number), range(count)))
+        return list(
+            pool.map(lambda number: _one_of_all(stack, number, seed + number), range(count))
+        )
 
 
-def _trial(stack: Renting, number: int, seed: int) -> dict[str, Any]:
-    rng = random.Random(seed)
+def _one_of_all(stack: Renting, number: int, seed: int) -> dict[str, Any]:
+    """A fault's result; one that could not be made does not end the others."""
     kind = KINDS[number % len(KINDS)]
+    try:
+        result = _trial(stack, number, kind, seed)
+    except Exception as error:
+        traceback.print_exc()
+        result = {**UNKNOWN, "wrong": f"{type(error).__name__}: {error}"}
+    result = {"kind": kind, "seed": seed, **result}
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def _trial(stack: Renting, number: int, kind: str, seed: int) -> dict[str, Any]:
+    rng = random.Random(seed)
     began = time.monotonic()
     if "no capacity" in kind:
         provider.fail(stack.provider, acquire=["no capacity"])
@@ -76,12 +98,10 @@ def _trial(stack: Renting, number: int, seed: int) -> dict[str, Any]:
         _asked(lambda: stack.mark(run, "failed"))
     marked = time.monotonic()
     wrong += _until(lambda: not _left(stack, run), f"what is left of {run}")
-    result = {"kind": kind, "seed": seed, "hit": f"{hit} after {moment:.0f} s", "wrong": wrong}
+    result = {"hit": f"{hit} after {moment:.0f} s", "wrong": wrong}
     result["gone_after_s"] = round(time.monotonic() - marked, 1)
     result |= _judge(stack, run, time.monotonic() - began)
-    result |= _lost(stack, run, kind, trained)
-    print(json.dumps(result), flush=True)
-    return result
+    return result | _lost(stack, run, kind, trained)
 
 
 def _asked(ask: Callable[[], Any]) -> Any:
