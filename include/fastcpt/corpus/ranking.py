@@ -6,7 +6,7 @@ Ties: the newer document first, then the smaller hash of the id.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +28,13 @@ def rank_by_score(corpus: ScoreColumns, tables: Sequence[ScoresFolder], recipe: 
     """Add the components that depend on the corpus, then order by score."""
     if recipe.score.method == "legal":
         weights = recipe.score.weights
-        age = np.maximum(0, corpus.newest_year - corpus.year)
+        works = Works(tables, corpus)
+        year = _last_changed(tables, corpus, works)
+        age = np.maximum(0, corpus.newest_year - year)
         # documents without a date get the middle value
-        recency = np.where(corpus.year > 0, 0.5 ** (age / HALF_LIFE_YEARS), 0.5)
+        recency = np.where(year > 0, 0.5 ** (age / HALF_LIFE_YEARS), 0.5)
         corpus.recency = recency.astype(np.float32)
-        corpus.citations = _citations(tables, corpus).astype(np.float32)
+        corpus.citations = _citations(tables, corpus, works).astype(np.float32)
         corpus.note_spread("recency", corpus.recency)
         corpus.note_spread("citations", corpus.citations)
         corpus.score = (
@@ -46,7 +48,58 @@ def rank_by_score(corpus: ScoreColumns, tables: Sequence[ScoresFolder], recipe: 
     corpus.rank[order] = np.arange(len(order))
 
 
-def _citations(tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> Floats:
+class Works:
+    """The corpus's works, and how others refer to them: by the work, or by an act's name.
+
+    A name that two works have refers to neither.
+    """
+
+    def __init__(self, tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> None:
+        works, self.of_row = np.unique(corpus.work, return_inverse=True)
+        self.count = len(works)
+        pairs = [(names, self.of_row[rows]) for names, rows, _ in _listed(tables, "own_names")]
+        names, of_name = (np.concatenate(column) for column in zip(*pairs, strict=True))
+        pair = np.unique(np.stack([names, of_name.astype(np.uint64)]), axis=1)
+        names, first, times = np.unique(pair[0], return_index=True, return_counts=True)
+        refers = np.concatenate([works, names[times == 1]])
+        self.refers, first_of_all = np.unique(refers, return_index=True)
+        works_of = [np.arange(len(works)), pair[1][first[times == 1]].astype(np.int64)]
+        self.work_of = np.concatenate(works_of)[first_of_all]
+
+    def named(self, hashes: npt.NDArray[np.uint64]) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """The works that ``hashes`` refer to, and which of them are in the corpus."""
+        place = np.minimum(np.searchsorted(self.refers, hashes), len(self.refers) - 1)
+        return self.work_of[place], self.refers[place] == hashes
+
+
+def _listed(
+    tables: Sequence[ScoresFolder], column: str
+) -> Iterator[tuple[npt.NDArray[np.uint64], Ints, int]]:
+    """The entries of a column of lists, batch by batch, each with its row; and the batch's rows."""
+    row = 0
+    for table in tables:
+        for batch in batches_of(table, [column]):
+            lists = batch.column(column)
+            rows = row + np.repeat(np.arange(batch.num_rows), np.diff(lists.offsets.to_numpy()))
+            row += batch.num_rows
+            yield np.asarray(lists.flatten()), rows, batch.num_rows
+
+
+def _last_changed(
+    tables: Sequence[ScoresFolder], corpus: ScoreColumns, works: Works
+) -> npt.NDArray[np.int64]:
+    """The year of each document, or of the newest consolidated version or act that amended it."""
+    newest = np.zeros(works.count, dtype=np.int64)
+    for hashes, rows, _ in _listed(tables, "amends"):
+        work, known = works.named(hashes)
+        np.maximum.at(newest, work[known], corpus.year[rows[known]].astype(np.int64))
+    version = np.where(corpus.year > 0, corpus.version // 10_000, 0)
+    changed = np.maximum(newest[works.of_row], version)
+    changed[changed > corpus.newest_year] = 0
+    return np.maximum(corpus.year, changed)
+
+
+def _citations(tables: Sequence[ScoresFolder], corpus: ScoreColumns, works: Works) -> Floats:
     """The citations component, 0..1: citations received from documents of the act's own topics.
 
     A citation counts by the share of the citing document's subject matters that the cited act also has,
@@ -54,30 +107,22 @@ def _citations(tables: Sequence[ScoresFolder], corpus: ScoreColumns) -> Floats:
     percentile of the act's topics. Duplicates' citations do not count. Sums are of integers, so their
     order does not matter.
     """
-    works, work_of_row = np.unique(corpus.work, return_inverse=True)
     topics = _topics(tables)
-    topics_of_work = np.zeros(len(works), dtype=np.uint64)
-    np.bitwise_or.at(topics_of_work, work_of_row, topics)
-    received = np.zeros(len(works), dtype=np.int64)
+    topics_of_work = np.zeros(works.count, dtype=np.uint64)
+    np.bitwise_or.at(topics_of_work, works.of_row, topics)
+    received = np.zeros(works.count, dtype=np.int64)
     progress = Progress("count citations", "documents", len(corpus.part))
-    row = 0
-    for table in tables:
-        for batch in batches_of(table, ["cites"]):
-            cites = batch.column("cites")
-            counts = np.diff(cites.offsets.to_numpy())
-            cited = np.asarray(cites.flatten())
-            citing = row + np.repeat(np.arange(batch.num_rows), counts)
-            row += batch.num_rows
-            place = np.minimum(np.searchsorted(works, cited), len(works) - 1)
-            counted = (works[place] == cited) & (corpus.reason[citing] == 0)
-            place, of_citing = place[counted], topics[citing[counted]]
-            shared = np.bitwise_count(of_citing & topics_of_work[place]).astype(np.int64)
-            own = np.bitwise_count(of_citing).astype(np.int64)
-            # a quarter if the citing document names no topic
-            value = np.where(own > 0, 1024 * shared // np.maximum(own, 1), 256)
-            np.add.at(received, place, value)
-            progress.add(batch.num_rows)
-    return _against_topic(received, topics_of_work)[work_of_row]
+    for hashes, citing, count in _listed(tables, "cites"):
+        work, known = works.named(hashes)
+        counted = known & (corpus.reason[citing] == 0)
+        work, of_citing = work[counted], topics[citing[counted]]
+        shared = np.bitwise_count(of_citing & topics_of_work[work]).astype(np.int64)
+        own = np.bitwise_count(of_citing).astype(np.int64)
+        # a quarter if the citing document names no topic
+        value = np.where(own > 0, 1024 * shared // np.maximum(own, 1), 256)
+        np.add.at(received, work, value)
+        progress.add(count)
+    return _against_topic(received, topics_of_work)[works.of_row]
 
 
 def _against_topic(received: Ints, topics: npt.NDArray[np.uint64]) -> Floats:

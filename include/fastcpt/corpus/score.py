@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastcpt.corpus.celex import Celex, cited_works, parse_celex
+from fastcpt.corpus.celex import Celex, parse_celex
 from fastcpt.corpus.documents import (
     Document,
     Unreadable,
@@ -34,20 +33,23 @@ from fastcpt.corpus.documents import (
     size_of,
 )
 from fastcpt.corpus.fingerprint import BINS, Fingerprint, fingerprint
+from fastcpt.corpus.named_acts import amended, cited, own_names
 from fastcpt.corpus.processes import in_order, over_parts
+from fastcpt.corpus.wording import without_accents, wording
 from fastcpt.files import digest_of, hash_of, read_json, whole_file, write_json
 from fastcpt.manifests import ScoresFolder, ScoresManifest
 from fastcpt.progress import Progress
 from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Score, law_sets
+from fastcpt.recipe_sections import Score
 
 log = logging.getLogger(__name__)
 
 # Increased when a column's meaning changes, so that old tables are scored again.
-FORMAT = 3
+FORMAT = 4
 ROW_GROUP = 4096
 SHOWN_UNREADABLE = 1000  # unreadable records listed per part; all are counted
 EXCERPT = 2000  # characters
+TITLE = 500  # characters
 
 LEGAL_COMPONENTS = (
     "kind_of_act",
@@ -83,7 +85,9 @@ _COLUMNS = {
     "bytes": pa.int64(),
     "words": pa.int32(),
     "pieces": pa.int32(),
-    "cites": pa.list_(pa.uint64()),
+    "cites": pa.list_(pa.uint64()),  # works and names of acts
+    "own_names": pa.list_(pa.uint64()),
+    "amends": pa.list_(pa.uint64()),
     "signature": pa.binary(BINS * 2),
     "sketch": pa.list_(pa.uint64()),
     "excerpt": pa.string(),  # for one document in sixteen: the selection counts its tokens
@@ -113,10 +117,7 @@ def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> Sco
         source,
         recipe.documents.fields.model_dump(),
         recipe.documents.max_record_mb,
-        settings.method,
-        sorted(settings.subjects.items()),
-        sorted(settings.languages),
-        *_kinds_in_name(settings),
+        settings.model_dump(exclude={"weights", "law"}),
     )
     folder = home / "scores" / digest
     manifest = folder / "manifest.json"
@@ -139,12 +140,6 @@ def score_part(part: str, recipe: Recipe, home: Path, processes: int = 1) -> Sco
     }
     write_json(manifest, result)
     return {**result, "path": str(folder), "reused": False}
-
-
-def _kinds_in_name(settings: Score) -> list[Any]:
-    """The kinds, if they are not the EU's: the default must keep the digests of existing tables."""
-    kinds = settings.kinds
-    return [] if kinds == law_sets()["eu"]["kinds"] else [sorted(kinds.items())]
 
 
 def score_parts(
@@ -218,6 +213,9 @@ def score_document(document: Document, settings: Score) -> dict[str, Any]:
     # a corrigendum is not a version of the act, but is in the same split by `work`
     version_of = document.id if celex is None or celex.corrigendum else work + celex.part
     language = (document.language or "").lower()
+    title = document.title[:TITLE]
+    names = own_names(title, settings)
+    itself = {hash_of(work), *names}
     row = {
         "position": document.position,
         "id": document.id,
@@ -232,7 +230,7 @@ def score_document(document: Document, settings: Score) -> dict[str, Any]:
         "year": year,
         "act_year": celex.year if celex and celex.year else year,
         "doc_type": kind_name(document.doc_type),
-        "title": document.title[:500],
+        "title": title,
         "subjects": list(document.subjects),
         "directory_code": document.directory_code,
         "areas": areas_of(document, settings),
@@ -241,7 +239,9 @@ def score_document(document: Document, settings: Score) -> dict[str, Any]:
         "bytes": len(content),
         "words": figures.words,
         "pieces": figures.pieces,
-        "cites": sorted(hash_of(base) for base in cited_works(document.text) - {work}),
+        "cites": sorted(cited(document.text, settings) - itself),
+        "own_names": sorted(names),
+        "amends": sorted(amended(title, settings) - itself),
         "signature": figures.signature.tobytes(),
         "sketch": figures.sketch.tolist(),
         "excerpt": _excerpt(document.text, hash_of(document.id)),
@@ -321,7 +321,7 @@ _KIND_OF_SECTOR = {"1": "treaty", "2": "agreement", "6": "judgment"}
 
 @lru_cache(maxsize=4096)
 def _kind_key(name: str) -> str:
-    return _without_accents(kind_name(name))
+    return without_accents(kind_name(name))
 
 
 def kind_of_act(document: Document, celex: Celex | None, kinds: Mapping[str, float]) -> float:
@@ -367,7 +367,7 @@ _CHAPTERS = {
 
 def areas_of(document: Document, settings: Score) -> list[str]:
     """The recipe's subjects that the document's subject matters, title or directory code name."""
-    named = naming(document.subjects, document.title[:500], document.directory_code)
+    named = naming(document.subjects, document.title[:TITLE], document.directory_code)
     return named_in(named, settings.subjects)
 
 
@@ -385,21 +385,6 @@ def named_in(named: str, subjects: Iterable[str]) -> list[str]:
     not.
     """
     return [subject for subject in subjects if f" {wording(subject)} " in named]
-
-
-@lru_cache(maxsize=65_536)
-def wording(text: str) -> str:
-    """Words in lower case without accents and plural s, separated by one space."""
-    words = re.findall(r"[^\W_]+", _without_accents(text))
-    return " ".join(
-        word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
-        for word in words
-    )
-
-
-def _without_accents(text: str) -> str:
-    plain = unicodedata.normalize("NFKD", text).lower()
-    return "".join(c for c in plain if not unicodedata.combining(c))
 
 
 # Formulas of acts and page furniture of EUR-Lex, without legal content.

@@ -53,7 +53,6 @@ from fastcpt.manifests import (
     SelectionManifest,
 )
 from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import law_sets
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +131,6 @@ def _name(
 def _settings(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe's settings for the digest; defaults are left out so that older digests stay valid."""
     score, selection = recipe.score.model_dump(exclude={"law"}), recipe.selection.model_dump()
-    if score["kinds"] == law_sets()["eu"]["kinds"]:
-        del score["kinds"]
     fills = selection["top_share"] or selection["target_tokens"]
     cut = selection["max_document_tokens"]
     if cut is None or (cut == "auto" and not fills):
