@@ -39,14 +39,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fast_cpt-transfer-") as folder:
         server = local_sshd.start_server(Path(folder) / "sshd")
         try:
-            measure_transfer(Path(folder), server, arguments)
+            measured(Path(folder), server, arguments)
         finally:
             os.killpg(server["pid"], signal.SIGTERM)
 
 
-def measure_transfer(
-    folder: Path, server: dict[str, object], arguments: argparse.Namespace
-) -> None:
+def measured(folder: Path, server: dict[str, object], arguments: argparse.Namespace) -> None:
     remote = Remote(
         str(server["host"]),
         str(server["user"]),

@@ -22,7 +22,14 @@ SHARED = {
     "fastcpt.manifests",
     *(
         f"fastcpt.{name}"
-        for name in ("recipe", "recipe_form", "recipe_sections", "shapes", "step_memory")
+        for name in (
+            "recipe",
+            "recipe_form",
+            "recipe_score",
+            "recipe_sections",
+            "shapes",
+            "step_memory",
+        )
     ),
     *(f"fastcpt.{name}" for name in ("gpus", "held_out", "intervals", "mlflow_server", "progress")),
     *(f"fastcpt.{name}" for name in ("recurring", "yaml_files")),

@@ -10,19 +10,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 
 class GateError(ValueError):
     """The evaluation has no usable perplexity; it has to be repeated, retrying the gate does not help."""
 
 
-def decide(evaluation: dict[str, Any], threshold: float, validation_set: str) -> dict[str, Any]:
+class Decision(TypedDict):
+    """The content of ``gate.json``; ``base_value`` is None if the base model was not evaluated."""
+
+    decision: Literal["pass", "miss"]
+    passed: bool
+    value: float
+    base_value: float | None
+    threshold: float
+    validation_set: str
+
+
+def decide(evaluation: dict[str, Any], threshold: float, validation_set: str) -> Decision:
     """Compare the trained model's perplexity on ``validation_set`` with ``threshold``.
 
-    ``evaluation`` is the content of ``evaluation.json``. Returns the content of ``gate.json``:
-    ``decision`` ("pass" or "miss"), ``passed``, ``value``, ``base_value`` (None if the base model was not
-    evaluated), ``threshold`` and ``validation_set``. Raises ``GateError``.
+    ``evaluation`` is the content of ``evaluation.json``. Raises ``GateError``.
     """
     if not (math.isfinite(threshold) and threshold > 1):
         raise GateError(f"gate.perplexity_threshold must be a number above 1, not {threshold}")

@@ -19,6 +19,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from fastcpt.recipe_score import Score
 from fastcpt.recipe_sections import (
     CONFIGS,
     Budget,
@@ -32,7 +33,6 @@ from fastcpt.recipe_sections import (
     Lora,
     Model,
     Publish,
-    Score,
     Section,
     Selection,
     Sft,

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from airflow.sdk import Context, get_current_context
 
 from fastcpt.files import read_json
-from fastcpt.gate import decide, words
+from fastcpt.gate import Decision, decide, words
 from fastcpt.recipe import RecipeError
 from notifications import AlreadyTold, tell_once
 from steps.results import result_of, trained_by
 from steps.run import planned_recipe
 
 
-def _decide(context: Context, evaluation: str, gate: str, missed: str) -> dict[str, Any]:
+def _decide(context: Context, evaluation: str, gate: str, missed: str) -> Decision:
     """The gate's decision, also written to the record; ``missed`` says what happens after a miss."""
     from fastcpt.reporting.record import add
 
@@ -43,7 +42,7 @@ def gate() -> str:
     return "train_sft" if decision["passed"] else "train_cpt_stage2"
 
 
-def gate_stage2() -> dict[str, Any]:
+def gate_stage2() -> Decision:
     """The same rule after stage 2; the run fails if the model still misses it."""
     context = get_current_context()
     decision = _decide(

@@ -16,7 +16,7 @@ from fastcpt.corpus.named_acts import amended, cited, own_names
 from fastcpt.corpus.score import score_parts
 from fastcpt.corpus.select import select
 from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Score, law_sets
+from fastcpt.recipe_score import Score, law_sets
 
 Writer = Callable[..., Path]
 Recipes = Callable[..., Recipe]

@@ -20,7 +20,7 @@ from fastcpt.corpus.score import (
     score_part,
 )
 from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Score
+from fastcpt.recipe_score import Score
 
 
 def document(text: str = "text", **facts: Any) -> Document:

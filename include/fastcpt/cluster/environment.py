@@ -25,6 +25,7 @@ SHIPPED = (
     "fastcpt/gpus.yaml",
     "fastcpt/law_sets.yaml",
     "fastcpt/recipe.py",
+    "fastcpt/recipe_score.py",
     "fastcpt/recipe_sections.py",
     "fastcpt/recurring.py",
     "fastcpt/best_fit.py",

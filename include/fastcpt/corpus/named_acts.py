@@ -14,7 +14,7 @@ from functools import lru_cache
 from fastcpt.corpus.celex import cited_works
 from fastcpt.corpus.wording import wording
 from fastcpt.files import hash_of
-from fastcpt.recipe_sections import Score
+from fastcpt.recipe_score import Score
 
 
 def own_names(title: str, settings: Score) -> set[int]:

@@ -40,7 +40,7 @@ from fastcpt.files import digest_of, hash_of, read_json, whole_file, write_json
 from fastcpt.manifests import ScoresFolder, ScoresManifest
 from fastcpt.progress import Progress
 from fastcpt.recipe import Recipe
-from fastcpt.recipe_sections import Score
+from fastcpt.recipe_score import Score
 
 log = logging.getLogger(__name__)
 
