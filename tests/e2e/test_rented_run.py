@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Renting]:
 
 def gone(stack: Renting, run_id: str, seconds: float = 30) -> None:
     """The run's machines are given back, and nothing of them is left."""
-    until(lambda: not stack.left(), seconds, stack.left)
-    assert [rental.state for rental in stack.rentals(run_id)] == ["released"]
+
+    def states() -> list[str]:
+        return [rental.state for rental in stack.rentals(run_id)]
+
+    until(lambda: not stack.left() and states() == ["released"], seconds, states)
 
 
 def test_a_run_rents_its_host_trains_there_and_gives_it_back(stack: Renting) -> None:
@@ -73,6 +77,44 @@ def test_a_run_that_fails_gives_its_host_back_and_a_clear_takes_another(stack: R
     until(lambda: not stack.left(), 30, stack.left)
 
 
+@contextmanager
+def changed_dag(stack: Renting, old: str, new: str, seen: str, name: str) -> Iterator[None]:
+    """The DAG's file with ``new`` for ``old``, once Airflow's answer to ``seen`` has a value of that name."""
+    file = stack.home / "checkout" / "dags" / "fast_cpt.py"
+    text = file.read_text()
+    assert text.count(old) == 1
+    first = "from functools import partial\n"
+    timedelta = f"from datetime import timedelta\n{first}"
+    file.write_text(text.replace(old, new).replace(first, timedelta))
+    try:
+        until(lambda: stack.api.get(seen)[name], 240, f"{seen} has no {name}")
+        yield
+    finally:
+        file.write_text(text)
+        until(lambda: not stack.api.get(seen)[name], 240, f"{seen} has {name}")
+
+
+def test_a_step_whose_time_is_over_gives_the_runs_host_back(stack: Renting) -> None:
+    job = "on_gpus(steps.training.train_cpt, steps.training.keep_training"
+    timed = f"{job}, retries=0, execution_timeout=timedelta(minutes=1))"
+    with changed_dag(stack, f"{job})", timed, "tasks/train_cpt", "execution_timeout"):
+        run_id = stack.trigger_long()
+        stack.wait_for_training(run_id)
+        run = stack.wait(run_id)
+    assert (run.outcome, run.states()["train_cpt"]) == ("failed", "failed")
+    gone(stack, run_id)
+
+
+def test_a_run_whose_time_is_over_gives_its_host_back(stack: Renting) -> None:
+    timed = "schedule=None, dagrun_timeout=timedelta(minutes=4),"
+    with changed_dag(stack, "schedule=None,", timed, "details", "dag_run_timeout"):
+        run_id = stack.trigger_long()
+        until(stack.running, 240, stack.look(run_id).states)
+        assert stack.wait(run_id).outcome == "failed"
+    # Airflow skips the teardowns: the DAG that looks after the machines comes every three minutes
+    gone(stack, run_id, 300)
+
+
 def test_a_rejected_run_has_rented_nothing(stack: Renting) -> None:
     run_id = stack.api.trigger({**stack.form(), "require_approval": True})
     stack.until(run_id, lambda states: states.get("approve_plan") == "awaiting_input")
@@ -86,8 +128,7 @@ def test_a_deleted_runs_machine_is_gone_within_ten_minutes(stack: Renting) -> No
     run_id = stack.trigger_long()
     stack.wait_for_training(run_id)
     stack.delete(run_id)
-    until(lambda: not stack.left(), 600, stack.left)
-    assert [rental.state for rental in stack.rentals(run_id)] == ["released"]
+    gone(stack, run_id, 600)
 
 
 def test_a_machine_that_is_taken_away_is_replaced_and_the_training_goes_on(stack: Renting) -> None:
