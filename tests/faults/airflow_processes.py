@@ -82,7 +82,7 @@ class Airflow:
         (home / "dags" / "faults.py").write_text(DAGS)
         (home / "passwords.json").write_text(json.dumps({"admin": "admin"}))
         self.url = f"http://127.0.0.1:{(port := stack.free_port())}"
-        self.settings = stack.environment(cluster, port) | {
+        self.settings = stack.airflow_environment(cluster, port) | {
             "AIRFLOW__CORE__DAGS_FOLDER": str(home / "dags"),
             "AIRFLOW_VAR_HF_TOKEN": SECRET,
             **SEEN_SOON,
