@@ -79,9 +79,10 @@ def add_model(
 ) -> str:
     """Register a published model: as the champion if its decision recommends it, else as a candidate.
 
-    ``facts``: ``run``, ``record`` (its folder's name), ``path`` (of the published model), ``corpus``
-    (its digest), ``decision``. A model that is registered already stays what it is. Returns what
-    happened, in words.
+    ``facts``: ``run``, ``record`` (its folder's name), ``path`` (of the published model), ``training`` and
+    ``before_sft`` (names of its last training and of the one before fine-tuning), ``corpus`` (its digest),
+    ``corpora`` (of all that it was trained on, the oldest first), ``gone_on_from`` (a model's name or None),
+    ``decision``. A model that is registered already stays what it is. Returns what happened, in words.
     """
     with _locked(home, recipe) as state:
         if model in state["models"]:
