@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
 from fastcpt.reporting.record import record_folder
-from stack_module import load_local_stack
+from stack_module import SCRIPTS, load_local_stack
 
 # every run's documents and instructions lie there: what a user types goes all the way as a name
 SAMPLE = "sample '$(touch pwned)' \"`touch pwned`\"; touch pwned #"
@@ -26,6 +27,20 @@ class Stack:
     api: Any
     home: Path
     state: dict[str, Any]
+
+    @classmethod
+    @contextmanager
+    def started(cls, home: Path, scripts: Path = SCRIPTS) -> Iterator[Self]:
+        """Start one of a checkout's ``scripts``, with a sample of documents; end it."""
+        module = load_local_stack(home, scripts)
+        module.generate_sample(home / SAMPLE, documents=120)
+        state = module.start_stack()
+        try:
+            with module.Api(state["url"], module.HOME) as api:
+                api.log_in()
+                yield cls(module, api, home, state)
+        finally:
+            module.end_stack(state)
 
     def form(self) -> dict[str, Any]:
         """The form's values for a run on the small sample."""
@@ -148,13 +163,5 @@ class Run:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    home = tmp_path_factory.mktemp("home")
-    module = load_local_stack(home)
-    module.generate_sample(home / SAMPLE, documents=120)
-    state = module.start_stack()
-    try:
-        with module.Api(state["url"], module.HOME) as api:
-            api.log_in()
-            yield Stack(module, api, home, state)
-    finally:
-        module.end_stack(state)
+    with Stack.started(tmp_path_factory.mktemp("home")) as one:
+        yield one

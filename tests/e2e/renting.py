@@ -15,11 +15,11 @@ from typing import Any
 import yaml
 
 import provider
-from e2e.conftest import SAMPLE, Stack
+from e2e.conftest import Stack
 from fastcpt.rent import ledger
 from fastcpt.rent.ledger import Rental
 from faults.machines import REPOSITORY, descendants
-from stack_module import load_local_stack, own_checkout
+from stack_module import own_checkout
 
 DAG = "fast_cpt"
 SEEN_SOON = ("TIMEOUT",)
@@ -105,8 +105,6 @@ def renting(home: Path, **sections: dict[str, Any]) -> Iterator[Renting]:
     checkout = own_checkout(home / "checkout")
     folder = provider.create(home / "provider")
     recipe(checkout, folder, **sections)
-    module = load_local_stack(home, checkout / "include" / "scripts")
-    module.generate_sample(home / SAMPLE, documents=120)
     extra = {"key_file": str(folder / "client_key")}
     extra["python"] = str(checkout / ".env/cluster/bin/python")
     login = {"conn_type": "gpuhost", "extra": extra}
@@ -116,13 +114,8 @@ def renting(home: Path, **sections: dict[str, Any]) -> Iterator[Renting]:
         f"AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_{name}": "60" for name in SEEN_SOON
     }
     try:
-        state = module.start_stack()
-        try:
-            with module.Api(state["url"], module.HOME) as api:
-                api.log_in()
-                yield Renting(module, api, home, state)
-        finally:
-            module.end_stack(state)
+        with Renting.started(home, checkout / "include" / "scripts") as one:
+            yield one
     finally:
         del os.environ["AIRFLOW_CONN_RENTED_LOGIN"]
         for name in SEEN_SOON:
