@@ -19,8 +19,8 @@ from run_pages import PREFIX, ROOT
 from steps.rent import replaces_a_machine
 
 
-def _body(context: Context, plan: Path) -> str:
-    """The plan's tables, and a link to the run's page."""
+def body_of(plan: Path) -> str:
+    """What the page that asks shows: the plan's tables, and a link to the run's page."""
     spent = rented(plan.parent, time.time())
     money = "nothing has been spent on GPUs" if spent is None else f"{spent:,.2f} USD were spent"
     run = f"{ROOT}/plugin{PREFIX}{PREFIX}/run/{quote(plan.parent.name)}"
@@ -45,7 +45,7 @@ class ApprovePlan(ApprovalOperator):
         plan = steps.plan.final_plan(context)
         if not context["params"]["require_approval"] or replaces_a_machine(context):
             return {"plan": plan["path"]}
-        self.body = _body(context, Path(plan["path"]))
+        self.body = body_of(Path(plan["path"]))
         self._note(context, time.time())
         # the form only asks for approval, not for the run's parameters again
         self.params = ParamsDict({})

@@ -46,6 +46,10 @@ class Airflow:
     url: str
     home: Path  # FASTCPT_HOME: the records are in home/runs
 
+    @property
+    def database(self) -> Path:
+        return self.home.with_name("airflow.db")
+
     def token(self) -> str:
         """What a browser gets as its cookie ``_token`` when somebody logs in."""
         answer = httpx.post(f"{self.url}/auth/token", json={"username": USER, "password": PASSWORD})

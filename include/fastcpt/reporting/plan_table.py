@@ -9,7 +9,7 @@ from fastcpt.reporting.summary import span
 
 Plan = Mapping[str, Any]  # as planning's ``Plan.to_json`` writes it
 
-FIGURES = ("", "planned", "limit", "how it is known")
+FIGURES = ("figure", "planned", "limit", "how it is known")
 COUNTED = "counted in the corpus"
 ALTERNATIVES = ("instead", "tokens", "hours", "cost", "memory per GPU")
 
@@ -98,14 +98,19 @@ def markdown(plan: Plan, corpus: str) -> str:
     what = f"{plan['model']}, {plan['method']}, {plan['precision']}, on {plan['cluster']}"
     parts = [f"**{_plain(plan['recipe'])}**: {_plain(what)}. {verdict(plan)}"]
     rows = figures(plan, corpus)
-    # three columns, with the long texts below, so that the table fits a phone
+    # three columns, with long texts and alternatives below, so that the table fits a phone
     parts.append(_table(FIGURES[:3], [row[:3] for row in rows]))
     parts.append("How each is known:")
     parts.append("\n".join(f"- **{name}**: {_plain(source)}" for name, _, _, source in rows))
     parts += [f"- {_plain(line)}" for line in (*plan["problems"], *plan["notes"])]
     if plan["alternatives"]:
-        parts += ["What would fit:", _table(ALTERNATIVES, alternative_rows(plan))]
+        parts += ["What would fit:", "\n".join(map(_alternative, alternative_rows(plan)))]
     return "\n\n".join(parts)
+
+
+def _alternative(row: tuple[str, ...]) -> str:
+    pairs = zip(ALTERNATIVES[1:], row[1:], strict=True)
+    return f"- **{_plain(row[0])}**: {_plain(', '.join(f'{head} {cell}' for head, cell in pairs))}"
 
 
 def _table(header: tuple[str, ...], rows: list[Any]) -> str:
