@@ -54,7 +54,8 @@ class MlflowServer:
         (folder / "auth.ini").write_text(config)
 
     def start(self) -> None:
-        program = environment() / "bin" / "mlflow"
+        # not bin/mlflow, which has the path at which the environment was made
+        python = environment() / "bin" / "python"
         options = {
             "--backend-store-uri": f"sqlite:///{self.folder}/mlflow.db",
             "--artifacts-destination": str(self.folder / "artifacts"),
@@ -72,7 +73,7 @@ class MlflowServer:
         }
         with (self.folder / "log").open("ab") as output:
             self.process = subprocess.Popen(
-                [program, "server", *words],
+                [python, "-m", "mlflow", "server", *words],
                 env={**os.environ, **variables},
                 stdout=output,
                 stderr=output,
