@@ -19,7 +19,7 @@ from fastcpt.registry.champion import untold
     tags=["training"],
 )
 def fast_cpt_messages() -> None:
-    # the next round is the next try
+    # the next round is the next try; with tell_failure each failed one would send a message
     task(retries=0)(steps.champion.tell_untold)()
 
 
