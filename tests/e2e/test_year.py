@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from corpus.made import act
+from corpus.made import act, text_of
 from fastcpt.files import read_json, write_json
 from fastcpt.registry.champion import champion, models
 from fastcpt.reporting.record import read
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.faults
 
 RECIPE, SCHEDULE = "year", "fast_cpt_weekly"
+WORDS = text_of(0, 400).split()
 
 
 class Weeks:
@@ -70,7 +72,8 @@ class Weeks:
             time.sleep(1)
 
     def deliver(self, name: str, first: int, count: int, more: str = "") -> None:
-        records = [act(n, year=2000 + n % 20, words=300) for n in range(first, first + count)]
+        numbers = range(first, first + count)
+        records = [act(n, year=2000 + n % 20) | {"full_text": _text(n)} for n in numbers]
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (self.documents / name).write_text(lines + more)
 
@@ -100,6 +103,12 @@ class Weeks:
         """Stop the SSH server of the GPU host, or let it go on."""
         (server,) = [one for one in self.stack.state["processes"] if one["command"] == "sshd"]
         os.kill(server["pid"], sign)
+
+
+def _text(number: int) -> str:
+    """Words as often as in a language: there is more to learn than ten steps do."""
+    shares = [1 / place for place in range(1, len(WORDS) + 1)]
+    return " ".join(random.Random(number).choices(WORDS, shares, k=300))
 
 
 def _with_text_extra(connection: dict[str, Any]) -> dict[str, Any]:
