@@ -24,7 +24,8 @@ from fastcpt.planning.history import record_transfer
 class Bring:
     """Copy from a training's ``folder`` on the host to ``home`` here and on to ``url``.
 
-    The copy is never older than ``minutes``, if checkpoints are saved and copied fast enough. The transfer's rate is recorded under ``line`` (``planning.history.line_of``).
+    The copy is never older than ``minutes``, if checkpoints are saved and copied fast enough. The
+    transfer's rate is recorded under ``line`` (``planning.history.line_of``).
     """
 
     line: str

@@ -218,7 +218,7 @@ def free_port() -> int:
 
 
 def start_stack() -> dict[str, Any]:
-    """Start the SSH server and Airflow; returns the state for ``end``, which is also kept in a file."""
+    """Start the SSH server and Airflow; returns the state for ``end_stack``, also kept in a file."""
     HOME.mkdir(mode=0o700, parents=True, exist_ok=True)
     if STATE.exists():
         left = json.loads(STATE.read_text())

@@ -52,8 +52,8 @@ def bring(remote: Remote, folder: str, home: Path) -> dict[str, Any] | None:
     """Fetch the newest checkpoint of the training in the remote ``folder`` to ``home``; None if it is here.
 
     Returns ``{step, bytes, seconds, age_s, from_its_beginning}``: ``age_s`` is how long before the
-    transfer it was saved, the last is False if an interrupted transfer was resumed. Raises ``ClusterError`` if this disk is too small or another process is fetching the
-    same training; ``ConnectionLost`` if the host does not answer.
+    transfer it was saved, the last is False if an interrupted transfer was resumed. Raises
+    ``ClusterError`` if this disk is too small or another process is fetching the same training; ``ConnectionLost`` if the host does not answer.
     """
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _alone(home):

@@ -59,12 +59,13 @@ class Works:
         self.count = len(works)
         pairs = [(names, self.of_row[rows]) for names, rows, _ in _listed(tables, "own_names")]
         names, of_name = (np.concatenate(column) for column in zip(*pairs, strict=True))
-        pair = np.unique(np.stack([names, of_name.astype(np.uint64)]), axis=1)
-        names, first, times = np.unique(pair[0], return_index=True, return_counts=True)
-        refers = np.concatenate([works, names[times == 1]])
-        self.refers, first_of_all = np.unique(refers, return_index=True)
-        works_of = [np.arange(len(works)), pair[1][first[times == 1]].astype(np.int64)]
-        self.work_of = np.concatenate(works_of)[first_of_all]
+        names, place = np.unique(names, return_inverse=True)
+        low, high = np.full(len(names), self.count), np.full(len(names), -1)
+        np.minimum.at(low, place, of_name)
+        np.maximum.at(high, place, of_name)
+        one = low == high
+        self.refers, first = np.unique(np.concatenate([works, names[one]]), return_index=True)
+        self.work_of = np.concatenate([np.arange(self.count), low[one]])[first]
 
     def named(self, hashes: npt.NDArray[np.uint64]) -> tuple[Ints, npt.NDArray[np.bool_]]:
         """The works that ``hashes`` refer to, and which of them are in the corpus."""

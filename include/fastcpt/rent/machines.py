@@ -1,6 +1,6 @@
 """A run's machine: rented once, reliably released, and looked after even if the run is gone.
 
-``take`` and ``give_back`` may be killed at any instant and called again. ``look_after`` is for a
+``rent_machine`` and ``release_machines`` may be killed at any instant and called again. ``look_after`` is for a
 process that runs every few minutes, independently of the runs.
 """
 
