@@ -32,7 +32,7 @@ import steps.publish  # noqa: E402
 import steps.training  # noqa: E402
 from fastcpt.files import write_json  # noqa: E402
 from fastcpt.recipe import Recipe  # noqa: E402
-from receivers import receivers  # noqa: E402
+from receivers import receivers, settings_of  # noqa: E402
 
 SUBJECT = re.compile(r"Fast CPT: (.+): \w+ of \w+, (\S+?)\*?$")
 
@@ -137,11 +137,7 @@ class Told:
         self.due: Counter[Incident] = Counter()
         self._open = ExitStack()
         self._mail, self._web = self._open.enter_context(receivers())
-        os.environ |= {
-            "AIRFLOW_VAR_FAST_CPT_MAIL_TO": "ann@example.org",
-            "AIRFLOW_CONN_SMTP_DEFAULT": self._mail.connection,
-            "AIRFLOW_CONN_FAST_CPT_WEBHOOK": self._web.connection,
-        }
+        os.environ |= settings_of(self._mail, self._web)
 
     def expect(self, event: str, run: str, times: int = 1) -> None:
         self.due[Incident(event, run)] += times

@@ -82,3 +82,12 @@ def receivers() -> Iterator[tuple[MailServer, WebServer]]:
             web.shutdown()
     finally:
         mail.controller.stop()
+
+
+def settings_of(mail: MailServer, web: WebServer, to: str = "ann@example.org") -> dict[str, str]:
+    """The environment by which Airflow sends both ways, as if they were set up in its UI."""
+    return {
+        "AIRFLOW_VAR_FAST_CPT_MAIL_TO": to,
+        "AIRFLOW_CONN_SMTP_DEFAULT": mail.connection,
+        "AIRFLOW_CONN_FAST_CPT_WEBHOOK": web.connection,
+    }

@@ -18,7 +18,7 @@ from approval import ApprovePlan
 from fastcpt.files import write_json
 from fastcpt.recipe import load_recipe
 from fastcpt.reporting.record import add_text, failures, record_folder
-from receivers import MailServer, WebServer, receivers
+from receivers import MailServer, WebServer, receivers, settings_of
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -34,11 +34,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def received(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[MailServer, WebServer]]:
-    """Both ways set up as in Airflow's UI."""
     with receivers() as (mail, web):
-        monkeypatch.setenv("AIRFLOW_VAR_FAST_CPT_MAIL_TO", "ann@example.org, bob@example.org")
-        monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", mail.connection)
-        monkeypatch.setenv("AIRFLOW_CONN_FAST_CPT_WEBHOOK", web.connection)
+        for name, value in settings_of(mail, web, "ann@example.org, bob@example.org").items():
+            monkeypatch.setenv(name, value)
         yield mail, web
 
 

@@ -13,7 +13,7 @@ from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
 
 import rentals
 from fastcpt.rent import ledger
-from receivers import MailServer, WebServer, receivers
+from receivers import MailServer, WebServer, receivers, settings_of
 from rent.conftest import RUN, Renting, renting
 
 pytestmark = pytest.mark.linux("a machine's processes are found by their environment")
@@ -24,9 +24,8 @@ __all__ = ["renting"]
 @pytest.fixture
 def received(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[MailServer, WebServer]]:
     with receivers() as (mail, web):
-        monkeypatch.setenv("AIRFLOW_VAR_FAST_CPT_MAIL_TO", "ann@example.org")
-        monkeypatch.setenv("AIRFLOW_CONN_SMTP_DEFAULT", mail.connection)
-        monkeypatch.setenv("AIRFLOW_CONN_FAST_CPT_WEBHOOK", web.connection)
+        for name, value in settings_of(mail, web).items():
+            monkeypatch.setenv(name, value)
         yield mail, web
 
 

@@ -21,7 +21,7 @@ from fastcpt.files import write_json
 from fastcpt.recipe import load_recipe
 from fastcpt.registry.champion import take_untold
 from fastcpt.reporting.record import close_record, open_record
-from receivers import MailServer, WebServer, receivers
+from receivers import MailServer, WebServer, receivers, settings_of
 from registry.conftest import GOOD, add_corpus
 from registry.test_champion import SCRIPT, add
 
@@ -64,9 +64,7 @@ class Airflow:
             "AIRFLOW__CORE__DAGS_FOLDER": str(PLUGINS.parent / "dags"),
             "AIRFLOW__CORE__PLUGINS_FOLDER": str(PLUGINS),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
-            "AIRFLOW_VAR_FAST_CPT_MAIL_TO": "ann@example.org",
-            "AIRFLOW_CONN_SMTP_DEFAULT": mail.connection,
-            "AIRFLOW_CONN_FAST_CPT_WEBHOOK": web.connection,
+            **settings_of(mail, web),
         }
         self.call("-m", "airflow", "db", "migrate")
 
